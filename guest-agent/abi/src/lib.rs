@@ -1,0 +1,88 @@
+//! The binary interface between a guest and its VMM, defined once for both sides.
+//!
+//! A guest finds the VMM by [`cpuid`], writes a [`Request`] into the **control page**, rings the **doorbell** (a port write
+//! from user space, or a hypercall from ring 0), and reads the [`Response`] and its [`Identity`] when the doorbell's
+//! instruction completes. By then there are several VMs: the parent, and every copy, each with a page of its own.
+//!
+//! The page is little-endian. Each part is a `#[repr(C)]` struct without padding; [`PAGE`] gives the parts' offsets. Either side
+//! copies a part out of the page once, as bytes, and looks only at the copy.
+#![no_std]
+#![forbid(unsafe_code)]
+
+pub mod cpuid;
+pub mod doorbell;
+mod page;
+mod status;
+
+pub use page::{Header, Identity, Layout, PAGE, PAGE_BYTES, Part, Request, Response};
+pub use status::{ErrorCode, Role, Status};
+
+/// Version of everything in this crate: a guest refuses a VMM whose version differs.
+pub const ABI_VERSION: u32 = 1;
+
+/// First field of the control page: `VMFORKCP` in ASCII, read as a little-endian integer.
+pub const MAGIC: u64 = u64::from_le_bytes(*b"VMFORKCP");
+
+/// Longest VM type in bytes; shorter ones are padded with NUL.
+pub const VM_TYPE_BYTES: usize = 32;
+
+/// Longest VM name in bytes; shorter ones are padded with NUL.
+pub const NAME_BYTES: usize = 64;
+
+/// Most children that one fork can ask for.
+pub const MAX_CHILDREN: u32 = 1024;
+
+/// Text of a NUL-padded field, or `None` where it is not UTF-8 or has anything behind the first NUL.
+pub fn padded_text(field: &[u8]) -> Option<&str> {
+    let end = field.iter().position(|&byte| byte == 0).unwrap_or(field.len());
+    let (text, padding) = field.split_at(end);
+    if padding.iter().any(|&byte| byte != 0) {
+        return None;
+    }
+    core::str::from_utf8(text).ok()
+}
+
+/// NUL-padded field of `N` bytes that holds `text`, or `None` where it does not fit or contains a NUL.
+pub fn pad_text<const N: usize>(text: &str) -> Option<[u8; N]> {
+    let mut field = [0; N];
+    if text.contains('\0') {
+        return None;
+    }
+    field.get_mut(..text.len())?.copy_from_slice(text.as_bytes());
+    Some(field)
+}
+
+/// Whether `name` can be a VM type: 1 to [`VM_TYPE_BYTES`] of `a-z`, `0-9` and `-`, first and last no `-`. It becomes part of host names.
+pub fn is_vm_type(name: &str) -> bool {
+    let bytes = name.as_bytes();
+    (1..=VM_TYPE_BYTES).contains(&bytes.len())
+        && bytes.iter().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || *b == b'-')
+        && !name.starts_with('-')
+        && !name.ends_with('-')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn padded_text_is_what_was_padded() {
+        let field: [u8; 8] = pad_text("web").unwrap();
+        assert_eq!(padded_text(&field), Some("web"));
+        assert_eq!(pad_text::<2>("web"), None);
+        assert_eq!(pad_text::<8>("a\0b"), None);
+        assert_eq!(padded_text(b"ab\0c"), None);
+        assert_eq!(padded_text(b"\xff\0"), None);
+        assert_eq!(padded_text(b"full"), Some("full"));
+    }
+
+    #[test]
+    fn vm_types_are_host_name_labels() {
+        for good in ["web", "a", "db-2", "0"] {
+            assert!(is_vm_type(good), "{good}");
+        }
+        for bad in ["", "-a", "a-", "Web", "a.b", "a/b", "ä", "a b", "123456789012345678901234567890123"] {
+            assert!(!is_vm_type(bad), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,209 @@
+//! The control page: four parts at fixed offsets, each written by one side only.
+
+use core::mem::size_of;
+
+use crate::{NAME_BYTES, VM_TYPE_BYTES};
+
+/// Size of the control page in bytes.
+pub const PAGE_BYTES: usize = 4096;
+
+/// Offset in bytes and size in bytes of a part of the control page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Part {
+    /// First byte.
+    pub offset: usize,
+    /// Number of bytes.
+    pub bytes: usize,
+}
+
+/// The parts of the page.
+#[derive(Debug, Clone, Copy)]
+pub struct Layout {
+    /// [`Header`], written by the VMM at launch.
+    pub header: Part,
+    /// [`Request`], written by the guest.
+    pub request: Part,
+    /// [`Response`], written by the VMM.
+    pub response: Part,
+    /// [`Identity`], written by the VMM.
+    pub identity: Part,
+}
+
+/// Where each part of the page lies. What lies between and behind them is reserved.
+pub const PAGE: Layout = Layout {
+    header: Part { offset: 0, bytes: Header::BYTES },
+    request: Part { offset: 64, bytes: Request::BYTES },
+    response: Part { offset: 192, bytes: Response::BYTES },
+    identity: Part { offset: 256, bytes: Identity::BYTES },
+};
+
+/// A fixed-size field and its little-endian bytes.
+trait Field: Sized {
+    fn put(&self, out: &mut [u8]);
+    fn get(bytes: &[u8]) -> Self;
+}
+
+macro_rules! integer_field {
+    ($($integer:ty),+) => {$(
+        impl Field for $integer {
+            fn put(&self, out: &mut [u8]) {
+                out.copy_from_slice(&self.to_le_bytes());
+            }
+            fn get(bytes: &[u8]) -> Self {
+                let mut raw = [0; size_of::<Self>()];
+                raw.copy_from_slice(bytes);
+                Self::from_le_bytes(raw)
+            }
+        }
+    )+};
+}
+integer_field!(u32, u64);
+
+impl<const N: usize> Field for [u8; N] {
+    fn put(&self, out: &mut [u8]) {
+        out.copy_from_slice(self);
+    }
+    fn get(bytes: &[u8]) -> Self {
+        let mut raw = [0; N];
+        raw.copy_from_slice(bytes);
+        raw
+    }
+}
+
+/// Declares a part: the struct, its offsets checked at compile time, and its way to bytes and back.
+macro_rules! part {
+    ($(#[$about:meta])* $name:ident ($bytes:literal) { $($(#[$doc:meta])* $at:literal $field:ident: $kind:ty,)+ }) => {
+        $(#[$about])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        #[repr(C)]
+        pub struct $name { $($(#[$doc])* pub $field: $kind,)+ }
+
+        const _: () = {
+            assert!(size_of::<$name>() == $bytes);
+            assert!(0 $(+ size_of::<$kind>())+ == $bytes, "padding");
+            $(assert!(core::mem::offset_of!($name, $field) == $at);)+
+        };
+
+        impl $name {
+            /// Size in bytes.
+            pub const BYTES: usize = $bytes;
+
+            /// The part as it stands in the page.
+            pub fn to_bytes(&self) -> [u8; $bytes] {
+                let mut bytes = [0; $bytes];
+                $(self.$field.put(&mut bytes[$at..$at + size_of::<$kind>()]);)+
+                bytes
+            }
+
+            /// The part that these bytes of the page hold. Every bit pattern is one: the fields are not checked.
+            pub fn from_bytes(bytes: &[u8; $bytes]) -> Self {
+                Self { $($field: Field::get(&bytes[$at..$at + size_of::<$kind>()]),)+ }
+            }
+        }
+
+        impl Default for $name {
+            fn default() -> Self {
+                Self::from_bytes(&[0; $bytes])
+            }
+        }
+    };
+}
+
+part! {
+    /// What the page is.
+    Header (64) {
+        /// [`MAGIC`](crate::MAGIC).
+        0 magic: u64,
+        /// [`ABI_VERSION`](crate::ABI_VERSION).
+        8 abi_version: u32,
+        /// [`PAGE_BYTES`].
+        12 page_bytes: u32,
+        /// Zero.
+        16 reserved: [u8; 48],
+    }
+}
+
+part! {
+    /// What the guest asks for.
+    Request (128) {
+        /// Number of this request, chosen by the guest: differs from the last one. The response repeats it.
+        0 seq: u64,
+        /// How many children, from 1 to [`MAX_CHILDREN`](crate::MAX_CHILDREN).
+        8 count: u32,
+        /// Zero: no flag is defined.
+        12 flags: u32,
+        /// The kind of worker, NUL-padded, as [`is_vm_type`](crate::is_vm_type) allows.
+        16 vm_type: [u8; VM_TYPE_BYTES],
+        /// Zero.
+        48 reserved: [u8; 80],
+    }
+}
+
+part! {
+    /// How the VMM answered.
+    Response (64) {
+        /// Number of the request that this answers. A request whose number it is not was not looked at: another vCPU's fork was under
+        /// way ([`ErrorCode::Busy`](crate::ErrorCode::Busy)).
+        0 seq: u64,
+        /// A [`Status`](crate::Status).
+        8 status: u32,
+        /// An [`ErrorCode`](crate::ErrorCode).
+        12 error: u32,
+        /// Zero.
+        16 reserved: [u8; 48],
+    }
+}
+
+part! {
+    /// Who this VM is.
+    Identity (512) {
+        /// A [`Role`](crate::Role).
+        0 role: u32,
+        /// Which child of its fork this is, from 1 to `count`; 0 in a parent and in a booted VM.
+        4 index: u32,
+        /// How many children the latest fork made; 0 in a booted VM.
+        8 count: u32,
+        /// How many forks lie between this VM and a booted one.
+        12 generation: u32,
+        /// ID of this VM, a random UUID. No two VMs share one.
+        16 vm_id: [u8; 16],
+        /// ID of the VM that this one is a copy of; zero in a booted VM.
+        32 parent_id: [u8; 16],
+        /// Random bytes that no other VM was given, fresh after every fork.
+        48 seed: [u8; 64],
+        /// Wall-clock time when this VM's vCPUs were last started after a launch or a fork, in nanoseconds since 1970 (UTC).
+        112 wall_clock_ns: u64,
+        /// Name of this VM on its platform, such as `web.2`, NUL-padded.
+        120 name: [u8; NAME_BYTES],
+        /// VM type under which this VM was launched, NUL-padded.
+        184 vm_type: [u8; VM_TYPE_BYTES],
+        /// Zero.
+        216 reserved: [u8; 296],
+    }
+}
+
+const _: () = {
+    assert!(PAGE.header.offset + PAGE.header.bytes <= PAGE.request.offset);
+    assert!(PAGE.request.offset + PAGE.request.bytes <= PAGE.response.offset);
+    assert!(PAGE.response.offset + PAGE.response.bytes <= PAGE.identity.offset);
+    assert!(PAGE.identity.offset + PAGE.identity.bytes <= PAGE_BYTES);
+};
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_survive_the_page() {
+        let request = Request { seq: 7, count: 4, vm_type: crate::pad_text("web").unwrap(), ..Default::default() };
+        assert_eq!(Request::from_bytes(&request.to_bytes()), request);
+        assert_eq!(request.to_bytes()[0], 7);
+        assert_eq!(&request.to_bytes()[16..20], b"web\0");
+    }
+
+    #[test]
+    fn any_bytes_are_a_part() {
+        let bytes = [0xa5; Identity::BYTES];
+        assert_eq!(Identity::from_bytes(&bytes).to_bytes(), bytes);
+    }
+}
