@@ -1,0 +1,267 @@
+//! The C interface, declared in include/vmfork.h.
+
+use std::ffi::{CStr, CString, c_char, c_int};
+use std::sync::LazyLock;
+
+use vmfork_abi::{NAME_BYTES, VM_TYPE_BYTES};
+
+use crate::{DetectError, ErrorCode, Fork, ForkError, ForkRequest, OpenError, Role, Vmm};
+
+/// `struct vmfork_fork_t`; texts end with a NUL.
+#[repr(C)]
+struct CFork {
+    role: u32,
+    index: u32,
+    count: u32,
+    generation: u32,
+    vm_id: [u8; 16],
+    parent_id: [u8; 16],
+    name: [u8; NAME_BYTES + 1],
+    vm_type: [u8; VM_TYPE_BYTES + 1],
+}
+
+const OK: c_int = 0;
+const EINVAL: c_int = -1;
+const ENOVMM: c_int = -2;
+const EVERSION: c_int = -3;
+const EACCESS: c_int = -4;
+const ENOANSWER: c_int = -5;
+const EPROTOCOL: c_int = -6;
+const EPARENT: c_int = -7;
+const ECHILD: c_int = -8;
+const ECOPIED: c_int = -9;
+/// A refusal is this minus the number of its [`ErrorCode`].
+const REFUSED: c_int = -100;
+
+/// What the codes mean, but for the refusals.
+const TEXTS: [(c_int, &CStr); 10] = [
+    (OK, c"success"),
+    (EINVAL, c"an argument is NULL or out of range"),
+    (ENOVMM, c"no VMM that can fork this machine"),
+    (EVERSION, c"the VMM speaks another version of the interface"),
+    (EACCESS, c"the caller may not fork this VM, or lacks something that a fork needs"),
+    (ENOANSWER, c"the VMM did not answer"),
+    (EPROTOCOL, c"the VMM's answer is not valid"),
+    (EPARENT, c"the fork was made, but this parent could not finish it"),
+    (ECHILD, c"this VM is a child without a complete identity"),
+    (ECOPIED, c"this VM is a copy made by another caller's fork"),
+];
+
+/// What each refusal means, at the index of its error code.
+static REFUSALS: LazyLock<Vec<CString>> = LazyLock::new(|| {
+    // No text of ours contains a NUL; one that did would come out empty.
+    ErrorCode::ALL.iter().map(|code| CString::new(code.to_string()).unwrap_or_default()).collect()
+});
+
+/// `vmfork_detect` of the header.
+#[unsafe(no_mangle)]
+extern "C" fn vmfork_detect() -> c_int {
+    match Vmm::detect() {
+        Ok(_) => OK,
+        Err(error) => detect_code(error),
+    }
+}
+
+/// `vmfork_fork` of the header.
+///
+/// # Safety
+///
+/// `vm_type` is NULL or a NUL-terminated string, and `out` is NULL or points to memory for one `vmfork_fork_t`.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn vmfork_fork(vm_type: *const c_char, count: u32, out: *mut CFork) -> c_int {
+    if vm_type.is_null() || out.is_null() {
+        return EINVAL;
+    }
+    // SAFETY: it is not NULL, so by the caller's promise it is a NUL-terminated string, which outlives this call.
+    let vm_type = unsafe { CStr::from_ptr(vm_type) };
+    let Some(request) = vm_type.to_str().ok().and_then(|vm_type| ForkRequest::new(vm_type, count).ok()) else {
+        return EINVAL;
+    };
+    match crate::fork(&request) {
+        Ok(fork) => {
+            // SAFETY: it is not NULL, so by the caller's promise it points to memory for one.
+            unsafe { out.write(CFork::from(&fork)) };
+            OK
+        }
+        Err(error) => fork_code(&error),
+    }
+}
+
+/// `vmfork_strerror` of the header.
+#[unsafe(no_mangle)]
+extern "C" fn vmfork_strerror(code: c_int) -> *const c_char {
+    text(code).as_ptr()
+}
+
+fn text(code: c_int) -> &'static CStr {
+    let refusal = || REFUSALS.get(usize::try_from(REFUSED.checked_sub(code)?).ok()?).map(CString::as_c_str);
+    let known = TEXTS.iter().find(|(number, _)| *number == code).map(|(_, text)| *text);
+    known.or_else(refusal).unwrap_or(c"unknown code")
+}
+
+fn detect_code(error: DetectError) -> c_int {
+    match error {
+        DetectError::NoVmm => ENOVMM,
+        DetectError::Version { .. } => EVERSION,
+    }
+}
+
+fn fork_code(error: &ForkError) -> c_int {
+    match error {
+        ForkError::Open(OpenError::Detect(error)) => detect_code(*error),
+        ForkError::Open(OpenError::Header { .. }) | ForkError::UnknownAnswer { .. } => EPROTOCOL,
+        ForkError::Open(OpenError::OpenMemory { .. } | OpenError::MapPage { .. })
+        | ForkError::Lock(_)
+        | ForkError::Privilege(_)
+        | ForkError::OpenRandom { .. }
+        | ForkError::Port { .. }
+        | ForkError::ReadClock { .. }
+        | ForkError::Raise { .. } => EACCESS,
+        ForkError::NotAnswered { .. } => ENOANSWER,
+        ForkError::Refused(code) => c_int::try_from(code.number()).map_or(EPROTOCOL, |number| REFUSED - number),
+        ForkError::Copied => ECOPIED,
+        ForkError::Outcome { .. } | ForkError::Identity { .. } | ForkError::Lower { .. } => match error.role() {
+            Some(Role::Child) => ECHILD,
+            Some(Role::Parent) => EPARENT,
+            Some(Role::Booted) | None => EPROTOCOL,
+        },
+    }
+}
+
+impl From<&Fork> for CFork {
+    fn from(fork: &Fork) -> Self {
+        Self {
+            role: fork.role.number(),
+            index: fork.index,
+            count: fork.count,
+            generation: fork.generation,
+            vm_id: fork.vm_id.into_bytes(),
+            parent_id: fork.parent_id.unwrap_or_default().into_bytes(),
+            name: terminated(&fork.name),
+            vm_type: terminated(&fork.vm_type),
+        }
+    }
+}
+
+/// `text` in a field of `N` bytes with at least one NUL behind it; a longer one, which the page can't hold, is cut off.
+fn terminated<const N: usize>(text: &str) -> [u8; N] {
+    let mut field = [0; N];
+    for (to, from) in field.iter_mut().take(N.saturating_sub(1)).zip(text.bytes()) {
+        *to = from;
+    }
+    field
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fmt::{Display, Write as _};
+    use std::io::Write as _;
+    use std::mem::offset_of;
+    use std::process::{Command, Stdio};
+
+    use super::*;
+    use crate::outcome::tests::child;
+
+    /// A C program whose compilation checks the header against this module.
+    fn assertions() -> String {
+        let mut source = String::from("#include \"vmfork.h\"\n#include <stddef.h>\n");
+        let mut equal =
+            |c: &str, rust: &dyn Display| writeln!(source, "_Static_assert({c} == {rust}, \"{c}\");").unwrap();
+        equal("sizeof(struct vmfork_fork_t)", &size_of::<CFork>());
+        for (field, offset) in [
+            ("role", offset_of!(CFork, role)),
+            ("index", offset_of!(CFork, index)),
+            ("count", offset_of!(CFork, count)),
+            ("generation", offset_of!(CFork, generation)),
+            ("vm_id", offset_of!(CFork, vm_id)),
+            ("parent_id", offset_of!(CFork, parent_id)),
+            ("name", offset_of!(CFork, name)),
+            ("vm_type", offset_of!(CFork, vm_type)),
+        ] {
+            equal(&format!("offsetof(struct vmfork_fork_t, {field})"), &offset);
+        }
+        for (name, code) in [
+            ("OK", OK),
+            ("EINVAL", EINVAL),
+            ("ENOVMM", ENOVMM),
+            ("EVERSION", EVERSION),
+            ("EACCESS", EACCESS),
+            ("ENOANSWER", ENOANSWER),
+            ("EPROTOCOL", EPROTOCOL),
+            ("EPARENT", EPARENT),
+            ("ECHILD", ECHILD),
+            ("ECOPIED", ECOPIED),
+        ] {
+            equal(&format!("VMFORK_{name}"), &code);
+        }
+        for code in ErrorCode::ALL.iter().filter(|&&code| code != ErrorCode::None) {
+            let name = format!("VMFORK_REFUSED(VMFORK_REFUSED{})", screaming(&format!("{code:?}")));
+            equal(&name, &fork_code(&ForkError::Refused(*code)));
+        }
+        equal("VMFORK_PARENT", &Role::Parent.number());
+        equal("VMFORK_CHILD", &Role::Child.number());
+        equal("VMFORK_MAX_CHILDREN", &vmfork_abi::MAX_CHILDREN);
+        source
+    }
+
+    /// `_UNKNOWN_COMMAND` of `UnknownCommand`.
+    fn screaming(name: &str) -> String {
+        let word_start = |c: char| c.is_ascii_uppercase().then_some('_');
+        name.chars().flat_map(|c| word_start(c).into_iter().chain([c.to_ascii_uppercase()])).collect()
+    }
+
+    #[test]
+    fn the_header_says_what_the_library_does() {
+        let mut compiler = Command::new("cc")
+            .args(["-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-fsyntax-only", "-x", "c", "-"])
+            .arg(concat!("-I", env!("CARGO_MANIFEST_DIR"), "/include"))
+            .stdin(Stdio::piped())
+            .spawn()
+            .expect("cc, which links these tests too");
+        compiler.stdin.take().unwrap().write_all(assertions().as_bytes()).unwrap();
+        assert!(compiler.wait().unwrap().success());
+    }
+
+    #[test]
+    fn a_fork_crosses_whole() {
+        let fork = CFork::from(&Fork::after_fork(&child()).unwrap());
+        assert_eq!((fork.role, fork.index, fork.count, fork.generation), (2, 2, 4, 1));
+        assert_eq!((fork.vm_id, fork.parent_id), ([0x11; 16], [0x22; 16]));
+        assert_eq!(CStr::from_bytes_until_nul(&fork.name).unwrap(), c"web.2");
+        assert_eq!(CStr::from_bytes_until_nul(&fork.vm_type).unwrap(), c"web");
+        assert_eq!(terminated::<4>("12345"), *b"123\0");
+    }
+
+    #[test]
+    fn bad_arguments_are_told_apart_from_a_missing_vmm() {
+        let mut out = CFork::from(&Fork::after_fork(&child()).unwrap());
+        let mut call = |vm_type: *const c_char, count| {
+            // SAFETY: NULL or a literal with its NUL, and memory for one outcome.
+            unsafe { vmfork_fork(vm_type, count, &raw mut out) }
+        };
+        assert_eq!(call(std::ptr::null(), 1), EINVAL);
+        assert_eq!(call(c"Web".as_ptr(), 1), EINVAL);
+        assert_eq!(call(c"web".as_ptr(), 0), EINVAL);
+        // SAFETY: a literal with its NUL, and NULL.
+        assert_eq!(unsafe { vmfork_fork(c"web".as_ptr(), 1, std::ptr::null_mut()) }, EINVAL);
+    }
+
+    #[test]
+    fn every_code_has_a_text() {
+        assert_eq!(text(OK), c"success");
+        assert_eq!(text(ECHILD), c"this VM is a child without a complete identity");
+        assert_eq!(text(REFUSED - 3), c"a fork of this VM is under way");
+        for unknown in [1, -10, -99, -114, c_int::MAX, c_int::MIN] {
+            assert_eq!(text(unknown), c"unknown code", "{unknown}");
+        }
+    }
+
+    #[test]
+    fn errors_in_a_child_are_told_apart() {
+        let source = || std::io::Error::from_raw_os_error(libc::EPERM);
+        assert_eq!(fork_code(&ForkError::Lower { role: Role::Child, source: source() }), ECHILD);
+        assert_eq!(fork_code(&ForkError::Lower { role: Role::Parent, source: source() }), EPARENT);
+        assert_eq!(fork_code(&ForkError::Raise { source: source() }), EACCESS);
+        assert_eq!(fork_code(&ForkError::Copied), ECOPIED);
+    }
+}

@@ -1,0 +1,18 @@
+//! `vmfork status`: who this VM is, without a fork.
+
+use std::process::ExitCode;
+
+use vmfork::Vmm;
+
+use super::{CommandError, print, print_json};
+
+pub(crate) fn run(json: bool) -> Result<ExitCode, CommandError> {
+    let vmm = Vmm::open().map_err(CommandError::Open)?;
+    let status = vmm.status().map_err(CommandError::Status)?;
+    if json {
+        print_json(&status)?
+    } else {
+        print(&status.to_string())?
+    }
+    Ok(ExitCode::SUCCESS)
+}

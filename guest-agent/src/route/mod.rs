@@ -1,0 +1,3 @@
+//! How a request reaches the VMM, and how its answer comes back.
+
+pub(crate) mod doorbell;
