@@ -1,0 +1,258 @@
+//! An immutable image of a guest's memory: layers of memory files, each one over the ones before it.
+
+use std::{fs::File, sync::Arc};
+
+use serde::{Deserialize, Serialize};
+
+use super::{Error, Mapping};
+use crate::arch::layout::{MAX_RAM_BYTES, PAGE_BYTES};
+
+/// Most pieces that an image may consist of: each costs every VM that maps it a mapping, of which Linux allows a process
+/// 65,530 by default (vm.max_map_count).
+pub const MAX_EXTENTS: usize = 32_768;
+
+/// Most layers of one image, so that its file descriptors fit into one message (Linux's SCM_MAX_FD is 253).
+pub const MAX_LAYERS: usize = 200;
+
+/// Consecutive pages of the guest's memory that a layer holds, packed in the layer's file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Run {
+    /// First page of the guest's memory.
+    pub page: u64,
+    /// Number of pages.
+    pub pages: u64,
+    /// Page of the layer's file with the first page's content.
+    pub file_page: u64,
+}
+
+impl Run {
+    /// Page of guest memory behind the last one.
+    pub fn end(&self) -> u64 {
+        self.page + self.pages
+    }
+}
+
+/// A memory file and the pages that it holds: sorted, without overlap.
+#[derive(Debug)]
+pub struct Layer {
+    /// The sealed file.
+    pub file: Arc<File>,
+    /// What it holds.
+    pub runs: Vec<Run>,
+}
+
+impl Layer {
+    /// A layer that holds all of a memory of `pages` pages.
+    pub fn whole(file: Arc<File>, pages: u64) -> Self {
+        Self { file, runs: vec![Run { page: 0, pages, file_page: 0 }] }
+    }
+
+    /// Checks that the runs are not empty, sorted, without overlap, within a memory of `pages` pages, and within the file: a page
+    /// behind the file's end would be a SIGBUS in the VM that maps it.
+    fn check(&self, pages: u64) -> Result<(), Error> {
+        let stat = |source| Error::File { operation: "look at", name: "layer".to_owned(), source };
+        let file_pages = self.file.metadata().map_err(stat)?.len() / PAGE_BYTES;
+        let mut free_from = 0;
+        for run in &self.runs {
+            let end = run.page.checked_add(run.pages);
+            if run.pages == 0 || run.page < free_from || end.is_none_or(|end| end > pages) {
+                return Err(Error::Invalid("a layer's runs are not sorted or reach out of the memory"));
+            }
+            if run.file_page.checked_add(run.pages).is_none_or(|end| end > file_pages) {
+                return Err(Error::Invalid("a layer's run reaches out of its file"));
+            }
+            free_from = run.page + run.pages;
+        }
+        Ok(())
+    }
+}
+
+/// A piece of an image: a run, and the layer that it comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// Index of the layer.
+    pub layer: usize,
+    /// The pages.
+    pub run: Run,
+}
+
+/// An image: all of a guest's memory at one instant. Layers are shared between the images that build on them.
+#[derive(Debug, Clone)]
+pub struct Image {
+    pages: u64,
+    layers: Vec<Arc<Layer>>,
+    extents: Vec<Extent>,
+}
+
+impl Image {
+    /// An image of `pages` pages of guest memory from its layers, lowest first.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] where the layers do not cover the memory exactly, have unsorted runs, or are too many.
+    pub fn new(pages: u64, layers: Vec<Arc<Layer>>) -> Result<Self, Error> {
+        if layers.len() > MAX_LAYERS {
+            return Err(Error::Invalid("too many layers"));
+        }
+        if pages == 0 || pages > MAX_RAM_BYTES / PAGE_BYTES {
+            return Err(Error::Invalid("the memory's size is out of range"));
+        }
+        let mut extents = Vec::new();
+        for (index, layer) in layers.iter().enumerate() {
+            layer.check(pages)?;
+            extents = overlay(&extents, index, &layer.runs);
+        }
+        let mut covered = 0;
+        for extent in &extents {
+            if extent.run.page != covered {
+                return Err(Error::Invalid("the layers leave a hole"));
+            }
+            covered = extent.run.end();
+        }
+        if covered != pages {
+            return Err(Error::Invalid("the layers do not reach the end of the memory"));
+        }
+        if extents.len() > MAX_EXTENTS {
+            return Err(Error::Invalid("too many pieces"));
+        }
+        Ok(Self { pages, layers, extents })
+    }
+
+    /// This image with one more layer over it.
+    ///
+    /// # Errors
+    /// As [`Image::new`].
+    pub fn with_layer(&self, layer: Layer) -> Result<Self, Error> {
+        let mut layers = self.layers.clone();
+        layers.push(Arc::new(layer));
+        Self::new(self.pages, layers)
+    }
+
+    /// Size of the guest's memory in pages.
+    pub fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    /// The layers, lowest first.
+    pub fn layers(&self) -> &[Arc<Layer>] {
+        &self.layers
+    }
+
+    /// Where each page's content is: sorted, and without holes or overlap.
+    pub fn extents(&self) -> &[Extent] {
+        &self.extents
+    }
+
+    /// Maps the image over all of `mapping` as a private view.
+    ///
+    /// # Errors
+    /// [`Error::Map`] where a piece can't be mapped.
+    pub fn map_private(&self, mapping: &Mapping) -> Result<(), Error> {
+        for Extent { layer, run } in &self.extents {
+            let bytes =
+                |pages: u64| usize::try_from(pages * PAGE_BYTES).map_err(|_| Error::Invalid("memory too large"));
+            let file = &self.layers[*layer].file;
+            mapping.map_private(bytes(run.page)?, bytes(run.pages)?, file, run.file_page * PAGE_BYTES)?;
+        }
+        Ok(())
+    }
+}
+
+/// The pieces of `below` with `runs` of `layer` laid over them. Both are sorted and without overlap, and so is the result.
+fn overlay(below: &[Extent], layer: usize, runs: &[Run]) -> Vec<Extent> {
+    let mut above = runs.iter().copied().peekable();
+    let mut result = Vec::with_capacity(below.len() + 2 * runs.len());
+    for extent in below {
+        let mut rest = extent.run;
+        while let Some(run) = above.peek().copied().filter(|run| run.page < rest.end()) {
+            if run.page > rest.page {
+                result.push(Extent { layer: extent.layer, run: Run { pages: run.page - rest.page, ..rest } });
+            }
+            if run.end() > rest.end() {
+                // It reaches into the next piece: this one has nothing left to show.
+                rest.pages = 0;
+                break;
+            }
+            result.push(Extent { layer, run });
+            above.next();
+            let hidden = run.end().saturating_sub(rest.page);
+            rest = Run { page: rest.page + hidden, pages: rest.pages - hidden, file_page: rest.file_page + hidden };
+        }
+        if rest.pages > 0 {
+            result.push(Extent { layer: extent.layer, run: rest });
+        }
+    }
+    result.extend(above.map(|run| Extent { layer, run }));
+    result
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const PAGES: u64 = 64;
+
+    fn layer(runs: Vec<Run>) -> Arc<Layer> {
+        let file = crate::memory::unsealed("test", PAGES * PAGE_BYTES).unwrap();
+        Arc::new(Layer { file: Arc::new(file), runs })
+    }
+
+    /// Runs of the pages whose bit is set, packed in the file.
+    fn packed(mask: u64) -> Vec<Run> {
+        let mut runs: Vec<Run> = Vec::new();
+        for (file_page, page) in (0..).zip((0..PAGES).filter(|page| mask >> page & 1 == 1)) {
+            match runs.last_mut() {
+                Some(run) if run.end() == page => run.pages += 1,
+                _ => runs.push(Run { page, pages: 1, file_page }),
+            }
+        }
+        runs
+    }
+
+    proptest! {
+        /// The naive model: an array with, for each page, the layer and the file's page that show.
+        #[test]
+        fn extents_show_the_topmost_layer(masks in proptest::collection::vec(any::<u64>(), 0..6)) {
+            let mut model: Vec<(usize, u64)> = (0..PAGES).map(|page| (0, page)).collect();
+            let mut layers = vec![layer(vec![Run { page: 0, pages: PAGES, file_page: 0 }])];
+            for mask in masks {
+                let runs = packed(mask);
+                for run in &runs {
+                    for at in 0..run.pages {
+                        model[usize::try_from(run.page + at).unwrap()] = (layers.len(), run.file_page + at);
+                    }
+                }
+                layers.push(layer(runs));
+            }
+            let image = Image::new(PAGES, layers).unwrap();
+            let shown: Vec<(usize, u64)> = image
+                .extents()
+                .iter()
+                .flat_map(|extent| (0..extent.run.pages).map(|at| (extent.layer, extent.run.file_page + at)))
+                .collect();
+            prop_assert_eq!(shown, model);
+        }
+    }
+
+    #[test]
+    fn a_bad_description_is_refused() {
+        let run = |page, pages, file_page| Run { page, pages, file_page };
+        for (runs, why) in [
+            (vec![], "nothing"),
+            (vec![run(0, 63, 0)], "end missing"),
+            (vec![run(1, 63, 0)], "start missing"),
+            (vec![run(0, 65, 0)], "too long"),
+            (vec![run(0, 64, 1)], "behind the file"),
+            (vec![run(0, 64, u64::MAX)], "overflow in the file"),
+            (vec![run(u64::MAX, 2, 0)], "overflow"),
+            (vec![run(0, 0, 0), run(0, 64, 0)], "empty run"),
+            (vec![run(32, 32, 0), run(0, 32, 32)], "unsorted"),
+            (vec![run(0, 33, 0), run(32, 32, 32)], "overlap"),
+        ] {
+            assert!(Image::new(PAGES, vec![layer(runs)]).is_err(), "{why}");
+        }
+        assert!(Image::new(0, vec![]).is_err());
+        assert!(Image::new(u64::MAX, vec![]).is_err());
+    }
+}

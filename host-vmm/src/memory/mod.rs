@@ -1,0 +1,64 @@
+//! Guest memory: immutable images, and each VM's private view of one.
+//!
+//! ```text
+//!  boot                 first fork                       fork of a private view
+//!  ┌────────────┐       ┌────────────┐                   ┌──────────────┐
+//!  │ view       │       │ parent view│ private           │ parent view  │ unchanged
+//!  └────┬───────┘       └────┬───────┘                   └────┬─────────┘
+//!   shared              copy-on-write                     its dirty pages are written out
+//!  ┌────┴───────┐       ┌────┴───────┐                   ┌────┴─────────┐
+//!  │ memfd      │  ──►  │ image      │ sealed     ──►    │ image + delta│ sealed
+//!  └────────────┘       └────┬───────┘                   └────┬─────────┘
+//!                        copy-on-write                    copy-on-write
+//!                       ┌────┴───────┐                   ┌────┴─────────┐
+//!                       │ child view │ private           │ child view   │ private
+//!                       └────────────┘                   └──────────────┘
+//! ```
+//!
+//! A freshly booted VM's memory is a memfd mapped shared, so its pages are in the file already. Freezing it makes the parent's
+//! addresses a private view of the same file, and forbids everybody to write the file again: nothing is copied. A VM that is
+//! a private view already needs no switch: its dirty pages are written into a delta layer, which its children map over the rest.
+
+use std::io;
+
+pub mod dirty;
+mod image;
+mod mapping;
+mod memfd;
+mod view;
+
+pub use image::{Extent, Image, Layer, MAX_EXTENTS, MAX_LAYERS, Run};
+pub use mapping::Mapping;
+pub use memfd::{sealed, unsealed};
+pub use view::{Aside, Frozen, View};
+
+/// What can go wrong with guest memory.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// mmap or mremap failed.
+    #[error("can't map {what} of {bytes} bytes")]
+    Map {
+        /// What was to be mapped.
+        what: &'static str,
+        /// Its size in bytes.
+        bytes: usize,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// A memory file could not be made, grown, written or sealed.
+    #[error("can't {operation} the memory file {name}")]
+    File {
+        /// What was tried.
+        operation: &'static str,
+        /// Which file.
+        name: String,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// The page map of this process could not be read.
+    #[error("can't read the page map of the guest's memory")]
+    PageMap(#[source] io::Error),
+    /// A description of an image makes no sense.
+    #[error("the image is not valid: {0}")]
+    Invalid(&'static str),
+}

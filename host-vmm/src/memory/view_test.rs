@@ -1,0 +1,112 @@
+use proptest::prelude::*;
+
+use super::*;
+
+const PAGES: usize = 48;
+const PAGE: usize = 4096;
+
+/// The first byte of a page stands for all of it.
+fn poke(view: &View, page: usize, value: u8) {
+    view.mapping().write(page * PAGE, &[value]).unwrap();
+}
+
+fn peek(view: &View, page: usize) -> u8 {
+    let mut byte = [0];
+    view.mapping().read(page * PAGE, &mut byte).unwrap();
+    byte[0]
+}
+
+fn content(view: &View) -> Vec<u8> {
+    (0..PAGES).map(|page| peek(view, page)).collect()
+}
+
+fn fork(view: &mut View) -> View {
+    let frozen = view.freeze().unwrap();
+    let child = View::of_image(Arc::clone(frozen.image())).unwrap();
+    if let Some(aside) = frozen.keep() {
+        aside.clear_away().unwrap();
+    }
+    child
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    Write { vm: usize, page: usize, value: u8 },
+    Fork { vm: usize },
+    FailedFork { vm: usize },
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        6 => (any::<usize>(), 0..PAGES, any::<u8>()).prop_map(|(vm, page, value)| Step::Write { vm, page, value }),
+        2 => any::<usize>().prop_map(|vm| Step::Fork { vm }),
+        1 => any::<usize>().prop_map(|vm| Step::FailedFork { vm }),
+    ]
+}
+
+proptest! {
+    /// The naive model copies all of a VM's memory at every fork.
+    #[test]
+    fn copies_are_as_if_copied(steps in proptest::collection::vec(step(), 1..60)) {
+        let bytes = (PAGES * PAGE) as u64;
+        let mut vms = vec![(View::fresh(bytes).unwrap(), vec![0; PAGES])];
+        for step in steps {
+            match step {
+                Step::Write { vm, page, value } => {
+                    let count = vms.len();
+                    let (view, model) = &mut vms[vm % count];
+                    poke(view, page, value);
+                    model[page] = value;
+                }
+                Step::Fork { vm } => {
+                    let count = vms.len();
+                    let (view, model) = &mut vms[vm % count];
+                    let copy = (fork(view), model.clone());
+                    vms.push(copy);
+                }
+                Step::FailedFork { vm } => {
+                    let count = vms.len();
+                    drop(vms[vm % count].0.freeze().unwrap());
+                }
+            }
+            for (view, model) in &vms {
+                prop_assert_eq!(&content(view), model);
+            }
+        }
+    }
+}
+
+#[test]
+fn an_image_can_not_be_written() {
+    let mut view = View::fresh((PAGES * PAGE) as u64).unwrap();
+    let file = Arc::clone(view.own_file().unwrap());
+    poke(&view, 3, 7);
+    drop(fork(&mut view));
+    assert!(file.write_at(b"x", 0).is_err());
+    let again = Mapping::reserve(PAGES * PAGE).unwrap();
+    assert!(again.map_shared(&file).is_err());
+    poke(&view, 3, 8);
+    let mut stored = [0];
+    file.read_exact_at(&mut stored, 3 * 4096).unwrap();
+    assert_eq!(stored, [7]);
+}
+
+#[test]
+fn a_failed_freeze_leaves_the_file_the_vms_own() {
+    let mut view = View::fresh((PAGES * PAGE) as u64).unwrap();
+    drop(view.freeze().unwrap());
+    poke(&view, 5, 9);
+    let mut stored = [0];
+    view.own_file().unwrap().read_exact_at(&mut stored, 5 * 4096).unwrap();
+    assert_eq!(stored, [9]);
+}
+
+#[test]
+fn an_idle_view_adds_no_layer() {
+    let mut view = View::fresh((PAGES * PAGE) as u64).unwrap();
+    let mut child = fork(&mut view);
+    let grandchild = fork(&mut child);
+    assert_eq!(content(&grandchild), vec![0; PAGES]);
+    let Backing::Image(image) = &grandchild.backing else { panic!("not an image") };
+    assert_eq!(image.layers().len(), 1);
+}
