@@ -1,0 +1,124 @@
+//! The command line: types only.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::fork::Step;
+
+/// Runs Linux guests on KVM that can fork themselves.
+#[derive(Debug, Parser)]
+#[command(name = "host-vmm", version, propagate_version = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Boot a VM, and run it and its children until all have ended.
+    #[command(after_help = EXIT_CODES)]
+    Run(Run),
+    /// Find out whether guests can run here, and what to do where they can't.
+    Check(Check),
+    /// Hold one VM (started by the platform, not by people).
+    #[command(hide = true)]
+    Node,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes: how the booted VM ended. 0 it was powered off, or Ctrl-A x; 3 it was reset (a reboot, or a panic); 1 it or host-vmm \
+failed; 2 wrong usage; 129, 130, 143 host-vmm got SIGHUP, SIGINT, SIGTERM.
+
+On a terminal, keys go to the booted VM; Ctrl-A x ends all VMs, Ctrl-A Ctrl-A is one Ctrl-A.";
+
+/// Options of `run`.
+#[derive(Debug, Args)]
+pub struct Run {
+    /// Kernel: a bzImage (vmlinuz), or an ELF vmlinux.
+    #[arg(long, value_name = "FILE")]
+    pub kernel: PathBuf,
+    /// Initial RAM disk.
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// Guest memory: bytes, or with K, M or G.
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = memory_size)]
+    pub mem: u64,
+    /// Number of vCPUs.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
+    pub cpus: u8,
+    /// Added to the kernel's command line, which starts with "console=ttyS0 panic=-1 pci=off".
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+    pub cmdline: String,
+    /// Name of the booted VM.
+    #[arg(long, value_name = "NAME", default_value = "vm", value_parser = vm_name)]
+    pub name: String,
+    /// Folder for the consoles' logs, one file for each VM.
+    #[arg(long, value_name = "DIR", default_value = "host-vmm.logs")]
+    pub log_dir: PathBuf,
+    /// Write what happens to FILE, as JSON lines.
+    #[arg(long, value_name = "FILE")]
+    pub events: Option<PathBuf>,
+    /// Most VMs at a time; a fork that would need more fails.
+    #[arg(long, value_name = "N", default_value_t = 1100)]
+    pub max_vms: usize,
+    /// For tests: let the booted VM's forks fail, one for each step that is named, in order.
+    #[arg(long, value_name = "STEP", value_delimiter = ',', hide = true)]
+    pub inject_fault: Vec<Step>,
+}
+
+/// Options of `check`.
+#[derive(Debug, Args)]
+pub struct Check {
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Parses a size such as `512M`.
+fn memory_size(text: &str) -> Result<u64, String> {
+    use crate::arch::layout::{MAX_RAM_BYTES, MIN_RAM_BYTES, PAGE_BYTES};
+    let (digits, shift) = match text.char_indices().last() {
+        Some((at, 'K' | 'k')) => (&text[..at], 10),
+        Some((at, 'M' | 'm')) => (&text[..at], 20),
+        Some((at, 'G' | 'g')) => (&text[..at], 30),
+        _ => (text, 0),
+    };
+    let number: u64 = digits.parse().map_err(|_| "not a size: give bytes, or a number with K, M or G".to_owned())?;
+    let bytes = number.checked_mul(1 << shift).filter(|bytes| (MIN_RAM_BYTES..=MAX_RAM_BYTES).contains(bytes));
+    let bytes = bytes.ok_or_else(|| format!("must be from {}M to {}G", MIN_RAM_BYTES >> 20, MAX_RAM_BYTES >> 30))?;
+    if bytes % PAGE_BYTES == 0 { Ok(bytes) } else { Err("must be a multiple of 4096 bytes".to_owned()) }
+}
+
+/// Parses a name, which is a VM type too.
+fn vm_name(text: &str) -> Result<String, String> {
+    if vmfork_abi::is_vm_type(text) {
+        Ok(text.to_owned())
+    } else {
+        Err("must be 1 to 32 characters of a-z, 0-9 and -, and not start or end with -".to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_have_suffixes() {
+        assert_eq!(memory_size("512M"), Ok(512 << 20));
+        assert_eq!(memory_size("1g"), Ok(1 << 30));
+        assert_eq!(memory_size("33554432"), Ok(32 << 20));
+        for bad in ["", "M", "1T", "-1M", "1M", "4097K", "18446744073709551615G"] {
+            assert!(memory_size(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,125 @@
+//! `host-vmm run`: boot a VM, and be the platform for it and its children.
+
+use std::{
+    fs::File,
+    path::Path,
+    process::ExitCode,
+    sync::{
+        Arc,
+        atomic::{AtomicU8, Ordering},
+    },
+    thread,
+};
+
+use anyhow::Context;
+use nix::sys::signal::{SigSet, Signal};
+
+use crate::{
+    cli,
+    machine::{Config, End},
+    platform::{Boot, ConsoleInput, Platform, Settings, Terminal, read_keys},
+};
+
+/// What every kernel command line starts with: the console; a panic ends the VM at once; there is no PCI to look for.
+const CMDLINE: &str = "console=ttyS0 panic=-1 pci=off";
+
+/// Exit code of a VM that was reset.
+const RESET: u8 = 3;
+
+/// Exit code where a signal ended the VMs: this and its number.
+const SIGNALLED: u8 = 128;
+
+/// The VMs were not stopped from outside.
+const NOT_STOPPED: u8 = u8::MAX;
+
+/// Boots a VM, and runs it and its children until all have ended.
+///
+/// # Errors
+/// Where a file can't be used, or the VM can't be launched.
+pub fn run(options: cli::Run) -> anyhow::Result<ExitCode> {
+    let open =
+        |what, path: &Path| File::open(path).with_context(|| format!("can't open the {what} {}", path.display()));
+    let create = |path: &Path| File::create(path).with_context(|| format!("can't create {}", path.display()));
+    let boot = Boot {
+        config: Config { ram_bytes: options.mem, vcpus: options.cpus },
+        name: options.name,
+        kernel: open("kernel", &options.kernel)?,
+        initrd: options.initrd.as_deref().map(|path| open("initrd", path)).transpose()?,
+        cmdline: format!("{CMDLINE} {}", options.cmdline).trim_end().to_owned(),
+        faults: options.inject_fault,
+    };
+    let settings = Settings {
+        log_dir: options.log_dir,
+        events: options.events.as_deref().map(create).transpose()?,
+        max_vms: options.max_vms,
+    };
+    // Before any thread starts: all of them are to leave the signals to the one that waits for them.
+    let signals = block_signals()?;
+    let platform = Platform::new(settings)?;
+    let stopped = Arc::new(AtomicU8::new(NOT_STOPPED));
+    stop_on_signal(&platform, &stopped, signals)?;
+    // Dropped on every way out from here, which puts the terminal back.
+    let terminal = Terminal::raw().context("can't switch the terminal to raw mode")?;
+    let input = platform.boot(boot)?;
+    read_console(&platform, &stopped, terminal.is_interactive(), input)?;
+    let end = platform.wait();
+    drop(terminal);
+    Ok(exit_code(stopped.load(Ordering::SeqCst), end))
+}
+
+fn block_signals() -> anyhow::Result<SigSet> {
+    let signals = SigSet::from_iter([Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM]);
+    signals.thread_block().context("can't block signals")?;
+    Ok(signals)
+}
+
+fn stop_on_signal(platform: &Arc<Platform>, stopped: &Arc<AtomicU8>, signals: SigSet) -> anyhow::Result<()> {
+    let platform = Arc::clone(platform);
+    let stopped = Arc::clone(stopped);
+    let wait = move || match signals.wait() {
+        Ok(signal) => {
+            stopped.store(SIGNALLED + u8::try_from(signal as i32).unwrap_or(0), Ordering::SeqCst);
+            platform.stop();
+        }
+        Err(errno) => tracing::error!(%errno, "signals can't be waited for"),
+    };
+    thread::Builder::new().name("signals".into()).spawn(wait).context("can't start a thread")?;
+    Ok(())
+}
+
+fn read_console(
+    platform: &Arc<Platform>,
+    stopped: &Arc<AtomicU8>,
+    interactive: bool,
+    input: ConsoleInput,
+) -> anyhow::Result<()> {
+    let platform = Arc::clone(platform);
+    let stopped = Arc::clone(stopped);
+    let read = move || {
+        let quit = || {
+            stopped.store(0, Ordering::SeqCst);
+            platform.stop();
+        };
+        read_keys(interactive, |bytes| input.send(bytes).is_ok(), quit);
+    };
+    thread::Builder::new().name("keys".into()).spawn(read).context("can't start a thread")?;
+    Ok(())
+}
+
+fn exit_code(stopped: u8, end: Option<End>) -> ExitCode {
+    if stopped != NOT_STOPPED {
+        return ExitCode::from(stopped);
+    }
+    match end {
+        Some(End::PoweredOff) => ExitCode::SUCCESS,
+        Some(End::Reset) => ExitCode::from(RESET),
+        Some(End::Broken(why)) => {
+            eprintln!("host-vmm: the VM can't go on: {why}");
+            ExitCode::FAILURE
+        }
+        Some(End::Orphaned) | None => {
+            eprintln!("host-vmm: the VM's node died");
+            ExitCode::FAILURE
+        }
+    }
+}

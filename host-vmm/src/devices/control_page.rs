@@ -1,0 +1,80 @@
+//! The control page, from the VMM's side. Its layout is in the crate `vmfork-abi`.
+//!
+//! The guest can write all of the page at any time. So the request is copied out once and only the copy is looked at, and what
+//! the VMM wrote is never read back.
+
+use std::sync::Arc;
+
+use vmfork_abi::{ABI_VERSION, Header, Identity, MAGIC, PAGE, PAGE_BYTES, Request, Response};
+
+use crate::memory::{self, Mapping};
+
+/// One VM's control page.
+#[derive(Debug)]
+pub struct ControlPage {
+    mapping: Arc<Mapping>,
+}
+
+impl ControlPage {
+    /// A page with its header and nothing else.
+    ///
+    /// # Errors
+    /// [`memory::Error`] where there is no memory for it.
+    pub fn new() -> Result<Self, memory::Error> {
+        let mapping = Mapping::reserve(PAGE_BYTES)?;
+        mapping.map_shared(&memory::unsealed("vm-control-page", PAGE_BYTES as u64)?)?;
+        let header = Header {
+            magic: MAGIC,
+            abi_version: ABI_VERSION,
+            page_bytes: u32::try_from(PAGE_BYTES).unwrap_or(0),
+            ..Default::default()
+        };
+        mapping.write(PAGE.header.offset, &header.to_bytes())?;
+        Ok(Self { mapping: Arc::new(mapping) })
+    }
+
+    /// The memory to show to the guest.
+    pub fn mapping(&self) -> &Arc<Mapping> {
+        &self.mapping
+    }
+
+    /// Copies the request out. It is as the guest wrote it: unchecked.
+    ///
+    /// # Errors
+    /// [`memory::Error`] never, for as long as the page's layout is right.
+    pub fn request(&self) -> Result<Request, memory::Error> {
+        let mut bytes = [0; Request::BYTES];
+        self.mapping.read(PAGE.request.offset, &mut bytes)?;
+        Ok(Request::from_bytes(&bytes))
+    }
+
+    /// Writes the response.
+    ///
+    /// # Errors
+    /// As [`ControlPage::request`].
+    pub fn respond(&self, response: &Response) -> Result<(), memory::Error> {
+        self.mapping.write(PAGE.response.offset, &response.to_bytes())
+    }
+
+    /// Writes who this VM is.
+    ///
+    /// # Errors
+    /// As [`ControlPage::request`].
+    pub fn identify(&self, identity: &Identity) -> Result<(), memory::Error> {
+        self.mapping.write(PAGE.identity.offset, &identity.to_bytes())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_bytes_are_a_request() {
+        let page = ControlPage::new().unwrap();
+        for filling in [0x00, 0x5a, 0xff] {
+            page.mapping().write(0, &[filling; PAGE_BYTES]).unwrap();
+            assert_eq!(page.request().unwrap().to_bytes(), [filling; Request::BYTES]);
+        }
+    }
+}

@@ -1,0 +1,84 @@
+//! The devices of a VM, and which port is whose.
+//!
+//! A device's state stands beside the device; [`DevicesState`] holds them all, so that a fork can forget none.
+
+use std::{fs::File, sync::Arc, sync::Mutex};
+
+use serde::{Deserialize, Serialize};
+
+mod control_page;
+pub mod power;
+mod serial;
+
+pub use control_page::ControlPage;
+pub use serial::{Error, Serial, SerialState};
+
+use crate::{
+    arch::layout::{I8042_PORT, RESET_PORT, SERIAL_PORT, SLEEP_CONTROL_PORT},
+    kvm::Vm,
+    sync::lock,
+};
+use power::PowerEvent;
+
+/// Ports of the serial console behind its first one.
+const SERIAL_LAST_PORT: u16 = SERIAL_PORT + 7;
+
+/// All devices of one VM but the control page, which no access traps to.
+#[derive(Debug)]
+pub struct Devices {
+    serial: Mutex<Serial>,
+}
+
+/// State of all devices.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct DevicesState {
+    serial: SerialState,
+}
+
+impl Devices {
+    /// The devices of a VM that is about to boot. The console writes to `output`.
+    pub fn new(vm: &Arc<Vm>, output: File) -> Self {
+        Self { serial: Mutex::new(Serial::new(vm, output)) }
+    }
+
+    /// The devices of a copy.
+    ///
+    /// # Errors
+    /// [`Error`] where a state is not one that the device can have.
+    pub fn restore(state: &DevicesState, vm: &Arc<Vm>, output: File) -> Result<Self, Error> {
+        Ok(Self { serial: Mutex::new(Serial::restore(&state.serial, vm, output)?) })
+    }
+
+    /// The state. All vCPUs must be stopped.
+    pub fn save(&self) -> DevicesState {
+        DevicesState { serial: lock(&self.serial).save() }
+    }
+
+    /// Serves a read of a port. Where there is no device, all bits read as one.
+    pub fn read_port(&self, port: u16, data: &mut [u8]) {
+        data.fill(0xff);
+        if let (SERIAL_PORT..=SERIAL_LAST_PORT, [byte]) = (port, data) {
+            *byte = lock(&self.serial).read(port - SERIAL_PORT);
+        }
+    }
+
+    /// Serves a write to a port. Where there is no device, nothing happens.
+    pub fn write_port(&self, port: u16, data: &[u8]) -> Option<PowerEvent> {
+        match (port, data) {
+            (SERIAL_PORT..=SERIAL_LAST_PORT, [byte]) => {
+                lock(&self.serial).write(port - SERIAL_PORT, *byte);
+                None
+            }
+            (SLEEP_CONTROL_PORT | RESET_PORT | I8042_PORT, [byte]) => power::write(port, *byte),
+            _ => None,
+        }
+    }
+
+    /// Gives the console as many of these bytes as it takes now, and returns how many that were.
+    ///
+    /// # Errors
+    /// [`Error::Console`] where the guest can't be told.
+    pub fn console_input(&self, bytes: &[u8]) -> Result<usize, Error> {
+        lock(&self.serial).input(bytes)
+    }
+}

@@ -1,0 +1,184 @@
+//! One vCPU: set up for boot, run, saved and restored.
+
+use std::io;
+
+use kvm_bindings::{CpuId, Msrs};
+use kvm_ioctls::VcpuFd;
+
+use super::{CpuidEntry, Error, Exit, Kicker, Msr, Registers, SystemRegisters, VcpuId};
+
+/// Most registers for one KVM_GET_MSRS or KVM_SET_MSRS; the kernel's own limit is 256.
+const MSR_CHUNK: usize = 200;
+
+/// A vCPU. It belongs to one thread at a time.
+#[derive(Debug)]
+pub struct Vcpu {
+    pub(super) id: VcpuId,
+    pub(super) fd: VcpuFd,
+    /// Size of the XSAVE area in bytes where KVM_GET_XSAVE2 is needed for it, or 0.
+    pub(super) xsave_bytes: usize,
+    /// Whether there are extended control registers: a host without XSAVE has none.
+    pub(super) has_xcrs: bool,
+    /// What CPUID shows.
+    pub(super) cpuid: Vec<CpuidEntry>,
+    /// The model-specific registers that are part of the state.
+    pub(super) msrs: Vec<u32>,
+    kicker: Kicker,
+}
+
+impl Vcpu {
+    pub(super) fn new(
+        id: VcpuId,
+        fd: VcpuFd,
+        run_bytes: usize,
+        xsave_bytes: usize,
+        has_xcrs: bool,
+    ) -> Result<Self, Error> {
+        let kicker = Kicker::new(id, &fd, run_bytes)?;
+        Ok(Self { id, fd, xsave_bytes, has_xcrs, cpuid: Vec::new(), msrs: Vec::new(), kicker })
+    }
+
+    /// Which vCPU this is.
+    pub fn id(&self) -> VcpuId {
+        self.id
+    }
+
+    /// A handle with which other threads can stop this vCPU.
+    pub fn kicker(&self) -> &Kicker {
+        &self.kicker
+    }
+
+    /// Makes this a processor that shows `cpuid`, and whose state includes those of `msr_indices` that it has.
+    ///
+    /// # Errors
+    /// [`Error::VcpuCall`] or [`Error::Unfit`].
+    pub fn set_model(&mut self, cpuid: Vec<CpuidEntry>, msr_indices: &[u32]) -> Result<(), Error> {
+        self.set_cpuid(cpuid)?;
+        self.msrs = self.readable_msrs(msr_indices)?;
+        Ok(())
+    }
+
+    /// Sets what CPUID shows (KVM_SET_CPUID2). Comes before everything else: what KVM accepts depends on it.
+    pub(super) fn set_cpuid(&mut self, entries: Vec<CpuidEntry>) -> Result<(), Error> {
+        let unfit = |_| Error::Unfit { vcpu: self.id, what: "too many CPUID leaves" };
+        let cpuid = CpuId::from_entries(&entries).map_err(unfit)?;
+        self.fd.set_cpuid2(&cpuid).map_err(self.call("KVM_SET_CPUID2"))?;
+        self.cpuid = entries;
+        Ok(())
+    }
+
+    /// Puts the vCPU at the entry of a kernel.
+    ///
+    /// # Errors
+    /// [`Error::VcpuCall`] or [`Error::Msr`].
+    pub fn set_entry(
+        &self,
+        registers: &Registers,
+        system: impl FnOnce(SystemRegisters) -> SystemRegisters,
+        msrs: &[Msr],
+    ) -> Result<(), Error> {
+        let sregs = self.fd.get_sregs().map_err(self.call("KVM_GET_SREGS"))?;
+        self.fd.set_sregs(&system(sregs)).map_err(self.call("KVM_SET_SREGS"))?;
+        self.fd.set_regs(registers).map_err(self.call("KVM_SET_REGS"))?;
+        self.write_msrs(msrs)
+    }
+
+    /// Runs guest code until an exit (KVM_RUN). The exit is complete, and the state consistent, only after the next run or
+    /// [`Vcpu::complete_exit`].
+    ///
+    /// # Errors
+    /// [`Error::VcpuCall`] where KVM refuses to run the vCPU.
+    pub fn run(&mut self) -> Result<Exit<'_>, Error> {
+        let vcpu = self.id;
+        match self.fd.run() {
+            Ok(exit) => Ok(exit.into()),
+            // EAGAIN: an application processor that still waits to be started was woken.
+            Err(errno) if matches!(errno.errno(), libc::EINTR | libc::EAGAIN) => Ok(Exit::Interrupted),
+            Err(errno) => Err(Error::VcpuCall { vcpu, call: "KVM_RUN", source: errno.into() }),
+        }
+    }
+
+    /// Completes a pending exit without running guest code, so that the state can be read (kernel documentation,
+    /// virt/kvm/api.rst, KVM_RUN: for port I/O, MMIO and hypercalls the state is only then consistent).
+    ///
+    /// # Errors
+    /// [`Error::VcpuCall`], also where KVM does anything but return at once.
+    pub fn complete_exit(&mut self) -> Result<(), Error> {
+        self.kicker.arm();
+        let vcpu = self.id;
+        match self.run()? {
+            Exit::Interrupted => Ok(()),
+            other => {
+                let source = io::Error::other(format!("unexpected exit while completing the last one: {other:?}"));
+                Err(Error::VcpuCall { vcpu, call: "KVM_RUN", source })
+            }
+        }
+    }
+
+    /// Tells the guest that it was stopped, so that its watchdogs don't take the pause for a lockup (KVM_KVMCLOCK_CTRL).
+    ///
+    /// # Errors
+    /// [`Error::VcpuCall`]; a guest that does not use kvmclock (EINVAL) has nothing to be told and is no error.
+    pub fn tell_paused(&self) -> Result<(), Error> {
+        match self.fd.kvmclock_ctrl() {
+            Err(errno) if errno.errno() == libc::EINVAL => Ok(()),
+            result => result.map_err(self.call("KVM_KVMCLOCK_CTRL")),
+        }
+    }
+
+    /// Those of `indices` that this vCPU has, as it turns out by reading them.
+    fn readable_msrs(&self, indices: &[u32]) -> Result<Vec<u32>, Error> {
+        let mut readable = Vec::with_capacity(indices.len());
+        let mut rest = indices;
+        while !rest.is_empty() {
+            let chunk = &rest[..rest.len().min(MSR_CHUNK)];
+            let read = self.try_read_msrs(chunk)?.len();
+            readable.extend_from_slice(&chunk[..read]);
+            // KVM stops at the first register that it does not have: go on behind it.
+            rest = &rest[(read + usize::from(read < chunk.len()))..];
+        }
+        Ok(readable)
+    }
+
+    /// Reads registers (KVM_GET_MSRS).
+    pub(super) fn read_msrs(&self, indices: &[u32]) -> Result<Vec<Msr>, Error> {
+        let mut values = Vec::with_capacity(indices.len());
+        for chunk in indices.chunks(MSR_CHUNK) {
+            let read = self.try_read_msrs(chunk)?;
+            if let Some(&index) = chunk.get(read.len()) {
+                return Err(Error::Msr { vcpu: self.id, access: "read", index });
+            }
+            values.extend(read);
+        }
+        Ok(values)
+    }
+
+    fn try_read_msrs(&self, indices: &[u32]) -> Result<Vec<Msr>, Error> {
+        let entries: Vec<_> = indices.iter().map(|&index| Msr { index, value: 0 }.into()).collect();
+        let mut msrs = self.fam(&entries)?;
+        let read = self.fd.get_msrs(&mut msrs).map_err(self.call("KVM_GET_MSRS"))?;
+        Ok(msrs.as_slice()[..read].iter().map(|entry| Msr { index: entry.index, value: entry.data }).collect())
+    }
+
+    /// Writes registers (KVM_SET_MSRS).
+    pub(super) fn write_msrs(&self, msrs: &[Msr]) -> Result<(), Error> {
+        for chunk in msrs.chunks(MSR_CHUNK) {
+            let entries: Vec<_> = chunk.iter().map(|&msr| msr.into()).collect();
+            let written = self.fd.set_msrs(&self.fam(&entries)?).map_err(self.call("KVM_SET_MSRS"))?;
+            if let Some(refused) = chunk.get(written) {
+                return Err(Error::Msr { vcpu: self.id, access: "write", index: refused.index });
+            }
+        }
+        Ok(())
+    }
+
+    fn fam(&self, entries: &[kvm_bindings::kvm_msr_entry]) -> Result<Msrs, Error> {
+        Msrs::from_entries(entries).map_err(|_| Error::Unfit { vcpu: self.id, what: "too many MSRs" })
+    }
+
+    /// Turns a failed call into an [`Error::VcpuCall`].
+    pub(super) fn call(&self, call: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Error {
+        let vcpu = self.id;
+        move |errno| Error::VcpuCall { vcpu, call, source: errno.into() }
+    }
+}

@@ -1,0 +1,153 @@
+//! All of a vCPU's state, and the order in which it is read and written.
+
+use kvm_bindings::{
+    Xsave, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+    kvm_xsave, kvm_xsave2,
+};
+use serde::{Deserialize, Serialize};
+use x86::msr::{IA32_TSC_DEADLINE, TSC};
+
+use super::{CpuidEntry, Error, Vcpu};
+
+/// 32-bit words of the XSAVE area that `struct kvm_xsave` holds; more follow behind it.
+const XSAVE_WORDS: usize = size_of::<kvm_xsave>() / size_of::<u32>();
+
+/// Largest XSAVE area in 32-bit words: 64 KiB, several times what AMX needs.
+const XSAVE_MAX_WORDS: usize = 16 * 1024;
+
+/// A model-specific register and its value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Msr {
+    /// Which register.
+    pub index: u32,
+    /// Its content.
+    pub value: u64,
+}
+
+impl From<Msr> for kvm_msr_entry {
+    fn from(msr: Msr) -> Self {
+        Self { index: msr.index, data: msr.value, ..Default::default() }
+    }
+}
+
+/// State of one vCPU: with the memory, everything that decides what it does next.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct VcpuState {
+    cpuid: Vec<CpuidEntry>,
+    mp_state: kvm_mp_state,
+    regs: kvm_regs,
+    sregs: kvm_sregs,
+    /// `None` on a host without XSAVE.
+    xcrs: Option<kvm_xcrs>,
+    /// The XSAVE area in 32-bit words.
+    xsave: Vec<u32>,
+    debugregs: kvm_debugregs,
+    lapic: kvm_lapic_state,
+    msrs: Vec<Msr>,
+    events: kvm_vcpu_events,
+}
+
+impl Vcpu {
+    /// Reads the state. The last exit must be complete.
+    ///
+    /// KVM_GET_MP_STATE comes first, since it makes KVM take in pending INIT and SIPI, which changes the local APIC
+    /// (kernel source, kvm_arch_vcpu_ioctl_get_mpstate).
+    ///
+    /// # Errors
+    /// [`Error::VcpuCall`] or [`Error::Msr`].
+    pub fn save(&self) -> Result<VcpuState, Error> {
+        let fd = &self.fd;
+        Ok(VcpuState {
+            mp_state: fd.get_mp_state().map_err(self.call("KVM_GET_MP_STATE"))?,
+            regs: fd.get_regs().map_err(self.call("KVM_GET_REGS"))?,
+            sregs: fd.get_sregs().map_err(self.call("KVM_GET_SREGS"))?,
+            xcrs: self.has_xcrs.then(|| fd.get_xcrs().map_err(self.call("KVM_GET_XCRS"))).transpose()?,
+            xsave: self.save_xsave()?,
+            debugregs: fd.get_debug_regs().map_err(self.call("KVM_GET_DEBUGREGS"))?,
+            lapic: fd.get_lapic().map_err(self.call("KVM_GET_LAPIC"))?,
+            msrs: self.read_msrs(&self.msrs)?,
+            events: fd.get_vcpu_events().map_err(self.call("KVM_GET_VCPU_EVENTS"))?,
+            cpuid: self.cpuid.clone(),
+        })
+    }
+
+    /// Writes the state into a vCPU that has not run yet, and whose VM's state is restored.
+    ///
+    /// CPUID comes first: it decides what else KVM accepts. The segment registers carry the APIC's mode, so they come before
+    /// the local APIC; the TSC deadline is armed once TSC and local APIC are right; pending events come last, since
+    /// several calls before drop them.
+    ///
+    /// # Errors
+    /// The first call that fails: none is swallowed.
+    pub fn restore(&mut self, state: &VcpuState) -> Result<(), Error> {
+        self.set_cpuid(state.cpuid.clone())?;
+        self.msrs = state.msrs.iter().map(|msr| msr.index).collect();
+        let fd = &self.fd;
+        fd.set_mp_state(state.mp_state).map_err(self.call("KVM_SET_MP_STATE"))?;
+        fd.set_sregs(&state.sregs).map_err(self.call("KVM_SET_SREGS"))?;
+        fd.set_regs(&state.regs).map_err(self.call("KVM_SET_REGS"))?;
+        self.restore_xsave(&state.xsave)?;
+        if let Some(xcrs) = &state.xcrs {
+            fd.set_xcrs(xcrs).map_err(self.call("KVM_SET_XCRS"))?;
+        }
+        fd.set_debug_regs(&state.debugregs).map_err(self.call("KVM_SET_DEBUGREGS"))?;
+        fd.set_lapic(&state.lapic).map_err(self.call("KVM_SET_LAPIC"))?;
+        self.restore_msrs(&state.msrs)?;
+        fd.set_vcpu_events(&state.events).map_err(self.call("KVM_SET_VCPU_EVENTS"))?;
+        self.tell_paused()
+    }
+
+    fn save_xsave(&self) -> Result<Vec<u32>, Error> {
+        if self.xsave_bytes <= size_of::<kvm_xsave>() {
+            let xsave = self.fd.get_xsave().map_err(self.call("KVM_GET_XSAVE"))?;
+            return Ok(xsave.region.to_vec());
+        }
+        let mut xsave = self.xsave_buffer(self.xsave_bytes.div_ceil(size_of::<u32>()))?;
+        // SAFETY: the buffer is as long as KVM_CAP_XSAVE2 says that the kernel may write.
+        unsafe { self.fd.get_xsave2(&mut xsave) }.map_err(self.call("KVM_GET_XSAVE2"))?;
+        let mut words = xsave.as_fam_struct_ref().xsave.region.to_vec();
+        words.extend_from_slice(xsave.as_slice());
+        Ok(words)
+    }
+
+    fn restore_xsave(&self, words: &[u32]) -> Result<(), Error> {
+        let needed = self.xsave_bytes.div_ceil(size_of::<u32>()).max(XSAVE_WORDS);
+        if words.len() != needed {
+            return Err(self.unfit("the XSAVE area has another size"));
+        }
+        let mut xsave = self.xsave_buffer(words.len())?;
+        let (head, tail) = words.split_at(XSAVE_WORDS);
+        // SAFETY: only the content changes, not the length that the wrapper keeps.
+        unsafe { xsave.as_mut_fam_struct() }.xsave.region.copy_from_slice(head);
+        xsave.as_mut_slice().copy_from_slice(tail);
+        // SAFETY: the buffer is as long as KVM_CAP_XSAVE2 says that the kernel may read (checked above).
+        unsafe { self.fd.set_xsave2(&xsave) }.map_err(self.call("KVM_SET_XSAVE"))
+    }
+
+    fn xsave_buffer(&self, words: usize) -> Result<Xsave, Error> {
+        if !(XSAVE_WORDS..=XSAVE_MAX_WORDS).contains(&words) {
+            return Err(self.unfit("the XSAVE area has a size out of range"));
+        }
+        let empty = kvm_xsave2 { len: words - XSAVE_WORDS, ..Default::default() };
+        let entries = vec![0; empty.len];
+        Xsave::from_entries(&entries).map_err(|_| self.unfit("the XSAVE area is too large"))
+    }
+
+    /// Writes the registers whose value is not a new vCPU's. Of those that only describe the CPU, many can't be written, and need
+    /// not be.
+    fn restore_msrs(&self, msrs: &[Msr]) -> Result<(), Error> {
+        let fresh = self.read_msrs(&self.msrs)?;
+        let changed = msrs.iter().zip(&fresh).filter(|(saved, fresh)| saved != fresh).map(|(saved, _)| *saved);
+        let mut changed: Vec<Msr> = changed.collect();
+        changed.sort_by_key(|msr| match msr.index {
+            TSC => 0,
+            IA32_TSC_DEADLINE => 2,
+            _ => 1,
+        });
+        self.write_msrs(&changed)
+    }
+
+    fn unfit(&self, what: &'static str) -> Error {
+        Error::Unfit { vcpu: self.id, what }
+    }
+}

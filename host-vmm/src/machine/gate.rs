@@ -1,0 +1,212 @@
+//! Where vCPU threads stop, and how they end.
+//!
+//! A vCPU that was kicked comes to [`Gate::pass`]. While somebody holds [`Stopped`], it completes its pending exit, reads its own
+//! state (KVM wants a vCPU's calls from its own thread), and waits there. Each vCPU of a fork thus saves itself, all at once.
+
+use std::{
+    sync::{Condvar, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    kvm::{self, Kicker, Vcpu, VcpuId, VcpuState},
+    sync::lock,
+};
+
+/// A vCPU leaves guest code within microseconds; one that has not after so long never will.
+const STOP_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How a VM ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum End {
+    /// The guest switched itself off.
+    PoweredOff,
+    /// The guest reset itself: a reboot, or a panic with `panic=-1`.
+    Reset,
+    /// The VM can't go on; the text says why.
+    Broken(String),
+    /// Its platform went away.
+    Orphaned,
+}
+
+/// Why the vCPUs can't be stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum GateError {
+    /// Somebody else is stopping them.
+    #[error("the vCPUs are being stopped already")]
+    Busy,
+    /// The VM has ended.
+    #[error("the VM has ended")]
+    Ended,
+    /// A vCPU does not stop.
+    #[error("{0} did not stop within {STOP_TIMEOUT:?}")]
+    Timeout(VcpuId),
+    /// A vCPU's state can't be read.
+    #[error("can't stop or save a vCPU")]
+    Save(#[source] kvm::Error),
+}
+
+/// The gate of one VM.
+#[derive(Debug)]
+pub struct Gate {
+    kickers: Vec<Kicker>,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug)]
+struct State {
+    /// The stop that is in force. Each has a number of its own, so that a vCPU can't take one for the next.
+    stop: Option<u64>,
+    /// Stops so far.
+    stops: u64,
+    /// What each vCPU that waits at the gate has saved.
+    parked: Vec<Option<Result<VcpuState, kvm::Error>>>,
+    end: Option<End>,
+}
+
+impl State {
+    fn wants_stop(&self) -> Option<u64> {
+        self.stop.filter(|_| self.end.is_none())
+    }
+}
+
+impl Gate {
+    /// The gate for these vCPUs.
+    pub fn new(vcpus: &[Vcpu]) -> Self {
+        let parked = vcpus.iter().map(|_| None).collect();
+        Self {
+            kickers: vcpus.iter().map(|vcpu| vcpu.kicker().clone()).collect(),
+            state: Mutex::new(State { stop: None, stops: 0, parked, end: None }),
+            changed: Condvar::new(),
+        }
+    }
+
+    /// Stops all vCPUs but `me`, which the caller runs. They go on when the result is dropped.
+    ///
+    /// # Errors
+    /// [`GateError`]; the vCPUs run on then.
+    pub fn stop_others(&self, me: VcpuId) -> Result<Stopped<'_>, GateError> {
+        let mut state = lock(&self.state);
+        if state.end.is_some() {
+            return Err(GateError::Ended);
+        }
+        if state.stop.is_some() {
+            return Err(GateError::Busy);
+        }
+        state.stops += 1;
+        state.stop = Some(state.stops);
+        drop(state);
+        // From here on, dropping it lets everybody go on.
+        let stopped = Stopped { gate: self, me };
+        for (_, kicker) in self.others(me) {
+            kicker.kick();
+        }
+        self.wait_parked(me)?;
+        Ok(stopped)
+    }
+
+    fn wait_parked(&self, me: VcpuId) -> Result<(), GateError> {
+        let deadline = Instant::now() + STOP_TIMEOUT;
+        let mut state = lock(&self.state);
+        loop {
+            let Some((missing, _)) = self.others(me).find(|(id, _)| state.parked[id.index()].is_none()) else {
+                return Ok(());
+            };
+            if state.end.is_some() {
+                return Err(GateError::Ended);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(GateError::Timeout(missing));
+            }
+            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn others(&self, me: VcpuId) -> impl Iterator<Item = (VcpuId, &Kicker)> {
+        (0..).map(VcpuId).zip(&self.kickers).filter(move |(id, _)| *id != me)
+    }
+
+    /// Waits while the vCPUs are stopped. Called by a vCPU's thread when it was kicked; returns whether to run on.
+    ///
+    /// # Errors
+    /// [`kvm::Error`] where the guest can't be told that it was stopped.
+    pub fn pass(&self, vcpu: &mut Vcpu) -> Result<bool, kvm::Error> {
+        loop {
+            // Before the state is looked at: a kick that comes later is for something that comes later.
+            vcpu.kicker().clear();
+            let wanted = lock(&self.state).wants_stop();
+            let Some(stop) = wanted else { break };
+            let saved = vcpu.complete_exit().and_then(|()| vcpu.save());
+            self.park(vcpu.id(), stop, saved);
+            vcpu.tell_paused()?;
+        }
+        Ok(lock(&self.state).end.is_none())
+    }
+
+    fn park(&self, me: VcpuId, stop: u64, saved: Result<VcpuState, kvm::Error>) {
+        let mut state = lock(&self.state);
+        if state.stop == Some(stop) {
+            state.parked[me.index()] = Some(saved);
+            self.changed.notify_all();
+        }
+        while state.wants_stop() == Some(stop) {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.parked[me.index()] = None;
+    }
+
+    /// Ends the VM, unless it has ended already: all vCPU threads leave.
+    pub fn end(&self, end: End) {
+        let mut state = lock(&self.state);
+        state.end.get_or_insert(end);
+        drop(state);
+        self.changed.notify_all();
+        for kicker in &self.kickers {
+            kicker.kick();
+        }
+    }
+
+    /// Waits until the VM ends, and says how.
+    pub fn wait_end(&self) -> End {
+        let mut state = lock(&self.state);
+        loop {
+            if let Some(end) = &state.end {
+                return end.clone();
+            }
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+/// All vCPUs but the caller's own are stopped for as long as this lives.
+#[derive(Debug)]
+#[must_use]
+pub struct Stopped<'g> {
+    gate: &'g Gate,
+    me: VcpuId,
+}
+
+impl Stopped<'_> {
+    /// States of all vCPUs, lowest first: those that wait at the gate, and the caller's own. Can be had once.
+    ///
+    /// # Errors
+    /// [`GateError::Save`] where a vCPU could not read its state, [`GateError::Ended`] where the VM ended meanwhile.
+    pub fn states(&self, own: VcpuState) -> Result<Vec<VcpuState>, GateError> {
+        let mut state = lock(&self.gate.state);
+        // The vCPUs go on waiting here: it is the stop that holds them, not what they saved.
+        state.parked[self.me.index()] = Some(Ok(own));
+        let states = state.parked.iter_mut().map(|slot| slot.take().ok_or(GateError::Ended)?.map_err(GateError::Save));
+        states.collect()
+    }
+}
+
+impl Drop for Stopped<'_> {
+    fn drop(&mut self) {
+        lock(&self.gate.state).stop = None;
+        self.gate.changed.notify_all();
+    }
+}

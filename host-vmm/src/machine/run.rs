@@ -1,0 +1,120 @@
+//! Running a machine: a thread for each vCPU, and what each exit means.
+
+use std::{sync::Arc, thread};
+
+use vmfork_abi::doorbell;
+
+use super::{End, Machine};
+use crate::{
+    arch::layout::{CONTROL_PAGE, DOORBELL_PORT},
+    devices::power::PowerEvent,
+    error::chain,
+    kvm::{self, Exit, Vcpu},
+};
+
+/// What to do after an exit, once the exit's data are let go.
+enum Next {
+    Run,
+    /// The doorbell was rung with this command, if it was one.
+    Ring(Option<u32>),
+    /// The vCPU was kicked.
+    Pass,
+    End(End),
+}
+
+/// Runs the vCPUs until the VM ends, and says how it did.
+///
+/// `ring` is called on the thread of the vCPU that rang the doorbell, with the command, or `None` where the access was malformed.
+pub fn run(machine: &Arc<Machine>, vcpus: Vec<Vcpu>, ring: impl Fn(&mut Vcpu, Option<u32>) + Send + Sync) -> End {
+    thread::scope(|scope| {
+        for vcpu in vcpus {
+            let name = vcpu.id().to_string();
+            let ring = &ring;
+            let spawned = thread::Builder::new().name(name).spawn_scoped(scope, move || {
+                if let Err(error) = run_vcpu(machine, vcpu, ring) {
+                    machine.gate.end(End::Broken(chain(&error)));
+                }
+            });
+            if let Err(error) = spawned {
+                machine.gate.end(End::Broken(format!("can't start a vCPU's thread: {error}")));
+            }
+        }
+        machine.gate.wait_end()
+    })
+}
+
+fn run_vcpu(machine: &Machine, mut vcpu: Vcpu, ring: impl Fn(&mut Vcpu, Option<u32>)) -> Result<(), kvm::Error> {
+    vcpu.kicker().adopt();
+    loop {
+        match serve(machine, vcpu.run()?) {
+            Next::Run => {}
+            Next::Ring(command) => ring(&mut vcpu, command),
+            Next::Pass => {
+                if !machine.gate.pass(&mut vcpu)? {
+                    return Ok(());
+                }
+            }
+            Next::End(end) => {
+                machine.gate.end(end);
+                return Ok(());
+            }
+        }
+    }
+}
+
+fn serve(machine: &Machine, exit: Exit<'_>) -> Next {
+    match exit {
+        Exit::PortWrite { port: DOORBELL_PORT, data } => Next::Ring(data.try_into().ok().map(u32::from_le_bytes)),
+        Exit::PortWrite { port, data } => match machine.devices.write_port(port, data) {
+            None => Next::Run,
+            Some(PowerEvent::Off) => Next::End(End::PoweredOff),
+            Some(PowerEvent::Reset) => Next::End(End::Reset),
+        },
+        Exit::PortRead { port, data } => {
+            machine.devices.read_port(port, data);
+            Next::Run
+        }
+        Exit::MmioRead { data, .. } => {
+            data.fill(0xff);
+            Next::Run
+        }
+        Exit::MmioWrite { .. } => Next::Run,
+        Exit::Hypercall { number, arguments, result } => {
+            let (answer, next) = hypercall(number, arguments);
+            *result = answer.cast_unsigned();
+            next
+        }
+        Exit::Interrupted => Next::Pass,
+        Exit::Shutdown => Next::End(End::Reset),
+        Exit::Broken(why) => Next::End(End::Broken(why)),
+    }
+}
+
+/// The hypercall as a doorbell: only on the control page, and only for it as a whole.
+fn hypercall(number: u64, [gpa, pages, command, _]: [u64; 4]) -> (i64, Next) {
+    if number != doorbell::HYPERCALL || gpa != CONTROL_PAGE.0 || pages != 1 {
+        return (doorbell::HYPERCALL_INVALID, Next::Run);
+    }
+    (doorbell::HYPERCALL_ANSWERED, Next::Ring(u32::try_from(command).ok()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_control_page_is_a_doorbell() {
+        let ours = [CONTROL_PAGE.0, 1, 1, 0];
+        assert!(matches!(hypercall(12, ours), (0, Next::Ring(Some(1)))));
+        for (number, arguments) in [
+            (11, ours),
+            (12, [CONTROL_PAGE.0 + 4096, 1, 1, 0]),
+            (12, [0, 1, 1, 0]),
+            (12, [CONTROL_PAGE.0, 2, 1, 0]),
+            (12, [CONTROL_PAGE.0, 0, 1, 0]),
+        ] {
+            assert!(matches!(hypercall(number, arguments), (doorbell::HYPERCALL_INVALID, Next::Run)));
+        }
+        assert!(matches!(hypercall(12, [CONTROL_PAGE.0, 1, u64::MAX, 0]), (0, Next::Ring(None))));
+    }
+}

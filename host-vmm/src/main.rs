@@ -1,0 +1,24 @@
+//! `host-vmm`: parse, run, and print what went wrong.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use host_vmm::{
+    cli::{Cli, Command},
+    command, node,
+};
+use tracing_subscriber::EnvFilter;
+
+fn main() -> ExitCode {
+    let filter = EnvFilter::try_from_env("HOST_VMM_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let result = match Cli::parse().command {
+        Command::Run(options) => command::run(options),
+        Command::Check(options) => command::check(&options),
+        Command::Node => node::main().map(|()| ExitCode::SUCCESS),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("host-vmm: {error:#}");
+        ExitCode::FAILURE
+    })
+}

@@ -1,0 +1,188 @@
+//! The consoles of all VMs: one thread reads them, logs each into a file of its own, and shows them all.
+//!
+//! The booted VM's output is shown as it comes. A copy's is shown line by line, with its name before it.
+
+use std::{
+    collections::HashMap,
+    fs::{self, File},
+    io::{self, Read, Write},
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+    sync::{Arc, Condvar, Mutex, PoisonError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+
+use super::{Error, Event, Events};
+use crate::{machine::VmIdentity, sync::lock};
+
+/// Longest line that is held back until it is complete, in bytes; what is longer is shown in pieces.
+const MAX_LINE_BYTES: usize = 4096;
+
+/// How long the end waits for output that is still in the pipes.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// All consoles.
+#[derive(Debug)]
+pub(super) struct Consoles {
+    log_dir: PathBuf,
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    epoll: Epoll,
+    events: Arc<Events>,
+    sources: Mutex<Sources>,
+    drained: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Sources {
+    open: HashMap<u64, Source>,
+    next: u64,
+}
+
+/// One VM's console.
+#[derive(Debug)]
+struct Source {
+    pipe: File,
+    log: File,
+    name: String,
+    /// Whether its lines are shown with its name.
+    prefixed: bool,
+    /// A line that is not complete yet.
+    line: Vec<u8>,
+}
+
+impl Consoles {
+    /// Starts the thread.
+    pub(super) fn new(log_dir: PathBuf, events: Arc<Events>) -> Result<Self, Error> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(|errno| Error::Consoles(errno.into()))?;
+        let sources = Mutex::new(Sources::default());
+        let shared = Arc::new(Shared { epoll, events, sources, drained: Condvar::new() });
+        let reader = Arc::clone(&shared);
+        thread::Builder::new().name("consoles".into()).spawn(move || reader.read_all()).map_err(Error::Consoles)?;
+        Ok(Self { log_dir, shared })
+    }
+
+    /// Takes a VM's console.
+    pub(super) fn add(&self, vm: &VmIdentity, pipe: File) -> Result<(), Error> {
+        let source = Source {
+            log: self.create_log(&self.log_dir.join(format!("{}.log", vm.name)))?,
+            name: vm.name.clone(),
+            prefixed: vm.generation > 0,
+            line: Vec::new(),
+            pipe,
+        };
+        let mut sources = lock(&self.shared.sources);
+        let token = sources.next;
+        sources.next += 1;
+        let interest = EpollEvent::new(EpollFlags::EPOLLIN, token);
+        self.shared.epoll.add(source.pipe.as_fd(), interest).map_err(|errno| Error::Consoles(errno.into()))?;
+        sources.open.insert(token, source);
+        Ok(())
+    }
+
+    fn create_log(&self, path: &Path) -> Result<File, Error> {
+        let created = fs::create_dir_all(&self.log_dir).and_then(|()| File::create(path));
+        created.map_err(|source| Error::Log { path: path.to_owned(), source })
+    }
+
+    /// Waits until all output of VMs that have ended is written.
+    pub(super) fn wait_drained(&self) {
+        let deadline = Instant::now() + DRAIN_TIMEOUT;
+        let mut sources = lock(&self.shared.sources);
+        while !sources.open.is_empty() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                tracing::warn!("gave up waiting for the last console output");
+                return;
+            }
+            sources = self.shared.drained.wait_timeout(sources, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
+impl Shared {
+    fn read_all(&self) {
+        let mut ready = [EpollEvent::empty(); 64];
+        loop {
+            let count = match self.epoll.wait(&mut ready, EpollTimeout::NONE) {
+                Ok(count) => count,
+                Err(nix::Error::EINTR) => continue,
+                Err(errno) => {
+                    tracing::error!(%errno, "the consoles can't be read any more");
+                    return;
+                }
+            };
+            for event in &ready[..count] {
+                self.read_one(event.data());
+            }
+        }
+    }
+
+    fn read_one(&self, token: u64) {
+        let mut buffer = [0; 16 * 1024];
+        let mut sources = lock(&self.sources);
+        let Some(source) = sources.open.get_mut(&token) else { return };
+        let bytes = match source.pipe.read(&mut buffer) {
+            Ok(count) if count > 0 => &buffer[..count],
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => return,
+            // The node is gone, and with it the other end.
+            _ => {
+                source.flush(&self.events);
+                sources.open.remove(&token);
+                self.drained.notify_all();
+                return;
+            }
+        };
+        if let Err(error) = source.log.write_all(bytes) {
+            tracing::warn!(vm = source.name, %error, "console output is missing in the log");
+        }
+        if !source.prefixed {
+            show(bytes);
+        }
+        source.take(bytes, &self.events);
+    }
+}
+
+impl Source {
+    /// Takes output in, and passes on the lines that are complete now.
+    fn take(&mut self, bytes: &[u8], events: &Events) {
+        for &byte in bytes {
+            if byte != b'\n' {
+                self.line.push(byte);
+            }
+            if byte == b'\n' || self.line.len() >= MAX_LINE_BYTES {
+                self.end_line(events);
+            }
+        }
+    }
+
+    /// Passes on what is left when no more will come.
+    fn flush(&mut self, events: &Events) {
+        if !self.line.is_empty() {
+            self.end_line(events);
+        }
+    }
+
+    fn end_line(&mut self, events: &Events) {
+        let line = std::mem::take(&mut self.line);
+        let text = String::from_utf8_lossy(line.strip_suffix(b"\r").unwrap_or(&line));
+        if self.prefixed {
+            show(format!("[{}] {text}\n", self.name).as_bytes());
+        }
+        events.write(&Event::Console { name: &self.name, line: &text });
+    }
+}
+
+/// Shows output. Where nobody takes it any more, the logs still do.
+fn show(bytes: &[u8]) {
+    let mut out = io::stdout().lock();
+    if let Err(error) = out.write_all(bytes).and_then(|()| out.flush()) {
+        tracing::debug!(%error, "console output can't be shown");
+    }
+}

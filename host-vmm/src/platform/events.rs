@@ -1,0 +1,79 @@
+//! What happens on a platform, as JSON lines for a script to read.
+
+use std::{fs::File, io::Write, sync::Mutex, time::Duration};
+
+use nix::time::{ClockId, clock_gettime};
+use serde::Serialize;
+
+use crate::{
+    fork::Report,
+    machine::{End, VmIdentity},
+    sync::lock,
+};
+
+/// Something that happened.
+#[derive(Debug, Serialize)]
+#[serde(tag = "event", rename_all = "lowercase")]
+pub(super) enum Event<'a> {
+    /// A VM is about to run.
+    Started {
+        #[serde(flatten)]
+        vm: &'a VmIdentity,
+        /// Process of its node.
+        pid: u32,
+    },
+    /// A VM's doorbell was served.
+    Forked {
+        parent: &'a VmIdentity,
+        #[serde(flatten)]
+        report: &'a Report,
+    },
+    /// A VM wrote a line to its console.
+    Console { name: &'a str, line: &'a str },
+    /// A VM has ended; `how` is null where its node died.
+    Ended {
+        #[serde(flatten)]
+        vm: &'a VmIdentity,
+        how: Option<&'a End>,
+    },
+}
+
+/// Where events go.
+#[derive(Debug)]
+pub(super) struct Events {
+    file: Option<Mutex<File>>,
+}
+
+#[derive(Serialize)]
+struct Line<'a> {
+    /// CLOCK_MONOTONIC of this host, in nanoseconds.
+    t_ns: u64,
+    #[serde(flatten)]
+    event: &'a Event<'a>,
+}
+
+impl Events {
+    /// Events into a file, or nowhere.
+    pub(super) fn new(file: Option<File>) -> Self {
+        Self { file: file.map(Mutex::new) }
+    }
+
+    /// Writes an event with the present time.
+    pub(super) fn write(&self, event: &Event<'_>) {
+        let Some(file) = &self.file else { return };
+        let mut file = lock(file);
+        let written = now().and_then(|t_ns| {
+            let mut line = serde_json::to_vec(&Line { t_ns, event })?;
+            line.push(b'\n');
+            file.write_all(&line)
+        });
+        if let Err(error) = written {
+            tracing::warn!(%error, "an event is lost");
+        }
+    }
+}
+
+fn now() -> std::io::Result<u64> {
+    let now = Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC)?);
+    Ok(u64::try_from(now.as_nanos()).unwrap_or(u64::MAX))
+}

@@ -1,0 +1,117 @@
+//! Starting a node, and getting its VM to the point where it only waits to run.
+
+use std::{
+    fs::File,
+    io,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::process::CommandExt,
+    },
+    process::{Child, Command, Stdio},
+    sync::Arc,
+    time::Duration,
+};
+
+use command_fds::{CommandFdExt, FdMapping};
+
+use super::{
+    Error, Event, Platform, PlatformLink,
+    protocol::{ToNode, ToPlatform},
+};
+use crate::{machine::VmIdentity, node::LINK_FD};
+
+/// How long a node may take to build its machine. A boot loads the kernel and the initrd in that time; on a host without
+/// hardware virtualisation a thousand nodes can start at once.
+const READY_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// A node's process with its VM. Dropping it ends both.
+#[derive(Debug)]
+pub(super) struct Node {
+    platform: Arc<Platform>,
+    process: Child,
+    link: Arc<PlatformLink>,
+    identity: VmIdentity,
+}
+
+/// A node that has its order, and carries it out.
+#[derive(Debug)]
+pub(super) struct Launching {
+    node: Node,
+    console: File,
+}
+
+impl Launching {
+    /// Starts a node, and gives it its order.
+    pub(super) fn start(
+        platform: &Arc<Platform>,
+        identity: VmIdentity,
+        order: &ToNode,
+        files: &[&File],
+    ) -> Result<Self, Error> {
+        let name = identity.name.clone();
+        let failed = |source| Error::Node { name: name.clone(), source };
+        let (link, theirs) = PlatformLink::pair().map_err(failed)?;
+        let mut command = Command::new("/proc/self/exe");
+        // A group of its own: what a terminal's keys send is for the platform.
+        command.arg("node").stdin(Stdio::null()).stdout(Stdio::piped()).process_group(0);
+        let mapping = FdMapping { parent_fd: theirs, child_fd: LINK_FD };
+        command.fd_mappings(vec![mapping]).map_err(|error| Error::Start(io::Error::other(error)))?;
+        let mut process = command.spawn().map_err(Error::Start)?;
+        // The command still holds their end of the connection; without it, the node's death is seen.
+        drop(command);
+        let console = process.stdout.take();
+        let node = Node { platform: Arc::clone(platform), process, link: Arc::new(link), identity };
+        platform.registry.enter(node.identity.id, &node.link)?;
+        let console = console.ok_or_else(|| Error::Start(io::Error::other("the node has no console")))?;
+        node.link.send(order, &files.iter().map(|file| file.as_fd()).collect::<Vec<_>>()).map_err(failed)?;
+        Ok(Self { node, console: File::from(OwnedFd::from(console)) })
+    }
+
+    /// Waits until the machine is built.
+    pub(super) fn wait_ready(self) -> Result<Node, Error> {
+        let Self { node, console } = self;
+        let name = || node.identity.name.clone();
+        let failed = |source| Error::Node { name: name(), source };
+        node.link.set_time_limit(Some(READY_TIMEOUT)).map_err(failed)?;
+        match node.link.receive().map_err(failed)? {
+            (ToPlatform::Ready, _) => {}
+            (ToPlatform::Failed(why), _) => return Err(Error::Launch { name: name(), why }),
+            (other, _) => return Err(failed(super::link::Error::Unexpected(format!("{other:?}")))),
+        }
+        node.link.set_time_limit(None).map_err(failed)?;
+        node.platform.consoles.add(&node.identity, console)?;
+        Ok(node)
+    }
+}
+
+impl Node {
+    /// Lets the VM run.
+    pub(super) fn go(&self) -> Result<(), Error> {
+        let failed = |source| Error::Node { name: self.identity.name.clone(), source };
+        // The event comes first, so that none of the VM's own can come before it.
+        self.platform.events.write(&Event::Started { vm: &self.identity, pid: self.process.id() });
+        self.link.send(&ToNode::Go, &[]).map_err(failed)
+    }
+
+    /// Who the VM is.
+    pub(super) fn identity(&self) -> &VmIdentity {
+        &self.identity
+    }
+
+    /// The connection.
+    pub(super) fn link(&self) -> &Arc<PlatformLink> {
+        &self.link
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        let name = &self.identity.name;
+        // A process that has ended by itself stays what it is: the signal changes nothing.
+        match self.process.kill().and_then(|()| self.process.wait()) {
+            Ok(status) => tracing::debug!(vm = name, %status, "a node's process has ended"),
+            Err(error) => tracing::error!(vm = name, %error, "a node's process can't be ended"),
+        }
+        self.platform.registry.leave(self.identity.id);
+    }
+}

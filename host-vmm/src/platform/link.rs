@@ -1,0 +1,202 @@
+//! The connection between the platform and one node: whole messages with file descriptors, over a UNIX socket (SOCK_SEQPACKET).
+
+use std::{
+    fs::File,
+    io::{self, IoSlice, IoSliceMut},
+    marker::PhantomData,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+    time::Duration,
+};
+
+use nix::{
+    cmsg_space,
+    sys::{
+        socket::{
+            AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, Shutdown, SockFlag, SockType, recvmsg,
+            sendmsg, setsockopt, shutdown, socketpair, sockopt,
+        },
+        time::TimeVal,
+    },
+};
+use serde::{Serialize, de::DeserializeOwned};
+
+use crate::{capsule::codec, memory::MAX_LAYERS};
+
+/// Longest message in bytes.
+const MAX_BYTES: usize = 64 * 1024;
+
+/// Most file descriptors with one message: a state, and an image's layers.
+const MAX_FILES: usize = MAX_LAYERS + 1;
+
+/// Why a message did not get through.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The other side is gone.
+    #[error("the other side has closed the connection")]
+    Closed,
+    /// Nothing came in time.
+    #[error("no answer within the time limit")]
+    Timeout,
+    /// The socket failed.
+    #[error("can't {operation} on the connection")]
+    Io {
+        /// What was tried.
+        operation: &'static str,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// A message is malformed.
+    #[error("a malformed message came")]
+    Malformed(#[source] codec::Error),
+    /// A message, or the number of its files, was cut off.
+    #[error("a message came that is too long")]
+    Truncated,
+    /// A message that is out of order.
+    #[error("an unexpected message came: {0}")]
+    Unexpected(String),
+}
+
+/// One side: it sends `S` and receives `R`.
+#[derive(Debug)]
+pub struct Link<S, R> {
+    socket: OwnedFd,
+    kinds: PhantomData<fn(S) -> R>,
+}
+
+impl<S: Serialize, R: DeserializeOwned> Link<S, R> {
+    /// A connection: this side, and the other side's socket.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn pair() -> Result<(Self, OwnedFd), Error> {
+        let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+            .map_err(|errno| Error::Io { operation: "make a socket pair", source: errno.into() })?;
+        Ok((Self::new(ours), theirs))
+    }
+
+    /// The side that has this socket.
+    pub fn new(socket: OwnedFd) -> Self {
+        Self { socket, kinds: PhantomData }
+    }
+
+    /// Sends a message with files.
+    ///
+    /// # Errors
+    /// [`Error::Closed`] or [`Error::Io`].
+    pub fn send(&self, message: &S, files: &[BorrowedFd<'_>]) -> Result<(), Error> {
+        let bytes = codec::encode(message).map_err(Error::Malformed)?;
+        let files: Vec<RawFd> = files.iter().map(AsRawFd::as_raw_fd).collect();
+        let rights = [ControlMessage::ScmRights(&files)];
+        let control = if files.is_empty() { &[] } else { &rights[..] };
+        loop {
+            match sendmsg::<()>(self.socket.as_raw_fd(), &[IoSlice::new(&bytes)], control, MsgFlags::MSG_NOSIGNAL, None)
+            {
+                Ok(_) => return Ok(()),
+                Err(nix::Error::EINTR) => {}
+                Err(nix::Error::EPIPE | nix::Error::ECONNRESET) => return Err(Error::Closed),
+                Err(errno) => return Err(Error::Io { operation: "send", source: errno.into() }),
+            }
+        }
+    }
+
+    /// Waits for a message, and the files that came with it.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub fn receive(&self) -> Result<(R, Vec<File>), Error> {
+        let mut bytes = vec![0; MAX_BYTES];
+        let mut control = cmsg_space!([RawFd; MAX_FILES]);
+        let (length, truncated, files) = loop {
+            let mut buffers = [IoSliceMut::new(&mut bytes)];
+            let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+            match recvmsg::<()>(self.socket.as_raw_fd(), &mut buffers, Some(&mut control), flags) {
+                Ok(message) => {
+                    let files = take_files(message.cmsgs().map_err(|_| Error::Truncated)?);
+                    break (message.bytes, message.flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC), files);
+                }
+                Err(nix::Error::EINTR) => {}
+                Err(nix::Error::ECONNRESET) => return Err(Error::Closed),
+                Err(nix::Error::EAGAIN) => return Err(Error::Timeout),
+                Err(errno) => return Err(Error::Io { operation: "receive", source: errno.into() }),
+            }
+        };
+        if length == 0 {
+            return Err(Error::Closed);
+        }
+        if truncated {
+            return Err(Error::Truncated);
+        }
+        Ok((codec::decode(&bytes[..length]).map_err(Error::Malformed)?, files))
+    }
+
+    /// Breaks the connection: whoever waits on either side learns that it is closed.
+    pub fn shut_down(&self) {
+        // The only failure is that the other side is gone already.
+        if let Err(errno) = shutdown(self.socket.as_raw_fd(), Shutdown::Both) {
+            tracing::debug!(%errno, "a connection was broken before it was shut down");
+        }
+    }
+
+    /// From now on, gives up waiting for a message after `limit`; `None` waits forever.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn set_time_limit(&self, limit: Option<Duration>) -> Result<(), Error> {
+        let limit = limit.unwrap_or_default();
+        let seconds = i64::try_from(limit.as_secs()).unwrap_or(i64::MAX);
+        let value = TimeVal::new(seconds, limit.subsec_micros().into());
+        setsockopt(&self.socket, sockopt::ReceiveTimeout, &value)
+            .map_err(|errno| Error::Io { operation: "set a time limit", source: errno.into() })
+    }
+}
+
+impl<S, R> AsFd for Link<S, R> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+fn take_files(messages: impl Iterator<Item = ControlMessageOwned>) -> Vec<File> {
+    let rights = messages.filter_map(|message| match message {
+        ControlMessageOwned::ScmRights(files) => Some(files),
+        _ => None,
+    });
+    // SAFETY: the kernel has just made these descriptors for this process, and nobody else knows them.
+    rights.flatten().map(|fd| File::from(unsafe { OwnedFd::from_raw_fd(fd) })).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+    use crate::memory;
+
+    #[test]
+    fn messages_carry_files() {
+        let (ours, theirs) = Link::<String, u32>::pair().unwrap();
+        let theirs = Link::<u32, String>::new(theirs);
+        let file = memory::sealed("test", b"inside").unwrap();
+        ours.send(&"hello".to_owned(), &[file.as_fd(), file.as_fd()]).unwrap();
+        let (message, files) = theirs.receive().unwrap();
+        assert_eq!((message.as_str(), files.len()), ("hello", 2));
+        let mut content = [0; 6];
+        files[1].read_exact_at(&mut content, 0).unwrap();
+        assert_eq!(&content, b"inside");
+        theirs.send(&7, &[]).unwrap();
+        assert_eq!(ours.receive().unwrap().0, 7);
+    }
+
+    #[test]
+    fn silence_and_garbage_are_errors() {
+        let (ours, theirs) = Link::<u32, String>::pair().unwrap();
+        ours.set_time_limit(Some(Duration::from_millis(10))).unwrap();
+        assert!(matches!(ours.receive(), Err(Error::Timeout)));
+        let theirs = Link::<u32, u32>::new(theirs);
+        theirs.send(&u32::MAX, &[]).unwrap();
+        assert!(matches!(ours.receive(), Err(Error::Malformed(_))));
+        drop(theirs);
+        assert!(matches!(ours.receive(), Err(Error::Closed)));
+        assert!(matches!(ours.send(&1, &[]), Err(Error::Closed)));
+    }
+}

@@ -1,0 +1,214 @@
+//! One host's platform: it starts and watches the nodes, launches the children of forks, and has the consoles.
+//!
+//! A thread serves each node ([`serve`]); one more has all consoles ([`console`]). What they share is the [`Registry`].
+
+use std::{
+    fs::File,
+    io,
+    path::PathBuf,
+    sync::{Arc, Mutex},
+    thread,
+};
+
+mod console;
+mod events;
+mod launch;
+pub mod link;
+pub mod protocol;
+mod registry;
+mod serve;
+mod terminal;
+
+pub use link::Link;
+pub use terminal::{Terminal, read_keys};
+
+use crate::{
+    fork::Step,
+    machine::{Config, End, VmIdentity},
+    sync::lock,
+};
+use console::Consoles;
+use events::{Event, Events};
+use launch::Launching;
+use protocol::{ToNode, ToPlatform};
+use registry::Registry;
+
+/// A node's side of its connection.
+pub type NodeLink = Link<ToPlatform, ToNode>;
+
+/// The platform's side of a connection to a node.
+pub(crate) type PlatformLink = Link<ToNode, ToPlatform>;
+
+/// How a platform is set up.
+#[derive(Debug)]
+pub struct Settings {
+    /// Folder for the consoles' logs.
+    pub log_dir: PathBuf,
+    /// Where events are written, as JSON lines.
+    pub events: Option<File>,
+    /// Most VMs at a time.
+    pub max_vms: usize,
+}
+
+/// The VM that a platform boots.
+#[derive(Debug)]
+pub struct Boot {
+    /// The machine.
+    pub config: Config,
+    /// Name of the VM, which is its type too.
+    pub name: String,
+    /// The kernel.
+    pub kernel: File,
+    /// The initial RAM disk.
+    pub initrd: Option<File>,
+    /// The kernel's command line.
+    pub cmdline: String,
+    /// Steps at which its forks are to fail, one for each fork, in order.
+    pub faults: Vec<Step>,
+}
+
+/// What can go wrong with the platform itself.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The folder for the logs can't be made, or a log not written.
+    #[error("can't write the console log {path}")]
+    Log {
+        /// Which.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// A node could not be started.
+    #[error("can't start a node")]
+    Start(#[source] io::Error),
+    /// A node does not answer as it should.
+    #[error("the node of {name} failed")]
+    Node {
+        /// Name of its VM.
+        name: String,
+        /// What went wrong.
+        source: link::Error,
+    },
+    /// A node could not build its machine.
+    #[error("{name} can't be launched: {why}")]
+    Launch {
+        /// Name of the VM.
+        name: String,
+        /// The node's reason.
+        why: String,
+    },
+    /// There is no room for more VMs.
+    #[error("{wanted} more VMs do not fit: {running} of at most {max} are there")]
+    Full {
+        /// How many were asked for.
+        wanted: usize,
+        /// How many there are.
+        running: usize,
+        /// The limit.
+        max: usize,
+    },
+    /// The platform is being stopped.
+    #[error("the platform is being stopped")]
+    Stopping,
+    /// A failure that was asked for.
+    #[error("{0} was made to fail")]
+    Injected(Step),
+    /// The consoles could not be set up.
+    #[error("can't set up the consoles")]
+    Consoles(#[source] io::Error),
+}
+
+/// A platform and its VMs.
+#[derive(Debug)]
+pub struct Platform {
+    registry: Registry,
+    consoles: Consoles,
+    events: Arc<Events>,
+    max_vms: usize,
+    /// How the first VM ended, once it has.
+    root_end: Mutex<Option<End>>,
+}
+
+impl Platform {
+    /// Sets up a platform without VMs.
+    ///
+    /// # Errors
+    /// [`Error::Log`] or [`Error::Consoles`].
+    pub fn new(settings: Settings) -> Result<Arc<Self>, Error> {
+        let events = Arc::new(Events::new(settings.events));
+        let consoles = Consoles::new(settings.log_dir, Arc::clone(&events))?;
+        Ok(Arc::new(Self {
+            registry: Registry::default(),
+            consoles,
+            events,
+            max_vms: settings.max_vms,
+            root_end: Mutex::new(None),
+        }))
+    }
+
+    /// Boots a VM, and gives back the way to its console. Its output goes to this program's output as it is.
+    ///
+    /// # Errors
+    /// [`Error`]: why it can't be launched.
+    pub fn boot(self: &Arc<Self>, boot: Boot) -> Result<ConsoleInput, Error> {
+        let identity = VmIdentity {
+            id: uuid::Uuid::new_v4(),
+            parent: uuid::Uuid::nil(),
+            vm_type: boot.name.clone(),
+            name: boot.name,
+            index: 0,
+            count: 0,
+            generation: 0,
+        };
+        let order = ToNode::Boot {
+            config: boot.config,
+            identity: identity.clone(),
+            cmdline: boot.cmdline,
+            faults: boot.faults,
+        };
+        let files: Vec<&File> = std::iter::once(&boot.kernel).chain(&boot.initrd).collect();
+        let node = Launching::start(self, identity, &order, &files)?.wait_ready()?;
+        let input = ConsoleInput(Arc::clone(node.link()));
+        self.run(node, |platform, end| *lock(&platform.root_end) = end)?;
+        Ok(input)
+    }
+
+    /// Lets a launched VM run, and serves it on a thread of its own until it ends.
+    fn run(
+        self: &Arc<Self>,
+        node: launch::Node,
+        ended: impl FnOnce(&Self, Option<End>) + Send + 'static,
+    ) -> Result<(), Error> {
+        node.go()?;
+        let platform = Arc::clone(self);
+        let thread = thread::Builder::new().name(format!("node-{}", node.identity().name));
+        thread.spawn(move || ended(&platform, serve::serve(&platform, node))).map_err(Error::Start)?;
+        Ok(())
+    }
+
+    /// Waits until all VMs have ended and all output is written, and says how the first VM ended: `None` where its node died.
+    pub fn wait(&self) -> Option<End> {
+        self.registry.wait_empty();
+        self.consoles.wait_drained();
+        lock(&self.root_end).take()
+    }
+
+    /// Ends all VMs, and lets no new ones come.
+    pub fn stop(&self) {
+        self.registry.stop();
+    }
+}
+
+/// The way to a VM's console.
+#[derive(Debug)]
+pub struct ConsoleInput(Arc<PlatformLink>);
+
+impl ConsoleInput {
+    /// Types something.
+    ///
+    /// # Errors
+    /// [`link::Error`] where the VM has ended.
+    pub fn send(&self, bytes: &[u8]) -> Result<(), link::Error> {
+        self.0.send(&ToNode::Input(bytes.to_vec()), &[])
+    }
+}
