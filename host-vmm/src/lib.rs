@@ -32,6 +32,7 @@ pub mod arch;
 pub mod boot;
 pub mod capsule;
 pub mod cli;
+mod clock;
 pub mod command;
 pub mod devices;
 mod error;

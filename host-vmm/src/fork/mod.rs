@@ -26,6 +26,7 @@ pub use timeline::{Report, Step};
 
 use crate::{
     capsule::{self, Capsule},
+    clock::monotonic_ns,
     kvm::{self, Vcpu},
     machine::{GateError, Machine, MachineState, Stopped},
     memory::{self, Aside},
@@ -111,7 +112,7 @@ impl Engine {
     /// Serves a ring of the doorbell. Called on the thread of the vCPU that rang; when it returns, the vCPU goes on, and finds the
     /// answer in the control page.
     pub fn ring(&self, vcpu: &mut Vcpu, command: Option<u32>) {
-        let rung = Instant::now();
+        let (rung, rung_ns) = (Instant::now(), monotonic_ns());
         let fault = lock(&self.faults).pop_front();
         let mut timeline = Timeline::new(fault);
         // The request is copied out once; from here on only the copy is looked at.
@@ -129,7 +130,7 @@ impl Engine {
         if let Err(error) = vcpu.tell_paused() {
             tracing::warn!(%error, "can't tell the guest that it was stopped");
         }
-        let report = timeline.into_report(rung.elapsed(), outcome);
+        let report = timeline.into_report(rung_ns, rung.elapsed(), outcome);
         if let Err(error) = self.link.send(&ToPlatform::Report(report), &[]) {
             tracing::warn!(%error, "can't report a fork to the platform");
         }

@@ -111,12 +111,12 @@ impl Timeline {
     }
 
     /// What is told of the fork.
-    pub(super) fn into_report(self, pause: Duration, outcome: Result<u32, Error>) -> Report {
+    pub(super) fn into_report(self, rung_ns: u64, pause: Duration, outcome: Result<u32, Error>) -> Report {
         let (count, code, why) = match outcome {
             Ok(count) => (count, ErrorCode::None, None),
             Err(error) => (0, error.code(), Some(chain(&error))),
         };
-        Report { count, code: code.number(), why, pause_ns: nanoseconds(pause), steps: self.steps }
+        Report { count, code: code.number(), why, rung_ns, pause_ns: nanoseconds(pause), steps: self.steps }
     }
 }
 
@@ -129,6 +129,8 @@ pub struct Report {
     pub code: u32,
     /// Why it failed.
     pub why: Option<String>,
+    /// When the doorbell rang: CLOCK_MONOTONIC of this host, in nanoseconds.
+    pub rung_ns: u64,
     /// From the doorbell until the calling vCPU went on, in nanoseconds.
     pub pause_ns: u64,
     /// How long each step took, in nanoseconds.

@@ -1,11 +1,11 @@
 //! What happens on a platform, as JSON lines for a script to read.
 
-use std::{fs::File, io::Write, sync::Mutex, time::Duration};
+use std::{fs::File, io::Write, sync::Mutex};
 
-use nix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 
 use crate::{
+    clock::monotonic_ns,
     fork::Report,
     machine::{End, VmIdentity},
     sync::lock,
@@ -62,18 +62,13 @@ impl Events {
     pub(super) fn write(&self, event: &Event<'_>) {
         let Some(file) = &self.file else { return };
         let mut file = lock(file);
-        let written = now().and_then(|t_ns| {
-            let mut line = serde_json::to_vec(&Line { t_ns, event })?;
-            line.push(b'\n');
-            file.write_all(&line)
-        });
+        let written =
+            serde_json::to_vec(&Line { t_ns: monotonic_ns(), event }).map_err(Into::into).and_then(|mut line| {
+                line.push(b'\n');
+                file.write_all(&line)
+            });
         if let Err(error) = written {
             tracing::warn!(%error, "an event is lost");
         }
     }
-}
-
-fn now() -> std::io::Result<u64> {
-    let now = Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC)?);
-    Ok(u64::try_from(now.as_nanos()).unwrap_or(u64::MAX))
 }

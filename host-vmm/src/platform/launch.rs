@@ -9,6 +9,7 @@ use std::{
     },
     process::{Child, Command, Stdio},
     sync::Arc,
+    thread,
     time::Duration,
 };
 
@@ -17,6 +18,7 @@ use command_fds::{CommandFdExt, FdMapping};
 use super::{
     Error, Event, Platform, PlatformLink,
     protocol::{ToNode, ToPlatform},
+    serve::serve,
 };
 use crate::{machine::VmIdentity, node::LINK_FD};
 
@@ -85,12 +87,21 @@ impl Launching {
 }
 
 impl Node {
-    /// Lets the VM run.
-    pub(super) fn go(&self) -> Result<(), Error> {
+    /// Lets the VM run, and serves it on a thread of its own until it ends.
+    pub(super) fn run(self) -> Result<(), Error> {
         let failed = |source| Error::Node { name: self.identity.name.clone(), source };
         // The event comes first, so that none of the VM's own can come before it.
         self.platform.events.write(&Event::Started { vm: &self.identity, pid: self.process.id() });
-        self.link.send(&ToNode::Go, &[]).map_err(failed)
+        self.link.send(&ToNode::Go, &[]).map_err(failed)?;
+        let thread = thread::Builder::new().name(format!("node-{}", self.identity.name));
+        let platform = Arc::clone(&self.platform);
+        thread.spawn(move || serve(&platform, self)).map_err(Error::Start)?;
+        Ok(())
+    }
+
+    /// The platform that it belongs to.
+    pub(super) fn platform(&self) -> &Arc<Platform> {
+        &self.platform
     }
 
     /// Who the VM is.
@@ -102,16 +113,20 @@ impl Node {
     pub(super) fn link(&self) -> &Arc<PlatformLink> {
         &self.link
     }
+
+    /// Ends the process and waits for it. One that has ended by itself stays what it is: the signal changes nothing.
+    pub(super) fn end(&mut self) {
+        let vm = &self.identity.name;
+        match self.process.kill().and_then(|()| self.process.wait()) {
+            Ok(status) => tracing::debug!(vm, %status, "a node's process has ended"),
+            Err(error) => tracing::error!(vm, %error, "a node's process can't be ended"),
+        }
+    }
 }
 
 impl Drop for Node {
     fn drop(&mut self) {
-        let name = &self.identity.name;
-        // A process that has ended by itself stays what it is: the signal changes nothing.
-        match self.process.kill().and_then(|()| self.process.wait()) {
-            Ok(status) => tracing::debug!(vm = name, %status, "a node's process has ended"),
-            Err(error) => tracing::error!(vm = name, %error, "a node's process can't be ended"),
-        }
+        self.end();
         self.platform.registry.leave(self.identity.id);
     }
 }

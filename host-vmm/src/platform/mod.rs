@@ -7,7 +7,6 @@ use std::{
     io,
     path::PathBuf,
     sync::{Arc, Mutex},
-    thread,
 };
 
 mod console;
@@ -169,21 +168,8 @@ impl Platform {
         let files: Vec<&File> = std::iter::once(&boot.kernel).chain(&boot.initrd).collect();
         let node = Launching::start(self, identity, &order, &files)?.wait_ready()?;
         let input = ConsoleInput(Arc::clone(node.link()));
-        self.run(node, |platform, end| *lock(&platform.root_end) = end)?;
+        node.run()?;
         Ok(input)
-    }
-
-    /// Lets a launched VM run, and serves it on a thread of its own until it ends.
-    fn run(
-        self: &Arc<Self>,
-        node: launch::Node,
-        ended: impl FnOnce(&Self, Option<End>) + Send + 'static,
-    ) -> Result<(), Error> {
-        node.go()?;
-        let platform = Arc::clone(self);
-        let thread = thread::Builder::new().name(format!("node-{}", node.identity().name));
-        thread.spawn(move || ended(&platform, serve::serve(&platform, node))).map_err(Error::Start)?;
-        Ok(())
     }
 
     /// Waits until all VMs have ended and all output is written, and says how the first VM ended: `None` where its node died.

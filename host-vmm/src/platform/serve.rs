@@ -1,6 +1,6 @@
 //! Serving one node: its forks, until its VM ends.
 
-use std::{fs::File, sync::Arc};
+use std::fs::File;
 
 use uuid::Uuid;
 use vmfork_abi::ErrorCode;
@@ -16,6 +16,7 @@ use crate::{
     error::chain,
     fork::Step,
     machine::{End, VmIdentity},
+    sync::lock,
 };
 
 /// What a parent asks for.
@@ -38,35 +39,39 @@ impl Error {
     }
 }
 
-/// Serves a node until its VM has ended, and says how it did: `None` where the node died instead.
-pub(super) fn serve(platform: &Arc<Platform>, node: Node) -> Option<End> {
+/// Serves a node until its VM has ended.
+pub(super) fn serve(platform: &Platform, mut node: Node) {
     let mut end = None;
-    let broken = loop {
-        match serve_one(platform, &node) {
+    loop {
+        match serve_one(&node) {
             Ok(None) => {}
             Ok(Some(how)) => end = Some(how),
-            Err(link::Error::Closed) => break None,
-            Err(error) => break Some(chain(&error)),
+            Err(link::Error::Closed) => break,
+            Err(error) => {
+                let vm = &node.identity().name;
+                tracing::error!(vm, error = chain(&error), "a node broke the protocol and is ended");
+                break;
+            }
         }
-    };
-    let identity = node.identity().clone();
-    drop(node);
-    if let Some(why) = broken {
-        tracing::error!(vm = identity.name, why, "a node broke the protocol and was ended");
     }
-    platform.events.write(&Event::Ended { vm: &identity, how: end.as_ref() });
-    end
+    node.end();
+    // Before the node is dropped: with the last one, the platform comes to its end.
+    platform.events.write(&Event::Ended { vm: node.identity(), how: end.as_ref() });
+    if node.identity().generation == 0 {
+        *lock(&platform.root_end) = end;
+    }
+    drop(node);
 }
 
 /// Serves the next message.
-fn serve_one(platform: &Arc<Platform>, node: &Node) -> Result<Option<End>, link::Error> {
+fn serve_one(node: &Node) -> Result<Option<End>, link::Error> {
     let (message, files) = node.link().receive()?;
     match message {
         ToPlatform::Fork { count, vm_type, seq, fault } => {
-            fork(platform, node, &Order { count, vm_type, seq, fault }, files)?;
+            fork(node, &Order { count, vm_type, seq, fault }, files)?;
         }
         ToPlatform::Report(report) => {
-            platform.events.write(&Event::Forked { parent: node.identity(), report: &report })
+            node.platform().events.write(&Event::Forked { parent: node.identity(), report: &report })
         }
         ToPlatform::Ended(end) => return Ok(Some(end)),
         other => return Err(link::Error::Unexpected(format!("{other:?}"))),
@@ -76,8 +81,8 @@ fn serve_one(platform: &Arc<Platform>, node: &Node) -> Result<Option<End>, link:
 
 /// Launches the children of a fork, and holds them until the parent says what becomes of them. Where the parent dies before it has, they
 /// end.
-fn fork(platform: &Arc<Platform>, parent: &Node, order: &Order, files: Vec<File>) -> Result<(), link::Error> {
-    let children = match launch_children(platform, parent, order, files) {
+fn fork(parent: &Node, order: &Order, files: Vec<File>) -> Result<(), link::Error> {
+    let children = match launch_children(parent, order, files) {
         Ok(children) => children,
         Err(error) => {
             return parent.link().send(&ToNode::Refused { code: error.code().number(), why: chain(&error) }, &[]);
@@ -89,7 +94,7 @@ fn fork(platform: &Arc<Platform>, parent: &Node, order: &Order, files: Vec<File>
         (ToPlatform::Commit, _) => {
             for child in children {
                 let name = child.identity().name.clone();
-                if let Err(error) = platform.run(child, |_, _| ()) {
+                if let Err(error) = child.run() {
                     tracing::error!(vm = name, error = chain(&error), "a child was lost after its launch");
                 }
             }
@@ -103,12 +108,8 @@ fn fork(platform: &Arc<Platform>, parent: &Node, order: &Order, files: Vec<File>
     }
 }
 
-fn launch_children(
-    platform: &Arc<Platform>,
-    parent: &Node,
-    order: &Order,
-    files: Vec<File>,
-) -> Result<Vec<Node>, Error> {
+fn launch_children(parent: &Node, order: &Order, files: Vec<File>) -> Result<Vec<Node>, Error> {
+    let platform = parent.platform();
     platform.place(order)?;
     let malformed = || link::Error::Unexpected("a fork without a capsule".into());
     let failed = |source| Error::Node { name: parent.identity().name.clone(), source };
