@@ -72,6 +72,9 @@ pub const LOW_RAM_END: Gpa = Gpa(0x9_fc00);
 /// ACPI tables, the RSDP first, in the area that a PC's firmware uses.
 pub const ACPI: Gpa = Gpa(0xe_0000);
 
+/// Where a processor begins after a reset in real mode, as far as Linux is concerned (FFFF:0000).
+pub const RESET_VECTOR: Gpa = Gpa(0xf_fff0);
+
 /// End of the room for ACPI tables; RAM goes on here.
 pub const HIGH_RAM_START: Gpa = Gpa(0x10_0000);
 

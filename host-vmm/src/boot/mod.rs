@@ -79,6 +79,7 @@ pub fn load(payload: &mut Payload, memory: &Arc<File>, bytes: u64, vcpus: u8) ->
     kernel::load_cmdline(&memory, &payload.cmdline)?;
     let rsdp = acpi::write(&memory, vcpus)?;
     params::write(&memory, &kernel, initrd, payload.cmdline.len(), rsdp, bytes)?;
+    params::write_reset_vector(&memory)?;
     params::write_entry_tables(&memory)?;
     Ok(kernel.entry)
 }

@@ -14,10 +14,11 @@ use super::{
 use crate::arch::{
     layout::{
         ACPI, BOOT_GDT, BOOT_PAGE_TABLES, BOOT_PARAMS, CMDLINE, CONTROL_PAGE, Gpa, HIGH_RAM_START, LOW_RAM_END,
-        PAGE_BYTES, ram_pieces,
+        PAGE_BYTES, RESET_PORT, RESET_VECTOR, ram_pieces,
     },
     regs,
 };
+use crate::devices::power::RESET_VALUE;
 
 const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
@@ -55,6 +56,17 @@ pub(super) fn write(
     }
     let zero_page = BootParams::new(&params, GuestAddress(BOOT_PARAMS.0));
     LinuxBootConfigurator::write_bootparams(&zero_page, memory).map_err(|error| Error::ZeroPage(Box::new(error)))
+}
+
+/// Writes the firmware that there is: at the reset vector, real-mode code that resets the machine.
+///
+/// A kernel that finds hardware-reduced ACPI and no EFI tries to reboot by jumping there, unless it is told `reboot=`.
+pub(super) fn write_reset_vector(memory: &GuestMemoryMmap) -> Result<(), Error> {
+    let [low, high] = RESET_PORT.to_le_bytes();
+    // mov dx, RESET_PORT; mov al, RESET_VALUE; out dx, al; hlt; jmp to the hlt
+    let code = [0xba, low, high, 0xb0, RESET_VALUE, 0xee, 0xf4, 0xeb, 0xfd];
+    let gpa = RESET_VECTOR;
+    memory.write_slice(&code, GuestAddress(gpa.0)).map_err(failed("the reset vector", gpa))
 }
 
 /// Writes the descriptor table and the page tables.

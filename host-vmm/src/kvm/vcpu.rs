@@ -176,6 +176,12 @@ impl Vcpu {
         Msrs::from_entries(entries).map_err(|_| Error::Unfit { vcpu: self.id, what: "too many MSRs" })
     }
 
+    /// Whether this shows itself as a processor with AMD's virtualisation.
+    pub(super) fn is_amd(&self) -> bool {
+        let vendor = self.cpuid.iter().find(|entry| entry.function == 0).map(|entry| entry.ebx.to_le_bytes());
+        matches!(vendor.as_ref(), Some(b"Auth" | b"Hygo"))
+    }
+
     /// Turns a failed call into an [`Error::VcpuCall`].
     pub(super) fn call(&self, call: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Error {
         let vcpu = self.id;

@@ -84,7 +84,7 @@ impl Vcpu {
         self.msrs = state.msrs.iter().map(|msr| msr.index).collect();
         let fd = &self.fd;
         fd.set_mp_state(state.mp_state).map_err(self.call("KVM_SET_MP_STATE"))?;
-        fd.set_sregs(&state.sregs).map_err(self.call("KVM_SET_SREGS"))?;
+        fd.set_sregs(&self.settable(state.sregs)).map_err(self.call("KVM_SET_SREGS"))?;
         fd.set_regs(&state.regs).map_err(self.call("KVM_SET_REGS"))?;
         self.restore_xsave(&state.xsave)?;
         if let Some(xcrs) = &state.xcrs {
@@ -95,6 +95,19 @@ impl Vcpu {
         self.restore_msrs(&state.msrs)?;
         fd.set_vcpu_events(&state.events).map_err(self.call("KVM_SET_VCPU_EVENTS"))?;
         self.tell_paused()
+    }
+
+    /// The system registers as they were before KVM read them.
+    ///
+    /// On AMD, KVM reports the task register's segment as busy, though the processor does not keep that bit (kernel source,
+    /// svm_get_segment). It does not take the bit off again when it writes the segment. Processors don't care, but QEMU's
+    /// software one refuses all port accesses from user space then.
+    fn settable(&self, mut sregs: kvm_sregs) -> kvm_sregs {
+        const BUSY: u8 = 1 << 1;
+        if self.is_amd() {
+            sregs.tr.type_ &= !BUSY;
+        }
+        sregs
     }
 
     fn save_xsave(&self) -> Result<Vec<u32>, Error> {

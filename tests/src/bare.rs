@@ -1,0 +1,252 @@
+//! A guest without an operating system: it does what a test has written down, at CPL 0, step by step.
+//!
+//! It is an ELF file that `host-vmm run --kernel` boots like any other. It needs a few hundred instructions, so that it runs on a
+//! KVM that emulates guest kernel code too.
+
+use std::{arch::global_asm, io::Write, slice};
+
+use tempfile::NamedTempFile;
+use vmfork_abi::{PAGE, Request, pad_text};
+
+/// Where `host-vmm` puts the control page, and listens for the doorbell. A guest would find both by CPUID.
+pub const CONTROL_PAGE: u64 = 0xd000_0000;
+/// Port of the doorbell.
+pub const DOORBELL: u16 = 0x560;
+
+/// The machine's sleep control register, and what switches it off.
+const SLEEP_CONTROL: u16 = 0x600;
+const SWITCH_OFF: u32 = 0x34;
+
+// Steps of 24 bytes: what to do, and two operands.
+global_asm!(
+    ".pushsection .rodata.bare",
+    "bare_start:",
+    "    lea rbp, [rip + bare_end]",
+    "2:  mov rax, [rbp]",
+    "    mov rbx, [rbp + 8]",
+    "    mov rcx, [rbp + 16]",
+    "    add rbp, 24",
+    "    cmp eax, 1",
+    "    je 10f",
+    "    cmp eax, 2",
+    "    je 20f",
+    "    cmp eax, 3",
+    "    je 30f",
+    "    cmp eax, 4",
+    "    je 40f",
+    "    cmp eax, 5",
+    "    je 50f",
+    "    cmp eax, 6",
+    "    je 60f",
+    "    cmp eax, 7",
+    "    je 70f",
+    "    cmp eax, 8",
+    "    je 80f",
+    "3:  hlt",
+    "    jmp 3b",
+    "10: mov [rbx], ecx", // store 4 bytes
+    "    jmp 2b",
+    "20: mov edi, [rbx]", // print 4 bytes
+    "    call 90f",
+    "    jmp 2b",
+    "30: mov edx, ebx", // write 4 bytes to a port
+    "    mov eax, ecx",
+    "    out dx, eax",
+    "    jmp 2b",
+    "40: mov edx, ebx", // write 1 byte to a port
+    "    mov eax, ecx",
+    "    out dx, al",
+    "    jmp 2b",
+    "50: mov edx, ebx", // write 2 bytes to a port
+    "    mov eax, ecx",
+    "    out dx, ax",
+    "    jmp 2b",
+    "60: mov rdx, rcx", // hypercall: GPA; pages below, command above; print the result
+    "    shr rdx, 32",
+    "    mov ecx, ecx",
+    "    mov r8, rbx",
+    "    push rcx",
+    "    push rdx",
+    "    xor eax, eax",
+    "    cpuid",
+    "    mov r9d, ebx",
+    "    pop rdx",
+    "    pop rcx",
+    "    mov rbx, r8",
+    "    mov eax, 12",
+    "    cmp r9d, 0x68747541", // "Auth"enticAMD
+    "    je 61f",
+    "    vmcall",
+    "    jmp 62f",
+    "61: vmmcall",
+    "62: mov edi, eax",
+    "    call 90f",
+    "    jmp 2b",
+    "70: mov eax, ecx", // fill the rest of a page with a byte
+    "    mov edi, ebx",
+    "    mov ecx, 4096",
+    "    and ebx, 4095",
+    "    sub ecx, ebx",
+    "    rep stosb",
+    "    jmp 2b",
+    "80: mov eax, [rbx]", // go on behind so many steps where 4 bytes are not what they should be
+    "    cmp eax, ecx",
+    "    je 2b",
+    "    shr rcx, 32",
+    "    imul rcx, rcx, 24",
+    "    add rbp, rcx",
+    "    jmp 2b",
+    "90: mov ecx, 8", // print EDI in hexadecimal, and a new line
+    "91: rol edi, 4",
+    "    mov eax, edi",
+    "    and eax, 15",
+    "    add eax, 48",
+    "    cmp eax, 57",
+    "    jbe 92f",
+    "    add eax, 39",
+    "92: mov edx, 0x3f8",
+    "    out dx, al",
+    "    dec ecx",
+    "    jnz 91b",
+    "    mov eax, 10",
+    "    out dx, al",
+    "    ret",
+    "bare_end:",
+    ".popsection",
+);
+
+unsafe extern "C" {
+    static bare_start: u8;
+    static bare_end: u8;
+}
+
+/// What a bare guest does.
+#[derive(Debug, Clone, Default)]
+pub struct Script {
+    steps: Vec<[u64; 3]>,
+}
+
+impl Script {
+    /// Nothing yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    fn step(mut self, what: u64, first: u64, second: u64) -> Self {
+        self.steps.push([what, first, second]);
+        self
+    }
+
+    /// Stores four bytes in memory.
+    #[must_use]
+    pub fn store(self, address: u64, value: u32) -> Self {
+        self.step(1, address, u64::from(value))
+    }
+
+    /// Prints four bytes of memory, as a line of eight hexadecimal digits.
+    #[must_use]
+    pub fn print(self, address: u64) -> Self {
+        self.step(2, address, 0)
+    }
+
+    /// Writes to a port, 1, 2 or 4 bytes wide.
+    ///
+    /// # Panics
+    /// For another width.
+    #[must_use]
+    pub fn out(self, port: u16, value: u32, bytes: usize) -> Self {
+        let what = match bytes {
+            4 => 3,
+            1 => 4,
+            2 => 5,
+            other => panic!("no port access is {other} bytes wide"),
+        };
+        self.step(what, u64::from(port), u64::from(value))
+    }
+
+    /// Makes the hypercall, and prints its result.
+    #[must_use]
+    pub fn hypercall(self, gpa: u64, pages: u32, command: u32) -> Self {
+        self.step(6, gpa, u64::from(pages) | u64::from(command) << 32)
+    }
+
+    /// Fills memory with a byte, from an address to the end of its page.
+    #[must_use]
+    pub fn fill(self, address: u64, value: u8) -> Self {
+        self.step(7, address, u64::from(value))
+    }
+
+    /// Does `then` only where four bytes of memory have this value.
+    #[must_use]
+    pub fn only_if(mut self, address: u64, value: u32, then: Self) -> Self {
+        let skip = then.steps.len() as u64;
+        self = self.step(8, address, u64::from(value) | skip << 32);
+        self.steps.extend(then.steps);
+        self
+    }
+
+    /// Writes a request into the control page.
+    ///
+    /// # Panics
+    /// For a type that does not fit.
+    #[must_use]
+    pub fn request(mut self, seq: u64, vm_type: &str, count: u32) -> Self {
+        let vm_type = pad_text(vm_type).expect("a VM type that fits");
+        let bytes = Request { seq, count, vm_type, ..Default::default() }.to_bytes();
+        for (word, chunk) in (0..).zip(bytes.as_chunks().0) {
+            self = self.store(control(PAGE.request.offset) + 4 * word, u32::from_le_bytes(*chunk));
+        }
+        self
+    }
+
+    /// Rings the doorbell for a fork.
+    #[must_use]
+    pub fn ring(self) -> Self {
+        self.out(DOORBELL, vmfork_abi::doorbell::FORK, 4)
+    }
+
+    /// Switches the VM off.
+    #[must_use]
+    pub fn off(self) -> Self {
+        self.out(SLEEP_CONTROL, SWITCH_OFF, 1)
+    }
+
+    /// The guest as an ELF file. A script that comes to its end stands still.
+    ///
+    /// # Panics
+    /// Where the file can't be written.
+    pub fn to_kernel(&self) -> NamedTempFile {
+        /// Where it is loaded: behind the first MiB.
+        const ADDRESS: u64 = 0x20_0000;
+        const HEADERS: u64 = 64 + 56;
+        let mut content = machine_code().to_vec();
+        content.extend(self.steps.iter().chain([&[0; 3]]).flatten().flat_map(|word| word.to_le_bytes()));
+        let length = content.len() as u64;
+        let mut file = NamedTempFile::with_prefix("bare-").expect("a temporary file");
+        let words = |words: &[u64]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>();
+        let elf = [
+            // e_ident: 64-bit, little-endian. Then ET_EXEC, EM_X86_64, version 1.
+            words(&[0x0001_0102_464c_457f, 0, 0x0000_0001_003e_0002]),
+            // e_entry, e_phoff, e_shoff.
+            words(&[ADDRESS, 64, 0]),
+            // e_flags and e_ehsize; e_phentsize 56, one program header; no sections.
+            words(&[0x0038_0040_0000_0000, 0x0000_0040_0000_0001]),
+            // PT_LOAD, readable, writable and executable; offset, two addresses, two sizes, alignment.
+            words(&[0x0000_0007_0000_0001, HEADERS, ADDRESS, ADDRESS, length, length, 16]),
+            content,
+        ];
+        file.write_all(&elf.concat()).expect("a kernel file that can be written");
+        file
+    }
+}
+
+/// Address of a byte of the control page.
+pub fn control(offset: usize) -> u64 {
+    CONTROL_PAGE + offset as u64
+}
+
+fn machine_code() -> &'static [u8] {
+    let (start, end) = (&raw const bare_start, &raw const bare_end);
+    // SAFETY: both labels lie in the one section above, in this order, and what is between them is never written.
+    unsafe { slice::from_raw_parts(start, end as usize - start as usize) }
+}

@@ -1,0 +1,256 @@
+//! What the end-to-end tests run in Linux guests. Each command tells on the console, in lines that start with a word in capitals, what the
+//! test then checks.
+
+use std::{
+    fs,
+    hint::black_box,
+    io::{BufRead, stdin},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use anyhow::{Context, bail, ensure};
+use clap::{Parser, Subcommand};
+use serde_json::json;
+use vmfork::{Fork, ForkRequest, Role};
+
+const PAGE: usize = 4096;
+
+#[derive(Debug, Parser)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Print that it is there, and end.
+    Hello,
+    /// Print the kernel's log.
+    KernelLog,
+    /// Make the kernel panic.
+    Panic,
+    /// Fork once for each count; each copy prints who it is, and ends.
+    Forks { counts: Vec<u32> },
+    /// Fill memory, fork, write in all copies, and check every page in each.
+    Memory { mib: usize, children: u32 },
+    /// Fork, in the child again, and so on.
+    Nested { depth: u32 },
+    /// Fork a process of several threads; all of them must go on in each copy.
+    Threads { threads: usize, children: u32 },
+    /// Ask for a fork again and again; print the error codes of those that fail.
+    Errors { times: u32 },
+    /// Fork, and do nothing.
+    Idle { children: u32 },
+    /// Fork for ever; each child lives a moment.
+    Storm,
+}
+
+fn main() -> anyhow::Result<()> {
+    match Cli::parse().command {
+        Command::Hello => {
+            println!("READY");
+            println!("HELLO {}", line()?);
+        }
+        Command::KernelLog => {
+            for line in kernel_log()?.lines() {
+                println!("LOG {line}");
+            }
+        }
+        Command::Panic => fs::write("/proc/sysrq-trigger", "c")?,
+        Command::Forks { counts } => forks(&counts)?,
+        Command::Memory { mib, children } => memory(mib, children)?,
+        Command::Nested { depth } => nested(depth)?,
+        Command::Threads { threads, children } => threads_go_on(threads, children)?,
+        Command::Errors { times } => errors(times)?,
+        Command::Idle { children } => {
+            let fork = fork("web", children)?;
+            println!("IDLE {}", fork.index);
+            thread::sleep(Duration::from_secs(3600));
+        }
+        Command::Storm => storm()?,
+    }
+    Ok(())
+}
+
+fn fork(vm_type: &str, count: u32) -> anyhow::Result<Fork> {
+    Ok(vmfork::fork(&ForkRequest::new(vm_type, count)?)?)
+}
+
+/// Waits for a line on standard input: the test's word to go on.
+fn line() -> anyhow::Result<String> {
+    let mut line = String::new();
+    stdin().lock().read_line(&mut line)?;
+    Ok(line.trim().to_owned())
+}
+
+fn kernel_log() -> anyhow::Result<String> {
+    let output = std::process::Command::new("dmesg").output().context("dmesg")?;
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// Who this is, with what must differ between copies.
+fn print_copy(fork: &Fork) -> anyhow::Result<()> {
+    let mut random = [0; 16];
+    getrandom::fill(&mut random).context("getrandom")?;
+    let copy = json!({
+        "fork": fork,
+        "hostname": nix::unistd::gethostname()?.to_string_lossy(),
+        "uuid": fs::read_to_string("/proc/sys/kernel/random/uuid")?.trim(),
+        "random": random,
+        "wall_ms": SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis(),
+    });
+    println!("COPY {copy}");
+    Ok(())
+}
+
+fn forks(counts: &[u32]) -> anyhow::Result<()> {
+    for &count in counts {
+        let fork = fork("web", count)?;
+        print_copy(&fork)?;
+        if fork.role == Role::Child {
+            return Ok(());
+        }
+    }
+    Ok(())
+}
+
+/// The pattern of a page: which one it is, and who wrote it.
+fn pattern(page: usize, writer: u64) -> u64 {
+    (page as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ writer << 56
+}
+
+fn write_pages(memory: &mut [u8], writer: u64) {
+    for (page, bytes) in memory.chunks_exact_mut(PAGE).enumerate() {
+        let value = pattern(page, writer).to_le_bytes();
+        // First and last bytes of each page.
+        bytes[..8].copy_from_slice(&value);
+        bytes[PAGE - 8..].copy_from_slice(&value);
+    }
+    black_box(memory);
+}
+
+fn check_pages(memory: &[u8], writer: u64) -> anyhow::Result<()> {
+    for (page, bytes) in memory.chunks_exact(PAGE).enumerate() {
+        let value = pattern(page, writer).to_le_bytes();
+        ensure!(bytes[..8] == value && bytes[PAGE - 8..] == value, "page {page} is not as {writer} wrote it");
+    }
+    Ok(())
+}
+
+fn memory(mib: usize, children: u32) -> anyhow::Result<()> {
+    const BEFORE: u64 = 0xff;
+    const PARENT: u64 = 0x80;
+    let mut memory = vec![0; mib << 20];
+    write_pages(&mut memory, BEFORE);
+    let fork = fork("web", children)?;
+    if fork.role == Role::Parent {
+        write_pages(&mut memory, PARENT);
+        println!("PARENT wrote");
+        // The children check and write meanwhile; the test tells when they are done.
+        line()?;
+        check_pages(&memory, PARENT)?;
+        println!("PARENT ok");
+        return Ok(());
+    }
+    // By then, the parent has written everything.
+    thread::sleep(Duration::from_secs(2));
+    check_pages(&memory, BEFORE)?;
+    write_pages(&mut memory, u64::from(fork.index));
+    println!("CHILD wrote");
+    thread::sleep(Duration::from_secs(2));
+    check_pages(&memory, u64::from(fork.index))?;
+    println!("CHILD ok {}", memory.len() / PAGE);
+    Ok(())
+}
+
+fn nested(depth: u32) -> anyhow::Result<()> {
+    let mut memory = vec![0; 4 << 20];
+    let pages = memory.len() / PAGE;
+    let share = pages / usize::try_from(depth + 1)?;
+    for generation in 0..depth {
+        // Each generation writes pages of its own, which all later ones must find.
+        let start = usize::try_from(generation)? * share * PAGE;
+        write_pages(&mut memory[start..start + share * PAGE], u64::from(generation));
+        let fork = fork("gen", 1)?;
+        ensure!(fork.generation == generation + u32::from(fork.role == Role::Child), "generation {}", fork.generation);
+        if fork.role == Role::Parent {
+            break;
+        }
+        for earlier in 0..=generation {
+            let start = usize::try_from(earlier)? * share * PAGE;
+            check_pages(&memory[start..start + share * PAGE], u64::from(earlier))?;
+        }
+        println!("GENERATION {} parent {}", fork.generation, fork.parent_id.unwrap_or_default());
+    }
+    Ok(())
+}
+
+fn threads_go_on(threads: usize, children: u32) -> anyhow::Result<()> {
+    let counters: Arc<Vec<AtomicU64>> = Arc::new((0..threads).map(|_| AtomicU64::new(0)).collect());
+    for index in 0..threads {
+        let counters = Arc::clone(&counters);
+        thread::spawn(move || {
+            loop {
+                counters[index].fetch_add(1, Ordering::Relaxed);
+                // Some of them sleep, so that timers have to go on too.
+                if index % 2 == 0 {
+                    thread::sleep(Duration::from_millis(1));
+                } else {
+                    thread::yield_now();
+                }
+            }
+        });
+    }
+    let values = || counters.iter().map(|counter| counter.load(Ordering::Relaxed)).collect::<Vec<_>>();
+    thread::sleep(Duration::from_millis(200));
+    let fork = fork("web", children)?;
+    let at_fork = values();
+    ensure!(at_fork.iter().all(|&value| value > 0), "a thread did not run before the fork: {at_fork:?}");
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while values().iter().zip(&at_fork).any(|(now, then)| now <= then) {
+        if Instant::now() > deadline {
+            bail!("a thread does not go on: {at_fork:?}, then {:?}", values());
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    println!("THREADS ok {}", fork.index);
+    Ok(())
+}
+
+fn errors(times: u32) -> anyhow::Result<()> {
+    for _ in 0..times {
+        match vmfork::fork(&ForkRequest::new("web", 2)?) {
+            Ok(fork) => {
+                println!("FORKED {}", fork.index);
+                if fork.role == Role::Child {
+                    return Ok(());
+                }
+            }
+            Err(error) => {
+                ensure!(error.role().is_none(), "a failed fork has made a {:?}", error.role());
+                println!("ERROR {}", error.code().context(error)?.number());
+            }
+        }
+    }
+    Ok(())
+}
+
+fn storm() -> anyhow::Result<()> {
+    loop {
+        // The test kills children: also those that a fork waits for.
+        match vmfork::fork(&ForkRequest::new("storm", 2)?) {
+            Ok(fork) if fork.role == Role::Child => {
+                println!("STORM child");
+                thread::sleep(Duration::from_millis(300));
+                return Ok(());
+            }
+            Ok(_) => println!("STORM forked"),
+            Err(error) => println!("STORM {error}"),
+        }
+    }
+}

@@ -1,0 +1,12 @@
+//! End-to-end tests: `host-vmm` as its users run it, on real guests.
+//!
+//! - [`vmm`]: a running `host-vmm`, and what it reports.
+//! - [`bare`]: a guest without an operating system, that does what a test writes down.
+//! - [`process`]: what a process has of the host's resources.
+//!
+//! The Linux guests' side is the program `test-guest`; the demo is the program `demo`.
+
+pub mod assets;
+pub mod bare;
+pub mod process;
+pub mod vmm;

@@ -1,0 +1,276 @@
+//! A running `host-vmm`, and what it reports.
+
+use std::{
+    fs::File,
+    io::{BufRead, BufReader, Write},
+    path::{Path, PathBuf},
+    process::{Child, ChildStdin, Command, Stdio},
+    sync::mpsc::{self, RecvTimeoutError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, bail};
+use nix::{
+    sys::{
+        signal::{Signal, kill},
+        stat::Mode,
+    },
+    unistd::{Pid, mkfifo},
+};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::assets;
+
+/// How long a test waits for something to happen. Guests in the lab are slow, and two tests run at a time.
+pub const PATIENCE: Duration = Duration::from_secs(180);
+
+/// A `host-vmm run` that is about to start.
+#[derive(Debug)]
+pub struct Vmm {
+    kernel: PathBuf,
+    arguments: Vec<String>,
+    cmdline: String,
+}
+
+impl Vmm {
+    /// Boots this kernel.
+    pub fn kernel(kernel: &Path) -> Self {
+        Self { kernel: kernel.to_owned(), arguments: Vec::new(), cmdline: String::new() }
+    }
+
+    /// Boots Linux with an image, and runs a program with arguments in it.
+    ///
+    /// # Panics
+    /// Where there are no assets.
+    pub fn linux(image: &str, program: &[&str]) -> Self {
+        let initrd = assets::path(image);
+        let vmm = Self::kernel(&assets::path("vmlinuz")).option("--initrd", &initrd.to_string_lossy());
+        vmm.cmdline("quiet").cmdline(&format!("vmfork.start={}", program.join(",")))
+    }
+
+    /// Adds an option.
+    #[must_use]
+    pub fn option(mut self, name: &str, value: &str) -> Self {
+        self.arguments.extend([name.to_owned(), value.to_owned()]);
+        self
+    }
+
+    /// Adds words to the kernel's command line.
+    #[must_use]
+    pub fn cmdline(mut self, words: &str) -> Self {
+        self.cmdline.push_str(words);
+        self.cmdline.push(' ');
+        self
+    }
+
+    /// Starts it.
+    ///
+    /// # Errors
+    /// Where `host-vmm` can't be started.
+    pub fn start(self) -> anyhow::Result<Running> {
+        let folder = TempDir::with_prefix("vmfork-test-")?;
+        let fifo = folder.path().join("events");
+        mkfifo(&fifo, Mode::S_IRUSR | Mode::S_IWUSR)?;
+        let started = Instant::now();
+        let host_vmm = assets::path("bin/host-vmm");
+        let mut process = Command::new(&host_vmm)
+            .arg("run")
+            .arg("--kernel")
+            .arg(&self.kernel)
+            .arg("--events")
+            .arg(&fifo)
+            .arg("--log-dir")
+            .arg(folder.path().join("logs"))
+            .args(["--cmdline", &self.cmdline])
+            .args(&self.arguments)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn()
+            .with_context(|| format!("can't start {}", host_vmm.display()))?;
+        let stdin = process.stdin.take();
+        let (sender, events) = mpsc::channel();
+        thread::spawn(move || {
+            // Opening waits until the other side opens it for writing, or for ever where that never comes: so on this thread.
+            let Ok(fifo) = File::open(fifo) else { return };
+            for line in BufReader::new(fifo).lines().map_while(Result::ok) {
+                let event = serde_json::from_str(&line).unwrap_or(Value::Null);
+                if sender.send(event).is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Running { process, stdin, events, seen: Vec::new(), started, folder })
+    }
+}
+
+/// A `host-vmm run`. Dropping it ends it.
+#[derive(Debug)]
+pub struct Running {
+    process: Child,
+    stdin: Option<ChildStdin>,
+    events: mpsc::Receiver<Value>,
+    seen: Vec<Value>,
+    started: Instant,
+    folder: TempDir,
+}
+
+/// How a run ended.
+#[derive(Debug)]
+pub struct Ended {
+    /// Exit code of `host-vmm`; `None` where a signal ended it.
+    pub code: Option<i32>,
+    /// All events.
+    pub events: Vec<Value>,
+}
+
+impl Running {
+    /// Process of `host-vmm`.
+    pub fn pid(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// When it was started.
+    pub fn started(&self) -> Instant {
+        self.started
+    }
+
+    /// Waits for the first event, from the start on, from which `pick` makes something.
+    ///
+    /// # Errors
+    /// Where it does not come in time, or `host-vmm` ends before. The error tells the last lines of the consoles.
+    pub fn wait_for<T>(&mut self, what: &str, mut pick: impl FnMut(&Value) -> Option<T>) -> anyhow::Result<T> {
+        if let Some(found) = self.seen.iter().find_map(&mut pick) {
+            return Ok(found);
+        }
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match self.events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(event) => {
+                    let found = pick(&event);
+                    self.seen.push(event);
+                    if let Some(found) = found {
+                        return Ok(found);
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => bail!("no {what} within {PATIENCE:?}{}", last_lines(&self.seen)),
+                Err(RecvTimeoutError::Disconnected) => bail!("host-vmm ended before {what}{}", last_lines(&self.seen)),
+            }
+        }
+    }
+
+    /// Waits for a console line of some VM that starts with `prefix`, and returns the VM's name and the rest of the line.
+    ///
+    /// # Errors
+    /// As [`Running::wait_for`].
+    pub fn wait_for_line(&mut self, prefix: &str) -> anyhow::Result<(String, String)> {
+        self.wait_for(&format!("line {prefix:?}"), |event| console_line(event, prefix))
+    }
+
+    /// Waits until `count` VMs have each printed a line that starts with `prefix`: name and rest of each, in the order in which they came.
+    ///
+    /// # Errors
+    /// As [`Running::wait_for`].
+    pub fn wait_for_lines(&mut self, prefix: &str, count: usize) -> anyhow::Result<Vec<(String, String)>> {
+        let mut lines = Vec::new();
+        self.wait_for(&format!("{count} lines {prefix:?} (so far {})", lines.len()), |event| {
+            lines.extend(console_line(event, prefix));
+            (lines.len() == count).then_some(())
+        })?;
+        Ok(lines)
+    }
+
+    /// Process of the node that holds the VM with this name.
+    ///
+    /// # Errors
+    /// As [`Running::wait_for`].
+    pub fn node(&mut self, name: &str) -> anyhow::Result<u32> {
+        self.wait_for(&format!("VM {name}"), |event| {
+            let pid = (event["event"] == "started" && event["name"] == name).then(|| event["pid"].as_u64())?;
+            u32::try_from(pid?).ok()
+        })
+    }
+
+    /// Types a line at the booted VM's console.
+    ///
+    /// # Errors
+    /// Where `host-vmm` takes none.
+    pub fn type_line(&mut self, line: &str) -> anyhow::Result<()> {
+        let stdin = self.stdin.as_mut().context("standard input is closed")?;
+        Ok(stdin.write_all(format!("{line}\n").as_bytes())?)
+    }
+
+    /// Sends `host-vmm` a signal.
+    ///
+    /// # Errors
+    /// Where it is gone.
+    pub fn signal(&self, signal: Signal) -> anyhow::Result<()> {
+        Ok(kill(Pid::from_raw(self.process.id().cast_signed()), signal)?)
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// Where it does not come in time.
+    pub fn end(mut self) -> anyhow::Result<Ended> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match self.events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(event) => self.seen.push(event),
+                Err(RecvTimeoutError::Timeout) => bail!("no end within {PATIENCE:?}{}", last_lines(&self.seen)),
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+        }
+        let status = self.process.wait()?;
+        Ok(Ended { code: status.code(), events: std::mem::take(&mut self.seen) })
+    }
+
+    /// The log of a VM's console.
+    ///
+    /// # Errors
+    /// Where there is none.
+    pub fn log(&self, name: &str) -> anyhow::Result<String> {
+        let path = self.folder.path().join("logs").join(format!("{name}.log"));
+        std::fs::read_to_string(&path).with_context(|| format!("can't read {}", path.display()))
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Has no effect where it has ended.
+        if let Err(error) = self.process.kill().and_then(|()| self.process.wait()) {
+            eprintln!("host-vmm can't be ended: {error}");
+        }
+    }
+}
+
+impl Ended {
+    /// All console lines that start with `prefix`: name of the VM, and the rest.
+    pub fn lines(&self, prefix: &str) -> Vec<(String, String)> {
+        self.events.iter().filter_map(|event| console_line(event, prefix)).collect()
+    }
+
+    /// The forks, as they were reported.
+    pub fn forks(&self) -> Vec<&Value> {
+        self.events.iter().filter(|event| event["event"] == "forked").collect()
+    }
+
+    /// How the VM with this name ended, as it was reported.
+    pub fn how(&self, name: &str) -> Option<&Value> {
+        let ended = self.events.iter().find(|event| event["event"] == "ended" && event["name"] == name);
+        ended.map(|event| &event["how"])
+    }
+}
+
+/// The VM's name, and what follows `prefix`, where the event is such a line.
+pub fn console_line(event: &Value, prefix: &str) -> Option<(String, String)> {
+    let line = (event["event"] == "console").then(|| event["line"].as_str()).flatten()?;
+    Some((event["name"].as_str()?.to_owned(), line.strip_prefix(prefix)?.to_owned()))
+}
+
+fn last_lines(events: &[Value]) -> String {
+    let lines = events.iter().filter(|event| event["event"] == "console");
+    let lines: Vec<String> = lines.map(|event| format!("\n  {}: {}", event["name"], event["line"])).collect();
+    format!("; the last console lines:{}", lines[lines.len().saturating_sub(30)..].concat())
+}

@@ -1,0 +1,279 @@
+//! `host-vmm` with guests that have no operating system. They run wherever /dev/kvm exists.
+
+use std::{collections::BTreeMap, fs};
+
+use vmfork_abi::{ErrorCode, PAGE, Role, Status};
+use vmfork_tests::{
+    assets,
+    bare::{CONTROL_PAGE, DOORBELL, Script, control},
+    process,
+    vmm::{Ended, Vmm},
+};
+
+const STATUS: usize = PAGE.response.offset + 8;
+const ERROR: usize = PAGE.response.offset + 12;
+const ROLE: usize = PAGE.identity.offset;
+const INDEX: usize = PAGE.identity.offset + 4;
+const GENERATION: usize = PAGE.identity.offset + 12;
+
+/// Runs a script to the end of its VMs.
+fn run(script: &Script) -> Ended {
+    let kernel = script.to_kernel();
+    let running = Vmm::kernel(kernel.path()).option("--mem", "64M").start().expect("host-vmm starts");
+    running.end().expect("host-vmm ends")
+}
+
+/// What a VM has printed: numbers.
+fn printed(ended: &Ended, name: &str) -> Vec<u32> {
+    let lines = ended.lines("").into_iter().filter(|(vm, _)| vm == name);
+    lines.map(|(_, line)| u32::from_str_radix(&line, 16).expect("a number")).collect()
+}
+
+fn answer() -> Script {
+    Script::new().print(control(STATUS)).print(control(ERROR)).print(control(ROLE)).print(control(INDEX))
+}
+
+fn join(first: Script, then: Script) -> Script {
+    // A condition that always holds: the header's magic number.
+    first.only_if(CONTROL_PAGE, u32::from_le_bytes(*b"VMFO"), then)
+}
+
+#[test]
+fn a_fork_tells_each_side_who_it_is() {
+    let ended = run(&join(Script::new().request(1, "web", 3).ring(), answer().off()));
+    let forked = Status::Forked.number();
+    assert_eq!(printed(&ended, "vm"), [forked, 0, Role::Parent.number(), 0]);
+    for index in 1..=3 {
+        assert_eq!(printed(&ended, &format!("web.{index}")), [forked, 0, Role::Child.number(), index]);
+    }
+    assert_eq!(ended.code, Some(0));
+}
+
+#[test]
+fn copies_do_not_see_each_others_writes() {
+    const PAGES: u64 = 300;
+    const FIRST: u64 = 0x40_0000;
+    let page = |number: u64| FIRST + number * 4096;
+    let mut script = Script::new();
+    for number in 0..PAGES {
+        script = script.store(page(number), 0x1000_0000 + u32::try_from(number).expect("small"));
+    }
+    script = script.request(1, "web", 2).ring();
+    // Each VM writes to every third page, another third each, and prints all.
+    for (vm, start) in [(0u32, 0u64), (1, 1), (2, 2)] {
+        let mut writes = Script::new();
+        for number in (start..PAGES).step_by(3) {
+            writes = writes.store(page(number), 0x2000_0000 + 0x0100_0000 * vm);
+        }
+        script = script.only_if(control(INDEX), vm, writes);
+    }
+    for number in 0..PAGES {
+        script = script.print(page(number));
+    }
+    let ended = run(&script.off());
+    for (vm, name) in [(0u32, "vm"), (1, "web.1"), (2, "web.2")] {
+        let expected = (0..u32::try_from(PAGES).expect("small"))
+            .map(|number| if number % 3 == vm { 0x2000_0000 + 0x0100_0000 * vm } else { 0x1000_0000 + number });
+        assert_eq!(printed(&ended, name), expected.collect::<Vec<_>>(), "{name}");
+    }
+}
+
+#[test]
+fn a_child_forks_again_and_so_does_its_child() {
+    let data = 0x40_0000;
+    let fork_of = |seq, vm_type| Script::new().request(seq, vm_type, 1).ring();
+    let third = join(fork_of(1, "c"), Script::new().print(control(GENERATION)).print(data).print(data + 4096));
+    let in_child = join(
+        Script::new().store(data + 4096, 0xc41d),
+        fork_of(1, "b").only_if(control(ROLE), Role::Child.number(), third),
+    );
+    let script = join(
+        Script::new().store(data, 0xda7a),
+        fork_of(1, "a").only_if(control(ROLE), Role::Child.number(), in_child).off(),
+    );
+    let ended = run(&script);
+    assert_eq!(printed(&ended, "b.1"), [2, 0xda7a, 0xc41d]);
+    assert_eq!(printed(&ended, "c.1"), [3, 0xda7a, 0xc41d]);
+    assert_eq!(ended.code, Some(0));
+}
+
+#[test]
+fn bad_requests_have_their_errors_and_the_vm_goes_on() {
+    let outcome = || Script::new().print(control(STATUS)).print(control(ERROR));
+    let mut script = Script::new();
+    let mut expected = Vec::new();
+    let mut expect = |script: Script, code: ErrorCode| {
+        expected.extend([Status::Failed.number(), code.number()]);
+        join(script, outcome())
+    };
+    script = expect(script.request(1, "web", 0).ring(), ErrorCode::InvalidCount);
+    script = expect(script.request(2, "web", 1025).ring(), ErrorCode::InvalidCount);
+    script = expect(script.request(3, "no/slash", 1).ring(), ErrorCode::InvalidType);
+    script = expect(script.request(4, "", 1).ring(), ErrorCode::InvalidType);
+    script =
+        expect(script.request(5, "web", 1).store(control(PAGE.request.offset + 12), 1).ring(), ErrorCode::InvalidFlags);
+    script = expect(script.request(6, "web", 1).out(DOORBELL, 0, 4), ErrorCode::UnknownCommand);
+    script = expect(script.request(7, "web", 1).out(DOORBELL, 1, 1), ErrorCode::UnknownCommand);
+    script = expect(script.request(8, "web", 1).out(DOORBELL, 1, 2), ErrorCode::UnknownCommand);
+    // 1024 are within what one fork may ask for, but not within what the platform takes.
+    script = expect(script.request(9, "web", 1024).ring(), ErrorCode::Place);
+    script = join(script.request(10, "web", 1).ring(), outcome()).off();
+    expected.extend([Status::Forked.number(), 0]);
+    let kernel = script.to_kernel();
+    let vmm = Vmm::kernel(kernel.path()).option("--mem", "64M").option("--max-vms", "100");
+    let ended = vmm.start().expect("host-vmm starts").end().expect("host-vmm ends");
+    assert_eq!(printed(&ended, "vm"), expected);
+    assert_eq!(ended.code, Some(0));
+}
+
+#[test]
+fn the_hypercall_is_a_doorbell_too() {
+    if !assets::probe().hypercall {
+        assert!(!assets::in_lab(), "the lab's KVM hands hypercalls on");
+        eprintln!("SKIPPED: this host's KVM hands no hypercall on; the lab's does");
+        return;
+    }
+    let (invalid, answered) = (0xffff_ffea, 0);
+    let script = Script::new()
+        .request(1, "web", 1)
+        .hypercall(CONTROL_PAGE + 4096, 1, 1)
+        .hypercall(0, 1, 1)
+        .hypercall(CONTROL_PAGE, 2, 1)
+        .print(control(PAGE.response.offset))
+        .hypercall(CONTROL_PAGE, 1, 99)
+        .print(control(ERROR))
+        .hypercall(CONTROL_PAGE, 1, 1);
+    let ended = run(&join(script, answer().off()));
+    // The first three are not for the control page: nobody has looked at the request. The fourth has an unknown command.
+    let before = [invalid, invalid, invalid, 0, answered, ErrorCode::UnknownCommand.number()];
+    let forked = Status::Forked.number();
+    let parent = [&before[..], &[answered, forked, 0, Role::Parent.number(), 0]].concat();
+    assert_eq!(printed(&ended, "vm"), parent);
+    assert_eq!(printed(&ended, "web.1"), [answered, forked, 0, Role::Child.number(), 1]);
+    assert_eq!(ended.code, Some(0));
+}
+
+#[test]
+fn garbage_never_stops_the_vmm() {
+    let mut random = [0; 4096];
+    getrandom::fill(&mut random).expect("random bytes");
+    let words = random.as_chunks().0.iter().map(|word| u32::from_le_bytes(*word));
+    let words: Vec<u32> = words.collect();
+    println!("seed: {:08x?}", &words[..8]);
+    let mut script = Script::new();
+    for (round, chunk) in words.chunks_exact(8).enumerate() {
+        let [a, b, c, d, e, f, g, h] = chunk.try_into().expect("eight words");
+        let within = |word: u32| CONTROL_PAGE + u64::from(word % 1024) * 4;
+        script = script.store(within(a), b).store(within(c), d).store(within(e), f);
+        if round % 16 == 0 {
+            script = script.fill(CONTROL_PAGE + u64::from(h % 4096), g.to_le_bytes()[0]);
+        }
+        // A random count can't be let through: it would be a fork of up to 1024 children.
+        script = script.store(control(PAGE.request.offset + 8), g | 0x8000_0000);
+        script = script.out(DOORBELL, h, [1, 2, 4][round % 3]).ring();
+    }
+    script = script.fill(CONTROL_PAGE, 0xff);
+    let script = script.request(1, "web", 1).ring().print(control(STATUS)).off();
+    let ended = run(&script);
+    assert_eq!(printed(&ended, "vm"), [Status::Forked.number()]);
+    assert_eq!(printed(&ended, "web.1"), [Status::Forked.number()]);
+    assert_eq!(ended.code, Some(0));
+}
+
+/// What a process has open, but for the files in its test's own folder.
+fn descriptors(pid: u32) -> BTreeMap<String, usize> {
+    let open = process::descriptors(pid).expect("the process's descriptors");
+    open.into_iter().filter(|(name, _)| !name.contains("vmfork-test-") && !name.contains("bare-")).collect()
+}
+
+/// The memory files that a process has mapped, with how often.
+fn mappings(pid: u32) -> BTreeMap<String, usize> {
+    let mut mapped = BTreeMap::new();
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).expect("the process's mappings");
+    for name in maps.lines().filter_map(|line| line.split_once("/memfd:")) {
+        *mapped.entry(name.1.to_owned()).or_default() += 1;
+    }
+    mapped
+}
+
+#[test]
+fn a_failure_at_any_step_leaves_nothing_behind() {
+    const STEPS: &[(&str, ErrorCode)] = &[
+        ("validate", ErrorCode::Internal),
+        ("quiesce", ErrorCode::Quiesce),
+        ("complete", ErrorCode::Quiesce),
+        ("capture", ErrorCode::Capture),
+        ("freeze", ErrorCode::Freeze),
+        ("pack", ErrorCode::Freeze),
+        ("place", ErrorCode::Place),
+        ("launch", ErrorCode::Launch),
+        ("signal", ErrorCode::Signal),
+    ];
+    let data = 0x40_0000;
+    let mut script = Script::new();
+    for seq in 1..=STEPS.len() as u64 {
+        let mark = u32::try_from(seq).expect("small");
+        script = script.store(data, mark).request(seq, "web", 4).ring();
+        script = script.print(control(STATUS)).print(control(ERROR)).print(data);
+    }
+    // Stands still, so that what is left can be looked at.
+    let kernel = script.to_kernel();
+    let steps: Vec<&str> = STEPS.iter().map(|(step, _)| *step).collect();
+    let vmm = Vmm::kernel(kernel.path()).option("--mem", "64M").option("--inject-fault", &steps.join(","));
+    let mut running = vmm.start().expect("host-vmm starts");
+    let node = running.node("vm").expect("the VM's node");
+    let mut reports = 0;
+    running
+        .wait_for("all reports", |event| {
+            reports += usize::from(event["event"] == "forked");
+            (reports == STEPS.len()).then_some(())
+        })
+        .expect("a report of each fork");
+    running.wait_for_lines("", 3 * STEPS.len()).expect("three numbers for each fork");
+    // A VM that has not tried to fork, to compare with.
+    let kernel = Script::new().print(CONTROL_PAGE).to_kernel();
+    let mut idle = Vmm::kernel(kernel.path()).option("--mem", "64M").start().expect("host-vmm starts");
+    idle.wait_for_lines("", 1).expect("the VM runs");
+    let idle_node = idle.node("vm").expect("the VM's node");
+    assert_eq!(descriptors(node), descriptors(idle_node));
+    assert_eq!(descriptors(running.pid()), descriptors(idle.pid()));
+    assert_eq!(mappings(node), mappings(idle_node));
+    assert_eq!(process::children(running.pid()).expect("processes"), [node]);
+    running.signal(nix::sys::signal::Signal::SIGTERM).expect("a signal");
+    let ended = running.end().expect("host-vmm ends");
+    let expected = (1..).zip(STEPS).flat_map(|(mark, (_, code))| [Status::Failed.number(), code.number(), mark]);
+    assert_eq!(printed(&ended, "vm"), expected.collect::<Vec<_>>());
+    assert!(ended.events.iter().all(|event| event["event"] != "started" || event["name"] == "vm"));
+    assert_eq!(ended.code, Some(143));
+}
+
+#[test]
+fn nodes_that_are_killed_take_nothing_with_them() {
+    // All VMs stand still after the fork.
+    let kernel = Script::new().request(1, "web", 3).ring().print(control(INDEX)).to_kernel();
+    let mut running = Vmm::kernel(kernel.path()).option("--mem", "64M").start().expect("host-vmm starts");
+    running.wait_for_lines("0000000", 4).expect("all VMs");
+    let kill = |pid: u32| {
+        let pid = nix::unistd::Pid::from_raw(pid.cast_signed());
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).expect("a node to kill");
+    };
+    for name in ["web.2", "vm"] {
+        kill(running.node(name).expect("a node"));
+        let gone = |event: &serde_json::Value| (event["event"] == "ended" && event["name"] == name).then_some(());
+        running.wait_for("its end", gone).expect("an end");
+    }
+    assert_eq!(process::children(running.pid()).expect("processes").len(), 2);
+    for name in ["web.1", "web.3"] {
+        kill(running.node(name).expect("a node"));
+    }
+    let ended = running.end().expect("host-vmm ends with its last VM");
+    assert_eq!(ended.code, Some(1), "the booted VM did not end well");
+    assert_eq!(ended.how("vm"), Some(&serde_json::Value::Null));
+}
+
+#[test]
+fn the_guest_ends_the_vm_as_it_says() {
+    assert_eq!(run(&Script::new().off()).code, Some(0));
+    assert_eq!(run(&Script::new().out(0x602, 1, 1)).code, Some(3));
+    assert_eq!(run(&Script::new().out(0x64, 0xfe, 1)).code, Some(3));
+}

@@ -1,0 +1,205 @@
+//! `host-vmm` with Debian's kernel, as its users run it.
+
+use std::{collections::BTreeSet, thread, time::Duration};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde_json::Value;
+use vmfork_abi::ErrorCode;
+use vmfork_tests::{
+    process,
+    vmm::{Ended, Running, Vmm, console_line},
+};
+
+const TEST_GUEST: &str = "/usr/bin/test-guest";
+
+/// A guest that runs a command of `test-guest`.
+fn guest(command: &[&str]) -> Vmm {
+    Vmm::linux("minimal.cpio", &[&[TEST_GUEST], command].concat())
+}
+
+fn start(vmm: Vmm) -> Running {
+    vmm.start().expect("host-vmm starts")
+}
+
+/// Runs to the end, which must be a good one.
+fn run(vmm: Vmm) -> Ended {
+    let ended = start(vmm).end().expect("host-vmm ends");
+    assert_eq!(ended.code, Some(0), "{:?}", ended.lines(""));
+    ended
+}
+
+/// The objects behind these lines.
+fn objects(lines: &[(String, String)]) -> Vec<Value> {
+    lines.iter().map(|(_, line)| serde_json::from_str(line).expect("JSON")).collect()
+}
+
+fn all_differ(what: &str, values: impl Iterator<Item = Value>) {
+    let values: Vec<String> = values.map(|value| value.to_string()).collect();
+    let different: BTreeSet<&String> = values.iter().collect();
+    assert_eq!(different.len(), values.len(), "{what}: {values:?}");
+}
+
+#[test]
+fn linux_boots_without_complaints_and_takes_input() {
+    let mut running = start(guest(&["hello"]).option("--cpus", "2"));
+    running.wait_for_line("READY").expect("a guest that is ready");
+    running.type_line("are you there").expect("a console that takes input");
+    running.wait_for_line("HELLO are you there").expect("an answer");
+    assert!(running.log("vm").expect("a log").contains("HELLO"));
+    let ended = running.end().expect("host-vmm ends");
+    assert_eq!(ended.code, Some(0));
+
+    let log = run(guest(&["kernel-log"])).lines("LOG ");
+    assert!(log.len() > 50, "{log:?}");
+    let complaints = log.iter().filter(|(_, line)| {
+        ["WARNING: CPU", "cut here", "Call Trace", "Unhandled", "unchecked MSR", "soft lockup", "BUG:"]
+            .iter()
+            .any(|bad| line.contains(bad))
+    });
+    assert_eq!(complaints.collect::<Vec<_>>(), [] as [&(String, String); 0]);
+}
+
+#[test]
+fn reboot_and_panic_are_told_apart_from_power_off() {
+    let reboot = start(Vmm::linux("minimal.cpio", &["/bin/busybox", "reboot", "-f"])).end().expect("an end");
+    assert_eq!(reboot.code, Some(3));
+    let panic = start(guest(&["panic"])).end().expect("an end");
+    assert_eq!(panic.code, Some(3));
+}
+
+#[test]
+fn forks_of_one_two_and_eight_make_different_vms() {
+    let ended = run(guest(&["forks", "1", "2", "8"]));
+    let copies = objects(&ended.lines("COPY "));
+    assert_eq!(copies.len(), 3 + 1 + 2 + 8);
+    let children: Vec<&Value> = copies.iter().filter(|copy| copy["fork"]["role"] == "child").collect();
+    assert_eq!(children.len(), 11);
+    for count in [1, 2, 8] {
+        let indices = children.iter().filter(|copy| copy["fork"]["count"] == count);
+        let indices: BTreeSet<u64> = indices.map(|copy| copy["fork"]["index"].as_u64().expect("an index")).collect();
+        assert_eq!(indices, (1..=count).collect());
+    }
+    let of = |field: &'static str| children.iter().map(move |copy| copy["fork"][field].clone());
+    all_differ("VM IDs", of("vm_id"));
+    all_differ("names", of("name"));
+    all_differ("host names", children.iter().map(|copy| copy["hostname"].clone()));
+    all_differ("random UUIDs", copies.iter().map(|copy| copy["uuid"].clone()));
+    all_differ("random bytes", copies.iter().map(|copy| copy["random"].clone()));
+    assert_eq!(of("parent_id").map(|id| id.to_string()).collect::<BTreeSet<_>>().len(), 1);
+    assert!(of("generation").all(|generation| generation == 1));
+    // The wall clock of each copy is right, though it stood still while the fork was made.
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("a clock").as_millis();
+    for copy in &copies {
+        let told = u128::from(copy["wall_ms"].as_u64().expect("a time"));
+        assert!(told.abs_diff(now) < 120_000, "the guest's clock says {told}, the host's {now}");
+    }
+}
+
+#[test]
+fn memory_is_isolated_both_ways() {
+    let mut running = start(guest(&["memory", "64", "2"]));
+    running.wait_for_lines("CHILD wrote", 2).expect("children that write");
+    running.type_line("go on").expect("a console that takes input");
+    running.wait_for_line("PARENT ok").expect("the parent's memory as it was");
+    running.wait_for_lines("CHILD ok 16384", 2).expect("the children's memory as it was");
+    assert_eq!(running.end().expect("an end").code, Some(0));
+}
+
+#[test]
+fn children_fork_again() {
+    let ended = run(guest(&["nested", "4"]));
+    let mut generations = ended.lines("GENERATION ");
+    generations.sort_by_key(|(_, line)| line.clone());
+    let started = |generation: u64| {
+        let of = |event: &&Value| event["event"] == "started" && event["generation"] == generation;
+        ended.events.iter().find(of).expect("a VM of this generation")
+    };
+    assert_eq!(generations.len(), 4);
+    for (generation, (_, line)) in (1..).zip(&generations) {
+        let parent = started(generation - 1)["id"].as_str().expect("an ID");
+        assert_eq!(line, &format!("{generation} parent {parent}"));
+    }
+}
+
+#[test]
+fn threads_go_on_in_every_copy() {
+    for cpus in ["1", "2"] {
+        let ended = run(guest(&["threads", "6", "2"]).option("--cpus", cpus));
+        let mut ok: Vec<String> = ended.lines("THREADS ok ").into_iter().map(|(_, index)| index).collect();
+        ok.sort_unstable();
+        assert_eq!(ok, ["0", "1", "2"], "{:?}", ended.lines(""));
+    }
+}
+
+#[test]
+fn a_failed_fork_tells_the_guest_and_leaves_it_running() {
+    const STEPS: &[(&str, ErrorCode)] = &[
+        ("validate", ErrorCode::Internal),
+        ("quiesce", ErrorCode::Quiesce),
+        ("complete", ErrorCode::Quiesce),
+        ("capture", ErrorCode::Capture),
+        ("freeze", ErrorCode::Freeze),
+        ("pack", ErrorCode::Freeze),
+        ("place", ErrorCode::Place),
+        ("launch", ErrorCode::Launch),
+        ("signal", ErrorCode::Signal),
+    ];
+    // After all failures, two forks that work; and the second one, of a VM that is a private view by then.
+    let times = (STEPS.len() + 2).to_string();
+    let steps: Vec<&str> = STEPS.iter().map(|(step, _)| *step).collect();
+    let ended = run(guest(&["errors", &times]).option("--inject-fault", &steps.join(",")).option("--cpus", "2"));
+    let codes: Vec<String> = ended.lines("ERROR ").into_iter().map(|(_, code)| code).collect();
+    assert_eq!(codes, STEPS.iter().map(|(_, code)| code.number().to_string()).collect::<Vec<_>>());
+    assert_eq!(ended.lines("FORKED ").len(), 6);
+    assert_eq!(ended.events.iter().filter(|event| event["event"] == "started").count(), 5);
+}
+
+#[test]
+fn an_idle_child_costs_next_to_nothing() {
+    for mem in ["256M", "1G"] {
+        let mut running = start(guest(&["idle", "2"]).option("--mem", mem));
+        running.wait_for_lines("IDLE ", 3).expect("all copies");
+        for name in ["web.1", "web.2"] {
+            let node = running.node(name).expect("a node");
+            let private = process::private_kib(node).expect("the node's memory");
+            println!("{mem}: {name} has {private} KiB of its own");
+            assert!(private < 4096, "{mem}: {name} has {private} KiB of its own");
+        }
+        running.signal(Signal::SIGTERM).expect("a signal");
+        assert_eq!(running.end().expect("an end").code, Some(143));
+    }
+}
+
+#[test]
+fn killed_nodes_leave_nothing_behind() {
+    let mut running = start(guest(&["storm"]));
+    running.wait_for_line("STORM forked").expect("a fork");
+    let node = running.node("vm").expect("a node");
+    for round in 0..30u64 {
+        // Any moment of a fork: those that are launched are children of host-vmm too.
+        thread::sleep(Duration::from_millis(round * 37 % 101));
+        let nodes = process::children(running.pid()).expect("processes");
+        let child = nodes.iter().filter(|pid| **pid != node).nth(usize::try_from(round % 2).expect("small"));
+        if let Some(Err(errno)) = child.map(|pid| kill(Pid::from_raw(pid.cast_signed()), Signal::SIGKILL)) {
+            println!("a child has ended before it was killed: {errno}");
+        }
+    }
+    // The parent still forks, whatever became of the others; then it dies in the middle.
+    let mut forked = 0;
+    running
+        .wait_for("another fork", |event| {
+            forked += usize::from(console_line(event, "STORM forked").is_some());
+            (forked == 3).then_some(())
+        })
+        .expect("a parent that goes on");
+    kill(Pid::from_raw(node.cast_signed()), Signal::SIGKILL).expect("a node to kill");
+    let host_vmm = running.pid();
+    let ended = running.end().expect("host-vmm ends with its last VM");
+    assert_eq!(ended.code, Some(1));
+    assert!(process::children(host_vmm).expect("processes").is_empty());
+    let count = |what: &str| ended.events.iter().filter(|event| event["event"] == what).count();
+    assert_eq!(count("started"), count("ended"));
+}
