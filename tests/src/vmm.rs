@@ -16,6 +16,7 @@ use nix::{
         signal::{Signal, kill},
         stat::Mode,
     },
+    time::{ClockId, clock_gettime},
     unistd::{Pid, mkfifo},
 };
 use serde_json::Value;
@@ -73,7 +74,6 @@ impl Vmm {
         let folder = TempDir::with_prefix("vmfork-test-")?;
         let fifo = folder.path().join("events");
         mkfifo(&fifo, Mode::S_IRUSR | Mode::S_IWUSR)?;
-        let started = Instant::now();
         let host_vmm = assets::path("bin/host-vmm");
         let mut process = Command::new(&host_vmm)
             .arg("run")
@@ -101,7 +101,7 @@ impl Vmm {
                 }
             }
         });
-        Ok(Running { process, stdin, events, seen: Vec::new(), started, folder })
+        Ok(Running { process, stdin, events, seen: Vec::new(), folder })
     }
 }
 
@@ -112,7 +112,6 @@ pub struct Running {
     stdin: Option<ChildStdin>,
     events: mpsc::Receiver<Value>,
     seen: Vec<Value>,
-    started: Instant,
     folder: TempDir,
 }
 
@@ -129,11 +128,6 @@ impl Running {
     /// Process of `host-vmm`.
     pub fn pid(&self) -> u32 {
         self.process.id()
-    }
-
-    /// When it was started.
-    pub fn started(&self) -> Instant {
-        self.started
     }
 
     /// Waits for the first event, from the start on, from which `pick` makes something.
@@ -261,6 +255,15 @@ impl Ended {
         let ended = self.events.iter().find(|event| event["event"] == "ended" && event["name"] == name);
         ended.map(|event| &event["how"])
     }
+}
+
+/// CLOCK_MONOTONIC in nanoseconds: the clock of the events.
+///
+/// # Panics
+/// Where there is no such clock.
+pub fn monotonic_ns() -> u64 {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("a monotonic clock");
+    u64::try_from(Duration::from(now).as_nanos()).expect("an uptime of less than 500 years")
 }
 
 /// The VM's name, and what follows `prefix`, where the event is such a line.
