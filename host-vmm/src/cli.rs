@@ -30,7 +30,7 @@ pub enum Command {
 
 const EXIT_CODES: &str = "\
 Exit codes: how the booted VM ended. 0 it was powered off, or Ctrl-A x; 3 it was reset (a reboot, or a panic); 1 it or host-vmm \
-failed; 2 wrong usage; 129, 130, 143 host-vmm got SIGHUP, SIGINT, SIGTERM.
+failed; 2 wrong usage; 129, 130, 131, 143 host-vmm got SIGHUP, SIGINT, SIGQUIT, SIGTERM.
 
 On a terminal, keys go to the booted VM; Ctrl-A x ends all VMs, Ctrl-A Ctrl-A is one Ctrl-A.";
 

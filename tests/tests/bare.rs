@@ -1,13 +1,17 @@
 //! `host-vmm` with guests that have no operating system. They run wherever /dev/kvm exists.
 
-use std::{collections::BTreeMap, fs};
+use std::{
+    collections::BTreeMap,
+    fs, thread,
+    time::{Duration, Instant},
+};
 
 use vmfork_abi::{ErrorCode, PAGE, Role, Status};
 use vmfork_tests::{
     assets,
     bare::{CONTROL_PAGE, DOORBELL, Script, control},
     process,
-    vmm::{Ended, Vmm},
+    vmm::{Ended, PATIENCE, Vmm},
 };
 
 const STATUS: usize = PAGE.response.offset + 8;
@@ -92,8 +96,8 @@ fn a_child_forks_again_and_so_does_its_child() {
         fork_of(1, "a").only_if(control(ROLE), Role::Child.number(), in_child).off(),
     );
     let ended = run(&script);
-    assert_eq!(printed(&ended, "b.1"), [2, 0xda7a, 0xc41d]);
-    assert_eq!(printed(&ended, "c.1"), [3, 0xda7a, 0xc41d]);
+    assert_eq!(printed(&ended, "b.2"), [2, 0xda7a, 0xc41d]);
+    assert_eq!(printed(&ended, "c.3"), [3, 0xda7a, 0xc41d]);
     assert_eq!(ended.code, Some(0));
 }
 
@@ -269,6 +273,31 @@ fn nodes_that_are_killed_take_nothing_with_them() {
     let ended = running.end().expect("host-vmm ends with its last VM");
     assert_eq!(ended.code, Some(1), "the booted VM did not end well");
     assert_eq!(ended.how("vm"), Some(&serde_json::Value::Null));
+}
+
+#[test]
+fn two_hundred_children_of_one_fork() {
+    const COUNT: u32 = 200;
+    let ended = run(&Script::new().request(1, "web", COUNT).ring().print(control(INDEX)).off());
+    let mut indices: Vec<u32> = (1..=COUNT).flat_map(|number| printed(&ended, &format!("web.{number}"))).collect();
+    indices.sort_unstable();
+    assert_eq!(indices, (1..=COUNT).collect::<Vec<_>>());
+    assert_eq!(ended.code, Some(0));
+}
+
+#[test]
+fn nodes_do_not_outlive_their_platform() {
+    let kernel = Script::new().request(1, "web", 2).ring().print(control(INDEX)).to_kernel();
+    let mut running = Vmm::kernel(kernel.path()).option("--mem", "64M").start().expect("host-vmm starts");
+    running.wait_for_lines("0000000", 3).expect("all VMs");
+    let nodes: Vec<u32> = ["vm", "web.1", "web.2"].map(|name| running.node(name).expect("a node")).into();
+    running.signal(nix::sys::signal::Signal::SIGKILL).expect("a signal");
+    let deadline = Instant::now() + PATIENCE;
+    // Some process adopts them, and waits for them in its own time: a node that has ended has no memory any more.
+    while nodes.iter().any(|node| process::private_kib(*node).is_ok_and(|kib| kib > 0)) {
+        assert!(Instant::now() < deadline, "a node lives on");
+        thread::sleep(Duration::from_millis(10));
+    }
 }
 
 #[test]

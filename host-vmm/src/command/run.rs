@@ -12,7 +12,10 @@ use std::{
 };
 
 use anyhow::Context;
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::{
+    resource::{Resource, getrlimit, setrlimit},
+    signal::{SigSet, Signal},
+};
 
 use crate::{
     cli,
@@ -55,6 +58,7 @@ pub fn run(options: cli::Run) -> anyhow::Result<ExitCode> {
     };
     // Before any thread starts: all of them are to leave the signals to the one that waits for them.
     let signals = block_signals()?;
+    raise_file_limit()?;
     let platform = Platform::new(settings)?;
     let stopped = Arc::new(AtomicU8::new(NOT_STOPPED));
     stop_on_signal(&platform, &stopped, signals)?;
@@ -68,9 +72,16 @@ pub fn run(options: cli::Run) -> anyhow::Result<ExitCode> {
 }
 
 fn block_signals() -> anyhow::Result<SigSet> {
-    let signals = SigSet::from_iter([Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM]);
+    let signals = SigSet::from_iter([Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM]);
     signals.thread_block().context("can't block signals")?;
     Ok(signals)
+}
+
+/// Lets this process have as many files open as it is ever allowed to: each VM needs three.
+fn raise_file_limit() -> anyhow::Result<()> {
+    let limit = Resource::RLIMIT_NOFILE;
+    let raised = getrlimit(limit).and_then(|(_, hard)| setrlimit(limit, hard, hard));
+    raised.context("can't raise the limit of open files")
 }
 
 fn stop_on_signal(platform: &Arc<Platform>, stopped: &Arc<AtomicU8>, signals: SigSet) -> anyhow::Result<()> {

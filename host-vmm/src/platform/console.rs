@@ -21,6 +21,9 @@ use crate::{machine::VmIdentity, sync::lock};
 /// Longest line that is held back until it is complete, in bytes; what is longer is shown in pieces.
 const MAX_LINE_BYTES: usize = 4096;
 
+/// Longest log of one VM in bytes: a guest that prints for ever must not fill the disk.
+const MAX_LOG_BYTES: u64 = 256 << 20;
+
 /// How long the end waits for output that is still in the pipes.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -41,7 +44,7 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct Sources {
-    open: HashMap<u64, Source>,
+    open: HashMap<u64, Arc<Mutex<Source>>>,
     next: u64,
 }
 
@@ -50,6 +53,8 @@ struct Sources {
 struct Source {
     pipe: File,
     log: File,
+    /// How many bytes the log may still take.
+    log_room: u64,
     name: String,
     /// Whether its lines are shown with its name.
     prefixed: bool,
@@ -72,6 +77,7 @@ impl Consoles {
     pub(super) fn add(&self, vm: &VmIdentity, pipe: File) -> Result<(), Error> {
         let source = Source {
             log: self.create_log(&self.log_dir.join(format!("{}.log", vm.name)))?,
+            log_room: MAX_LOG_BYTES,
             name: vm.name.clone(),
             prefixed: vm.generation > 0,
             line: Vec::new(),
@@ -82,7 +88,7 @@ impl Consoles {
         sources.next += 1;
         let interest = EpollEvent::new(EpollFlags::EPOLLIN, token);
         self.shared.epoll.add(source.pipe.as_fd(), interest).map_err(|errno| Error::Consoles(errno.into()))?;
-        sources.open.insert(token, source);
+        sources.open.insert(token, Arc::new(Mutex::new(source)));
         Ok(())
     }
 
@@ -125,33 +131,59 @@ impl Shared {
     }
 
     fn read_one(&self, token: u64) {
-        let mut buffer = [0; 16 * 1024];
-        let mut sources = lock(&self.sources);
-        let Some(source) = sources.open.get_mut(&token) else { return };
-        let bytes = match source.pipe.read(&mut buffer) {
-            Ok(count) if count > 0 => &buffer[..count],
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => return,
-            // The node is gone, and with it the other end.
-            _ => {
-                source.flush(&self.events);
-                sources.open.remove(&token);
-                self.drained.notify_all();
-                return;
-            }
-        };
-        if let Err(error) = source.log.write_all(bytes) {
-            tracing::warn!(vm = source.name, %error, "console output is missing in the log");
+        // The sources are let go at once: a terminal that takes nothing must not keep new VMs from being added.
+        let Some(source) = lock(&self.sources).open.get(&token).map(Arc::clone) else { return };
+        if !lock(&source).read(&self.events) {
+            lock(&self.sources).open.remove(&token);
+            self.drained.notify_all();
         }
-        if !source.prefixed {
-            show(bytes);
-        }
-        source.take(bytes, &self.events);
     }
 }
 
 impl Source {
-    /// Takes output in, and passes on the lines that are complete now.
-    fn take(&mut self, bytes: &[u8], events: &Events) {
+    /// Takes what the VM has written, and returns whether more can come.
+    fn read(&mut self, events: &Events) -> bool {
+        let mut buffer = [0; 16 * 1024];
+        let bytes = match self.pipe.read(&mut buffer) {
+            Ok(count) if count > 0 => &buffer[..count],
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => return true,
+            // The node is gone, and with it the other end.
+            _ => {
+                if !self.line.is_empty() {
+                    self.end_line(events);
+                }
+                return false;
+            }
+        };
+        self.log(bytes);
+        if !self.prefixed {
+            show(bytes);
+        }
+        self.split(bytes, events);
+        true
+    }
+
+    /// Writes to the log, for as much as one VM may.
+    fn log(&mut self, bytes: &[u8]) {
+        let wanted = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
+        if wanted > self.log_room {
+            if self.log_room > 0 {
+                tracing::warn!(
+                    vm = self.name,
+                    "the console log is full at {MAX_LOG_BYTES} bytes; nothing more is logged"
+                );
+                self.log_room = 0;
+            }
+            return;
+        }
+        self.log_room -= wanted;
+        if let Err(error) = self.log.write_all(bytes) {
+            tracing::warn!(vm = self.name, %error, "console output is missing in the log");
+        }
+    }
+
+    /// Adds to the line, and passes on those that are complete now.
+    fn split(&mut self, bytes: &[u8], events: &Events) {
         for &byte in bytes {
             if byte != b'\n' {
                 self.line.push(byte);
@@ -159,13 +191,6 @@ impl Source {
             if byte == b'\n' || self.line.len() >= MAX_LINE_BYTES {
                 self.end_line(events);
             }
-        }
-    }
-
-    /// Passes on what is left when no more will come.
-    fn flush(&mut self, events: &Events) {
-        if !self.line.is_empty() {
-            self.end_line(events);
         }
     }
 

@@ -21,19 +21,18 @@ pub(super) struct Registry {
 struct State {
     /// Connection to the node of each VM that is there, or about to be.
     vms: BTreeMap<Uuid, Arc<PlatformLink>>,
-    /// How many VMs of each type got a name.
-    named: BTreeMap<String, u64>,
+    /// How many VMs got a number in their name.
+    numbered: u64,
     stopping: bool,
 }
 
 impl Registry {
-    /// Names for `count` new VMs of a type: `web.1`, `web.2`, and so on; none is ever given twice.
+    /// Names for `count` new VMs of a type: `web.1`, `web.2`, and so on. No number is ever given twice, whatever the type.
     pub(super) fn names(&self, vm_type: &str, count: u32) -> Vec<String> {
         let mut state = lock(&self.state);
-        let last = state.named.entry(vm_type.to_owned()).or_default();
-        let first = *last + 1;
-        *last += u64::from(count);
-        (first..=*last).map(|number| format!("{vm_type}.{number}")).collect()
+        let first = state.numbered + 1;
+        state.numbered += u64::from(count);
+        (first..=state.numbered).map(|number| format!("{vm_type}.{number}")).collect()
     }
 
     /// Whether `wanted` more VMs may come.
@@ -88,8 +87,8 @@ mod tests {
     fn names_are_never_given_twice() {
         let registry = Registry::default();
         assert_eq!(registry.names("web", 2), ["web.1", "web.2"]);
-        assert_eq!(registry.names("db", 1), ["db.1"]);
-        assert_eq!(registry.names("web", 1), ["web.3"]);
+        assert_eq!(registry.names("db", 1), ["db.3"]);
+        assert_eq!(registry.names("web", 1), ["web.4"]);
     }
 
     #[test]
