@@ -1,0 +1,114 @@
+//! Runs cargo, and finds what it has built.
+
+use std::env;
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+use serde::Deserialize;
+
+/// Where the workspace is, and where cargo builds it.
+#[derive(Debug, Deserialize)]
+pub(crate) struct Workspace {
+    #[serde(rename = "workspace_root")]
+    pub(crate) root: PathBuf,
+    #[serde(rename = "target_directory")]
+    pub(crate) target: PathBuf,
+}
+
+/// Programs that were built, by their names.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Executables(Vec<(String, PathBuf)>);
+
+/// One line of cargo's messages; only those about finished targets have these fields.
+#[derive(Deserialize)]
+struct Message {
+    target: Option<Target>,
+    executable: Option<PathBuf>,
+}
+
+#[derive(Deserialize)]
+struct Target {
+    name: String,
+}
+
+impl Workspace {
+    /// Asks cargo.
+    pub(crate) fn find() -> Result<Self> {
+        let output = output(&["metadata", "--no-deps", "--format-version=1"])?;
+        serde_json::from_slice(&output).context("can't read what `cargo metadata` printed")
+    }
+}
+
+impl Executables {
+    /// The programs of the workspace that run on a host or in a guest.
+    pub(crate) fn programs() -> Result<Self> {
+        let packages = ["--package=host-vmm", "--package=vmfork", "--package=vmfork-tests"];
+        Self::build(&[&["build", "--release", "--bins"], packages.as_slice()].concat())
+    }
+
+    /// The test programs `bare` and `guests`.
+    pub(crate) fn tests() -> Result<Self> {
+        Self::build(&["test", "--no-run", "--release", "--package=vmfork-tests", "--test=bare", "--test=guests"])
+    }
+
+    fn build(arguments: &[&str]) -> Result<Self> {
+        let output = output(&[arguments, &["--message-format=json-render-diagnostics"]].concat())?;
+        Ok(Self::in_messages(&String::from_utf8_lossy(&output)))
+    }
+
+    fn in_messages(messages: &str) -> Self {
+        let messages = messages.lines().filter_map(|line| serde_json::from_str::<Message>(line).ok());
+        Self(messages.filter_map(|message| Some((message.target?.name, message.executable?))).collect())
+    }
+
+    /// Where the program `name` is.
+    pub(crate) fn path(&self, name: &str) -> Result<PathBuf> {
+        let found = self.0.iter().find(|(known, _)| known == name);
+        found.map(|(_, path)| path.clone()).with_context(|| format!("cargo has built no program {name}"))
+    }
+}
+
+/// Runs cargo with its output shown.
+pub(crate) fn run(arguments: &[&str]) -> Result<()> {
+    let status = command(arguments).status().context("can't run cargo")?;
+    if !status.success() {
+        bail!("`cargo {}` failed: {status}", arguments.join(" "));
+    }
+    Ok(())
+}
+
+/// Runs cargo with its messages shown, and returns its standard output.
+fn output(arguments: &[&str]) -> Result<Vec<u8>> {
+    let output = command(arguments).stderr(Stdio::inherit()).output().context("can't run cargo")?;
+    if !output.status.success() {
+        bail!("`cargo {}` failed: {}", arguments.join(" "), output.status);
+    }
+    Ok(output.stdout)
+}
+
+fn command(arguments: &[&str]) -> Command {
+    let cargo = env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo"));
+    let mut command = Command::new(cargo);
+    command.args(arguments);
+    command
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn executables_are_found_in_messages() {
+        let messages = r#"
+{"reason":"compiler-artifact","target":{"name":"vmfork","kind":["lib"]},"executable":null}
+{"reason":"compiler-artifact","target":{"name":"vmfork","kind":["bin"]},"executable":"/target/release/vmfork"}
+{"reason":"build-finished","success":true}
+not json
+"#;
+        let executables = Executables::in_messages(messages);
+        assert_eq!(executables.path("vmfork").unwrap(), PathBuf::from("/target/release/vmfork"));
+        assert!(executables.path("demo").is_err());
+    }
+}

@@ -1,0 +1,106 @@
+//! The command line.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Runs the demo, the tests, or a command in the lab.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Task {
+    /// Fork a booted Linux guest with a warm application in it, and show what that took
+    Demo(Demo),
+    /// Check format and lints, and run all tests
+    Test(Test),
+    /// Run a command in the lab: a machine, emulated by QEMU, that has a complete /dev/kvm
+    ///
+    /// There, host-vmm, vmfork and demo are on PATH, and kernel and images in $VMFORK_ASSETS. Standard output and error
+    /// both come back as standard output; the exit code comes back too. 124 is a time-out, 130 an interrupt.
+    Lab(Lab),
+    /// Build the guest images, and print their paths
+    Image,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Demo {
+    #[command(flatten)]
+    pub(crate) limit: Limit,
+    /// Passed on to the demo: --json, for example
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub(crate) arguments: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Test {
+    #[command(flatten)]
+    pub(crate) limit: Limit,
+    /// Run only tests whose names contain this
+    pub(crate) filter: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Lab {
+    #[command(flatten)]
+    pub(crate) limit: Limit,
+    /// Put a file of this machine into the lab; may be given again
+    #[arg(long = "file", value_name = "HERE:THERE", value_parser = parse_file)]
+    pub(crate) files: Vec<(PathBuf, String)>,
+    /// Program to run, and its arguments
+    #[arg(last = true, required = true)]
+    pub(crate) command: Vec<String>,
+}
+
+#[derive(Debug, Clone, Copy, Args)]
+pub(crate) struct Limit {
+    /// How many seconds one run of the lab may take
+    #[arg(long, value_name = "SECONDS", default_value_t = 20 * 60)]
+    timeout: u64,
+}
+
+impl Limit {
+    pub(crate) fn duration(self) -> Duration {
+        Duration::from_secs(self.timeout)
+    }
+}
+
+fn parse_file(argument: &str) -> Result<(PathBuf, String), String> {
+    match argument.split_once(':') {
+        Some((here, there)) if there.starts_with('/') => Ok((here.into(), there.into())),
+        _ => Err("not a path here, a colon, and an absolute path in the lab".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn demo_gets_its_arguments() {
+        let Task::Demo(demo) = Cli::parse_from(["xtask", "demo", "--json", "--mem", "1G"]).task else { panic!() };
+        assert_eq!(demo.arguments, ["--json", "--mem", "1G"]);
+    }
+
+    #[test]
+    fn lab_takes_files_and_a_command() {
+        let line = ["xtask", "lab", "--timeout", "5", "--file", "a.sh:/root/a.sh", "--", "sh", "-c", "true"];
+        let Task::Lab(lab) = Cli::parse_from(line).task else { panic!() };
+        assert_eq!(lab.files, [(PathBuf::from("a.sh"), "/root/a.sh".to_owned())]);
+        assert_eq!(lab.command, ["sh", "-c", "true"]);
+        assert_eq!(lab.limit.duration(), Duration::from_secs(5));
+        assert!(Cli::try_parse_from(["xtask", "lab", "--file", "a.sh", "--", "true"]).is_err());
+    }
+}

@@ -1,0 +1,42 @@
+//! `cargo xtask demo`.
+
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Command, ExitStatus};
+
+use anyhow::{Context, Result};
+
+use crate::cargo::{Executables, Workspace};
+use crate::cli;
+use crate::images::Assets;
+use crate::lab::Job;
+use crate::probe::is_kvm_usable;
+use crate::setup;
+use crate::steps::Steps;
+
+/// Builds everything, and runs the demo; returns its exit code.
+pub(crate) fn run(steps: &mut Steps, arguments: &cli::Demo) -> Result<u8> {
+    let workspace = Workspace::find()?;
+    steps.quiet("setup", setup::run)?;
+    let programs = steps.run("build", Executables::programs)?;
+    let assets = Assets::build(steps, &workspace, &programs)?;
+    if steps.quiet("probe", || is_kvm_usable(&programs.path("host-vmm")?))? {
+        let demo = programs.path("demo")?;
+        return steps.run("demo", || {
+            let mut command = Command::new(&demo);
+            let status = command.args(&arguments.arguments).env("VMFORK_ASSETS", &assets.dir).status();
+            Ok(exit_code(status.with_context(|| format!("can't run {}", demo.display()))?))
+        });
+    }
+    eprintln!("xtask: this machine's KVM can't run Linux guests (`host-vmm check` says why): the demo runs in the lab");
+    steps.quiet("setup of the lab", setup::qemu)?;
+    let command = [&["demo".to_owned()], arguments.arguments.as_slice()].concat();
+    let mut job = Job { command, files: Vec::new(), limit: arguments.limit.duration() };
+    job.add_program("demo", &programs)?;
+    steps.run("demo in the lab", || job.run(&workspace, &assets))
+}
+
+/// The exit code that a shell would give for `status`.
+fn exit_code(status: ExitStatus) -> u8 {
+    let code = status.code().or_else(|| Some(128 + status.signal()?));
+    code.and_then(|code| u8::try_from(code).ok()).unwrap_or(u8::MAX)
+}

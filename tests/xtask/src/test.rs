@@ -1,0 +1,70 @@
+//! `cargo xtask test`.
+
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use crate::cargo::{self, Executables, Workspace};
+use crate::cli;
+use crate::images::Assets;
+use crate::lab::Job;
+use crate::probe::is_kvm_usable;
+use crate::setup;
+use crate::steps::Steps;
+
+/// Runs all checks and tests, up to the first that fails.
+pub(crate) fn run(steps: &mut Steps, arguments: &cli::Test) -> Result<u8> {
+    let result = run_steps(steps, arguments);
+    eprintln!("xtask: {}", steps.summary());
+    result.map(|()| 0)
+}
+
+fn run_steps(steps: &mut Steps, arguments: &cli::Test) -> Result<()> {
+    let workspace = Workspace::find()?;
+    let filter = arguments.filter.as_deref();
+    steps.quiet("setup", setup::run)?;
+    steps.run("format", || cargo::run(&["fmt", "--all", "--check"]))?;
+    steps.run("clippy", || cargo::run(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
+    let programs = steps.run("build", Executables::programs)?;
+    let tests = steps.run("build of the tests", Executables::tests)?;
+    steps.run("unit tests", || {
+        let others = ["test", "--release", "--workspace", "--exclude=vmfork-tests", "--"];
+        cargo::run(&[&others, filter.as_slice()].concat())?;
+        let own = ["test", "--release", "--package=vmfork-tests", "--lib", "--bins", "--"];
+        cargo::run(&[&own, filter.as_slice()].concat())
+    })?;
+    let assets = Assets::build(steps, &workspace, &programs)?;
+
+    if let Some(error) = setup::kvm_error() {
+        eprintln!("xtask: SKIPPED on this machine: tests on bare guests. /dev/kvm can't be opened: {error}");
+    } else {
+        steps.run("bare guests", || here(&tests.path("bare")?, filter, &assets))?;
+    }
+    if steps.quiet("probe", || is_kvm_usable(&programs.path("host-vmm")?))? {
+        return steps.run("Linux guests", || here(&tests.path("guests")?, filter, &assets));
+    }
+    eprintln!("xtask: this machine's KVM can't run Linux guests (`host-vmm check` says why): they run in the lab");
+    steps.quiet("setup of the lab", setup::qemu)?;
+    for (name, step) in [("bare", "bare guests in the lab"), ("guests", "Linux guests in the lab")] {
+        let command = [name, "--test-threads=2"].into_iter().chain(filter).map(str::to_owned).collect();
+        let mut job = Job { command, files: Vec::new(), limit: arguments.limit.duration() };
+        job.add_program(name, &tests)?;
+        steps.run(step, || match job.run(&workspace, &assets)? {
+            0 => Ok(()),
+            code => bail!("{name} in the lab ended with exit code {code}"),
+        })?;
+    }
+    Ok(())
+}
+
+/// Runs a test program on this machine.
+fn here(program: &Path, filter: Option<&str>, assets: &Assets) -> Result<()> {
+    let mut command = Command::new(program);
+    let status = command.args(filter).env("VMFORK_ASSETS", &assets.dir).status();
+    let status = status.with_context(|| format!("can't run {}", program.display()))?;
+    if !status.success() {
+        bail!("{} failed: {status}", program.display());
+    }
+    Ok(())
+}
