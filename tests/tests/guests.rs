@@ -152,7 +152,8 @@ fn a_failed_fork_tells_the_guest_and_leaves_it_running() {
     let steps: Vec<&str> = STEPS.iter().map(|(step, _)| *step).collect();
     let ended = run(guest(&["errors", &times]).option("--inject-fault", &steps.join(",")).option("--cpus", "2"));
     let codes: Vec<String> = ended.lines("ERROR ").into_iter().map(|(_, code)| code).collect();
-    assert_eq!(codes, STEPS.iter().map(|(_, code)| code.number().to_string()).collect::<Vec<_>>());
+    let reports: Vec<&Value> = ended.forks().iter().map(|fork| &fork["why"]).collect();
+    assert_eq!(codes, STEPS.iter().map(|(_, code)| code.number().to_string()).collect::<Vec<_>>(), "{reports:?}");
     assert_eq!(ended.lines("FORKED ").len(), 6);
     assert_eq!(ended.events.iter().filter(|event| event["event"] == "started").count(), 5);
 }

@@ -1,9 +1,11 @@
 //! `vmfork fork`: one fork, and in a child perhaps another program.
 
 use std::ffi::OsString;
+use std::io::{self, IsTerminal};
 use std::os::unix::process::CommandExt;
 use std::process::{self, ExitCode};
 
+use nix::sys::termios;
 use serde::Serialize;
 use vmfork::{Fork, ForkError, ForkRequest, Role};
 
@@ -25,6 +27,7 @@ struct Failure {
 
 pub(crate) fn run(arguments: &ForkArguments) -> Result<ExitCode, CommandError> {
     let request = ForkRequest::new(&arguments.vm_type, arguments.count).map_err(CommandError::Request)?;
+    drain_terminals().map_err(CommandError::Drain)?;
     let fork = match vmfork::fork(&request) {
         Ok(fork) => fork,
         Err(error) => {
@@ -43,6 +46,17 @@ pub(crate) fn run(arguments: &ForkArguments) -> Result<ExitCode, CommandError> {
         print(&fork.to_string())?
     }
     Ok(ExitCode::from(exit_status(fork.role)))
+}
+
+/// Waits until the caller's terminals have sent what was written to them: what is still to be sent, every copy would send.
+fn drain_terminals() -> io::Result<()> {
+    if io::stdout().is_terminal() {
+        termios::tcdrain(io::stdout())?;
+    }
+    if io::stderr().is_terminal() {
+        termios::tcdrain(io::stderr())?;
+    }
+    Ok(())
 }
 
 /// Becomes `program`; returns only if that fails.

@@ -22,6 +22,9 @@ const NOT_FOUND: u8 = 127;
 /// Why a subcommand failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CommandError {
+    /// A terminal did not take its output.
+    #[error("can't wait for the terminal to send its output")]
+    Drain(#[source] io::Error),
     #[error("the VMM can't be reached")]
     Open(#[source] OpenError),
     #[error("the control page says nothing valid about this VM")]

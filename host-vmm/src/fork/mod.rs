@@ -33,6 +33,7 @@ use crate::{
     platform::{NodeLink, link, protocol::ToPlatform},
     sync::lock,
 };
+use signal::Signal;
 use timeline::Timeline;
 
 /// Why a fork was refused or failed.
@@ -155,9 +156,10 @@ impl Engine {
         let fault = timeline.fault();
         let children =
             timeline.step(Step::Launch, || children::launch(&self.link, &replies, &order, &capsule, fault))?;
-        timeline.step(Step::Signal, || signal::parent(machine, &order).map_err(Error::Signal))?;
+        let signal = timeline.step(Step::Signal, || Signal::to_parent(machine, &order).map_err(Error::Signal))?;
         timeline.step(Step::Commit, || children.commit())?;
         clear_away(frozen.keep());
+        signal.give(machine)?;
         timeline.step(Step::Thaw, || {
             drop(stopped);
             Ok(order.count)

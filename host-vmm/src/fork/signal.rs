@@ -1,9 +1,10 @@
 //! Telling each side of a fork who it is, through its control page.
 
-use vmfork_abi::{ErrorCode, Response, Role, Status};
+use vmfork_abi::{ErrorCode, Identity, Response, Role, Status};
 
 use super::request::Order;
 use crate::{
+    clock::wall_clock_ns,
     machine::{Machine, VmIdentity},
     memory,
     sync::lock,
@@ -26,29 +27,45 @@ pub enum Error {
 /// [`Error`].
 pub fn identify(machine: &Machine, answers: Option<u64>) -> Result<(), Error> {
     let identity = lock(&machine.identity).clone();
-    match answers {
-        Some(seq) => forked(machine, &identity, Role::Child, seq),
-        None => Ok(machine.control_page.identify(&identity.to_page(Role::Booted).map_err(Error::Seed)?)?),
-    }
+    let role = if answers.is_some() { Role::Child } else { Role::Booted };
+    Signal::new(identity, role, answers)?.give(machine)
 }
 
-/// Tells the parent that the fork was made.
-pub(super) fn parent(machine: &Machine, order: &Order) -> Result<(), Error> {
-    let mut identity = lock(&machine.identity);
-    let parent = VmIdentity { index: 0, count: order.count, ..identity.clone() };
-    forked(machine, &parent, Role::Parent, order.seq)?;
-    *identity = parent;
-    Ok(())
+/// What a VM is to be told.
+pub(super) struct Signal {
+    identity: VmIdentity,
+    page: Identity,
+    response: Option<Response>,
+}
+
+impl Signal {
+    /// Tells the parent that the fork was made. It is made ready before that is certain: giving it can't fail for want of anything.
+    pub(super) fn to_parent(machine: &Machine, order: &Order) -> Result<Self, Error> {
+        let identity = VmIdentity { index: 0, count: order.count, ..lock(&machine.identity).clone() };
+        Self::new(identity, Role::Parent, Some(order.seq))
+    }
+
+    fn new(identity: VmIdentity, role: Role, answers: Option<u64>) -> Result<Self, Error> {
+        let page = identity.to_page(role).map_err(Error::Seed)?;
+        let status = Status::Forked.number();
+        let response = answers.map(|seq| Response { seq, status, ..Default::default() });
+        Ok(Self { identity, page, response })
+    }
+
+    /// Gives it, with the time as it is now.
+    pub(super) fn give(self, machine: &Machine) -> Result<(), Error> {
+        let page = Identity { wall_clock_ns: wall_clock_ns(), ..self.page };
+        machine.control_page.identify(&page)?;
+        if let Some(response) = &self.response {
+            machine.control_page.respond(response)?;
+        }
+        *lock(&machine.identity) = self.identity;
+        Ok(())
+    }
 }
 
 /// Tells the parent that there was no fork. Who it is stays as it was.
 pub(super) fn refuse(machine: &Machine, seq: u64, code: ErrorCode) -> Result<(), Error> {
     let response = Response { seq, status: Status::Failed.number(), error: code.number(), ..Default::default() };
-    Ok(machine.control_page.respond(&response)?)
-}
-
-fn forked(machine: &Machine, identity: &VmIdentity, role: Role, seq: u64) -> Result<(), Error> {
-    machine.control_page.identify(&identity.to_page(role).map_err(Error::Seed)?)?;
-    let response = Response { seq, status: Status::Forked.number(), ..Default::default() };
     Ok(machine.control_page.respond(&response)?)
 }

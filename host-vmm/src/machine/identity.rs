@@ -1,7 +1,5 @@
 //! Who a VM is, and how it is told.
 
-use std::time::{SystemTime, UNIX_EPOCH};
-
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 use vmfork_abi::{Identity, Role, pad_text};
@@ -26,14 +24,13 @@ pub struct VmIdentity {
 }
 
 impl VmIdentity {
-    /// What the control page says of this VM in `role`, from now on: the seed is drawn, and the clock is read, here.
+    /// What the control page says of this VM in `role`, but for the time; the seed is drawn here.
     ///
     /// # Errors
     /// Where the system has no random bytes to give.
     pub fn to_page(&self, role: Role) -> Result<Identity, getrandom::Error> {
         let mut seed = [0; 64];
         getrandom::fill(&mut seed)?;
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         Ok(Identity {
             role: role.number(),
             index: self.index,
@@ -42,7 +39,7 @@ impl VmIdentity {
             vm_id: self.id.into_bytes(),
             parent_id: self.parent.into_bytes(),
             seed,
-            wall_clock_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
+            wall_clock_ns: 0,
             // Names and types are checked where they are made.
             name: pad_text(&self.name).unwrap_or([0; vmfork_abi::NAME_BYTES]),
             vm_type: pad_text(&self.vm_type).unwrap_or([0; vmfork_abi::VM_TYPE_BYTES]),

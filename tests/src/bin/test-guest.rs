@@ -4,7 +4,7 @@
 use std::{
     fs,
     hint::black_box,
-    io::{BufRead, stdin},
+    io::{BufRead, stdin, stdout},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -15,8 +15,9 @@ use std::{
 
 use anyhow::{Context, bail, ensure};
 use clap::{Parser, Subcommand};
+use nix::sys::termios::tcdrain;
 use serde_json::json;
-use vmfork::{Fork, ForkRequest, Role};
+use vmfork::{Fork, ForkError, ForkRequest, Role};
 
 const PAGE: usize = 4096;
 
@@ -78,7 +79,13 @@ fn main() -> anyhow::Result<()> {
 }
 
 fn fork(vm_type: &str, count: u32) -> anyhow::Result<Fork> {
-    Ok(vmfork::fork(&ForkRequest::new(vm_type, count)?)?)
+    Ok(try_fork(vm_type, count)??)
+}
+
+/// Forks once the console has sent everything: what is still to be sent, every copy would send.
+fn try_fork(vm_type: &str, count: u32) -> anyhow::Result<Result<Fork, ForkError>> {
+    tcdrain(stdout()).context("the console does not take its output")?;
+    Ok(vmfork::fork(&ForkRequest::new(vm_type, count)?))
 }
 
 /// Waits for a line on standard input: the test's word to go on.
@@ -224,7 +231,7 @@ fn threads_go_on(threads: usize, children: u32) -> anyhow::Result<()> {
 
 fn errors(times: u32) -> anyhow::Result<()> {
     for _ in 0..times {
-        match vmfork::fork(&ForkRequest::new("web", 2)?) {
+        match try_fork("web", 2)? {
             Ok(fork) => {
                 println!("FORKED {}", fork.index);
                 if fork.role == Role::Child {
@@ -243,7 +250,7 @@ fn errors(times: u32) -> anyhow::Result<()> {
 fn storm() -> anyhow::Result<()> {
     loop {
         // The test kills children: also those that a fork waits for.
-        match vmfork::fork(&ForkRequest::new("storm", 2)?) {
+        match try_fork("storm", 2)? {
             Ok(fork) if fork.role == Role::Child => {
                 println!("STORM child");
                 thread::sleep(Duration::from_millis(300));
