@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::fork::Step;
+use crate::wire::Step;
 
 /// Runs Linux guests on KVM that can fork themselves.
 #[derive(Debug, Parser)]

@@ -22,6 +22,7 @@
 //! - [`cli`], [`command`]: what an operator can ask for.
 //! - [`platform`]: the process that starts, watches and ends nodes, and launches the children of forks.
 //! - [`node`]: the process that holds one VM.
+//! - [`wire`]: what these two say to each other.
 //! - [`machine`]: one VM, built, run, stopped and saved; from [`boot`] for a new one.
 //! - [`fork`]: VM_fork, a line a step.
 //! - [`capsule`]: a captured VM as files.
@@ -43,3 +44,4 @@ pub mod memory;
 pub mod node;
 pub mod platform;
 mod sync;
+pub mod wire;

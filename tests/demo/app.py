@@ -3,6 +3,7 @@
 Usage: app.py CHILDREN. It prints READY when it is warm, and in each child ANSWER with a JSON object.
 """
 
+import gc
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import time
 TEXTS = "/usr/share/common-licenses"
 
 # Phrases of up to so many words can be completed.
-LONGEST = 12
+LONGEST = 16
 
 # Which phrase a child completes: its index says, counted round.
 PHRASES = ["you may not", "source", "the terms", "under the terms of"]
@@ -56,6 +57,8 @@ def main():
     ready = {"completions": count, "load_s": round(time.monotonic() - started, 3)}
     print("READY", json.dumps(ready), flush=True)
 
+    # What was loaded stays: the garbage collector need not look at it again, which would write to all of it, in every copy.
+    gc.freeze()
     command = ["vmfork", "fork", "--count", children, "--type", "web", "--json"]
     forked = json.loads(subprocess.run(command, stdout=subprocess.PIPE).stdout)
     if "error" in forked:

@@ -2,11 +2,13 @@
 //!
 //! - [`vmm`]: a running `host-vmm`, and what it reports.
 //! - [`bare`]: a guest without an operating system, that does what a test writes down.
+//! - [`faults`]: the steps of a fork that can be made to fail.
 //! - [`process`]: what a process has of the host's resources.
 //!
 //! The Linux guests' side is the program `test-guest`; the demo is the program `demo`.
 
 pub mod assets;
 pub mod bare;
+pub mod faults;
 pub mod process;
 pub mod vmm;

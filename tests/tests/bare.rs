@@ -10,6 +10,7 @@ use vmfork_abi::{ErrorCode, PAGE, Role, Status};
 use vmfork_tests::{
     assets,
     bare::{CONTROL_PAGE, DOORBELL, Script, control},
+    faults::{self, STEPS},
     process,
     vmm::{Ended, PATIENCE, Vmm},
 };
@@ -202,17 +203,6 @@ fn mappings(pid: u32) -> BTreeMap<String, usize> {
 
 #[test]
 fn a_failure_at_any_step_leaves_nothing_behind() {
-    const STEPS: &[(&str, ErrorCode)] = &[
-        ("validate", ErrorCode::Internal),
-        ("quiesce", ErrorCode::Quiesce),
-        ("complete", ErrorCode::Quiesce),
-        ("capture", ErrorCode::Capture),
-        ("freeze", ErrorCode::Freeze),
-        ("pack", ErrorCode::Freeze),
-        ("place", ErrorCode::Place),
-        ("launch", ErrorCode::Launch),
-        ("signal", ErrorCode::Signal),
-    ];
     let data = 0x40_0000;
     let mut script = Script::new();
     for seq in 1..=STEPS.len() as u64 {
@@ -222,8 +212,7 @@ fn a_failure_at_any_step_leaves_nothing_behind() {
     }
     // Stands still, so that what is left can be looked at.
     let kernel = script.to_kernel();
-    let steps: Vec<&str> = STEPS.iter().map(|(step, _)| *step).collect();
-    let vmm = Vmm::kernel(kernel.path()).option("--mem", "64M").option("--inject-fault", &steps.join(","));
+    let vmm = Vmm::kernel(kernel.path()).option("--mem", "64M").option("--inject-fault", &faults::all());
     let mut running = vmm.start().expect("host-vmm starts");
     let node = running.node("vm").expect("the VM's node");
     let mut reports = 0;

@@ -7,8 +7,8 @@ use nix::{
     unistd::Pid,
 };
 use serde_json::Value;
-use vmfork_abi::ErrorCode;
 use vmfork_tests::{
+    faults::{self, STEPS},
     process,
     vmm::{Ended, Running, Vmm, console_line},
 };
@@ -136,21 +136,9 @@ fn threads_go_on_in_every_copy() {
 
 #[test]
 fn a_failed_fork_tells_the_guest_and_leaves_it_running() {
-    const STEPS: &[(&str, ErrorCode)] = &[
-        ("validate", ErrorCode::Internal),
-        ("quiesce", ErrorCode::Quiesce),
-        ("complete", ErrorCode::Quiesce),
-        ("capture", ErrorCode::Capture),
-        ("freeze", ErrorCode::Freeze),
-        ("pack", ErrorCode::Freeze),
-        ("place", ErrorCode::Place),
-        ("launch", ErrorCode::Launch),
-        ("signal", ErrorCode::Signal),
-    ];
     // After all failures, two forks that work; and the second one, of a VM that is a private view by then.
     let times = (STEPS.len() + 2).to_string();
-    let steps: Vec<&str> = STEPS.iter().map(|(step, _)| *step).collect();
-    let ended = run(guest(&["errors", &times]).option("--inject-fault", &steps.join(",")).option("--cpus", "2"));
+    let ended = run(guest(&["errors", &times]).option("--inject-fault", &faults::all()).option("--cpus", "2"));
     let codes: Vec<String> = ended.lines("ERROR ").into_iter().map(|(_, code)| code).collect();
     let reports: Vec<&Value> = ended.forks().iter().map(|fork| &fork["why"]).collect();
     assert_eq!(codes, STEPS.iter().map(|(_, code)| code.number().to_string()).collect::<Vec<_>>(), "{reports:?}");

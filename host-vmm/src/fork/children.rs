@@ -4,13 +4,10 @@ use std::{os::fd::AsFd, sync::mpsc};
 
 use vmfork_abi::ErrorCode;
 
-use super::{Error, Step, request::Order};
+use super::{Error, request::Order};
 use crate::{
     capsule::Capsule,
-    platform::{
-        NodeLink, link,
-        protocol::{ToNode, ToPlatform},
-    },
+    wire::{NodeLink, Step, ToNode, ToPlatform, link},
 };
 
 /// What the platform answers to this VM's forks.

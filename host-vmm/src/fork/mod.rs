@@ -22,7 +22,6 @@ mod timeline;
 
 pub use children::Replies;
 pub use signal::identify;
-pub use timeline::{Report, Step};
 
 use crate::{
     capsule::{self, Capsule},
@@ -30,8 +29,8 @@ use crate::{
     kvm::{self, Vcpu},
     machine::{GateError, Machine, MachineState, Stopped},
     memory::{self, Aside},
-    platform::{NodeLink, link, protocol::ToPlatform},
     sync::lock,
+    wire::{NodeLink, Step, ToPlatform, link},
 };
 use signal::Signal;
 use timeline::Timeline;

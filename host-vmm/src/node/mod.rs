@@ -18,17 +18,11 @@ use crate::{
     boot::Payload,
     capsule::Capsule,
     error::chain,
-    fork::{self, Engine, Replies, Step},
+    fork::{self, Engine, Replies},
     kvm::Vcpu,
     machine::{self, End, Machine},
-    platform::{
-        NodeLink, link,
-        protocol::{ToNode, ToPlatform},
-    },
+    wire::{LINK_FD, NodeLink, Step, ToNode, ToPlatform, link},
 };
-
-/// Descriptor of a node's connection to its platform.
-pub const LINK_FD: i32 = 3;
 
 /// How long console input waits for the guest to take some.
 const INPUT_RETRY: Duration = Duration::from_millis(5);

@@ -6,9 +6,9 @@ use serde::Serialize;
 
 use crate::{
     clock::monotonic_ns,
-    fork::Report,
     machine::{End, VmIdentity},
     sync::lock,
+    wire::Report,
 };
 
 /// Something that happened.

@@ -15,12 +15,11 @@ use std::{
 
 use command_fds::{CommandFdExt, FdMapping};
 
-use super::{
-    Error, Event, Platform, PlatformLink,
-    protocol::{ToNode, ToPlatform},
-    serve::serve,
+use super::{Error, Event, Platform, serve::serve};
+use crate::{
+    machine::VmIdentity,
+    wire::{LINK_FD, PlatformLink, ToNode, ToPlatform, link},
 };
-use crate::{machine::VmIdentity, node::LINK_FD};
 
 /// How long a node may take to build its machine. A boot loads the kernel and the initrd in that time; on a host without
 /// hardware virtualisation a thousand nodes can start at once.
@@ -78,7 +77,7 @@ impl Launching {
         match node.link.receive().map_err(failed)? {
             (ToPlatform::Ready, _) => {}
             (ToPlatform::Failed(why), _) => return Err(Error::Launch { name: name(), why }),
-            (other, _) => return Err(failed(super::link::Error::Unexpected(format!("{other:?}")))),
+            (other, _) => return Err(failed(link::Error::Unexpected(format!("{other:?}")))),
         }
         node.link.set_time_limit(None).map_err(failed)?;
         node.platform.consoles.add(&node.identity, console)?;

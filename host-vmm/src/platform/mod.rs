@@ -12,31 +12,21 @@ use std::{
 mod console;
 mod events;
 mod launch;
-pub mod link;
-pub mod protocol;
 mod registry;
 mod serve;
 mod terminal;
 
-pub use link::Link;
 pub use terminal::{Terminal, read_keys};
 
 use crate::{
-    fork::Step,
     machine::{Config, End, VmIdentity},
     sync::lock,
+    wire::{PlatformLink, Step, ToNode, link},
 };
 use console::Consoles;
 use events::{Event, Events};
 use launch::Launching;
-use protocol::{ToNode, ToPlatform};
 use registry::Registry;
-
-/// A node's side of its connection.
-pub type NodeLink = Link<ToPlatform, ToNode>;
-
-/// The platform's side of a connection to a node.
-pub(crate) type PlatformLink = Link<ToNode, ToPlatform>;
 
 /// How a platform is set up.
 #[derive(Debug)]

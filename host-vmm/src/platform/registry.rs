@@ -7,8 +7,8 @@ use std::{
 
 use uuid::Uuid;
 
-use super::{Error, PlatformLink};
-use crate::sync::lock;
+use super::Error;
+use crate::{sync::lock, wire::PlatformLink};
 
 /// The VMs of a platform.
 #[derive(Debug, Default)]
@@ -100,7 +100,7 @@ mod tests {
         let link = Arc::new(link);
         registry.enter(Uuid::from_u128(1), &link).unwrap();
         registry.stop();
-        assert!(matches!(link.receive(), Err(super::super::link::Error::Closed)));
+        assert!(matches!(link.receive(), Err(crate::wire::link::Error::Closed)));
         assert!(matches!(registry.check_room(1, 2), Err(Error::Stopping)));
         assert!(matches!(registry.enter(Uuid::nil(), &link), Err(Error::Stopping)));
         registry.leave(Uuid::from_u128(1));

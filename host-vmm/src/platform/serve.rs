@@ -8,15 +8,13 @@ use vmfork_abi::ErrorCode;
 use super::{
     Error, Event, Platform,
     launch::{Launching, Node},
-    link,
-    protocol::{ToNode, ToPlatform},
 };
 use crate::{
     capsule::Capsule,
     error::chain,
-    fork::Step,
     machine::{End, VmIdentity},
     sync::lock,
+    wire::{Step, ToNode, ToPlatform, link},
 };
 
 /// What a parent asks for.

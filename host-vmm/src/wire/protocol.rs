@@ -15,10 +15,8 @@
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::{
-    fork::{Report, Step},
-    machine::{Config, End, VmIdentity},
-};
+use super::{Report, Step};
+use crate::machine::{Config, End, VmIdentity};
 
 /// From the platform to a node.
 #[derive(Debug, Serialize, Deserialize)]

@@ -1,0 +1,18 @@
+//! The wire between the platform and its nodes: what they say to each other, and how.
+
+pub mod link;
+mod protocol;
+mod report;
+
+pub use link::Link;
+pub use protocol::{ToNode, ToPlatform};
+pub use report::{Report, Step};
+
+/// Descriptor of a node's end of its connection, from its start.
+pub const LINK_FD: i32 = 3;
+
+/// A node's end of its connection.
+pub type NodeLink = Link<ToPlatform, ToNode>;
+
+/// The platform's end of a connection to a node.
+pub type PlatformLink = Link<ToNode, ToPlatform>;
