@@ -29,6 +29,9 @@ pub enum Error {
     /// It is larger than any can be.
     #[error("the VM's state is too large")]
     TooLarge,
+    /// A layer can still be changed.
+    #[error("a layer of the image is not sealed")]
+    Mutable,
     /// The number of files that came with it is another than it needs.
     #[error("the VM's state needs {needed} memory files, {got} came")]
     Files {
@@ -94,7 +97,34 @@ impl Capsule {
         if layers.len() != self.layers.len() {
             return Err(Error::Files { needed: layers.len(), got: self.layers.len() });
         }
+        for file in &self.layers {
+            // Whoever could shrink it could kill every VM that maps it.
+            if !memory::is_immutable(file)? {
+                return Err(Error::Mutable);
+            }
+        }
         let layers = layers.into_iter().zip(self.layers).map(|(runs, file)| Arc::new(Layer { file, runs })).collect();
         Ok((machine, Image::new(pages, layers)?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn no_bytes_do_harm(state in proptest::collection::vec(any::<u8>(), 0..4096), layers in 0..3usize) {
+            let sealed = |content: &[u8]| memory::sealed("test", content).unwrap();
+            let files = [sealed(&state)].into_iter().chain((0..layers).map(|_| sealed(&[0; 8192]))).collect();
+            prop_assert!(Capsule::from_files(files).unwrap().unpack().is_err());
+        }
+    }
+
+    #[test]
+    fn a_capsule_has_a_state() {
+        assert!(Capsule::from_files(Vec::new()).is_none());
     }
 }

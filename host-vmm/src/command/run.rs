@@ -51,8 +51,9 @@ pub fn run(options: cli::Run) -> anyhow::Result<ExitCode> {
         cmdline: format!("{CMDLINE} {}", options.cmdline).trim_end().to_owned(),
         faults: options.inject_fault,
     };
+    let log_dir = options.log_dir;
     let settings = Settings {
-        log_dir: options.log_dir,
+        log_dir: log_dir.clone(),
         events: options.events.as_deref().map(create).transpose()?,
         max_vms: options.max_vms,
     };
@@ -64,6 +65,9 @@ pub fn run(options: cli::Run) -> anyhow::Result<ExitCode> {
     stop_on_signal(&platform, &stopped, signals)?;
     // Dropped on every way out from here, which puts the terminal back.
     let terminal = Terminal::raw().context("can't switch the terminal to raw mode")?;
+    if terminal.is_interactive() {
+        eprintln!("host-vmm: Ctrl-A x ends all VMs; consoles are logged in {}", log_dir.display());
+    }
     let input = platform.boot(boot)?;
     read_console(&platform, &stopped, terminal.is_interactive(), input)?;
     let end = platform.wait();

@@ -12,6 +12,9 @@ use nix::{
 
 use super::Error;
 
+/// F_SEAL_FUTURE_WRITE, since Linux 5.1; the nix crate does not name it.
+const FUTURE_WRITE: SealFlag = SealFlag::from_bits_retain(0x0010);
+
 /// Makes an empty memory file of `bytes` bytes that can be written and sealed.
 ///
 /// # Errors
@@ -35,6 +38,16 @@ pub fn sealed(name: &str, content: &[u8]) -> Result<File, Error> {
     Ok(file)
 }
 
+/// Whether nobody can shrink or newly write the file any more.
+///
+/// # Errors
+/// [`Error::File`] where it is no memory file.
+pub fn is_immutable(file: &File) -> Result<bool, Error> {
+    let fail = |errno: nix::Error| Error::File { operation: "look at", name: "layer".to_owned(), source: errno.into() };
+    let seals = SealFlag::from_bits_retain(fcntl(file, FcntlArg::F_GET_SEALS).map_err(fail)?);
+    Ok(seals.contains(SealFlag::F_SEAL_SHRINK) && seals.intersects(SealFlag::F_SEAL_WRITE | FUTURE_WRITE))
+}
+
 /// Seals a file that nobody has mapped writable: from here on it is immutable.
 pub(super) fn seal_unmapped(name: &str, file: &File) -> Result<(), Error> {
     let seals = SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_SEAL;
@@ -44,9 +57,7 @@ pub(super) fn seal_unmapped(name: &str, file: &File) -> Result<(), Error> {
 /// Forbids every *new* way to write the file: `write`, and writable shared mappings (F_SEAL_FUTURE_WRITE). One that exists stays
 /// writable. Unlike F_SEAL_WRITE this walks no pages, so that it takes no time.
 pub(super) fn seal_future(name: &str, file: &File) -> Result<(), Error> {
-    // F_SEAL_FUTURE_WRITE, since Linux 5.1; the nix crate does not name it.
-    let future_write = SealFlag::from_bits_retain(0x0010);
-    add(name, file, SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK | future_write)
+    add(name, file, SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK | FUTURE_WRITE)
 }
 
 fn add(name: &str, file: &File, seals: SealFlag) -> Result<(), Error> {
@@ -66,7 +77,9 @@ mod tests {
 
     #[test]
     fn a_sealed_file_keeps_its_content() {
+        assert!(!is_immutable(&unsealed("test", 0).unwrap()).unwrap());
         let file = sealed("test", b"content").unwrap();
+        assert!(is_immutable(&file).unwrap());
         assert!(file.write_at(b"x", 0).is_err());
         assert!(file.set_len(0).is_err());
         let mut content = [0; 7];

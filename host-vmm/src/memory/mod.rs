@@ -29,7 +29,7 @@ mod view;
 
 pub use image::{Extent, Image, Layer, MAX_EXTENTS, MAX_LAYERS, Run};
 pub use mapping::Mapping;
-pub use memfd::{sealed, unsealed};
+pub use memfd::{is_immutable, sealed, unsealed};
 pub use view::{Aside, Frozen, View};
 
 /// What can go wrong with guest memory.

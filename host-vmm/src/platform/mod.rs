@@ -96,6 +96,9 @@ pub enum Error {
         /// The limit.
         max: usize,
     },
+    /// A node asks for a type that no guest can ask for.
+    #[error("{0:?} is no VM type")]
+    Type(String),
     /// The platform is being stopped.
     #[error("the platform is being stopped")]
     Stopping,

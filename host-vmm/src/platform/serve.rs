@@ -3,7 +3,7 @@
 use std::fs::File;
 
 use uuid::Uuid;
-use vmfork_abi::ErrorCode;
+use vmfork_abi::{ErrorCode, is_vm_type};
 
 use super::{
     Error, Event, Platform,
@@ -31,6 +31,7 @@ impl Error {
         match self {
             Self::Stopping => ErrorCode::NotLaunched,
             Self::Full { .. } => ErrorCode::Place,
+            Self::Type(_) => ErrorCode::InvalidType,
             Self::Injected(step) => step.code(),
             _ => ErrorCode::Launch,
         }
@@ -139,6 +140,10 @@ impl Platform {
     fn place(&self, order: &Order) -> Result<(), Error> {
         if order.fault == Some(Step::Place) {
             return Err(Error::Injected(Step::Place));
+        }
+        // The node has checked it; but a node that a guest has broken must not choose the names of this platform's files.
+        if !is_vm_type(&order.vm_type) {
+            return Err(Error::Type(order.vm_type.clone()));
         }
         let wanted = usize::try_from(order.count).unwrap_or(usize::MAX);
         self.registry.check_room(wanted, self.max_vms)

@@ -25,8 +25,10 @@ use crate::{capsule::codec, memory::MAX_LAYERS};
 /// Longest message in bytes.
 const MAX_BYTES: usize = 64 * 1024;
 
-/// Most file descriptors with one message: a state, and an image's layers.
-const MAX_FILES: usize = MAX_LAYERS + 1;
+/// Most file descriptors that Linux lets one message carry (SCM_MAX_FD): with room for all of them none can get lost. A capsule
+/// needs fewer.
+const MAX_FILES: usize = 253;
+const _: () = assert!(MAX_LAYERS < MAX_FILES);
 
 /// Why a message did not get through.
 #[derive(Debug, thiserror::Error)]
