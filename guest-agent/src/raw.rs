@@ -13,9 +13,7 @@ use vmfork_abi::cpuid::{Interface, Registers};
 
 /// What CPUID answers to `leaf`, with subleaf 0.
 pub(crate) fn cpuid(leaf: u32) -> Registers {
-    #[allow(unused_unsafe, reason = "__cpuid is safe from Rust 1.94 on")]
-    // SAFETY: every x86-64 CPU has CPUID, and it touches no memory.
-    let answer = unsafe { core::arch::x86_64::__cpuid(leaf) };
+    let answer = core::arch::x86_64::__cpuid(leaf);
     Registers { eax: answer.eax, ebx: answer.ebx, ecx: answer.ecx, edx: answer.edx }
 }
 
