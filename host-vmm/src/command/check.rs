@@ -30,18 +30,20 @@ struct Report {
 impl Report {
     fn new(probed: Result<Findings, ProbeError>) -> Self {
         match probed {
-            Ok(Findings { kernel_code, user_code, hypercall }) => {
-                let advice = match (kernel_code, user_code, hypercall) {
-                    (Some(_), _, true) => "Linux guests run here.",
-                    (Some(_), _, false) => {
+            Ok(findings) => {
+                let Findings { kernel_code, user_code, hypercall, .. } = findings;
+                let usable = findings.is_usable();
+                let advice = match (usable, user_code, hypercall) {
+                    (true, _, true) => "Linux guests run here.",
+                    (true, _, false) => {
                         "Linux guests run here, and fork by the port; for the hypercall, a newer host kernel is needed (5.14 or later)."
                     }
-                    (None, Some(_), _) => EMULATED,
-                    (None, None, _) => {
+                    (false, Some(_), _) => EMULATED,
+                    (false, None, _) => {
                         "This KVM runs no guest code. Load kvm_intel or kvm_amd, and switch on virtualisation in the firmware, or nested virtualisation in the host of this virtual machine."
                     }
                 };
-                Self { usable: kernel_code.is_some(), kernel_code, user_code, hypercall, error: None, advice }
+                Self { usable, kernel_code, user_code, hypercall, error: None, advice }
             }
             Err(error) => Self {
                 usable: false,

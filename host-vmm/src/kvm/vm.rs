@@ -77,13 +77,18 @@ impl Vm {
         self.fd.create_irq_chip().map_err(call("KVM_CREATE_IRQCHIP"))
     }
 
+    /// Whether this kernel says that it can hand a hypercall on.
+    pub(super) fn can_exit_on_hypercall(&self) -> bool {
+        self.fd.check_extension(Cap::ExitHypercall)
+    }
+
     /// Lets the one hypercall through to [`Exit::Hypercall`](super::Exit::Hypercall) that KVM can hand on, where this kernel can (KVM_CAP_EXIT_HYPERCALL, Linux
     /// 5.14). Without it guests have the port only.
     ///
     /// # Errors
     /// [`Error::Call`].
     pub fn enable_hypercall(&self) -> Result<(), Error> {
-        if !self.fd.check_extension(Cap::ExitHypercall) {
+        if !self.can_exit_on_hypercall() {
             tracing::info!("this kernel's KVM lacks KVM_CAP_EXIT_HYPERCALL: guests can fork by the port only");
             return Ok(());
         }
