@@ -23,9 +23,9 @@ pub enum Command {
     Run(Run),
     /// Find out whether guests can run here, and what to do where they can't.
     Check(Check),
-    /// Hold one VM (started by the platform, not by people).
+    /// Start nodes (itself started by the platform, not by people).
     #[command(hide = true)]
-    Node,
+    Zygote,
 }
 
 const EXIT_CODES: &str = "\
@@ -64,6 +64,9 @@ pub struct Run {
     /// Most VMs at a time; a fork that would need more fails.
     #[arg(long, value_name = "N", default_value_t = 1100)]
     pub max_vms: usize,
+    /// Ready machines to keep for the children of the next fork. Children beyond that number take longer.
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub ready: usize,
     /// For tests: let the booted VM's forks fail, one for each step that is named, in order.
     #[arg(long, value_name = "STEP", value_delimiter = ',', hide = true)]
     pub inject_fault: Vec<Step>,

@@ -3,29 +3,31 @@
 //! # The life of a VM
 //!
 //! ```text
-//!  host-vmm run                            host-vmm node (a process for each VM)
-//!  ┌──────────────┐  Boot: kernel, initrd  ┌──────────────────────────────────────┐
-//!  │ platform     │ ─────────────────────► │ machine::boot    a new VM            │
+//!  host-vmm run                            zygote ──► node (a process for each VM)
+//!  ┌──────────────┐                        ┌──────────────────────────────────────┐
+//!  │ platform     │  Boot: kernel, initrd  │ machine::Shell   a VM of some shape, │
+//!  │   pool       │ ─────────────────────► │   boot           without content     │
 //!  │              │                        │ machine::run     its vCPUs, its exits│
-//!  │              │  Fork: capsule         │   doorbell rings                     │
-//!  │ launch       │ ◄───────────────────── │ fork::Engine     stop, capture,      │
-//!  │              │                        │                  freeze              │
-//!  │              │  Restore: capsule      ├──────────────────────────────────────┤
-//!  │              │ ─────────────────────► │ machine::restore a copy, in a process│
-//!  │              │                        │                  of its own          │
-//!  │ serve        │  Commit, Go            │ machine::run     from the doorbell on│
-//!  └──────────────┘                        └──────────────────────────────────────┘
+//!  │              │                        │   doorbell rings                     │
+//!  │              │  Fork: image's files   │ fork::Engine     place, stop, capture│
+//!  │ fork         │ ◄───────────────────── │                  freeze, hand over ┐ │
+//!  │              │                        ├─────────────────────── rendezvous ─┼─┤
+//!  │              │  Copy: the same files  │ machine::Shell   a ready one       │ │
+//!  │              │ ─────────────────────► │ fork::Child      take, restore   ◄─┘ │
+//!  │              │                        │   commit                             │
+//!  │ node         │  Running, Report       │ machine::run     from the doorbell on│
+//!  └──────────────┘ ◄───────────────────── └──────────────────────────────────────┘
 //! ```
 //!
 //! # The modules, in reading order
 //!
 //! - [`cli`], [`command`]: what an operator can ask for.
-//! - [`platform`]: the process that starts, watches and ends nodes, and launches the children of forks.
-//! - [`node`]: the process that holds one VM.
+//! - [`platform`]: the process that keeps shells ready, launches the children of forks in them, and watches and ends nodes.
+//! - [`node`]: the process that holds one VM, from ready shell to its end; all are forked from the [zygote](node::zygote).
 //! - [`wire`]: what these two say to each other.
 //! - [`machine`]: one VM, built, run, stopped and saved; from [`boot`] for a new one.
-//! - [`fork`]: VM_fork, a line a step.
-//! - [`capsule`]: a captured VM as files.
+//! - [`fork`]: VM_fork, a line a step; [`fork::rendezvous`] is where parent and children meet.
+//! - [`capsule`]: a captured VM as bytes, beside the files of its memory.
 //! - [`memory`]: immutable images, and private views of them.
 //! - [`devices`], [`kvm`], [`arch`]: what a machine consists of.
 

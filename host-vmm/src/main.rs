@@ -15,7 +15,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Run(options) => command::run(options),
         Command::Check(options) => command::check(&options),
-        Command::Node => node::main().map(|()| ExitCode::SUCCESS),
+        Command::Zygote => node::zygote::main().map(|()| ExitCode::SUCCESS),
     };
     result.unwrap_or_else(|error| {
         eprintln!("host-vmm: {error:#}");

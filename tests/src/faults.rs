@@ -3,14 +3,15 @@
 use vmfork_abi::ErrorCode;
 
 /// Name of each step for `--inject-fault`, in order, and what the guest is told when it fails.
-pub const STEPS: [(&str, ErrorCode); 9] = [
+pub const STEPS: [(&str, ErrorCode); 10] = [
     ("validate", ErrorCode::Internal),
+    ("place", ErrorCode::Place),
     ("quiesce", ErrorCode::Quiesce),
     ("complete", ErrorCode::Quiesce),
     ("capture", ErrorCode::Capture),
     ("freeze", ErrorCode::Freeze),
-    ("pack", ErrorCode::Freeze),
-    ("place", ErrorCode::Place),
+    ("hand-over", ErrorCode::Freeze),
+    ("restore", ErrorCode::Internal),
     ("launch", ErrorCode::Launch),
     ("signal", ErrorCode::Signal),
 ];

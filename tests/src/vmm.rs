@@ -2,7 +2,7 @@
 
 use std::{
     fs::File,
-    io::{BufRead, BufReader, Write},
+    io::{self, BufRead, BufReader, Write},
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, Stdio},
     sync::mpsc::{self, RecvTimeoutError},
@@ -22,7 +22,7 @@ use nix::{
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::assets;
+use crate::{assets, process};
 
 /// How long a test waits for something to happen. Guests in the lab are slow, and two tests run at a time.
 pub const PATIENCE: Duration = Duration::from_secs(180);
@@ -128,6 +128,18 @@ impl Running {
     /// Process of `host-vmm`.
     pub fn pid(&self) -> u32 {
         self.process.id()
+    }
+
+    /// Processes of all nodes and ready shells: what its zygote has started.
+    ///
+    /// # Errors
+    /// Where `/proc` can't be read.
+    pub fn nodes(&self) -> io::Result<Vec<u32>> {
+        let mut nodes = Vec::new();
+        for zygote in process::children(self.pid())? {
+            nodes.extend(process::children(zygote)?);
+        }
+        Ok(nodes)
     }
 
     /// Waits for the first event, from the start on, from which `pick` makes something.

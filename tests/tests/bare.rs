@@ -201,6 +201,18 @@ fn mappings(pid: u32) -> BTreeMap<String, usize> {
     mapped
 }
 
+/// Waits until both are equal and stay so for a moment.
+fn become_equal<T: PartialEq + std::fmt::Debug>(first: impl Fn() -> T, second: impl Fn() -> T) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let mut equal = 0;
+    while equal < 5 {
+        let (left, right) = (first(), second());
+        equal = if left == right { equal + 1 } else { 0 };
+        assert!(equal > 0 || Instant::now() < deadline, "{left:?}\n{right:?}");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
 #[test]
 fn a_failure_at_any_step_leaves_nothing_behind() {
     let data = 0x40_0000;
@@ -212,7 +224,8 @@ fn a_failure_at_any_step_leaves_nothing_behind() {
     }
     // Stands still, so that what is left can be looked at.
     let kernel = script.to_kernel();
-    let vmm = Vmm::kernel(kernel.path()).option("--mem", "64M").option("--inject-fault", &faults::all());
+    let vmm = Vmm::kernel(kernel.path()).option("--mem", "64M").option("--ready", "0");
+    let vmm = vmm.option("--inject-fault", &faults::all());
     let mut running = vmm.start().expect("host-vmm starts");
     let node = running.node("vm").expect("the VM's node");
     let mut reports = 0;
@@ -225,13 +238,14 @@ fn a_failure_at_any_step_leaves_nothing_behind() {
     running.wait_for_lines("", 3 * STEPS.len()).expect("three numbers for each fork");
     // A VM that has not tried to fork, to compare with.
     let kernel = Script::new().print(CONTROL_PAGE).to_kernel();
-    let mut idle = Vmm::kernel(kernel.path()).option("--mem", "64M").start().expect("host-vmm starts");
+    let idle = Vmm::kernel(kernel.path()).option("--mem", "64M").option("--ready", "0");
+    let mut idle = idle.start().expect("host-vmm starts");
     idle.wait_for_lines("", 1).expect("the VM runs");
     let idle_node = idle.node("vm").expect("the VM's node");
-    assert_eq!(descriptors(node), descriptors(idle_node));
-    assert_eq!(descriptors(running.pid()), descriptors(idle.pid()));
-    assert_eq!(mappings(node), mappings(idle_node));
-    assert_eq!(process::children(running.pid()).expect("processes"), [node]);
+    // Each of the two gets ready for its next fork in the background.
+    become_equal(|| (descriptors(node), mappings(node)), || (descriptors(idle_node), mappings(idle_node)));
+    become_equal(|| descriptors(running.pid()), || descriptors(idle.pid()));
+    assert_eq!(running.nodes().expect("processes"), [node]);
     running.signal(nix::sys::signal::Signal::SIGTERM).expect("a signal");
     let ended = running.end().expect("host-vmm ends");
     let expected = (1..).zip(STEPS).flat_map(|(mark, (_, code))| [Status::Failed.number(), code.number(), mark]);
@@ -244,7 +258,8 @@ fn a_failure_at_any_step_leaves_nothing_behind() {
 fn nodes_that_are_killed_take_nothing_with_them() {
     // All VMs stand still after the fork.
     let kernel = Script::new().request(1, "web", 3).ring().print(control(INDEX)).to_kernel();
-    let mut running = Vmm::kernel(kernel.path()).option("--mem", "64M").start().expect("host-vmm starts");
+    let vmm = Vmm::kernel(kernel.path()).option("--mem", "64M").option("--ready", "0");
+    let mut running = vmm.start().expect("host-vmm starts");
     running.wait_for_lines("0000000", 4).expect("all VMs");
     let kill = |pid: u32| {
         let pid = nix::unistd::Pid::from_raw(pid.cast_signed());
@@ -255,7 +270,7 @@ fn nodes_that_are_killed_take_nothing_with_them() {
         let gone = |event: &serde_json::Value| (event["event"] == "ended" && event["name"] == name).then_some(());
         running.wait_for("its end", gone).expect("an end");
     }
-    assert_eq!(process::children(running.pid()).expect("processes").len(), 2);
+    assert_eq!(running.nodes().expect("processes").len(), 2);
     for name in ["web.1", "web.3"] {
         kill(running.node(name).expect("a node"));
     }

@@ -9,8 +9,8 @@ use vmfork_abi::{ABI_VERSION, Header, Identity, MAGIC, PAGE, PAGE_BYTES, Request
 
 use crate::memory::{self, Mapping};
 
-/// One VM's control page.
-#[derive(Debug)]
+/// One VM's control page. Cloning it gives the same page.
+#[derive(Debug, Clone)]
 pub struct ControlPage {
     mapping: Arc<Mapping>,
 }

@@ -2,7 +2,10 @@
 //!
 //! A device's state stands beside the device; [`DevicesState`] holds them all, so that a fork can forget none.
 
-use std::{fs::File, sync::Arc, sync::Mutex};
+use std::{
+    fs::File,
+    sync::{Arc, Mutex, MutexGuard},
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -15,7 +18,7 @@ pub use serial::{Error, Serial, SerialState};
 
 use crate::{
     arch::layout::{I8042_PORT, RESET_PORT, SERIAL_PORT, SLEEP_CONTROL_PORT},
-    kvm::Vm,
+    kvm::CurrentVm,
     sync::lock,
 };
 use power::PowerEvent;
@@ -35,9 +38,23 @@ pub struct DevicesState {
     serial: SerialState,
 }
 
+/// Devices that stand still.
+#[derive(Debug)]
+#[must_use]
+pub struct Paused<'d> {
+    serial: MutexGuard<'d, Serial>,
+}
+
+impl Paused<'_> {
+    /// The state.
+    pub fn save(&self) -> DevicesState {
+        DevicesState { serial: self.serial.save() }
+    }
+}
+
 impl Devices {
     /// The devices of a VM that is about to boot. The console writes to `output`.
-    pub fn new(vm: &Arc<Vm>, output: File) -> Self {
+    pub fn new(vm: &Arc<CurrentVm>, output: File) -> Self {
         Self { serial: Mutex::new(Serial::new(vm, output)) }
     }
 
@@ -45,13 +62,13 @@ impl Devices {
     ///
     /// # Errors
     /// [`Error`] where a state is not one that the device can have.
-    pub fn restore(state: &DevicesState, vm: &Arc<Vm>, output: File) -> Result<Self, Error> {
+    pub fn restore(state: &DevicesState, vm: &Arc<CurrentVm>, output: File) -> Result<Self, Error> {
         Ok(Self { serial: Mutex::new(Serial::restore(&state.serial, vm, output)?) })
     }
 
-    /// The state. All vCPUs must be stopped.
-    pub fn save(&self) -> DevicesState {
-        DevicesState { serial: lock(&self.serial).save() }
+    /// Keeps the devices as they are: nothing from outside reaches them, and they raise no interrupt, until the result is dropped.
+    pub fn pause(&self) -> Paused<'_> {
+        Paused { serial: lock(&self.serial) }
     }
 
     /// Serves a read of a port. Where there is no device, all bits read as one.

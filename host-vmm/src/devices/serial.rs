@@ -10,7 +10,7 @@ use vm_superio::{
 
 use crate::{
     arch::layout::SERIAL_GSI,
-    kvm::{self, Vm},
+    kvm::{self, CurrentVm},
 };
 
 /// What can go wrong with the console.
@@ -26,13 +26,13 @@ pub enum Error {
 
 /// The console's interrupt line.
 #[derive(Debug)]
-struct Interrupt(Arc<Vm>);
+struct Interrupt(Arc<CurrentVm>);
 
 impl Trigger for Interrupt {
     type E = kvm::Error;
 
     fn trigger(&self) -> Result<(), kvm::Error> {
-        self.0.pulse(SERIAL_GSI)
+        self.0.get().pulse(SERIAL_GSI)
     }
 }
 
@@ -59,12 +59,12 @@ pub struct SerialState {
 
 impl Serial {
     /// A console as it is after power-on.
-    pub(super) fn new(vm: &Arc<Vm>, output: File) -> Self {
+    pub(super) fn new(vm: &Arc<CurrentVm>, output: File) -> Self {
         Self { uart: Uart::new(Interrupt(Arc::clone(vm)), output) }
     }
 
     /// A console with this state. An interrupt that was pending is raised again.
-    pub(super) fn restore(state: &SerialState, vm: &Arc<Vm>, output: File) -> Result<Self, Error> {
+    pub(super) fn restore(state: &SerialState, vm: &Arc<CurrentVm>, output: File) -> Result<Self, Error> {
         let uart = Uart::from_state(&state.into(), Interrupt(Arc::clone(vm)), NoEvents, output)
             .map_err(|error| Error::State(error.to_string()))?;
         Ok(Self { uart })

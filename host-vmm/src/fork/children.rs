@@ -1,68 +1,97 @@
-//! The children of a fork, from their launch until it is certain that they stay.
+//! The children of a fork, from the order to launch them until it is certain that they stay.
 
-use std::{os::fd::AsFd, sync::mpsc};
+use std::{
+    fs::File,
+    os::fd::AsFd,
+    sync::{Arc, mpsc},
+    time::Duration,
+};
 
 use vmfork_abi::ErrorCode;
 
-use super::{Error, request::Order};
-use crate::{
-    capsule::Capsule,
-    wire::{NodeLink, Step, ToNode, ToPlatform, link},
+use super::{
+    Error,
+    rendezvous::{self, Rendezvous},
+    request::Order,
 };
+use crate::wire::{NodeLink, Step, ToNode, ToPlatform, link};
+
+/// How long children may take until they are ready to run. On a host without hardware virtualisation a thousand can start at once.
+const LAUNCH_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// What the platform answers to this VM's forks.
 pub type Replies = mpsc::Receiver<ToNode>;
 
-/// Children that are launched, and wait. Dropping them ends them.
+/// Children that are being launched. Dropping them calls the fork off, and ends them.
 #[must_use]
 pub(super) struct Children<'a> {
     link: &'a NodeLink,
     replies: &'a Replies,
+    rendezvous: Rendezvous,
+    count: u32,
     committed: bool,
 }
 
-/// Has the platform choose where the children go, and launch them there.
-pub(super) fn launch<'a>(
+/// Has the platform choose where the children go, and start to launch them there. `files` are those of the image to come.
+pub(super) fn place<'a>(
     link: &'a NodeLink,
     replies: &'a Replies,
     order: &Order,
-    capsule: &Capsule,
+    files: &[Arc<File>],
     fault: Option<Step>,
 ) -> Result<Children<'a>, Error> {
+    let rendezvous = Rendezvous::new(order.count)?;
     let fork = ToPlatform::Fork { count: order.count, vm_type: order.vm_type.clone(), seq: order.seq, fault };
-    let files = capsule.files();
-    link.send(&fork, &files.iter().map(|file| file.as_fd()).collect::<Vec<_>>())?;
-    match replies.recv().map_err(|_| link::Error::Closed)? {
-        ToNode::Launched(_) => Ok(Children { link, replies, committed: false }),
-        ToNode::Refused { code, why } => {
-            Err(Error::Platform { code: ErrorCode::from_number(code).unwrap_or(ErrorCode::Internal), why })
-        }
-        other => Err(link::Error::Unexpected(format!("{other:?}")).into()),
-    }
+    let files = std::iter::once(rendezvous.file()).chain(files.iter().map(AsRef::as_ref));
+    link.send(&fork, &files.map(AsFd::as_fd).collect::<Vec<_>>())?;
+    Ok(Children { link, replies, rendezvous, count: order.count, committed: false })
 }
 
 impl Children<'_> {
+    /// Gives them their state.
+    pub(super) fn hand_over(&self, state: &[u8]) -> Result<(), Error> {
+        Ok(self.rendezvous.publish(state)?)
+    }
+
+    /// Waits until all of them are ready to run.
+    pub(super) fn wait(&mut self) -> Result<(), Error> {
+        let arrived = self.rendezvous.wait_arrivals(self.count, LAUNCH_TIMEOUT, || self.link.is_closed());
+        match arrived {
+            Err(rendezvous::Error::ChildFailed | rendezvous::Error::Aborted) => Err(self.call_off()?),
+            other => Ok(other?),
+        }
+    }
+
     /// Lets them run. From here on there is no way back.
     pub(super) fn commit(mut self) -> Result<(), Error> {
-        self.link.send(&ToPlatform::Commit, &[])?;
+        self.rendezvous.commit()?;
         self.committed = true;
         Ok(())
+    }
+
+    /// Calls the fork off, waits until nothing is left of it, and gives the platform's reason, if it has one.
+    fn call_off(&mut self) -> Result<Error, Error> {
+        // Whatever comes of this: it is not done twice.
+        self.committed = true;
+        self.rendezvous.abort()?;
+        self.link.send(&ToPlatform::Abort, &[])?;
+        match self.replies.recv() {
+            Ok(ToNode::Aborted { code, why }) => {
+                Ok(Error::Platform { code: ErrorCode::from_number(code).unwrap_or(ErrorCode::Launch), why })
+            }
+            Ok(other) => Err(link::Error::Unexpected(format!("{other:?}")).into()),
+            Err(mpsc::RecvError) => Err(link::Error::Closed.into()),
+        }
     }
 }
 
 impl Drop for Children<'_> {
     fn drop(&mut self) {
-        if self.committed {
-            return;
-        }
-        let aborted = self.link.send(&ToPlatform::Abort, &[]).and_then(|()| match self.replies.recv() {
-            Ok(ToNode::Aborted) => Ok(()),
-            Ok(other) => Err(link::Error::Unexpected(format!("{other:?}"))),
-            Err(mpsc::RecvError) => Err(link::Error::Closed),
-        });
-        if let Err(error) = aborted {
+        if !self.committed
+            && let Err(error) = self.call_off()
+        {
             // The platform ends children whose parent's connection breaks.
-            tracing::error!(%error, "can't abort a fork");
+            tracing::error!(%error, "can't call a fork off");
         }
     }
 }

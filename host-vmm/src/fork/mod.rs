@@ -1,7 +1,9 @@
 //! VM_fork, in the order in which it happens.
 //!
 //! ```text
-//! validate -> quiesce -> complete -> capture -> freeze -> place, launch -> signal -> commit -> thaw
+//!  parent    validate -> place -> quiesce -> complete -> capture -> freeze -> hand over -> restore -> launch -> signal -> commit -> thaw
+//!  platform                └─► chooses shells, and gives them their orders
+//!  child                         └─► (awake)                              -> hand over -> restore -> launch          -> thaw -> first run
 //! ```
 //!
 //! [`Engine::vm_fork`] is the table of contents: a line a step. What a step has done is undone by dropping its result, last
@@ -9,30 +11,32 @@
 
 use std::{
     collections::VecDeque,
-    sync::{Arc, Mutex},
-    time::Instant,
+    sync::{Arc, Mutex, TryLockError},
 };
 
 use vmfork_abi::{ErrorCode, Request};
 
+mod child;
 mod children;
+pub mod rendezvous;
 mod request;
 mod signal;
 mod timeline;
 
+pub use child::Child;
 pub use children::Replies;
-pub use signal::identify;
+pub use signal::Signal;
 
 use crate::{
-    capsule::{self, Capsule},
+    capsule,
     clock::monotonic_ns,
+    devices::Paused,
     kvm::{self, Vcpu},
-    machine::{GateError, Machine, MachineState, Stopped},
-    memory::{self, Aside},
+    machine::{self, GateError, LeftBehind, Machine, MachineState, Stopped, Successor},
+    memory,
     sync::lock,
     wire::{NodeLink, Step, ToPlatform, link},
 };
-use signal::Signal;
 use timeline::Timeline;
 
 /// Why a fork was refused or failed.
@@ -54,8 +58,17 @@ pub enum Error {
     #[error("can't freeze the memory")]
     Freeze(#[from] memory::Error),
     /// State and image could not be packed.
-    #[error("can't pack the capsule")]
+    #[error("can't pack the state")]
     Pack(#[from] capsule::Error),
+    /// The children can't be met.
+    #[error("can't meet the children")]
+    Rendezvous(#[from] rendezvous::Error),
+    /// The parent can't go on in another VM.
+    #[error("can't bring the parent to where it goes on")]
+    Successor(#[from] machine::Error),
+    /// A fork of this VM is under way.
+    #[error("a fork of this VM is under way")]
+    Busy,
     /// The platform refused, or could not launch the children.
     #[error("the platform launched no children: {why}")]
     Platform {
@@ -80,12 +93,13 @@ impl Error {
     pub fn code(&self) -> ErrorCode {
         match self {
             Self::Refused(code) | Self::Platform { code, .. } => *code,
-            Self::Quiesce(GateError::Busy) => ErrorCode::Busy,
+            Self::Busy | Self::Quiesce(GateError::Busy) => ErrorCode::Busy,
             Self::Quiesce(GateError::Ended) => ErrorCode::NotLaunched,
             Self::Quiesce(GateError::Timeout(_)) | Self::Complete(_) => ErrorCode::Quiesce,
             Self::Quiesce(GateError::Save(_)) | Self::Capture(_) => ErrorCode::Capture,
             Self::Freeze(_) | Self::Pack(_) => ErrorCode::Freeze,
-            Self::Link(_) => ErrorCode::Internal,
+            Self::Rendezvous(_) => ErrorCode::Launch,
+            Self::Link(_) | Self::Successor(_) => ErrorCode::Internal,
             Self::Signal(_) => ErrorCode::Signal,
             Self::Injected(step) => step.code(),
         }
@@ -112,11 +126,11 @@ impl Engine {
     /// Serves a ring of the doorbell. Called on the thread of the vCPU that rang; when it returns, the vCPU goes on, and finds the
     /// answer in the control page.
     pub fn ring(&self, vcpu: &mut Vcpu, command: Option<u32>) {
-        let (rung, rung_ns) = (Instant::now(), monotonic_ns());
-        let fault = lock(&self.faults).pop_front();
-        let mut timeline = Timeline::new(fault);
+        let rung_ns = monotonic_ns();
+        let mut timeline = Timeline::new(lock(&self.faults).pop_front());
         // The request is copied out once; from here on only the copy is looked at.
         let request = self.machine.control_page.request();
+        let seq = request.as_ref().map_or(0, |request| request.seq);
         let outcome = request.map_err(Error::from).and_then(|request| {
             let outcome = self.vm_fork(vcpu, command, &request, &mut timeline);
             // Another vCPU's fork is under way: the page is that one's to answer.
@@ -124,13 +138,14 @@ impl Engine {
                 && error.code() != ErrorCode::Busy
             {
                 signal::refuse(&self.machine, request.seq, error.code())?;
+                self.machine.prepare_spare();
             }
             outcome
         });
         if let Err(error) = vcpu.tell_paused() {
             tracing::warn!(%error, "can't tell the guest that it was stopped");
         }
-        let report = timeline.into_report(rung_ns, rung.elapsed(), outcome);
+        let report = timeline.into_report(seq, rung_ns, outcome);
         if let Err(error) = self.link.send(&ToPlatform::Report(report), &[]) {
             tracing::warn!(%error, "can't report a fork to the platform");
         }
@@ -145,47 +160,64 @@ impl Engine {
     ) -> Result<u32, Error> {
         let machine = &self.machine;
         let order = timeline.step(Step::Validate, || request::validate(command, request).map_err(Error::Refused))?;
-        let stopped = timeline.step(Step::Quiesce, || machine.gate.stop_others(vcpu.id()).map_err(Error::Quiesce))?;
-        timeline.step(Step::Complete, || vcpu.complete_exit().map_err(Error::Complete))?;
-        let state = timeline.step(Step::Capture, || capture(machine, vcpu, &stopped))?;
-        let mut memory = lock(&machine.memory);
-        let frozen = timeline.step(Step::Freeze, || memory.freeze().map_err(Error::Freeze))?;
-        let capsule = timeline.step(Step::Pack, || Capsule::pack(state, frozen.image()).map_err(Error::Pack))?;
-        let replies = lock(&self.replies);
+        let replies = match self.replies.try_lock() {
+            Ok(replies) => replies,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return Err(Error::Busy),
+        };
+        let mut view = lock(&machine.memory);
         let fault = timeline.fault();
-        let children =
-            timeline.step(Step::Launch, || children::launch(&self.link, &replies, &order, &capsule, fault))?;
+        let (plan, mut children) = timeline.step(Step::Place, || {
+            let plan = view.plan()?;
+            let children = children::place(&self.link, &replies, &order, plan.files(), fault)?;
+            Ok((plan, children))
+        })?;
+        let stopped = timeline.step(Step::Quiesce, || Ok(machine.gate.stop_others(vcpu.id())?))?;
+        timeline.step(Step::Complete, || vcpu.complete_exit().map_err(Error::Complete))?;
+        let devices = machine.devices.pause();
+        let state = timeline.step(Step::Capture, || capture(machine, vcpu, &stopped, &devices))?;
+        let files = plan.files().to_vec();
+        let image = timeline.step(Step::Freeze, || Ok(view.freeze(plan)?))?;
+        timeline.step(Step::HandOver, || children.hand_over(&capsule::pack(&state, &image, &files)?))?;
+        let successor = timeline.step(Step::Restore, || match view.own_file() {
+            Some(_) => Ok(Some(Successor::prepare(machine, &state, &image)?)),
+            None => Ok(None),
+        })?;
+        timeline.step(Step::Launch, || children.wait())?;
         let signal = timeline.step(Step::Signal, || Signal::to_parent(machine, &order).map_err(Error::Signal))?;
         timeline.step(Step::Commit, || children.commit())?;
-        clear_away(frozen.keep());
-        signal.give(machine)?;
         timeline.step(Step::Thaw, || {
-            drop(stopped);
+            let left_behind = successor.map(|successor| successor.take_over(machine, &mut view, vcpu, &stopped));
+            signal.give(machine)?;
+            drop((devices, stopped));
+            if let Some(left_behind) = left_behind {
+                clear_away(machine, left_behind);
+            }
             Ok(order.count)
         })
     }
 }
 
 /// Reads the state of the machine. All vCPUs are stopped, and have completed their exits.
-fn capture(machine: &Machine, vcpu: &Vcpu, stopped: &Stopped<'_>) -> Result<MachineState, Error> {
+fn capture(machine: &Machine, vcpu: &Vcpu, stopped: &Stopped<'_>, devices: &Paused<'_>) -> Result<MachineState, Error> {
     Ok(MachineState {
         config: machine.config,
         // Before the VM's part: reading a vCPU's run state takes in what is pending.
         vcpus: stopped.states(vcpu.save().map_err(Error::Capture)?)?,
-        vm: machine.vm.save().map_err(Error::Capture)?,
-        devices: machine.devices.save(),
+        vm: machine.vm.get().save().map_err(Error::Capture)?,
+        devices: devices.save(),
     })
 }
 
-/// Clears away what a freeze has moved aside, without letting the VM wait for it.
-fn clear_away(aside: Option<Aside>) {
-    let Some(aside) = aside else { return };
+/// Clears away what a parent has left behind, without letting it wait for that.
+fn clear_away(machine: &Arc<Machine>, left_behind: LeftBehind) {
+    let machine = Arc::clone(machine);
     let cleared = std::thread::Builder::new().name("clear-away".into()).spawn(move || {
-        if let Err(error) = aside.clear_away() {
+        if let Err(error) = left_behind.clear_away(&machine) {
             tracing::warn!(%error, "an image could not be sealed for good");
         }
     });
     if let Err(error) = cleared {
-        tracing::warn!(%error, "can't start a thread to clear away the parent's old mapping; it was done at once");
+        tracing::warn!(%error, "can't start a thread to clear away what the parent has left; it was done at once");
     }
 }

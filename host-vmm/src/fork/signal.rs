@@ -21,28 +21,35 @@ pub enum Error {
     Page(#[from] memory::Error),
 }
 
-/// Tells a VM that is about to start who it is. `answers` is the number of the request that it comes from, if it comes from one.
-///
-/// # Errors
-/// [`Error`].
-pub fn identify(machine: &Machine, answers: Option<u64>) -> Result<(), Error> {
-    let identity = lock(&machine.identity).clone();
-    let role = if answers.is_some() { Role::Child } else { Role::Booted };
-    Signal::new(identity, role, answers)?.give(machine)
-}
-
 /// What a VM is to be told.
-pub(super) struct Signal {
+#[derive(Debug)]
+#[must_use]
+pub struct Signal {
     identity: VmIdentity,
     page: Identity,
     response: Option<Response>,
 }
 
 impl Signal {
+    /// Tells a VM that it was booted.
+    ///
+    /// # Errors
+    /// [`Error::Seed`].
+    pub fn to_booted(machine: &Machine) -> Result<Self, Error> {
+        let identity = lock(&machine.identity).clone();
+        Self::new(identity, Role::Booted, None)
+    }
+
     /// Tells the parent that the fork was made. It is made ready before that is certain: giving it can't fail for want of anything.
     pub(super) fn to_parent(machine: &Machine, order: &Order) -> Result<Self, Error> {
         let identity = VmIdentity { index: 0, count: order.count, ..lock(&machine.identity).clone() };
         Self::new(identity, Role::Parent, Some(order.seq))
+    }
+
+    /// Tells a child that it comes from the request `seq`.
+    pub(super) fn to_child(machine: &Machine, seq: u64) -> Result<Self, Error> {
+        let identity = lock(&machine.identity).clone();
+        Self::new(identity, Role::Child, Some(seq))
     }
 
     fn new(identity: VmIdentity, role: Role, answers: Option<u64>) -> Result<Self, Error> {
@@ -53,7 +60,10 @@ impl Signal {
     }
 
     /// Gives it, with the time as it is now.
-    pub(super) fn give(self, machine: &Machine) -> Result<(), Error> {
+    ///
+    /// # Errors
+    /// [`Error::Page`] never, for as long as the page's layout is right.
+    pub fn give(self, machine: &Machine) -> Result<(), Error> {
         let page = Identity { wall_clock_ns: wall_clock_ns(), ..self.page };
         machine.control_page.identify(&page)?;
         if let Some(response) = &self.response {

@@ -26,6 +26,17 @@ pub struct Hypervisor {
     kvm: Kvm,
 }
 
+/// What this host gives to a vCPU: read once, since it takes a while and stays the same.
+#[derive(Debug)]
+pub struct Model {
+    /// The CPUID leaves that KVM can show to a guest.
+    pub cpuid: Vec<CpuidEntry>,
+    /// The model-specific registers that may hold a vCPU's state, sorted; a given vCPU need not have all of them.
+    pub msrs: Vec<u32>,
+    /// KVM emulates the TSC deadline timer; CPUID alone does not say so.
+    pub tsc_deadline_timer: bool,
+}
+
 impl Hypervisor {
     /// Opens /dev/kvm, and checks its version and capabilities.
     ///
@@ -60,9 +71,16 @@ impl Hypervisor {
         Ok(cpuid.as_slice().to_vec())
     }
 
-    /// Whether KVM emulates the TSC deadline timer; CPUID alone does not say so.
-    pub fn has_tsc_deadline_timer(&self) -> bool {
-        self.kvm.check_extension(Cap::TscDeadlineTimer)
+    /// What this host gives to a vCPU.
+    ///
+    /// # Errors
+    /// [`Error::Call`].
+    pub fn model(&self) -> Result<Model, Error> {
+        Ok(Model {
+            cpuid: self.supported_cpuid()?,
+            msrs: self.msr_indices()?,
+            tsc_deadline_timer: self.kvm.check_extension(Cap::TscDeadlineTimer),
+        })
     }
 
     /// Most vCPUs that this host advises to give to one VM (KVM_CAP_NR_VCPUS).
@@ -71,11 +89,11 @@ impl Hypervisor {
     }
 
     /// The model-specific registers that may hold a vCPU's state: KVM_GET_MSR_INDEX_LIST, and those of
-    /// KVM_GET_MSR_FEATURE_INDEX_LIST, which describe the CPU. Sorted, each once; a given vCPU need not have all of them.
+    /// KVM_GET_MSR_FEATURE_INDEX_LIST, which describe the CPU. Sorted, each once.
     ///
     /// # Errors
     /// [`Error::Call`].
-    pub fn msr_indices(&self) -> Result<Vec<u32>, Error> {
+    fn msr_indices(&self) -> Result<Vec<u32>, Error> {
         let state = self.kvm.get_msr_index_list().map_err(call("KVM_GET_MSR_INDEX_LIST"))?;
         let features = self.kvm.get_msr_feature_index_list().map_err(call("KVM_GET_MSR_FEATURE_INDEX_LIST"))?;
         let mut indices = [state.as_slice(), features.as_slice()].concat();

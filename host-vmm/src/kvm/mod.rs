@@ -17,14 +17,14 @@ mod vcpu_state;
 mod vm;
 
 pub use exit::Exit;
-pub use hypervisor::Hypervisor;
+pub use hypervisor::{Hypervisor, Model};
 pub use kick::Kicker;
 pub use kvm_bindings::{
     kvm_cpuid_entry2 as CpuidEntry, kvm_regs as Registers, kvm_segment as Segment, kvm_sregs as SystemRegisters,
 };
 pub use vcpu::Vcpu;
-pub use vcpu_state::{Msr, VcpuState};
-pub use vm::{Vm, VmState};
+pub use vcpu_state::{Msr, Time, VcpuState};
+pub use vm::{CurrentVm, Vm, VmState};
 
 /// Number of a vCPU, from 0; also its APIC ID.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -1,5 +1,7 @@
 //! All of a vCPU's state, and the order in which it is read and written.
 
+use std::arch::x86_64::_rdtsc;
+
 use kvm_bindings::{
     Xsave, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
     kvm_xsave, kvm_xsave2,
@@ -30,9 +32,20 @@ impl From<Msr> for kvm_msr_entry {
     }
 }
 
+/// How the time of a copy goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Time {
+    /// From the instant of the capture, as if none had passed since: a child's.
+    FromCapture,
+    /// With the time that has passed since the capture, on this host: the parent's own.
+    Onward,
+}
+
 /// State of one vCPU: with the memory, everything that decides what it does next.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct VcpuState {
+    /// This host's time-stamp counter when the state was read.
+    host_tsc: u64,
     cpuid: Vec<CpuidEntry>,
     mp_state: kvm_mp_state,
     regs: kvm_regs,
@@ -58,6 +71,7 @@ impl Vcpu {
     pub fn save(&self) -> Result<VcpuState, Error> {
         let fd = &self.fd;
         Ok(VcpuState {
+            host_tsc: host_tsc(),
             mp_state: fd.get_mp_state().map_err(self.call("KVM_GET_MP_STATE"))?,
             regs: fd.get_regs().map_err(self.call("KVM_GET_REGS"))?,
             sregs: fd.get_sregs().map_err(self.call("KVM_GET_SREGS"))?,
@@ -71,7 +85,18 @@ impl Vcpu {
         })
     }
 
-    /// Writes the state into a vCPU that has not run yet, and whose VM's state is restored.
+    /// Gets ready to take a state: remembers what the vCPU holds by itself, so that [`Vcpu::restore`] need only write the rest. Each
+    /// call on a vCPU costs microseconds, whatever it does.
+    ///
+    /// # Errors
+    /// As [`Vcpu::save`].
+    pub fn settle(&mut self) -> Result<(), Error> {
+        self.fresh = Some(Box::new(self.save()?));
+        Ok(())
+    }
+
+    /// Writes the state into a settled vCPU that has run no guest code yet, and whose VM's state is restored. What the vCPU holds
+    /// already is left out.
     ///
     /// CPUID comes first: it decides what else KVM accepts. The segment registers carry the APIC's mode, so they come before
     /// the local APIC; the TSC deadline is armed once TSC and local APIC are right; pending events come last, since
@@ -79,21 +104,35 @@ impl Vcpu {
     ///
     /// # Errors
     /// The first call that fails: none is swallowed.
-    pub fn restore(&mut self, state: &VcpuState) -> Result<(), Error> {
-        self.set_cpuid(state.cpuid.clone())?;
+    pub fn restore(&mut self, state: &VcpuState, time: Time) -> Result<(), Error> {
+        let fresh = self.fresh.take().ok_or_else(|| self.unfit("it is not settled, or has been restored before"))?;
+        if state.cpuid != self.cpuid {
+            self.set_cpuid(state.cpuid.clone())?;
+        }
         self.msrs = state.msrs.iter().map(|msr| msr.index).collect();
         let fd = &self.fd;
-        fd.set_mp_state(state.mp_state).map_err(self.call("KVM_SET_MP_STATE"))?;
+        if state.mp_state != fresh.mp_state {
+            fd.set_mp_state(state.mp_state).map_err(self.call("KVM_SET_MP_STATE"))?;
+        }
         fd.set_sregs(&self.settable(state.sregs)).map_err(self.call("KVM_SET_SREGS"))?;
         fd.set_regs(&state.regs).map_err(self.call("KVM_SET_REGS"))?;
-        self.restore_xsave(&state.xsave)?;
-        if let Some(xcrs) = &state.xcrs {
-            fd.set_xcrs(xcrs).map_err(self.call("KVM_SET_XCRS"))?;
+        if state.xsave != fresh.xsave {
+            self.restore_xsave(&state.xsave)?;
         }
-        fd.set_debug_regs(&state.debugregs).map_err(self.call("KVM_SET_DEBUGREGS"))?;
-        fd.set_lapic(&state.lapic).map_err(self.call("KVM_SET_LAPIC"))?;
-        self.restore_msrs(&state.msrs)?;
-        fd.set_vcpu_events(&state.events).map_err(self.call("KVM_SET_VCPU_EVENTS"))?;
+        if let Some(xcrs) = state.xcrs.filter(|_| state.xcrs != fresh.xcrs) {
+            fd.set_xcrs(&xcrs).map_err(self.call("KVM_SET_XCRS"))?;
+        }
+        if state.debugregs != fresh.debugregs {
+            fd.set_debug_regs(&state.debugregs).map_err(self.call("KVM_SET_DEBUGREGS"))?;
+        }
+        if state.lapic != fresh.lapic {
+            fd.set_lapic(&state.lapic).map_err(self.call("KVM_SET_LAPIC"))?;
+        }
+        self.restore_msrs(state, &fresh, time)?;
+        // Writing the registers has dropped what was pending; a vCPU on which nothing is pending has nothing to be told.
+        if state.events != fresh.events {
+            fd.set_vcpu_events(&state.events).map_err(self.call("KVM_SET_VCPU_EVENTS"))?;
+        }
         self.tell_paused()
     }
 
@@ -146,21 +185,40 @@ impl Vcpu {
         Xsave::from_entries(&entries).map_err(|_| self.unfit("the XSAVE area is too large"))
     }
 
-    /// Writes the registers whose value is not a new vCPU's. Of those that only describe the CPU, many can't be written, and need
+    /// Writes the registers whose value is not a fresh vCPU's. Of those that only describe the CPU, many can't be written, and need
     /// not be.
-    fn restore_msrs(&self, msrs: &[Msr]) -> Result<(), Error> {
-        let fresh = self.read_msrs(&self.msrs)?;
-        let changed = msrs.iter().zip(&fresh).filter(|(saved, fresh)| saved != fresh).map(|(saved, _)| *saved);
+    fn restore_msrs(&self, state: &VcpuState, fresh: &VcpuState, time: Time) -> Result<(), Error> {
+        let same_registers = state.msrs.iter().map(|msr| msr.index).eq(fresh.msrs.iter().map(|msr| msr.index));
+        let read;
+        let held = if same_registers {
+            &fresh.msrs
+        } else {
+            // A state from a kernel that knows other registers.
+            read = self.read_msrs(&self.msrs)?;
+            &read
+        };
+        let changed = state.msrs.iter().zip(held).filter(|(saved, held)| saved != held).map(|(saved, _)| *saved);
         let mut changed: Vec<Msr> = changed.collect();
         changed.sort_by_key(|msr| match msr.index {
             TSC => 0,
             IA32_TSC_DEADLINE => 2,
             _ => 1,
         });
+        if let (Time::Onward, Some(tsc)) = (time, changed.iter_mut().find(|msr| msr.index == TSC)) {
+            // KVM gives vCPUs whose counters are written within a second one and the same offset (kernel source,
+            // kvm_synchronize_tsc), so that they agree, whatever the time between these calls.
+            tsc.value = tsc.value.wrapping_add(host_tsc().wrapping_sub(state.host_tsc));
+        }
         self.write_msrs(&changed)
     }
 
     fn unfit(&self, what: &'static str) -> Error {
         Error::Unfit { vcpu: self.id, what }
     }
+}
+
+/// This host's time-stamp counter.
+fn host_tsc() -> u64 {
+    // SAFETY: every processor with 64-bit mode has the instruction, and it has no effect but its result.
+    unsafe { _rdtsc() }
 }

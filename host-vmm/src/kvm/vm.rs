@@ -1,6 +1,6 @@
 //! One KVM virtual machine: its memory slots, its interrupt controllers, its clock.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_enable_cap, kvm_irqchip,
@@ -10,9 +10,10 @@ use kvm_ioctls::{Cap, VmFd};
 use serde::{Deserialize, Serialize};
 use vmfork_abi::doorbell;
 
-use super::{Error, Vcpu, VcpuId, call};
+use super::{Error, Time, Vcpu, VcpuId, call};
 use crate::{
     arch::layout::{Gpa, KVM_IDENTITY_MAP, KVM_TSS},
+    clock::monotonic_ns,
     memory::Mapping,
 };
 
@@ -24,11 +25,36 @@ const IRQCHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_I
 pub struct Vm {
     fd: VmFd,
     memory: Vec<Arc<Mapping>>,
+    /// What its interrupt controllers held by themselves.
+    fresh: Option<[kvm_irqchip; 3]>,
+}
+
+/// The VM in which a machine runs at present. It becomes another one when the parent of a fork goes on as its own first child.
+#[derive(Debug)]
+pub struct CurrentVm(RwLock<Arc<Vm>>);
+
+impl CurrentVm {
+    /// It is `vm` at first.
+    pub fn new(vm: Vm) -> Self {
+        Self(RwLock::new(Arc::new(vm)))
+    }
+
+    /// The VM.
+    pub fn get(&self) -> Arc<Vm> {
+        Arc::clone(&self.0.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Makes it `vm`, and gives back what it was.
+    pub fn replace(&self, vm: Vm) -> Arc<Vm> {
+        std::mem::replace(&mut self.0.write().unwrap_or_else(PoisonError::into_inner), Arc::new(vm))
+    }
 }
 
 /// State of a VM that belongs to no single vCPU.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct VmState {
+    /// CLOCK_MONOTONIC of the host when the clock was read, in nanoseconds.
+    host_ns: u64,
     /// kvmclock, in nanoseconds since the VM's boot.
     clock_ns: u64,
     /// Both PICs and the I/O APIC, in the order of [`IRQCHIPS`].
@@ -40,7 +66,7 @@ impl Vm {
         let address = usize::try_from(KVM_TSS.0).map_err(|_| Error::Missing("a 64-bit address space"))?;
         fd.set_identity_map_address(KVM_IDENTITY_MAP.0).map_err(call("KVM_SET_IDENTITY_MAP_ADDR"))?;
         fd.set_tss_address(address).map_err(call("KVM_SET_TSS_ADDR"))?;
-        Ok(Self { fd, memory: Vec::new() })
+        Ok(Self { fd, memory: Vec::new(), fresh: None })
     }
 
     /// Shows `bytes` bytes from `offset` of a mapping to the guest at `gpa` (KVM_SET_USER_MEMORY_REGION).
@@ -126,28 +152,56 @@ impl Vm {
     /// # Errors
     /// [`Error::Call`].
     pub fn save(&self) -> Result<VmState, Error> {
+        let host_ns = monotonic_ns();
         let clock = self.fd.get_clock().map_err(call("KVM_GET_CLOCK"))?;
+        Ok(VmState { host_ns, clock_ns: clock.clock, irqchips: self.save_irqchips()? })
+    }
+
+    fn save_irqchips(&self) -> Result<[kvm_irqchip; 3], Error> {
         let mut irqchips = [kvm_irqchip::default(); 3];
         for (irqchip, chip_id) in irqchips.iter_mut().zip(IRQCHIPS) {
             irqchip.chip_id = chip_id;
             self.fd.get_irqchip(irqchip).map_err(call("KVM_GET_IRQCHIP"))?;
         }
-        Ok(VmState { clock_ns: clock.clock, irqchips })
+        Ok(irqchips)
     }
 
-    /// Writes the state into a VM whose vCPUs have not run yet.
-    ///
-    /// The clock goes on from the instant of the capture, as if no time had passed, since the TSC and the local APIC timers do
-    /// the same; what the guest's wall clock missed, the control page tells it.
+    /// Gets ready to take a state: remembers what the VM holds by itself.
     ///
     /// # Errors
     /// [`Error::Call`].
-    pub fn restore(&self, state: &VmState) -> Result<(), Error> {
-        for (irqchip, chip_id) in state.irqchips.iter().zip(IRQCHIPS) {
+    pub fn settle(&mut self) -> Result<(), Error> {
+        self.fresh = Some(self.save_irqchips()?);
+        Ok(())
+    }
+
+    /// Writes the state into a VM whose vCPUs have run no guest code yet. What it holds already is left out.
+    ///
+    /// A child's clock goes on from the instant of the capture, as if no time had passed, since the TSC and the local APIC timers
+    /// do the same; what the guest's wall clock missed, the control page tells it.
+    ///
+    /// # Errors
+    /// [`Error::Call`].
+    pub fn restore(&self, state: &VmState, time: Time) -> Result<(), Error> {
+        for (index, (irqchip, chip_id)) in state.irqchips.iter().zip(IRQCHIPS).enumerate() {
             let irqchip = kvm_irqchip { chip_id, ..*irqchip };
+            if self.fresh.as_ref().is_some_and(|fresh| content(&fresh[index]) == content(&irqchip)) {
+                continue;
+            }
             self.fd.set_irqchip(&irqchip).map_err(call("KVM_SET_IRQCHIP"))?;
         }
-        let clock = kvm_clock_data { clock: state.clock_ns, ..Default::default() };
+        let passed_ns = match time {
+            Time::FromCapture => 0,
+            Time::Onward => monotonic_ns().saturating_sub(state.host_ns),
+        };
+        let clock = kvm_clock_data { clock: state.clock_ns.saturating_add(passed_ns), ..Default::default() };
         self.fd.set_clock(&clock).map_err(call("KVM_SET_CLOCK"))
     }
+}
+
+/// All that KVM tells of an interrupt controller.
+fn content(irqchip: &kvm_irqchip) -> &[i8] {
+    // SAFETY: every variant of the union is plain bytes, and `dummy` is as long as the union.
+    let bytes = unsafe { &irqchip.chip.dummy };
+    bytes.as_slice()
 }

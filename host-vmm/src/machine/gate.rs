@@ -51,13 +51,18 @@ pub enum GateError {
 /// The gate of one VM.
 #[derive(Debug)]
 pub struct Gate {
-    kickers: Vec<Kicker>,
     state: Mutex<State>,
     changed: Condvar,
 }
 
 #[derive(Debug)]
 struct State {
+    /// A handle to each vCPU.
+    kickers: Vec<Kicker>,
+    /// The vCPUs as which those that wait are to go on.
+    successors: Vec<Option<Vcpu>>,
+    /// What they have been until then.
+    left_behind: Vec<Vcpu>,
     /// The stop that is in force. Each has a number of its own, so that a vCPU can't take one for the next.
     stop: Option<u64>,
     /// Stops so far.
@@ -71,17 +76,20 @@ impl State {
     fn wants_stop(&self) -> Option<u64> {
         self.stop.filter(|_| self.end.is_none())
     }
+
+    fn others(&self, me: VcpuId) -> impl Iterator<Item = (VcpuId, &Kicker)> {
+        (0..).map(VcpuId).zip(&self.kickers).filter(move |(id, _)| *id != me)
+    }
 }
 
 impl Gate {
     /// The gate for these vCPUs.
     pub fn new(vcpus: &[Vcpu]) -> Self {
         let parked = vcpus.iter().map(|_| None).collect();
-        Self {
-            kickers: vcpus.iter().map(|vcpu| vcpu.kicker().clone()).collect(),
-            state: Mutex::new(State { stop: None, stops: 0, parked, end: None }),
-            changed: Condvar::new(),
-        }
+        let successors = vcpus.iter().map(|_| None).collect();
+        let kickers = vcpus.iter().map(|vcpu| vcpu.kicker().clone()).collect();
+        let state = State { kickers, successors, left_behind: Vec::new(), stop: None, stops: 0, parked, end: None };
+        Self { state: Mutex::new(state), changed: Condvar::new() }
     }
 
     /// Stops all vCPUs but `me`, which the caller runs. They go on when the result is dropped.
@@ -98,12 +106,12 @@ impl Gate {
         }
         state.stops += 1;
         state.stop = Some(state.stops);
+        for (_, kicker) in state.others(me) {
+            kicker.kick();
+        }
         drop(state);
         // From here on, dropping it lets everybody go on.
         let stopped = Stopped { gate: self, me };
-        for (_, kicker) in self.others(me) {
-            kicker.kick();
-        }
         self.wait_parked(me)?;
         Ok(stopped)
     }
@@ -112,7 +120,7 @@ impl Gate {
         let deadline = Instant::now() + STOP_TIMEOUT;
         let mut state = lock(&self.state);
         loop {
-            let Some((missing, _)) = self.others(me).find(|(id, _)| state.parked[id.index()].is_none()) else {
+            let Some((missing, _)) = state.others(me).find(|(id, _)| state.parked[id.index()].is_none()) else {
                 return Ok(());
             };
             if state.end.is_some() {
@@ -126,10 +134,6 @@ impl Gate {
         }
     }
 
-    fn others(&self, me: VcpuId) -> impl Iterator<Item = (VcpuId, &Kicker)> {
-        (0..).map(VcpuId).zip(&self.kickers).filter(move |(id, _)| *id != me)
-    }
-
     /// Waits while the vCPUs are stopped. Called by a vCPU's thread when it was kicked; returns whether to run on.
     ///
     /// # Errors
@@ -141,13 +145,14 @@ impl Gate {
             let wanted = lock(&self.state).wants_stop();
             let Some(stop) = wanted else { break };
             let saved = vcpu.complete_exit().and_then(|()| vcpu.save());
-            self.park(vcpu.id(), stop, saved);
+            self.park(vcpu, stop, saved);
             vcpu.tell_paused()?;
         }
         Ok(lock(&self.state).end.is_none())
     }
 
-    fn park(&self, me: VcpuId, stop: u64, saved: Result<VcpuState, kvm::Error>) {
+    fn park(&self, vcpu: &mut Vcpu, stop: u64, saved: Result<VcpuState, kvm::Error>) {
+        let me = vcpu.id();
         let mut state = lock(&self.state);
         if state.stop == Some(stop) {
             state.parked[me.index()] = Some(saved);
@@ -157,28 +162,36 @@ impl Gate {
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         state.parked[me.index()] = None;
+        if let Some(successor) = state.successors[me.index()].take() {
+            successor.kicker().adopt();
+            state.left_behind.push(std::mem::replace(vcpu, successor));
+            self.changed.notify_all();
+        }
+    }
+
+    /// Waits until each vCPU that was to go on as another one does, and takes what they have been until then.
+    pub(super) fn take_left_behind(&self) -> Vec<Vcpu> {
+        let mut state = lock(&self.state);
+        while state.end.is_none() && state.successors.iter().any(Option::is_some) {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        std::mem::take(&mut state.left_behind)
     }
 
     /// Ends the VM, unless it has ended already: all vCPU threads leave.
     pub fn end(&self, end: End) {
         let mut state = lock(&self.state);
         state.end.get_or_insert(end);
-        drop(state);
-        self.changed.notify_all();
-        for kicker in &self.kickers {
+        for kicker in &state.kickers {
             kicker.kick();
         }
+        drop(state);
+        self.changed.notify_all();
     }
 
-    /// Waits until the VM ends, and says how.
-    pub fn wait_end(&self) -> End {
-        let mut state = lock(&self.state);
-        loop {
-            if let Some(end) = &state.end {
-                return end.clone();
-            }
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
+    /// How the VM ended, if it has.
+    pub fn ended(&self) -> Option<End> {
+        lock(&self.state).end.clone()
     }
 }
 
@@ -201,6 +214,21 @@ impl Stopped<'_> {
         state.parked[self.me.index()] = Some(Ok(own));
         let states = state.parked.iter_mut().map(|slot| slot.take().ok_or(GateError::Ended)?.map_err(GateError::Save));
         states.collect()
+    }
+
+    /// Makes each vCPU go on as another one when the stop is over: `vcpu`, which is the caller's, at once.
+    pub(super) fn hand_on(&self, successors: Vec<Vcpu>, vcpu: &mut Vcpu) {
+        let mut state = lock(&self.gate.state);
+        state.kickers = successors.iter().map(|successor| successor.kicker().clone()).collect();
+        state.successors = successors.into_iter().map(Some).collect();
+        if let Some(own) = state.successors[self.me.index()].take() {
+            own.kicker().adopt();
+            state.left_behind.push(std::mem::replace(vcpu, own));
+        }
+        // An end that came meanwhile has kicked those that are left behind.
+        if state.end.is_some() {
+            state.kickers.iter().for_each(Kicker::kick);
+        }
     }
 }
 

@@ -4,20 +4,23 @@ use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
 
-mod build;
 mod gate;
 mod identity;
 mod run;
+mod shell;
+mod successor;
 
-pub use build::{Config, Error, boot, restore};
 pub use gate::{End, Gate, GateError, Stopped};
 pub use identity::VmIdentity;
-pub use run::run;
+pub use run::{FirstExit, run};
+pub use shell::{Config, Error, Shell};
+pub use successor::{LeftBehind, Spare, Successor};
 
 use crate::{
     devices::{ControlPage, Devices, DevicesState},
-    kvm::{Vcpu, VcpuState, Vm, VmState},
+    kvm::{CurrentVm, Vcpu, VcpuState, VmState},
     memory::View,
+    sync::lock,
 };
 
 /// A VM without its vCPUs, which belong to the threads that run them.
@@ -26,7 +29,7 @@ pub struct Machine {
     /// What it was built as.
     pub config: Config,
     /// KVM's part.
-    pub vm: Arc<Vm>,
+    pub vm: Arc<CurrentVm>,
     /// The guest's memory.
     pub memory: Mutex<View>,
     /// The page by which the guest and this VMM speak.
@@ -35,8 +38,21 @@ pub struct Machine {
     pub devices: Devices,
     /// What stops the vCPUs, and ends them.
     pub gate: Gate,
+    /// Where it goes on when its memory becomes an image for the first time.
+    pub spare: Spare,
+    /// When it came to its first exit.
+    pub first_exit: FirstExit,
     /// Who the VM is; changes when it becomes a parent.
     pub identity: Mutex<VmIdentity>,
+}
+
+impl Machine {
+    /// Begins to build the spare VM that its next fork needs, if it needs one and has none.
+    pub fn prepare_spare(self: &Arc<Self>) {
+        if lock(&self.memory).own_file().is_some() {
+            self.spare.prepare(self);
+        }
+    }
 }
 
 /// A machine and its vCPUs, lowest first.

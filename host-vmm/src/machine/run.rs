@@ -1,15 +1,24 @@
 //! Running a machine: a thread for each vCPU, and what each exit means.
 
-use std::{sync::Arc, thread};
+use std::{
+    sync::{
+        Arc, Condvar, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::Duration,
+};
 
 use vmfork_abi::doorbell;
 
 use super::{End, Machine};
 use crate::{
     arch::layout::{CONTROL_PAGE, DOORBELL_PORT},
+    clock::monotonic_ns,
     devices::power::PowerEvent,
     error::chain,
     kvm::{self, Exit, Vcpu},
+    sync::lock,
 };
 
 /// What to do after an exit, once the exit's data are let go.
@@ -22,31 +31,66 @@ enum Next {
     End(End),
 }
 
-/// Runs the vCPUs until the VM ends, and says how it did.
+/// When a machine came to its first exit: until then it has run, but nobody has seen anything of it.
+#[derive(Debug, Default)]
+pub struct FirstExit {
+    seen: AtomicBool,
+    at_ns: Mutex<Option<u64>>,
+    changed: Condvar,
+}
+
+impl FirstExit {
+    /// Called at every exit.
+    fn happened(&self) {
+        if !self.seen.load(Ordering::Relaxed) && !self.seen.swap(true, Ordering::Relaxed) {
+            *lock(&self.at_ns) = Some(monotonic_ns());
+            self.changed.notify_all();
+        }
+    }
+
+    /// Waits for it, up to `limit`: CLOCK_MONOTONIC in nanoseconds.
+    pub fn wait(&self, limit: Duration) -> Option<u64> {
+        let at_ns = self.changed.wait_timeout_while(lock(&self.at_ns), limit, |at_ns| at_ns.is_none());
+        *at_ns.unwrap_or_else(PoisonError::into_inner).0
+    }
+}
+
+/// Runs the vCPUs until the VM ends, and says how it did: the first one on the calling thread, each of the others on its own.
 ///
 /// `ring` is called on the thread of the vCPU that rang the doorbell, with the command, or `None` where the access was malformed.
 pub fn run(machine: &Arc<Machine>, vcpus: Vec<Vcpu>, ring: impl Fn(&mut Vcpu, Option<u32>) + Send + Sync) -> End {
+    let mut vcpus = vcpus.into_iter();
+    let first = vcpus.next();
     thread::scope(|scope| {
         for vcpu in vcpus {
             let name = vcpu.id().to_string();
             let ring = &ring;
-            let spawned = thread::Builder::new().name(name).spawn_scoped(scope, move || {
-                if let Err(error) = run_vcpu(machine, vcpu, ring) {
-                    machine.gate.end(End::Broken(chain(&error)));
-                }
-            });
+            let spawned = thread::Builder::new().name(name).spawn_scoped(scope, move || run_vcpu(machine, vcpu, ring));
             if let Err(error) = spawned {
                 machine.gate.end(End::Broken(format!("can't start a vCPU's thread: {error}")));
             }
         }
-        machine.gate.wait_end()
-    })
+        if let Some(first) = first {
+            run_vcpu(machine, first, &ring);
+        }
+    });
+    // Each vCPU has left because of it.
+    machine.gate.ended().unwrap_or_else(|| End::Broken("no vCPU is left".into()))
 }
 
-fn run_vcpu(machine: &Machine, mut vcpu: Vcpu, ring: impl Fn(&mut Vcpu, Option<u32>)) -> Result<(), kvm::Error> {
+/// Runs a vCPU until the VM ends. Where it can't go on, the VM has ended.
+fn run_vcpu(machine: &Machine, vcpu: Vcpu, ring: impl Fn(&mut Vcpu, Option<u32>)) {
+    if let Err(error) = serve_vcpu(machine, vcpu, ring) {
+        machine.gate.end(End::Broken(chain(&error)));
+    }
+}
+
+fn serve_vcpu(machine: &Machine, mut vcpu: Vcpu, ring: impl Fn(&mut Vcpu, Option<u32>)) -> Result<(), kvm::Error> {
     vcpu.kicker().adopt();
     loop {
-        match serve(machine, vcpu.run()?) {
+        let exit = vcpu.run()?;
+        machine.first_exit.happened();
+        match serve(machine, exit) {
             Next::Run => {}
             Next::Ring(command) => ring(&mut vcpu, command),
             Next::Pass => {

@@ -38,14 +38,44 @@ pub fn sealed(name: &str, content: &[u8]) -> Result<File, Error> {
     Ok(file)
 }
 
+/// Makes an empty memory file of `bytes` bytes that can be written, and keeps its size.
+///
+/// # Errors
+/// [`Error::File`] where the file can't be made, grown or sealed.
+pub fn unresizable(name: &str, bytes: u64) -> Result<File, Error> {
+    let file = unsealed(name, bytes)?;
+    add(name, &file, SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_SEAL)?;
+    Ok(file)
+}
+
+/// Checks that a file from elsewhere has this size, and keeps it: whoever could shrink it could kill those that map it.
+///
+/// # Errors
+/// [`Error::Invalid`] where it is otherwise, [`Error::File`] where it is no memory file.
+pub fn check_unresizable(file: &File, bytes: u64) -> Result<(), Error> {
+    let length = file.metadata().map_err(look_at_failed)?.len();
+    if length != bytes || !seals(file)?.contains(SealFlag::F_SEAL_SHRINK) {
+        return Err(Error::Invalid("a shared file has another size, or does not keep it"));
+    }
+    Ok(())
+}
+
 /// Whether nobody can shrink or newly write the file any more.
 ///
 /// # Errors
 /// [`Error::File`] where it is no memory file.
 pub fn is_immutable(file: &File) -> Result<bool, Error> {
-    let fail = |errno: nix::Error| Error::File { operation: "look at", name: "layer".to_owned(), source: errno.into() };
-    let seals = SealFlag::from_bits_retain(fcntl(file, FcntlArg::F_GET_SEALS).map_err(fail)?);
+    let seals = seals(file)?;
     Ok(seals.contains(SealFlag::F_SEAL_SHRINK) && seals.intersects(SealFlag::F_SEAL_WRITE | FUTURE_WRITE))
+}
+
+fn seals(file: &File) -> Result<SealFlag, Error> {
+    let seals = fcntl(file, FcntlArg::F_GET_SEALS).map_err(|errno| look_at_failed(errno.into()))?;
+    Ok(SealFlag::from_bits_retain(seals))
+}
+
+fn look_at_failed(source: io::Error) -> Error {
+    Error::File { operation: "look at", name: "from another process".to_owned(), source }
 }
 
 /// Seals a file that nobody has mapped writable: from here on it is immutable.

@@ -15,9 +15,10 @@
 //!                       └────────────┘                   └──────────────┘
 //! ```
 //!
-//! A freshly booted VM's memory is a memfd mapped shared, so its pages are in the file already. Freezing it makes the parent's
-//! addresses a private view of the same file, and forbids everybody to write the file again: nothing is copied. A VM that is
-//! a private view already needs no switch: its dirty pages are written into a delta layer, which its children map over the rest.
+//! A freshly booted VM's memory is a memfd mapped shared, so its pages are in the file already. Freezing it forbids everybody to map
+//! the file writable again; the parent goes on as a private view of it, in another address range, and what it has left is taken down
+//! ([`machine::Successor`](crate::machine::Successor)): nothing is copied. A VM that is a private view already needs no switch: its
+//! dirty pages are written into a delta layer, which its children map over the rest.
 
 use std::io;
 
@@ -29,8 +30,8 @@ mod view;
 
 pub use image::{Extent, Image, Layer, MAX_EXTENTS, MAX_LAYERS, Run};
 pub use mapping::Mapping;
-pub use memfd::{is_immutable, sealed, unsealed};
-pub use view::{Aside, Frozen, View};
+pub use memfd::{check_unresizable, is_immutable, sealed, unresizable, unsealed};
+pub use view::{Plan, View, seal_for_good};
 
 /// What can go wrong with guest memory.
 #[derive(Debug, thiserror::Error)]

@@ -26,26 +26,38 @@ enum Backing {
     Image(Arc<Image>),
 }
 
+/// Which files the image of a fork will consist of.
+#[derive(Debug)]
+pub struct Plan {
+    files: Vec<Arc<File>>,
+    delta: Option<Arc<File>>,
+}
+
+impl Plan {
+    /// The files, lowest layer first.
+    pub fn files(&self) -> &[Arc<File>] {
+        &self.files
+    }
+}
+
 impl View {
-    /// The empty memory of a VM that is about to boot.
+    /// The empty memory of a VM that is about to boot, in `mapping`.
     ///
     /// # Errors
     /// [`Error::Map`] or [`Error::File`] where there is no room for it.
-    pub fn fresh(bytes: u64) -> Result<Self, Error> {
-        let mapping = Mapping::reserve(to_usize(bytes)?)?;
-        let file = memfd::unsealed(RAM_NAME, bytes)?;
+    pub fn own(mapping: Arc<Mapping>) -> Result<Self, Error> {
+        let file = memfd::unsealed(RAM_NAME, mapping.bytes() as u64)?;
         mapping.map_shared(&file)?;
-        Ok(Self { mapping: Arc::new(mapping), backing: Backing::Own(Arc::new(file)) })
+        Ok(Self { mapping, backing: Backing::Own(Arc::new(file)) })
     }
 
-    /// A private view of an image.
+    /// A private view of an image, in `mapping`.
     ///
     /// # Errors
     /// [`Error::Map`] where a piece of it can't be mapped.
-    pub fn of_image(image: Arc<Image>) -> Result<Self, Error> {
-        let mapping = Mapping::reserve(to_usize(image.pages() * PAGE_BYTES)?)?;
+    pub fn of_image(image: Arc<Image>, mapping: Arc<Mapping>) -> Result<Self, Error> {
         image.map_private(&mapping)?;
-        Ok(Self { mapping: Arc::new(mapping), backing: Backing::Image(image) })
+        Ok(Self { mapping, backing: Backing::Image(image) })
     }
 
     /// The address range.
@@ -61,52 +73,51 @@ impl View {
         }
     }
 
-    /// Makes an image of the memory as it is now. The VM must be stopped until the result is kept or dropped: dropping it puts
-    /// everything back as it was.
-    ///
-    /// # Errors
-    /// Whatever fails, with the view as it was.
-    pub fn freeze(&mut self) -> Result<Frozen<'_>, Error> {
+    /// Names the files that an image made now will consist of.
+    pub fn plan(&self) -> Result<Plan, Error> {
         match &self.backing {
-            Backing::Own(file) => {
-                let file = Arc::clone(file);
-                self.freeze_own(file)
-            }
+            Backing::Own(file) => Ok(Plan { files: vec![Arc::clone(file)], delta: None }),
             Backing::Image(image) => {
-                let image = Arc::new(self.with_delta(image)?);
-                Ok(Frozen { view: self, image, aside: None })
+                let delta = Arc::new(memfd::unsealed(DELTA_NAME, 0)?);
+                let mut files: Vec<_> = image.layers().iter().map(|layer| Arc::clone(&layer.file)).collect();
+                files.push(Arc::clone(&delta));
+                Ok(Plan { files, delta: Some(delta) })
             }
         }
     }
 
-    /// Turns the VM's own file into an image, and its addresses into a private view of it.
-    ///
-    /// The old mapping is moved aside rather than mapped over: mapping over takes down every page-table entry one by one
-    /// (measured for 512 MiB: 20 ms against 0.1 ms), and it serves to go back to.
-    fn freeze_own(&mut self, file: Arc<File>) -> Result<Frozen<'_>, Error> {
-        let pages = self.mapping.bytes() as u64 / PAGE_BYTES;
-        let image = Arc::new(Image::new(pages, vec![Arc::new(Layer::whole(Arc::clone(&file), pages))])?);
-        memfd::seal_future(RAM_NAME, &file)?;
-        let aside = Mapping::reserve(self.mapping.bytes())?;
-        self.mapping.move_to(&aside)?;
-        let frozen = Frozen { view: self, image: Arc::clone(&image), aside: Some(Aside { mapping: aside, file }) };
-        image.map_private(&frozen.view.mapping)?;
-        Ok(frozen)
+    /// Makes an image of the memory as it is now. The VM must be stopped.
+    pub fn freeze(&self, plan: Plan) -> Result<Arc<Image>, Error> {
+        match &self.backing {
+            Backing::Own(file) => {
+                let pages = self.mapping.bytes() as u64 / PAGE_BYTES;
+                memfd::seal_future(RAM_NAME, file)?;
+                Ok(Arc::new(Image::new(pages, vec![Arc::new(Layer::whole(Arc::clone(file), pages))])?))
+            }
+            Backing::Image(image) => {
+                let Some(delta) = plan.delta else { return Ok(Arc::clone(image)) };
+                Ok(Arc::new(self.with_delta(image, delta)?))
+            }
+        }
     }
 
     /// `image` with the pages that this VM has written since it was mapped.
-    fn with_delta(&self, image: &Image) -> Result<Image, Error> {
+    fn with_delta(&self, image: &Image, file: Arc<File>) -> Result<Image, Error> {
         let runs = dirty::join_for(image, dirty::runs(&self.mapping)?);
         let pages = runs.last().map_or(0, |run| run.file_page + run.pages);
         if pages == 0 {
             return Ok(image.clone());
         }
-        let file = memfd::unsealed(DELTA_NAME, pages * PAGE_BYTES)?;
+        file.set_len(pages * PAGE_BYTES).map_err(|source| Error::File {
+            operation: "grow",
+            name: DELTA_NAME.to_owned(),
+            source,
+        })?;
         for run in &runs {
             self.copy_out(run, &file)?;
         }
         memfd::seal_unmapped(DELTA_NAME, &file)?;
-        image.with_layer(Layer { file: Arc::new(file), runs })
+        image.with_layer(Layer { file, runs })
     }
 
     fn copy_out(&self, run: &Run, file: &File) -> Result<(), Error> {
@@ -127,57 +138,9 @@ impl View {
     }
 }
 
-/// A view whose memory has become an image, until it is decided whether that stays so.
-#[derive(Debug)]
-pub struct Frozen<'v> {
-    view: &'v mut View,
-    image: Arc<Image>,
-    aside: Option<Aside>,
-}
-
-impl Frozen<'_> {
-    /// The image.
-    pub fn image(&self) -> &Arc<Image> {
-        &self.image
-    }
-
-    /// Keeps the image. What has to be cleared away, if anything, is returned: that takes time, and need not be done while the
-    /// VM is stopped.
-    pub fn keep(mut self) -> Option<Aside> {
-        let aside = self.aside.take()?;
-        self.view.backing = Backing::Image(Arc::clone(&self.image));
-        Some(aside)
-    }
-}
-
-impl Drop for Frozen<'_> {
-    fn drop(&mut self) {
-        if let Some(Aside { mapping, .. }) = self.aside.take()
-            && let Err(error) = mapping.move_to(&self.view.mapping)
-        {
-            // The view still shows the right content: as a private view of the file, which nobody writes to any more.
-            tracing::warn!(%error, "can't undo a freeze: the VM stays a private view");
-            self.view.backing = Backing::Image(Arc::clone(&self.image));
-        }
-    }
-}
-
-/// The writable mapping that a booted VM had before it was frozen. The file is immutable to everybody else already.
-#[derive(Debug)]
-pub struct Aside {
-    mapping: Mapping,
-    file: Arc<File>,
-}
-
-impl Aside {
-    /// Drops the mapping, and seals the file for good.
-    ///
-    /// # Errors
-    /// [`Error::File`] where the file can't be sealed.
-    pub fn clear_away(self) -> Result<(), Error> {
-        drop(self.mapping);
-        memfd::seal_unmapped(RAM_NAME, &self.file)
-    }
+/// Seals a file for good.
+pub fn seal_for_good(file: &File) -> Result<(), Error> {
+    memfd::seal_unmapped(RAM_NAME, file)
 }
 
 fn to_usize(bytes: u64) -> Result<usize, Error> {

@@ -20,11 +20,25 @@ fn content(view: &View) -> Vec<u8> {
     (0..PAGES).map(|page| peek(view, page)).collect()
 }
 
+fn fresh() -> View {
+    View::own(reserved()).unwrap()
+}
+
+fn reserved() -> Arc<Mapping> {
+    Arc::new(Mapping::reserve(PAGES * PAGE).unwrap())
+}
+
+fn freeze(view: &View) -> Arc<Image> {
+    view.freeze(view.plan().unwrap()).unwrap()
+}
+
+/// A parent whose memory is still its own goes on as a view of the image, as its child does.
 fn fork(view: &mut View) -> View {
-    let frozen = view.freeze().unwrap();
-    let child = View::of_image(Arc::clone(frozen.image())).unwrap();
-    if let Some(aside) = frozen.keep() {
-        aside.clear_away().unwrap();
+    let image = freeze(view);
+    let child = View::of_image(Arc::clone(&image), reserved()).unwrap();
+    if let Some(file) = view.own_file().cloned() {
+        *view = View::of_image(image, reserved()).unwrap();
+        seal_for_good(&file).unwrap();
     }
     child
 }
@@ -48,8 +62,7 @@ proptest! {
     /// The naive model copies all of a VM's memory at every fork.
     #[test]
     fn copies_are_as_if_copied(steps in proptest::collection::vec(step(), 1..60)) {
-        let bytes = (PAGES * PAGE) as u64;
-        let mut vms = vec![(View::fresh(bytes).unwrap(), vec![0; PAGES])];
+        let mut vms = vec![(fresh(), vec![0; PAGES])];
         for step in steps {
             match step {
                 Step::Write { vm, page, value } => {
@@ -66,7 +79,7 @@ proptest! {
                 }
                 Step::FailedFork { vm } => {
                     let count = vms.len();
-                    drop(vms[vm % count].0.freeze().unwrap());
+                    drop(freeze(&vms[vm % count].0));
                 }
             }
             for (view, model) in &vms {
@@ -78,7 +91,7 @@ proptest! {
 
 #[test]
 fn an_image_can_not_be_written() {
-    let mut view = View::fresh((PAGES * PAGE) as u64).unwrap();
+    let mut view = fresh();
     let file = Arc::clone(view.own_file().unwrap());
     poke(&view, 3, 7);
     drop(fork(&mut view));
@@ -93,8 +106,8 @@ fn an_image_can_not_be_written() {
 
 #[test]
 fn a_failed_freeze_leaves_the_file_the_vms_own() {
-    let mut view = View::fresh((PAGES * PAGE) as u64).unwrap();
-    drop(view.freeze().unwrap());
+    let view = fresh();
+    drop(freeze(&view));
     poke(&view, 5, 9);
     let mut stored = [0];
     view.own_file().unwrap().read_exact_at(&mut stored, 5 * 4096).unwrap();
@@ -103,7 +116,7 @@ fn a_failed_freeze_leaves_the_file_the_vms_own() {
 
 #[test]
 fn an_idle_view_adds_no_layer() {
-    let mut view = View::fresh((PAGES * PAGE) as u64).unwrap();
+    let mut view = fresh();
     let mut child = fork(&mut view);
     let grandchild = fork(&mut child);
     assert_eq!(content(&grandchild), vec![0; PAGES]);

@@ -8,7 +8,7 @@ use crate::{
     clock::monotonic_ns,
     machine::{End, VmIdentity},
     sync::lock,
-    wire::Report,
+    wire::{Report, Timing},
 };
 
 /// Something that happened.
@@ -27,6 +27,14 @@ pub(super) enum Event<'a> {
         parent: &'a VmIdentity,
         #[serde(flatten)]
         report: &'a Report,
+    },
+    /// A copy has come to its first exit.
+    Launched {
+        #[serde(flatten)]
+        vm: &'a VmIdentity,
+        seq: u64,
+        /// Its side of the fork.
+        steps: &'a [Timing],
     },
     /// A VM wrote a line to its console.
     Console { name: &'a str, line: &'a str },

@@ -1,31 +1,37 @@
 //! One host's platform: it starts and watches the nodes, launches the children of forks, and has the consoles.
 //!
-//! A thread serves each node ([`serve`]); one more has all consoles ([`console`]). What they share is the [`Registry`].
+//! A thread serves each node ([`node`]); one has all consoles ([`console`]); one keeps shells ready ([`pool`]). What they share is the
+//! [`Registry`].
 
 use std::{
     fs::File,
     io,
+    os::fd::AsFd,
     path::PathBuf,
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, mpsc},
 };
 
 mod console;
 mod events;
-mod launch;
+mod fork;
+mod node;
+mod pool;
+mod process;
 mod registry;
-mod serve;
 mod terminal;
 
 pub use terminal::{Terminal, read_keys};
 
 use crate::{
+    fork::rendezvous,
     machine::{Config, End, VmIdentity},
     sync::lock,
     wire::{PlatformLink, Step, ToNode, link},
 };
 use console::Consoles;
 use events::{Event, Events};
-use launch::Launching;
+use node::{Awaited, Node};
+use pool::Pool;
 use registry::Registry;
 
 /// How a platform is set up.
@@ -37,6 +43,8 @@ pub struct Settings {
     pub events: Option<File>,
     /// Most VMs at a time.
     pub max_vms: usize,
+    /// How many shells of each shape to keep ready.
+    pub ready: usize,
 }
 
 /// The VM that a platform boots.
@@ -70,6 +78,15 @@ pub enum Error {
     /// A node could not be started.
     #[error("can't start a node")]
     Start(#[source] io::Error),
+    /// The process that starts nodes does not answer.
+    #[error("the zygote, from which nodes are started, failed")]
+    Zygote(#[source] link::Error),
+    /// A fork came without the file in which parent and children meet.
+    #[error("a fork came without a rendezvous")]
+    NoRendezvous,
+    /// Parent and children can't meet.
+    #[error("parent and children can't meet")]
+    Rendezvous(#[from] rendezvous::Error),
     /// A node does not answer as it should.
     #[error("the node of {name} failed")]
     Node {
@@ -114,6 +131,7 @@ pub enum Error {
 #[derive(Debug)]
 pub struct Platform {
     registry: Registry,
+    pool: Pool,
     consoles: Consoles,
     events: Arc<Events>,
     max_vms: usize,
@@ -129,13 +147,16 @@ impl Platform {
     pub fn new(settings: Settings) -> Result<Arc<Self>, Error> {
         let events = Arc::new(Events::new(settings.events));
         let consoles = Consoles::new(settings.log_dir, Arc::clone(&events))?;
-        Ok(Arc::new(Self {
+        let platform = Arc::new(Self {
             registry: Registry::default(),
+            pool: Pool::new(settings.ready),
             consoles,
             events,
             max_vms: settings.max_vms,
             root_end: Mutex::new(None),
-        }))
+        });
+        Pool::fill_in_background(&platform)?;
+        Ok(platform)
     }
 
     /// Boots a VM, and gives back the way to its console. Its output goes to this program's output as it is.
@@ -152,28 +173,32 @@ impl Platform {
             count: 0,
             generation: 0,
         };
-        let order = ToNode::Boot {
-            config: boot.config,
-            identity: identity.clone(),
-            cmdline: boot.cmdline,
-            faults: boot.faults,
-        };
-        let files: Vec<&File> = std::iter::once(&boot.kernel).chain(&boot.initrd).collect();
-        let node = Launching::start(self, identity, &order, &files)?.wait_ready()?;
-        let input = ConsoleInput(Arc::clone(node.link()));
-        node.run()?;
-        Ok(input)
+        let name = identity.name.clone();
+        let failed = |source| Error::Node { name: name.clone(), source };
+        let order = ToNode::Boot { identity: identity.clone(), cmdline: boot.cmdline, faults: boot.faults };
+        let shell = self.pool.take(boot.config, 1)?.pop().ok_or(Error::Stopping)?;
+        let (runs, running) = mpsc::channel();
+        let node = Node::new(self, shell, identity, Awaited::Caller(runs))?;
+        let link = Arc::clone(node.link());
+        let files: Vec<_> = std::iter::once(&boot.kernel).chain(&boot.initrd).map(AsFd::as_fd).collect();
+        link.send(&order, &files).map_err(failed)?;
+        node.serve()?;
+        // A node that dies drops its end of the channel.
+        running.recv().unwrap_or_else(|_| Err(failed(link::Error::Closed)))?;
+        Ok(ConsoleInput(link))
     }
 
     /// Waits until all VMs have ended and all output is written, and says how the first VM ended: `None` where its node died.
     pub fn wait(&self) -> Option<End> {
         self.registry.wait_empty();
+        self.pool.close();
         self.consoles.wait_drained();
         lock(&self.root_end).take()
     }
 
     /// Ends all VMs, and lets no new ones come.
     pub fn stop(&self) {
+        self.pool.close();
         self.registry.stop();
     }
 }

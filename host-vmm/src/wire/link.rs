@@ -10,6 +10,7 @@ use std::{
 
 use nix::{
     cmsg_space,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::{
         socket::{
             AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, Shutdown, SockFlag, SockType, recvmsg,
@@ -137,6 +138,13 @@ impl<S: Serialize, R: DeserializeOwned> Link<S, R> {
         if let Err(errno) = shutdown(self.socket.as_raw_fd(), Shutdown::Both) {
             tracing::debug!(%errno, "a connection was broken before it was shut down");
         }
+    }
+
+    /// Whether the other side is gone.
+    pub fn is_closed(&self) -> bool {
+        let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::empty())];
+        // POLLHUP and POLLERR are told unasked. A call that fails tells nothing.
+        poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
 
     /// From now on, gives up waiting for a message after `limit`; `None` waits forever.

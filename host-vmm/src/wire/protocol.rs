@@ -1,30 +1,43 @@
-//! What the platform and a node say to each other. Both are this program, from one build.
+//! What the platform, its zygote, and the nodes say to each other. All of them are this program, from one build.
 //!
 //! ```text
-//!  parent node            platform                 child nodes
-//!  Fork, capsule   ──►
-//!                         Restore, capsule   ──►
-//!                                            ◄──   Ready
-//!                  ◄──    Launched
-//!  Commit          ──►    Go                 ──►   (they run)
-//!  Report          ──►
+//!  parent node              platform                 shells
+//!                                              ◄──   Ready
+//!  Fork, rendezvous  ──►
+//!                           Copy, rendezvous   ──►   (become copies; parent and children meet)
+//!                                              ◄──   Running
+//!  Report            ──►                       ◄──   Launched
 //! ```
 //!
-//! Until `Commit`, the children stand still. `Abort` instead of it, or a parent that is gone, ends them.
+//! What becomes of a fork is decided at the [rendezvous](crate::fork::rendezvous), without the platform. Where the parent calls it off, it
+//! says `Abort`, and goes on when the platform has cleared everything away.
 
 use serde::{Deserialize, Serialize};
-use uuid::Uuid;
 
-use super::{Report, Step};
+use super::{Report, Step, Timing};
 use crate::machine::{Config, End, VmIdentity};
+
+/// From the platform to its zygote: start a shell. Files: the node's end of its connection, and where its console writes to.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Spawn {
+    /// The shape of the machine.
+    pub config: Config,
+}
+
+/// From the zygote to the platform. Files: a handle to the process (pidfd).
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Spawned {
+    /// The shell's process has started.
+    Process(u32),
+    /// It could not be started.
+    Failed(String),
+}
 
 /// From the platform to a node.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum ToNode {
     /// Boot. Files: the kernel, and the initrd if there is one.
     Boot {
-        /// The machine.
-        config: Config,
         /// Who it is.
         identity: VmIdentity,
         /// The kernel's command line.
@@ -32,38 +45,41 @@ pub enum ToNode {
         /// Steps at which its forks are to fail, one for each fork, in order.
         faults: Vec<Step>,
     },
-    /// Become a copy, and wait. Files: a capsule's.
-    Restore {
+    /// Become a copy. Files: the rendezvous, then those of the image.
+    Copy {
         /// Who it is.
         identity: VmIdentity,
         /// Number of the request that it comes from.
         seq: u64,
     },
-    /// Run.
-    Go,
     /// Input for the console.
     Input(Vec<u8>),
-    /// The children are there, and wait.
-    Launched(Vec<Uuid>),
-    /// The fork failed on the platform's side; nothing of it is left.
-    Refused {
-        /// What the guest is told.
+    /// Nothing is left of the fork that was called off.
+    Aborted {
+        /// What the guest is told, where the platform knows better than the parent.
         code: u32,
         /// What the log is told.
         why: String,
     },
-    /// All children of an aborted fork are gone.
-    Aborted,
 }
 
 /// From a node to the platform.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum ToPlatform {
-    /// The machine is built, and waits for `Go`.
+    /// The shell stands ready.
     Ready,
-    /// The machine could not be built.
+    /// The machine could not be built, or can't become what it should.
     Failed(String),
-    /// Launch copies of this VM. Files: a capsule's.
+    /// The VM runs.
+    Running,
+    /// How the copy was launched, once it has come to its first exit.
+    Launched {
+        /// Number of the request that it comes from.
+        seq: u64,
+        /// Its steps.
+        steps: Vec<Timing>,
+    },
+    /// Launch copies of this VM. Files: the rendezvous, then those of the image.
     Fork {
         /// How many.
         count: u32,
@@ -74,9 +90,7 @@ pub enum ToPlatform {
         /// Fail at this step.
         fault: Option<Step>,
     },
-    /// Let the children run.
-    Commit,
-    /// End the children.
+    /// Clear away what there is of the fork.
     Abort,
     /// How the fork went, after the VM went on.
     Report(Report),

@@ -9,7 +9,7 @@ macro_rules! steps {
     ($($(#[$doc:meta])* $step:ident $name:literal $code:ident;)+) => {
         /// A step of VM_fork.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-        #[serde(rename_all = "lowercase")]
+        #[serde(rename_all = "kebab-case")]
         pub enum Step { $($(#[$doc])* $step,)+ }
 
         impl Step {
@@ -32,6 +32,8 @@ macro_rules! steps {
 steps! {
     /// Check the request.
     Validate "validate" Internal;
+    /// Have the platform choose where the children go; it does so while the parent is being captured.
+    Place "place" Place;
     /// Stop the other vCPUs; each saves its own state.
     Quiesce "quiesce" Quiesce;
     /// Complete the doorbell's exit.
@@ -40,24 +42,26 @@ steps! {
     Capture "capture" Capture;
     /// Make the memory an image.
     Freeze "freeze" Freeze;
-    /// Pack state and image.
-    Pack "pack" Freeze;
-    /// Choose where the children go; a part of the launch.
-    Place "place" Place;
-    /// Launch the children.
+    /// Parent: give the state to the children. Child: wait for it, and unpack it.
+    HandOver "hand-over" Freeze;
+    /// Write the state into the VM that is to go on from it: a child's, or the parent's next one.
+    Restore "restore" Internal;
+    /// Parent: wait until all children are ready to run. Child: wait for the others.
     Launch "launch" Launch;
-    /// Write the parent's role.
+    /// Get ready to write the role.
     Signal "signal" Signal;
     /// Let the children run: the point of no return.
     Commit "commit" Internal;
-    /// Let the other vCPUs go on.
+    /// Write the role, and let the vCPUs go on.
     Thaw "thaw" Internal;
+    /// Child: run until the first exit.
+    FirstRun "first-run" Internal;
 }
 
 impl Step {
     /// Whether a failure at this step can be asked for: behind the point of no return nothing can fail.
     pub fn can_fail(self) -> bool {
-        !matches!(self, Self::Commit | Self::Thaw)
+        !matches!(self, Self::Commit | Self::Thaw | Self::FirstRun)
     }
 }
 
@@ -76,9 +80,14 @@ impl FromStr for Step {
     }
 }
 
+/// A step, and when it began and ended: CLOCK_MONOTONIC of this host, in nanoseconds.
+pub type Timing = (Step, u64, u64);
+
 /// How a fork went.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Report {
+    /// Number of the guest's request.
+    pub seq: u64,
     /// How many children it made; 0 where it failed.
     pub count: u32,
     /// The error code that the guest was told.
@@ -89,6 +98,6 @@ pub struct Report {
     pub rung_ns: u64,
     /// From the doorbell until the calling vCPU went on, in nanoseconds.
     pub pause_ns: u64,
-    /// How long each step took, in nanoseconds.
-    pub steps: Vec<(Step, u64)>,
+    /// The parent's steps.
+    pub steps: Vec<Timing>,
 }

@@ -1,0 +1,203 @@
+//! Building a machine: first a shell, which then boots, or becomes a copy.
+
+use std::{
+    fs::File,
+    sync::{Arc, Mutex},
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::{Built, FirstExit, Gate, Machine, MachineState, Spare, VmIdentity};
+use crate::{
+    arch::{
+        cpuid,
+        layout::{CONTROL_PAGE, PAGE_BYTES, ram_pieces},
+        regs,
+    },
+    boot::{self, Payload},
+    devices::{self, ControlPage, Devices},
+    kvm::{self, CurrentVm, Hypervisor, Model, Time, Vcpu, VcpuId, Vm},
+    memory::{self, Image, Mapping, View},
+};
+
+/// What a machine is built as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Config {
+    /// Guest memory in bytes, a multiple of the page size.
+    pub ram_bytes: u64,
+    /// Number of vCPUs, at least 1.
+    pub vcpus: u8,
+}
+
+/// Why a machine can't be built.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// KVM refused.
+    #[error("can't build the VM")]
+    Kvm(#[from] kvm::Error),
+    /// The memory could not be made or mapped.
+    #[error("can't build the VM's memory")]
+    Memory(#[from] memory::Error),
+    /// The kernel can't be booted.
+    #[error("can't boot the kernel")]
+    Boot(#[from] boot::Error),
+    /// A device can't take its state.
+    #[error("can't restore a device")]
+    Device(#[from] devices::Error),
+    /// State and image don't fit together.
+    #[error("the state is not one of this image: {0}")]
+    Mismatch(&'static str),
+}
+
+/// A machine without content: everything that takes long to make is made, and it can become a booted VM or a copy.
+#[derive(Debug)]
+pub struct Shell {
+    config: Config,
+    vm: Vm,
+    vcpus: Vec<Vcpu>,
+    mapping: Arc<Mapping>,
+    control_page: ControlPage,
+}
+
+impl Shell {
+    /// Builds one. `host` is a host's model, read from `hypervisor`.
+    ///
+    /// # Errors
+    /// [`Error`]: whatever could not be made.
+    pub fn build(hypervisor: &Hypervisor, host: &Model, config: Config) -> Result<Self, Error> {
+        let mut shell = Self::build_around(hypervisor, host, config, ControlPage::new()?)?;
+        if let Some(first) = shell.vcpus.first_mut() {
+            first.warm_up()?;
+        }
+        shell.settle()
+    }
+
+    /// Builds one that shares the control page of a machine of this process: a place for that machine to go on in.
+    ///
+    /// # Errors
+    /// [`Error`]: whatever could not be made.
+    pub fn build_spare(machine: &Machine) -> Result<Self, Error> {
+        let hypervisor = Hypervisor::open()?;
+        let model = hypervisor.model()?;
+        Self::build_around(&hypervisor, &model, machine.config, machine.control_page.clone())?.settle()
+    }
+
+    /// Makes the VM, its memory slots, its interrupt controllers and its vCPUs, in the order that costs no waiting (see [`Vm::map`]).
+    fn build_around(
+        hypervisor: &Hypervisor,
+        host: &Model,
+        config: Config,
+        control_page: ControlPage,
+    ) -> Result<Self, Error> {
+        let bytes = usize::try_from(config.ram_bytes).map_err(|_| Error::Mismatch("the memory is too large"))?;
+        let mapping = Arc::new(Mapping::reserve(bytes)?);
+        let mut vm = hypervisor.create_vm()?;
+        vm.map(0, CONTROL_PAGE, control_page.mapping(), 0, PAGE_BYTES)?;
+        for (slot, piece) in (1..).zip(ram_pieces(config.ram_bytes)) {
+            vm.map(slot, piece.gpa, &mapping, piece.offset, piece.bytes)?;
+        }
+        vm.create_irqchip()?;
+        vm.enable_hypercall()?;
+        let shape = cpuid::Shape { vcpus: config.vcpus, tsc_deadline_timer: host.tsc_deadline_timer };
+        let vcpus = (0..config.vcpus).map(VcpuId).map(|id| {
+            let mut vcpu = vm.create_vcpu(id)?;
+            vcpu.set_model(cpuid::for_vcpu(&host.cpuid, shape, id), &host.msrs)?;
+            Ok(vcpu)
+        });
+        let vcpus = vcpus.collect::<Result<_, kvm::Error>>()?;
+        Ok(Self { config, vm, vcpus, mapping, control_page })
+    }
+
+    fn settle(mut self) -> Result<Self, Error> {
+        self.vm.settle()?;
+        self.vcpus.iter_mut().try_for_each(Vcpu::settle)?;
+        Ok(self)
+    }
+
+    /// Makes it a machine at the entry of a kernel. Its console writes to `console`.
+    ///
+    /// # Errors
+    /// [`Error`]: whatever does not fit.
+    pub fn boot(self, payload: &mut Payload, identity: VmIdentity, console: File) -> Result<Built, Error> {
+        let Self { config, vm, vcpus, mapping, control_page } = self;
+        let memory = View::own(mapping)?;
+        let file = memory.own_file().ok_or(Error::Mismatch("a booted VM's memory is its own"))?;
+        let entry = boot::load(payload, file, config.ram_bytes, config.vcpus)?;
+        // The others wait to be started by the first one.
+        if let Some(first) = vcpus.first() {
+            first.set_entry(&regs::entry(entry), regs::entry_system, &regs::entry_msrs())?;
+        }
+        let vm = Arc::new(CurrentVm::new(vm));
+        let devices = Devices::new(&vm, console);
+        Ok(finish(config, vm, memory, control_page, devices, identity, vcpus))
+    }
+
+    /// Makes it a machine that goes on where `state` and `image` were captured.
+    ///
+    /// # Errors
+    /// [`Error`]: whatever does not take its state.
+    pub fn restore(
+        self,
+        state: &MachineState,
+        image: Arc<Image>,
+        identity: VmIdentity,
+        console: File,
+    ) -> Result<Built, Error> {
+        let (control_page, config) = (self.control_page.clone(), self.config);
+        let Restored { vm, vcpus, memory } = self.take_state(state, image, Time::FromCapture)?;
+        let vm = Arc::new(CurrentVm::new(vm));
+        let devices = Devices::restore(&state.devices, &vm, console)?;
+        Ok(finish(config, vm, memory, control_page, devices, identity, vcpus))
+    }
+
+    /// Brings VM, vCPUs and memory to where `state` and `image` were captured.
+    pub(super) fn take_state(mut self, state: &MachineState, image: Arc<Image>, time: Time) -> Result<Restored, Error> {
+        if state.config != self.config {
+            return Err(Error::Mismatch("it was captured in a machine of another shape"));
+        }
+        if image.pages().checked_mul(PAGE_BYTES) != Some(self.config.ram_bytes) {
+            return Err(Error::Mismatch("the memory has another size"));
+        }
+        if state.vcpus.len() != self.vcpus.len() {
+            return Err(Error::Mismatch("the number of vCPUs differs"));
+        }
+        let memory = View::of_image(image, self.mapping)?;
+        self.vm.restore(&state.vm, time)?;
+        for (vcpu, state) in self.vcpus.iter_mut().zip(&state.vcpus) {
+            vcpu.restore(state, time)?;
+        }
+        Ok(Restored { vm: self.vm, vcpus: self.vcpus, memory })
+    }
+}
+
+/// What a machine runs in, restored.
+#[derive(Debug)]
+pub(super) struct Restored {
+    pub(super) vm: Vm,
+    pub(super) vcpus: Vec<Vcpu>,
+    pub(super) memory: View,
+}
+
+fn finish(
+    config: Config,
+    vm: Arc<CurrentVm>,
+    memory: View,
+    control_page: ControlPage,
+    devices: Devices,
+    identity: VmIdentity,
+    vcpus: Vec<Vcpu>,
+) -> Built {
+    let gate = Gate::new(&vcpus);
+    let machine = Machine {
+        config,
+        vm,
+        memory: Mutex::new(memory),
+        control_page,
+        devices,
+        gate,
+        spare: Spare::default(),
+        first_exit: FirstExit::default(),
+        identity: Mutex::new(identity),
+    };
+    (machine, vcpus)
+}

@@ -1,0 +1,146 @@
+//! The zygote: a small process with one thread from which all nodes are forked.
+//!
+//! Starting a program takes a millisecond, and each one has its own copy of what the linker has relocated. A fork of the zygote takes a
+//! tenth of that, shares its pages, and has what all nodes read of the host: KVM's version and capabilities, CPUID, MSRs.
+
+use std::{
+    fs::File,
+    os::fd::{AsFd, FromRawFd, OwnedFd},
+    process,
+};
+
+use anyhow::{Context, bail};
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::{
+        signal::{SigSet, Signal},
+        signalfd::{SfdFlags, SignalFd},
+        wait::{WaitPidFlag, WaitStatus, waitpid},
+    },
+    unistd::{ForkResult, fork},
+};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+
+use super::run;
+use crate::{
+    error::chain,
+    kvm::{Hypervisor, Model},
+    machine::Config,
+    wire::{LINK_FD, Link, NodeLink, Spawn, Spawned, link},
+};
+
+/// The zygote's end of its connection.
+type Connection = Link<Spawned, Spawn>;
+
+/// Starts nodes until the platform goes away.
+///
+/// # Errors
+/// Where there is no platform at descriptor [`LINK_FD`], or it breaks the protocol. Where KVM can't be used, whoever asks for a node is
+/// told so.
+pub fn main() -> anyhow::Result<()> {
+    // SAFETY: the platform starts this process with its end of the connection there; nothing else has used the descriptor yet.
+    let socket = unsafe { OwnedFd::from_raw_fd(LINK_FD) };
+    let connection = Connection::new(socket);
+    let host = Hypervisor::open().and_then(|hypervisor| Ok((hypervisor.model()?, hypervisor)));
+    let ends = SigSet::from(Signal::SIGCHLD);
+    ends.thread_block().context("can't block SIGCHLD")?;
+    let ends = SignalFd::with_flags(&ends, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
+        .context("can't watch for the end of nodes")?;
+    loop {
+        let mut fds =
+            [PollFd::new(connection.as_fd(), PollFlags::POLLIN), PollFd::new(ends.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno).context("can't wait for the platform"),
+        }
+        let [spawn, ended] = fds.map(|fd| fd.any().unwrap_or(false));
+        if ended {
+            reap(&ends)?;
+        }
+        if spawn {
+            let (order, files) = match connection.receive() {
+                Err(link::Error::Closed) => return Ok(()),
+                other => other?,
+            };
+            let (model, hypervisor) = match &host {
+                Ok(host) => host,
+                Err(error) => {
+                    connection.send(&Spawned::Failed(chain(error)), &[])?;
+                    continue;
+                }
+            };
+            match spawn_node(order, files)? {
+                Spawning::Zygote(process) => answer(&connection, process)?,
+                Spawning::Node(order) => {
+                    drop((connection, ends));
+                    process::exit(run_node(hypervisor, model, order));
+                }
+            }
+        }
+    }
+}
+
+/// What a node has from its start.
+struct NodeOrder {
+    config: Config,
+    link: NodeLink,
+    console: File,
+}
+
+/// Which process this is after a fork.
+enum Spawning {
+    Zygote(Result<Pid, Errno>),
+    Node(NodeOrder),
+}
+
+fn spawn_node(Spawn { config }: Spawn, files: Vec<File>) -> anyhow::Result<Spawning> {
+    let Ok([link, console]) = <[File; 2]>::try_from(files) else {
+        bail!("an order to start a node came without its files")
+    };
+    // SAFETY: this process has one thread, so that no lock is held by another one in the copy.
+    match unsafe { fork() } {
+        Ok(ForkResult::Parent { child }) => Ok(Spawning::Zygote(Pid::from_raw(child.as_raw()).ok_or(Errno::ESRCH))),
+        Ok(ForkResult::Child) => Ok(Spawning::Node(NodeOrder { config, link: NodeLink::new(link.into()), console })),
+        Err(errno) => Ok(Spawning::Zygote(Err(errno))),
+    }
+}
+
+fn answer(connection: &Connection, process: Result<Pid, Errno>) -> anyhow::Result<()> {
+    let opened = process.and_then(|process| {
+        // It can't have been reaped yet, so that its number is still its own.
+        let handle = pidfd_open(process, PidfdFlags::empty()).map_err(|errno| Errno::from_raw(errno.raw_os_error()))?;
+        Ok((process, handle))
+    });
+    match opened {
+        Ok((process, handle)) => {
+            let number = u32::try_from(process.as_raw_nonzero().get())?;
+            connection.send(&Spawned::Process(number), &[handle.as_fd()])?;
+        }
+        Err(errno) => connection.send(&Spawned::Failed(errno.desc().to_owned()), &[])?,
+    }
+    Ok(())
+}
+
+/// Takes note of nodes that have ended. The platform watches them by itself.
+fn reap(ends: &SignalFd) -> anyhow::Result<()> {
+    while ends.read_signal().context("can't read the end of nodes")?.is_some() {}
+    loop {
+        match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return Ok(()),
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno).context("can't wait for nodes"),
+        }
+    }
+}
+
+fn run_node(hypervisor: &Hypervisor, model: &Model, order: NodeOrder) -> i32 {
+    let NodeOrder { config, link, console } = order;
+    match run(hypervisor, model, config, link, console) {
+        Ok(()) => 0,
+        Err(error) => {
+            tracing::error!("a node failed: {error:#}");
+            1
+        }
+    }
+}

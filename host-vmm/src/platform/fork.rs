@@ -1,0 +1,189 @@
+//! The platform's part of a fork: it chooses where the children go, and gives shells the order to become them.
+
+use std::{
+    fs::File,
+    os::fd::AsFd,
+    sync::{Arc, Condvar, Mutex, PoisonError},
+};
+
+use uuid::Uuid;
+use vmfork_abi::{ErrorCode, is_vm_type};
+
+use super::{
+    Error, Platform,
+    node::{Awaited, Node},
+};
+use crate::{
+    error::chain,
+    fork::rendezvous::Rendezvous,
+    machine::{Config, VmIdentity},
+    sync::lock,
+    wire::{PlatformLink, Step, ToNode},
+};
+
+/// What a parent asks for.
+#[derive(Debug)]
+pub(super) struct Order {
+    pub(super) count: u32,
+    pub(super) vm_type: String,
+    pub(super) seq: u64,
+    pub(super) fault: Option<Step>,
+}
+
+/// Who is copied.
+#[derive(Debug)]
+pub(super) struct Original {
+    /// The VM.
+    pub(super) id: Uuid,
+    /// Its shape.
+    pub(super) config: Config,
+    /// How many forks lie between it and a booted VM.
+    pub(super) generation: u32,
+}
+
+/// A fork whose children are not all certain to stay yet.
+#[derive(Debug)]
+pub(super) struct Fork {
+    rendezvous: Rendezvous,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Connections to the children that are there.
+    children: Vec<Arc<PlatformLink>>,
+    /// How many children there are.
+    left: usize,
+    /// Why it can't succeed.
+    failure: Option<(ErrorCode, String)>,
+}
+
+impl Error {
+    /// What the guest is told when this makes its fork fail.
+    fn code(&self) -> ErrorCode {
+        match self {
+            Self::Stopping => ErrorCode::NotLaunched,
+            Self::Full { .. } => ErrorCode::Place,
+            Self::Type(_) => ErrorCode::InvalidType,
+            Self::Injected(step) => step.code(),
+            _ => ErrorCode::Launch,
+        }
+    }
+}
+
+impl Fork {
+    /// Launches the children of a fork. They wait, at the rendezvous, for what the parent makes of it. `files` are the rendezvous, then
+    /// those of the image. A fork that can't succeed is one too: the parent learns of it at the rendezvous.
+    ///
+    /// # Errors
+    /// [`Error::Rendezvous`] where there is no rendezvous: nobody can be told then.
+    pub(super) fn begin(
+        platform: &Arc<Platform>,
+        original: &Original,
+        order: &Order,
+        files: Vec<File>,
+    ) -> Result<Arc<Self>, Error> {
+        let mut files = files.into_iter();
+        let rendezvous = Rendezvous::open(files.next().ok_or(Error::NoRendezvous)?, order.count)?;
+        let fork = Arc::new(Self { rendezvous, state: Mutex::default(), changed: Condvar::new() });
+        if let Err(error) = fork.launch(platform, original, order, &files.collect::<Vec<_>>()) {
+            fork.fail(error.code(), chain(&error))?;
+        }
+        Ok(fork)
+    }
+
+    fn launch(
+        self: &Arc<Self>,
+        platform: &Arc<Platform>,
+        original: &Original,
+        order: &Order,
+        files: &[File],
+    ) -> Result<(), Error> {
+        let count = platform.place(order)?;
+        let shells = platform.pool.take(original.config, count)?;
+        let names = platform.registry.names(&order.vm_type, order.count);
+        let files: Vec<_> = std::iter::once(self.rendezvous.file()).chain(files).map(AsFd::as_fd).collect();
+        let mut nodes = Vec::with_capacity(count);
+        for ((index, name), shell) in (1..).zip(names).zip(shells) {
+            if order.fault == Some(Step::Launch) && index > order.count / 2 {
+                return Err(Error::Injected(Step::Launch));
+            }
+            let identity = VmIdentity {
+                id: Uuid::new_v4(),
+                parent: original.id,
+                name,
+                vm_type: order.vm_type.clone(),
+                index,
+                count: order.count,
+                generation: original.generation + 1,
+            };
+            let node = Node::new(platform, shell, identity.clone(), Awaited::Fork(Arc::clone(self)))?;
+            self.add(node.link());
+            let copy = ToNode::Copy { identity: identity.clone(), seq: order.seq };
+            let sent = node.link().send(&copy, &files);
+            nodes.push(node);
+            sent.map_err(|source| Error::Node { name: identity.name, source })?;
+        }
+        // The children are at work: what serves them comes after their orders.
+        nodes.into_iter().try_for_each(Node::serve)
+    }
+
+    fn add(&self, link: &Arc<PlatformLink>) {
+        let mut state = lock(&self.state);
+        state.children.push(Arc::clone(link));
+        state.left += 1;
+    }
+
+    /// Says that it can't succeed. The parent calls it off then.
+    pub(super) fn fail(&self, code: ErrorCode, why: String) -> Result<(), Error> {
+        lock(&self.state).failure.get_or_insert((code, why));
+        Ok(self.rendezvous.fail()?)
+    }
+
+    /// Says that nothing is left of a child that has not run.
+    pub(super) fn child_gone(&self, why: &str) {
+        if let Err(error) = self.fail(ErrorCode::Launch, why.to_owned()) {
+            tracing::error!(error = chain(&error), "a parent can't be told of a child that died");
+        }
+        lock(&self.state).left -= 1;
+        self.changed.notify_all();
+    }
+
+    /// Says that a child runs.
+    pub(super) fn child_runs(&self) {
+        lock(&self.state).left -= 1;
+        self.changed.notify_all();
+    }
+
+    /// Ends the children, unless they run, waits until nothing is left of them, and says why it had to come to that.
+    pub(super) fn abort(&self) -> Result<(ErrorCode, String), Error> {
+        if self.rendezvous.abort()? {
+            let mut state = lock(&self.state);
+            for link in std::mem::take(&mut state.children) {
+                link.shut_down();
+            }
+            while state.left > 0 {
+                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            }
+        }
+        let failure = lock(&self.state).failure.take();
+        Ok(failure.unwrap_or((ErrorCode::Launch, "the parent has called it off".to_owned())))
+    }
+}
+
+impl Platform {
+    /// Chooses where the children of a fork go: all of them here, where there is room for all.
+    fn place(&self, order: &Order) -> Result<usize, Error> {
+        if order.fault == Some(Step::Place) {
+            return Err(Error::Injected(Step::Place));
+        }
+        // The node has checked it; but a node that a guest has broken must not choose the names of this platform's files.
+        if !is_vm_type(&order.vm_type) {
+            return Err(Error::Type(order.vm_type.clone()));
+        }
+        let wanted = usize::try_from(order.count).unwrap_or(usize::MAX);
+        self.registry.check_room(wanted, self.max_vms)?;
+        Ok(wanted)
+    }
+}

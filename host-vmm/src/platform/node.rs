@@ -1,0 +1,189 @@
+//! One node, from its order to the end of its VM.
+
+use std::{
+    fs::File,
+    sync::{Arc, mpsc},
+    thread,
+};
+
+use vmfork_abi::ErrorCode;
+
+use super::{
+    Error, Event, Platform,
+    fork::{Fork, Order, Original},
+    process::{Process, Shell},
+};
+use crate::{
+    error::chain,
+    machine::{Config, End, VmIdentity},
+    sync::lock,
+    wire::{PlatformLink, ToNode, ToPlatform, link},
+};
+
+/// Stack of a thread that serves a node, in bytes: there may be a thousand of them.
+const STACK_BYTES: usize = 128 << 10;
+
+/// Who waits for a VM to run.
+#[derive(Debug)]
+pub(super) enum Awaited {
+    /// Its parent, and the parent's other children.
+    Fork(Arc<Fork>),
+    /// Whoever boots it.
+    Caller(mpsc::Sender<Result<(), Error>>),
+    /// Nobody any more: it runs.
+    Nobody,
+}
+
+/// A node with its VM. Dropping it ends both.
+#[derive(Debug)]
+pub(super) struct Node {
+    platform: Arc<Platform>,
+    process: Option<Process>,
+    link: Arc<PlatformLink>,
+    /// Until it is shown.
+    console: Option<File>,
+    identity: VmIdentity,
+    config: Config,
+    awaited: Awaited,
+    /// The fork of this VM that is under way.
+    fork: Option<Arc<Fork>>,
+    end: Option<End>,
+}
+
+impl Node {
+    /// A shell that is about to get its order.
+    pub(super) fn new(
+        platform: &Arc<Platform>,
+        shell: Shell,
+        identity: VmIdentity,
+        awaited: Awaited,
+    ) -> Result<Self, Error> {
+        let Shell { config, link, console, process } = shell;
+        platform.registry.enter(identity.id, &link)?;
+        platform.pool.add_user(config);
+        Ok(Self {
+            platform: Arc::clone(platform),
+            process: Some(process),
+            link,
+            console: Some(console),
+            identity,
+            config,
+            awaited,
+            fork: None,
+            end: None,
+        })
+    }
+
+    /// The connection.
+    pub(super) fn link(&self) -> &Arc<PlatformLink> {
+        &self.link
+    }
+
+    /// Serves it on a thread of its own until its VM ends.
+    pub(super) fn serve(self) -> Result<(), Error> {
+        let thread = thread::Builder::new().name(self.identity.name.clone()).stack_size(STACK_BYTES);
+        thread.spawn(move || self.serve_until_its_end()).map_err(Error::Start)?;
+        Ok(())
+    }
+
+    fn serve_until_its_end(mut self) {
+        let why = loop {
+            match self.serve_one() {
+                Ok(true) => {}
+                Ok(false) => break None,
+                Err(Error::Node { source: link::Error::Closed, .. }) => break None,
+                Err(error) => break Some(chain(&error)),
+            }
+        };
+        if let Some(why) = why {
+            tracing::error!(vm = self.identity.name, why, "a node broke the protocol and is ended");
+        }
+    }
+
+    /// Serves the next message, and says whether more may come.
+    fn serve_one(&mut self) -> Result<bool, Error> {
+        let failed = |source| Error::Node { name: self.identity.name.clone(), source };
+        let (message, files) = self.link.receive().map_err(failed)?;
+        match message {
+            ToPlatform::Ready => {}
+            ToPlatform::Running => self.runs()?,
+            ToPlatform::Failed(why) => {
+                self.has_failed(why);
+                return Ok(false);
+            }
+            ToPlatform::Launched { seq, steps } => {
+                self.platform.events.write(&Event::Launched { vm: &self.identity, seq, steps: &steps });
+            }
+            ToPlatform::Fork { count, vm_type, seq, fault } => {
+                let order = Order { count, vm_type, seq, fault };
+                let (id, generation) = (self.identity.id, self.identity.generation);
+                let original = Original { id, config: self.config, generation };
+                self.fork = Some(Fork::begin(&self.platform, &original, &order, files)?);
+            }
+            ToPlatform::Abort => {
+                let fork = self.fork.take().ok_or_else(|| failed(link::Error::Unexpected("Abort".into())))?;
+                let (code, why) = fork.abort()?;
+                self.link.send(&ToNode::Aborted { code: code.number(), why }, &[]).map_err(failed)?;
+            }
+            ToPlatform::Report(report) => {
+                self.fork = None;
+                self.platform.events.write(&Event::Forked { parent: &self.identity, report: &report });
+            }
+            ToPlatform::Ended(end) => self.end = Some(end),
+        }
+        Ok(true)
+    }
+
+    fn runs(&mut self) -> Result<(), Error> {
+        let pid = self.process.as_ref().map_or(0, Process::pid);
+        // The event comes first, so that none of the VM's own can come before it.
+        self.platform.events.write(&Event::Started { vm: &self.identity, pid });
+        if let Some(console) = self.console.take() {
+            self.platform.consoles.add(&self.identity, console)?;
+        }
+        match std::mem::replace(&mut self.awaited, Awaited::Nobody) {
+            Awaited::Fork(fork) => fork.child_runs(),
+            // One who has gone away does not wait.
+            Awaited::Caller(caller) => drop(caller.send(Ok(()))),
+            Awaited::Nobody => {}
+        }
+        Ok(())
+    }
+
+    fn has_failed(&mut self, why: String) {
+        let name = self.identity.name.clone();
+        match &self.awaited {
+            Awaited::Fork(fork) => {
+                if let Err(error) = fork.fail(ErrorCode::Launch, format!("{name} can't be launched: {why}")) {
+                    tracing::error!(error = chain(&error), "a parent can't be told of a child that failed");
+                }
+            }
+            Awaited::Caller(caller) => drop(caller.send(Err(Error::Launch { name, why }))),
+            Awaited::Nobody => tracing::error!(vm = name, why, "a VM that runs says that it can't be launched"),
+        }
+    }
+}
+
+impl Drop for Node {
+    /// Ends the node, and then says so: with the last one, the platform comes to its end.
+    fn drop(&mut self) {
+        if let Some(fork) = self.fork.take()
+            && let Err(error) = fork.abort()
+        {
+            tracing::error!(error = chain(&error), "the children of a VM that has died can't be ended");
+        }
+        drop(self.process.take());
+        match &self.awaited {
+            Awaited::Fork(fork) => fork.child_gone(&format!("the node of {} died", self.identity.name)),
+            Awaited::Caller(_) => {}
+            Awaited::Nobody => {
+                self.platform.events.write(&Event::Ended { vm: &self.identity, how: self.end.as_ref() });
+                if self.identity.generation == 0 {
+                    *lock(&self.platform.root_end) = self.end.take();
+                }
+            }
+        }
+        self.platform.pool.remove_user(self.config);
+        self.platform.registry.leave(self.identity.id);
+    }
+}

@@ -1,0 +1,214 @@
+//! Ready shells: machines that wait to become the children of a fork.
+//!
+//! There is a shelf for each shape of machine that is in use. A thread keeps so many shells on it as the operator wants, since making one
+//! takes milliseconds and giving one away takes microseconds. Shelves on which nobody has asked for long keep one shell, and those
+//! whose shape nobody uses any more keep none.
+
+use std::{
+    collections::BTreeMap,
+    os::fd::AsFd,
+    sync::{Arc, Condvar, Mutex, PoisonError, Weak},
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::{
+    Error, Platform,
+    process::{Shell, Zygote},
+};
+use crate::{error::chain, machine::Config, sync::lock, wire::ToPlatform};
+
+/// How long after a fork its shells are replaced: its children come first.
+const REFILL_DELAY: Duration = Duration::from_millis(10);
+
+/// How long a shape's shells are kept while nobody asks for them.
+const IDLE: Duration = Duration::from_secs(60);
+
+/// How long the pool waits after shells could not be made.
+const RETRY_DELAY: Duration = Duration::from_secs(5);
+
+/// The shells of a platform.
+#[derive(Debug)]
+pub(super) struct Pool {
+    zygote: Zygote,
+    /// How many shells of each shape to keep ready.
+    ready: usize,
+    shelves: Mutex<Shelves>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Shelves {
+    by_shape: BTreeMap<Config, Shelf>,
+    closed: bool,
+}
+
+#[derive(Debug)]
+struct Shelf {
+    shells: Vec<Shell>,
+    /// How many VMs of this shape there are.
+    users: usize,
+    /// When somebody last asked for shells.
+    asked: Instant,
+    /// Not to be refilled before.
+    refill: Instant,
+}
+
+impl Pool {
+    /// An empty pool that is to keep `ready` shells of each shape.
+    pub(super) fn new(ready: usize) -> Self {
+        Self { zygote: Zygote::default(), ready, shelves: Mutex::default(), changed: Condvar::new() }
+    }
+
+    /// Starts the thread that fills it.
+    pub(super) fn fill_in_background(platform: &Arc<Platform>) -> Result<(), Error> {
+        let platform = Arc::downgrade(platform);
+        thread::Builder::new().name("pool".into()).spawn(move || fill(&platform)).map_err(Error::Start)?;
+        Ok(())
+    }
+
+    /// Takes `count` shells: ready ones for as far as there are any, and new ones beyond, which are being built then.
+    pub(super) fn take(&self, config: Config, count: usize) -> Result<Vec<Shell>, Error> {
+        let mut shells = self.take_ready(config, count);
+        let missing = count - shells.len();
+        if missing > 0 {
+            shells.extend(self.zygote.spawn(config, missing)?);
+        }
+        Ok(shells)
+    }
+
+    fn take_ready(&self, config: Config, count: usize) -> Vec<Shell> {
+        let mut shelves = lock(&self.shelves);
+        let Some(shelf) = shelves.by_shape.get_mut(&config) else { return Vec::new() };
+        shelf.asked = Instant::now();
+        shelf.refill = shelf.asked + REFILL_DELAY;
+        let (alive, dead): (Vec<_>, Vec<_>) = std::mem::take(&mut shelf.shells).into_iter().partition(is_alive);
+        shelf.shells = alive;
+        // Those that are built come first.
+        shelf.shells.sort_by_key(|shell| !is_built(shell));
+        let taken = shelf.shells.drain(..count.min(shelf.shells.len())).collect();
+        drop(shelves);
+        dead.iter().for_each(tell_why);
+        self.changed.notify_all();
+        taken
+    }
+
+    /// Says that there is one more VM of this shape.
+    pub(super) fn add_user(&self, config: Config) {
+        let now = Instant::now();
+        let mut shelves = lock(&self.shelves);
+        let shelf = shelves.by_shape.entry(config);
+        shelf.or_insert_with(|| Shelf { shells: Vec::new(), users: 0, asked: now, refill: now }).users += 1;
+        self.changed.notify_all();
+    }
+
+    /// Says that there is one VM of this shape less.
+    pub(super) fn remove_user(&self, config: Config) {
+        let mut shelves = lock(&self.shelves);
+        if let Some(shelf) = shelves.by_shape.get_mut(&config) {
+            shelf.users -= 1;
+        }
+        self.changed.notify_all();
+    }
+
+    /// Ends all shells, and keeps none from now on.
+    pub(super) fn close(&self) {
+        let mut shelves = lock(&self.shelves);
+        shelves.closed = true;
+        shelves.by_shape.clear();
+        self.changed.notify_all();
+    }
+
+    /// Brings every shelf to where it should be, and says how long that will do.
+    fn tend(&self) -> Result<Option<Duration>, Error> {
+        let now = Instant::now();
+        let mut shelves = lock(&self.shelves);
+        if shelves.closed {
+            return Ok(None);
+        }
+        let mut surplus = Vec::new();
+        let mut due = None;
+        let mut next = IDLE;
+        for (config, shelf) in &mut shelves.by_shape {
+            let wanted = shelf.wanted(self.ready, now);
+            surplus.extend(shelf.shells.drain(wanted.min(shelf.shells.len())..));
+            if shelf.shells.len() == wanted {
+                continue;
+            }
+            match shelf.refill.checked_duration_since(now) {
+                Some(wait) if !wait.is_zero() => next = next.min(wait),
+                _ => due = Some((*config, wanted - shelf.shells.len())),
+            }
+        }
+        shelves.by_shape.retain(|_, shelf| shelf.users > 0);
+        drop(shelves);
+        drop(surplus);
+        if let Some((config, missing)) = due {
+            let shells = self.zygote.spawn(config, missing)?;
+            let mut shelves = lock(&self.shelves);
+            if let Some(shelf) = shelves.by_shape.get_mut(&config) {
+                shelf.shells.extend(shells);
+            }
+            next = Duration::ZERO;
+        }
+        Ok(Some(next))
+    }
+
+    fn wait(&self, limit: Duration) {
+        if !limit.is_zero() {
+            let shelves = lock(&self.shelves);
+            drop(self.changed.wait_timeout(shelves, limit).unwrap_or_else(PoisonError::into_inner));
+        }
+    }
+}
+
+impl Shelf {
+    /// How many shells it should have.
+    fn wanted(&self, ready: usize, now: Instant) -> usize {
+        if self.users == 0 {
+            0
+        } else if now.duration_since(self.asked) >= IDLE {
+            ready.min(1)
+        } else {
+            ready
+        }
+    }
+}
+
+fn fill(platform: &Weak<Platform>) {
+    while let Some(platform) = platform.upgrade() {
+        match platform.pool.tend() {
+            Ok(None) => return,
+            Ok(Some(limit)) => platform.pool.wait(limit),
+            Err(error) => {
+                tracing::warn!(error = chain(&error), "no shells can be made ready");
+                platform.pool.wait(RETRY_DELAY);
+            }
+        }
+    }
+}
+
+fn is_alive(shell: &Shell) -> bool {
+    !shell.link.is_closed()
+}
+
+/// Logs why a shell has ended: it may have said so.
+fn tell_why(shell: &Shell) {
+    let why = loop {
+        match shell.link.receive() {
+            Ok((ToPlatform::Ready, _)) => {}
+            Ok((ToPlatform::Failed(why), _)) => break why,
+            Ok((other, _)) => break format!("it said {other:?}"),
+            Err(error) => break chain(&error),
+        }
+    };
+    tracing::warn!(pid = shell.process.pid(), why, "a ready shell has ended");
+}
+
+/// Whether a shell has been built, as far as can be told without waiting.
+fn is_built(shell: &Shell) -> bool {
+    let mut fds = [PollFd::new(shell.link.as_fd(), PollFlags::POLLIN)];
+    poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+}

@@ -1,0 +1,153 @@
+//! The processes of a platform: its zygote, and the nodes that come from it.
+
+use std::{
+    fs::File,
+    io,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::process::CommandExt,
+    },
+    process::{Child, Command, Stdio},
+    sync::{Arc, Mutex},
+};
+
+use command_fds::{CommandFdExt, FdMapping};
+use nix::{
+    fcntl::OFlag,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    unistd::pipe2,
+};
+use rustix::process::{Signal, pidfd_send_signal};
+
+use super::Error;
+use crate::{
+    machine::Config,
+    sync::lock,
+    wire::{LINK_FD, PlatformLink, Spawn, Spawned, ZygoteLink},
+};
+
+/// Most orders that are sent to the zygote before its answers are read: neither side may wait for room in a socket that the other one
+/// does not read.
+const BATCH: usize = 32;
+
+/// A node's process. Dropping it ends the process.
+#[derive(Debug)]
+pub(super) struct Process {
+    pid: u32,
+    handle: OwnedFd,
+}
+
+impl Process {
+    /// Its number.
+    pub(super) fn pid(&self) -> u32 {
+        self.pid
+    }
+}
+
+impl Drop for Process {
+    /// Ends the process, and waits until it has ended. One that has ended by itself stays what it is.
+    fn drop(&mut self) {
+        match pidfd_send_signal(&self.handle, Signal::KILL) {
+            Ok(()) | Err(rustix::io::Errno::SRCH) => {}
+            Err(errno) => tracing::error!(%errno, pid = self.pid, "a node can't be ended"),
+        }
+        let mut fds = [PollFd::new(self.handle.as_fd(), PollFlags::POLLIN)];
+        while poll(&mut fds, PollTimeout::NONE) == Err(nix::Error::EINTR) {}
+    }
+}
+
+/// A node without an order: a machine of a certain shape that stands ready, or is about to.
+#[derive(Debug)]
+pub(super) struct Shell {
+    pub(super) config: Config,
+    pub(super) link: Arc<PlatformLink>,
+    pub(super) console: File,
+    pub(super) process: Process,
+}
+
+/// The zygote. It is started when the first node is, and again when it is gone.
+#[derive(Debug, Default)]
+pub(super) struct Zygote(Mutex<Option<Running>>);
+
+#[derive(Debug)]
+struct Running {
+    link: ZygoteLink,
+    process: Child,
+}
+
+impl Zygote {
+    /// Starts nodes, all at once.
+    pub(super) fn spawn(&self, config: Config, count: usize) -> Result<Vec<Shell>, Error> {
+        let mut zygote = lock(&self.0);
+        let result = Running::get(&mut zygote).and_then(|running| running.spawn(config, count));
+        if matches!(result, Err(Error::Zygote(_))) {
+            // The next one who needs it starts another.
+            *zygote = None;
+        }
+        result
+    }
+}
+
+impl Running {
+    fn get(zygote: &mut Option<Self>) -> Result<&mut Self, Error> {
+        if zygote.as_ref().is_some_and(|running| running.link.is_closed()) {
+            *zygote = None;
+        }
+        match zygote {
+            Some(running) => Ok(running),
+            None => Ok(zygote.insert(Self::start()?)),
+        }
+    }
+
+    fn start() -> Result<Self, Error> {
+        let (link, theirs) = ZygoteLink::pair().map_err(Error::Zygote)?;
+        let mut command = Command::new("/proc/self/exe");
+        // A group of its own: what a terminal's keys send is for the platform.
+        command.arg("zygote").stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
+        let mapping = FdMapping { parent_fd: theirs, child_fd: LINK_FD };
+        command.fd_mappings(vec![mapping]).map_err(|error| Error::Start(io::Error::other(error)))?;
+        let process = command.spawn().map_err(Error::Start)?;
+        Ok(Self { link, process })
+    }
+
+    fn spawn(&self, config: Config, count: usize) -> Result<Vec<Shell>, Error> {
+        let mut shells = Vec::with_capacity(count);
+        while shells.len() < count {
+            let batch = BATCH.min(count - shells.len());
+            // Each is ordered before the first one is waited for.
+            let ordered: Vec<_> = (0..batch).map(|_| self.order(config)).collect::<Result<_, _>>()?;
+            for (link, console) in ordered {
+                let process = self.take_process()?;
+                shells.push(Shell { config, link: Arc::new(link), console, process });
+            }
+        }
+        Ok(shells)
+    }
+
+    fn order(&self, config: Config) -> Result<(PlatformLink, File), Error> {
+        let (link, their_link) = PlatformLink::pair().map_err(Error::Zygote)?;
+        let (console, their_console) = pipe2(OFlag::O_CLOEXEC).map_err(|errno| Error::Start(errno.into()))?;
+        self.link.send(&Spawn { config }, &[their_link.as_fd(), their_console.as_fd()]).map_err(Error::Zygote)?;
+        Ok((link, File::from(console)))
+    }
+
+    fn take_process(&self) -> Result<Process, Error> {
+        match self.link.receive().map_err(Error::Zygote)? {
+            (Spawned::Process(pid), files) => {
+                let handle = files.into_iter().next().map(OwnedFd::from);
+                let handle = handle.ok_or_else(|| Error::Start(io::Error::other("a node came without a handle")))?;
+                Ok(Process { pid, handle })
+            }
+            (Spawned::Failed(why), _) => Err(Error::Start(io::Error::other(why))),
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.link.shut_down();
+        if let Err(error) = self.process.kill().and_then(|()| self.process.wait()) {
+            tracing::error!(%error, "the zygote can't be ended");
+        }
+    }
+}
