@@ -46,4 +46,5 @@ pub mod memory;
 pub mod node;
 pub mod platform;
 mod sync;
+mod threads;
 pub mod wire;

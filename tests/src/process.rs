@@ -24,7 +24,7 @@ pub fn private_kib(pid: u32) -> io::Result<u64> {
     Ok(["Private_Dirty", "Private_Clean"].iter().filter_map(|name| sums.get(*name)).sum())
 }
 
-/// What a process's descriptors are open on, sorted, with how often; sockets and pipes without their numbers.
+/// What a process's descriptors are open on, sorted, with how often; sockets, pipes and the process's own files without their numbers.
 ///
 /// # Errors
 /// Where the process is gone.
@@ -34,7 +34,8 @@ pub fn descriptors(pid: u32) -> io::Result<BTreeMap<String, usize>> {
         // One that is closed meanwhile is not open.
         let Ok(target) = fs::read_link(entry?.path()) else { continue };
         let target = target.to_string_lossy().into_owned();
-        let kind = target.split_once(":[").map_or(target.as_str(), |(kind, _)| kind).to_owned();
+        let kind = target.split_once(":[").map_or(target.as_str(), |(kind, _)| kind);
+        let kind = kind.replacen(&format!("/proc/{pid}/"), "/proc/self/", 1);
         *open.entry(kind).or_default() += 1;
     }
     Ok(open)

@@ -21,16 +21,32 @@ impl ControlPage {
     /// # Errors
     /// [`memory::Error`] where there is no memory for it.
     pub fn new() -> Result<Self, memory::Error> {
-        let mapping = Mapping::reserve(PAGE_BYTES)?;
+        let mapping = Arc::new(Mapping::reserve(PAGE_BYTES)?);
         mapping.map_shared(&memory::unsealed("vm-control-page", PAGE_BYTES as u64)?)?;
+        let page = Self { mapping };
+        page.write_header()?;
+        Ok(page)
+    }
+
+    fn write_header(&self) -> Result<(), memory::Error> {
         let header = Header {
             magic: MAGIC,
             abi_version: ABI_VERSION,
             page_bytes: u32::try_from(PAGE_BYTES).unwrap_or(0),
             ..Default::default()
         };
-        mapping.write(PAGE.header.offset, &header.to_bytes())?;
-        Ok(Self { mapping: Arc::new(mapping) })
+        self.mapping.write(PAGE.header.offset, &header.to_bytes())
+    }
+
+    /// Does `work` while `code` stands at the start of the page, for a vCPU to run it: nothing else is mapped before a VM has its memory.
+    ///
+    /// # Errors
+    /// As [`ControlPage::request`].
+    pub fn with_code<T>(&self, code: &[u8], work: impl FnOnce() -> T) -> Result<T, memory::Error> {
+        self.mapping.write(0, code)?;
+        let result = work();
+        self.write_header()?;
+        Ok(result)
     }
 
     /// The memory to show to the guest.

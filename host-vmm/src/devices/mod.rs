@@ -38,6 +38,13 @@ pub struct DevicesState {
     serial: SerialState,
 }
 
+impl DevicesState {
+    /// The state after power-on.
+    pub fn power_on() -> Self {
+        Self { serial: SerialState::power_on() }
+    }
+}
+
 /// Devices that stand still.
 #[derive(Debug)]
 #[must_use]

@@ -57,6 +57,13 @@ pub struct SerialState {
     in_buffer: Vec<u8>,
 }
 
+impl SerialState {
+    /// The state after power-on.
+    pub(super) fn power_on() -> Self {
+        vm_superio::SerialState::default().into()
+    }
+}
+
 impl Serial {
     /// A console as it is after power-on.
     pub(super) fn new(vm: &Arc<CurrentVm>, output: File) -> Self {

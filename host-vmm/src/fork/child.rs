@@ -43,6 +43,8 @@ pub struct Child {
     pub vcpus: Vec<Vcpu>,
     /// Its side of the fork.
     pub steps: Vec<Timing>,
+    /// Where it met its parent: to be dropped when there is time for it.
+    pub rendezvous: Rendezvous,
 }
 
 impl Child {
@@ -60,13 +62,15 @@ impl Child {
         is_alone: impl Fn() -> bool,
     ) -> Result<Self, Error> {
         let mut files = files.into_iter();
-        let rendezvous = Rendezvous::open(files.next().ok_or(Error::NoRendezvous)?, identity.count)?;
+        let rendezvous = Rendezvous::open(files.next().ok_or(Error::NoRendezvous)?)?.with_children(identity.count);
         let files = files.map(Arc::new).collect();
-        let child = Self::meet(&rendezvous, shell, identity, seq, files, console, is_alone);
-        if child.is_err() {
-            rendezvous.fail()?;
+        match Self::meet(&rendezvous, shell, identity, seq, files, console, is_alone) {
+            Ok((machine, vcpus, steps)) => Ok(Self { machine, vcpus, steps, rendezvous }),
+            Err(error) => {
+                rendezvous.fail()?;
+                Err(error)
+            }
         }
-        child
     }
 
     fn meet(
@@ -77,7 +81,7 @@ impl Child {
         files: Vec<Arc<File>>,
         console: File,
         is_alone: impl Fn() -> bool,
-    ) -> Result<Self, Error> {
+    ) -> Result<(Machine, Vec<Vcpu>, Vec<Timing>), Error> {
         let mut timeline = Timeline::new(None);
         let (state, image) = timeline.time(Step::HandOver, || -> Result<_, Error> {
             let state = rendezvous.wait_state(&is_alone)?;
@@ -91,6 +95,6 @@ impl Child {
             rendezvous.wait_commit(&is_alone)
         })?;
         timeline.time(Step::Thaw, || signal.give(&machine))?;
-        Ok(Self { machine, vcpus, steps: timeline.into_steps() })
+        Ok((machine, vcpus, timeline.into_steps()))
     }
 }

@@ -27,9 +27,9 @@ pub type Replies = mpsc::Receiver<ToNode>;
 pub(super) struct Children<'a> {
     link: &'a NodeLink,
     replies: &'a Replies,
-    rendezvous: Rendezvous,
+    /// Until it is certain what becomes of them.
+    rendezvous: Option<Rendezvous>,
     count: u32,
-    committed: bool,
 }
 
 /// Has the platform choose where the children go, and start to launch them there. `files` are those of the image to come.
@@ -37,43 +37,46 @@ pub(super) fn place<'a>(
     link: &'a NodeLink,
     replies: &'a Replies,
     order: &Order,
+    rendezvous: Rendezvous,
     files: &[Arc<File>],
     fault: Option<Step>,
 ) -> Result<Children<'a>, Error> {
-    let rendezvous = Rendezvous::new(order.count)?;
+    let rendezvous = rendezvous.with_children(order.count);
     let fork = ToPlatform::Fork { count: order.count, vm_type: order.vm_type.clone(), seq: order.seq, fault };
     let files = std::iter::once(rendezvous.file()).chain(files.iter().map(AsRef::as_ref));
     link.send(&fork, &files.map(AsFd::as_fd).collect::<Vec<_>>())?;
-    Ok(Children { link, replies, rendezvous, count: order.count, committed: false })
+    Ok(Children { link, replies, rendezvous: Some(rendezvous), count: order.count })
 }
 
 impl Children<'_> {
     /// Gives them their state.
     pub(super) fn hand_over(&self, state: &[u8]) -> Result<(), Error> {
-        Ok(self.rendezvous.publish(state)?)
+        Ok(self.rendezvous()?.publish(state)?)
     }
 
     /// Waits until all of them are ready to run.
     pub(super) fn wait(&mut self) -> Result<(), Error> {
-        let arrived = self.rendezvous.wait_arrivals(self.count, LAUNCH_TIMEOUT, || self.link.is_closed());
+        let arrived = self.rendezvous()?.wait_arrivals(self.count, LAUNCH_TIMEOUT, || self.link.is_closed());
         match arrived {
             Err(rendezvous::Error::ChildFailed | rendezvous::Error::Aborted) => Err(self.call_off()?),
             other => Ok(other?),
         }
     }
 
-    /// Lets them run. From here on there is no way back.
-    pub(super) fn commit(mut self) -> Result<(), Error> {
-        self.rendezvous.commit()?;
-        self.committed = true;
-        Ok(())
+    /// Lets them run. From here on there is no way back. What is left is to be dropped when there is time for it.
+    pub(super) fn commit(mut self) -> Result<Rendezvous, Error> {
+        self.rendezvous()?.commit()?;
+        self.rendezvous.take().ok_or(Error::Committed)
+    }
+
+    fn rendezvous(&self) -> Result<&Rendezvous, Error> {
+        self.rendezvous.as_ref().ok_or(Error::Committed)
     }
 
     /// Calls the fork off, waits until nothing is left of it, and gives the platform's reason, if it has one.
     fn call_off(&mut self) -> Result<Error, Error> {
         // Whatever comes of this: it is not done twice.
-        self.committed = true;
-        self.rendezvous.abort()?;
+        self.rendezvous.take().ok_or(Error::Committed)?.abort()?;
         self.link.send(&ToPlatform::Abort, &[])?;
         match self.replies.recv() {
             Ok(ToNode::Aborted { code, why }) => {
@@ -87,7 +90,7 @@ impl Children<'_> {
 
 impl Drop for Children<'_> {
     fn drop(&mut self) {
-        if !self.committed
+        if self.rendezvous.is_some()
             && let Err(error) = self.call_off()
         {
             // The platform ends children whose parent's connection breaks.

@@ -21,6 +21,7 @@ mod children;
 pub mod rendezvous;
 mod request;
 mod signal;
+mod supplies;
 mod timeline;
 
 pub use child::Child;
@@ -31,12 +32,15 @@ use crate::{
     capsule,
     clock::monotonic_ns,
     devices::Paused,
+    error::chain,
     kvm::{self, Vcpu},
-    machine::{self, GateError, LeftBehind, Machine, MachineState, Stopped, Successor},
-    memory,
+    machine::{self, FirstExit, GateError, LeftBehind, Machine, MachineState, Stopped, Successor},
+    memory::{self, PageMap},
     sync::lock,
-    wire::{NodeLink, Step, ToPlatform, link},
+    wire::{NodeLink, Report, Step, link},
 };
+use rendezvous::Rendezvous;
+use supplies::{Supplies, Supply};
 use timeline::Timeline;
 
 /// Why a fork was refused or failed.
@@ -63,6 +67,9 @@ pub enum Error {
     /// The children can't be met.
     #[error("can't meet the children")]
     Rendezvous(#[from] rendezvous::Error),
+    /// It is certain already what becomes of the children.
+    #[error("the children run, or were called off")]
+    Committed,
     /// The parent can't go on in another VM.
     #[error("can't bring the parent to where it goes on")]
     Successor(#[from] machine::Error),
@@ -99,11 +106,31 @@ impl Error {
             Self::Quiesce(GateError::Save(_)) | Self::Capture(_) => ErrorCode::Capture,
             Self::Freeze(_) | Self::Pack(_) => ErrorCode::Freeze,
             Self::Rendezvous(_) => ErrorCode::Launch,
-            Self::Link(_) | Self::Successor(_) => ErrorCode::Internal,
+            Self::Link(_) | Self::Successor(_) | Self::Committed => ErrorCode::Internal,
             Self::Signal(_) => ErrorCode::Signal,
             Self::Injected(step) => step.code(),
         }
     }
+}
+
+/// A ring of the doorbell that was served, for somebody else to report and to clear up after.
+#[derive(Debug)]
+pub struct Served {
+    /// How it went.
+    pub report: Report,
+    /// When the VM shows a sign of life again.
+    pub first_exit: Arc<FirstExit>,
+    /// What is left of a fork: not cleared away while the guest waits.
+    pub remains: Option<Remains>,
+}
+
+/// What a fork leaves behind. To clear it away takes milliseconds where a large VM was left.
+#[derive(Debug)]
+pub struct Remains {
+    count: u32,
+    rendezvous: Rendezvous,
+    page_map: PageMap,
+    left_behind: Option<LeftBehind>,
 }
 
 /// Serves the doorbell of one VM.
@@ -111,6 +138,7 @@ impl Error {
 pub struct Engine {
     machine: Arc<Machine>,
     link: Arc<NodeLink>,
+    supplies: Supplies,
     /// What the platform answers to a fork; whoever holds it is the one who forks.
     replies: Mutex<Replies>,
     /// Steps at which the next forks are to fail, one for each.
@@ -120,12 +148,30 @@ pub struct Engine {
 impl Engine {
     /// The engine of `machine`, whose platform answers by `replies`.
     pub fn new(machine: Arc<Machine>, link: Arc<NodeLink>, replies: Replies, faults: Vec<Step>) -> Self {
-        Self { machine, link, replies: Mutex::new(replies), faults: Mutex::new(faults.into()) }
+        let supplies = Supplies::default();
+        Self { machine, link, supplies, replies: Mutex::new(replies), faults: Mutex::new(faults.into()) }
+    }
+
+    /// Makes what the next fork will use up, where there is time for it. Without it, that fork takes longer.
+    pub fn get_ready(&self) {
+        if let Err(error) = self.supplies.restock() {
+            tracing::warn!(error = chain(&error), "can't get ready for the next fork");
+        }
+        self.machine.prepare_spare();
+    }
+
+    /// Clears away what a fork has left behind.
+    pub fn clear_away(&self, remains: Remains) {
+        let Remains { rendezvous, page_map, left_behind, .. } = remains;
+        drop((rendezvous, page_map));
+        if let Some(Err(error)) = left_behind.map(|left_behind| left_behind.clear_away(&self.machine)) {
+            tracing::warn!(error = chain(&error), "an image could not be sealed for good");
+        }
     }
 
     /// Serves a ring of the doorbell. Called on the thread of the vCPU that rang; when it returns, the vCPU goes on, and finds the
-    /// answer in the control page.
-    pub fn ring(&self, vcpu: &mut Vcpu, command: Option<u32>) {
+    /// answer in the control page. What it gives is for [`Engine::clear_away`] and a report.
+    pub fn ring(&self, vcpu: &mut Vcpu, command: Option<u32>) -> Served {
         let rung_ns = monotonic_ns();
         let mut timeline = Timeline::new(lock(&self.faults).pop_front());
         // The request is copied out once; from here on only the copy is looked at.
@@ -138,17 +184,18 @@ impl Engine {
                 && error.code() != ErrorCode::Busy
             {
                 signal::refuse(&self.machine, request.seq, error.code())?;
-                self.machine.prepare_spare();
             }
             outcome
         });
         if let Err(error) = vcpu.tell_paused() {
             tracing::warn!(%error, "can't tell the guest that it was stopped");
         }
+        let (outcome, remains) = match outcome {
+            Ok(remains) => (Ok(remains.count), Some(remains)),
+            Err(error) => (Err(error), None),
+        };
         let report = timeline.into_report(seq, rung_ns, outcome);
-        if let Err(error) = self.link.send(&ToPlatform::Report(report), &[]) {
-            tracing::warn!(%error, "can't report a fork to the platform");
-        }
+        Served { report, first_exit: self.machine.exits.watch(), remains }
     }
 
     fn vm_fork(
@@ -157,7 +204,7 @@ impl Engine {
         command: Option<u32>,
         request: &Request,
         timeline: &mut Timeline,
-    ) -> Result<u32, Error> {
+    ) -> Result<Remains, Error> {
         let machine = &self.machine;
         let order = timeline.step(Step::Validate, || request::validate(command, request).map_err(Error::Refused))?;
         let replies = match self.replies.try_lock() {
@@ -167,17 +214,18 @@ impl Engine {
         };
         let mut view = lock(&machine.memory);
         let fault = timeline.fault();
-        let (plan, mut children) = timeline.step(Step::Place, || {
-            let plan = view.plan()?;
-            let children = children::place(&self.link, &replies, &order, plan.files(), fault)?;
-            Ok((plan, children))
+        let (plan, page_map, mut children) = timeline.step(Step::Place, || {
+            let Supply { rendezvous, delta, page_map } = self.supplies.take()?;
+            let plan = view.plan(delta);
+            let children = children::place(&self.link, &replies, &order, rendezvous, plan.files(), fault)?;
+            Ok((plan, page_map, children))
         })?;
         let stopped = timeline.step(Step::Quiesce, || Ok(machine.gate.stop_others(vcpu.id())?))?;
         timeline.step(Step::Complete, || vcpu.complete_exit().map_err(Error::Complete))?;
         let devices = machine.devices.pause();
         let state = timeline.step(Step::Capture, || capture(machine, vcpu, &stopped, &devices))?;
         let files = plan.files().to_vec();
-        let image = timeline.step(Step::Freeze, || Ok(view.freeze(plan)?))?;
+        let image = timeline.step(Step::Freeze, || Ok(view.freeze(plan, &page_map)?))?;
         timeline.step(Step::HandOver, || children.hand_over(&capsule::pack(&state, &image, &files)?))?;
         let successor = timeline.step(Step::Restore, || match view.own_file() {
             Some(_) => Ok(Some(Successor::prepare(machine, &state, &image)?)),
@@ -185,15 +233,12 @@ impl Engine {
         })?;
         timeline.step(Step::Launch, || children.wait())?;
         let signal = timeline.step(Step::Signal, || Signal::to_parent(machine, &order).map_err(Error::Signal))?;
-        timeline.step(Step::Commit, || children.commit())?;
+        let rendezvous = timeline.step(Step::Commit, || children.commit())?;
         timeline.step(Step::Thaw, || {
             let left_behind = successor.map(|successor| successor.take_over(machine, &mut view, vcpu, &stopped));
             signal.give(machine)?;
             drop((devices, stopped));
-            if let Some(left_behind) = left_behind {
-                clear_away(machine, left_behind);
-            }
-            Ok(order.count)
+            Ok(Remains { count: order.count, rendezvous, page_map, left_behind })
         })
     }
 }
@@ -207,17 +252,4 @@ fn capture(machine: &Machine, vcpu: &Vcpu, stopped: &Stopped<'_>, devices: &Paus
         vm: machine.vm.get().save().map_err(Error::Capture)?,
         devices: devices.save(),
     })
-}
-
-/// Clears away what a parent has left behind, without letting it wait for that.
-fn clear_away(machine: &Arc<Machine>, left_behind: LeftBehind) {
-    let machine = Arc::clone(machine);
-    let cleared = std::thread::Builder::new().name("clear-away".into()).spawn(move || {
-        if let Err(error) = left_behind.clear_away(&machine) {
-            tracing::warn!(%error, "an image could not be sealed for good");
-        }
-    });
-    if let Err(error) = cleared {
-        tracing::warn!(%error, "can't start a thread to clear away what the parent has left; it was done at once");
-    }
 }

@@ -20,7 +20,6 @@
 use std::{
     fs::File,
     sync::atomic::{AtomicU32, Ordering},
-    thread,
     time::{Duration, Instant},
 };
 
@@ -32,6 +31,7 @@ use rustix::{
 use crate::{
     capsule,
     memory::{self, Mapping},
+    threads,
 };
 
 /// Offsets of the words.
@@ -44,6 +44,9 @@ const STATE: usize = 4096;
 
 /// Room for the state. Pages that nobody writes to take no memory.
 const BYTES: usize = STATE + capsule::MAX_BYTES;
+
+/// What most states need of it.
+const WARM_BYTES: usize = STATE + (28 << 10);
 
 /// Phases.
 const OPEN: u32 = 0;
@@ -94,29 +97,42 @@ pub struct Rendezvous {
 }
 
 impl Rendezvous {
-    /// A new one, for a parent with `count` children.
+    /// A new one.
     ///
     /// # Errors
     /// [`Error::Memory`].
-    pub fn new(count: u32) -> Result<Self, Error> {
-        Self::map(memory::unresizable("vm-rendezvous", BYTES as u64)?, count)
+    pub fn new() -> Result<Self, Error> {
+        Self::map(memory::unresizable("vm-rendezvous", BYTES as u64)?)
+    }
+
+    /// Makes the pages that most states need.
+    ///
+    /// # Errors
+    /// [`Error::Memory`].
+    pub fn warm_up(&self) -> Result<(), Error> {
+        Ok(self.mapping.populate(0, WARM_BYTES)?)
     }
 
     /// The one that this file holds.
     ///
     /// # Errors
     /// [`Error::Memory`] where the file could be shrunk, which would kill whoever has it mapped, or has another size.
-    pub fn open(file: File, count: u32) -> Result<Self, Error> {
+    pub fn open(file: File) -> Result<Self, Error> {
         memory::check_unresizable(&file, BYTES as u64)?;
-        Self::map(file, count)
+        Self::map(file)
     }
 
-    fn map(file: File, count: u32) -> Result<Self, Error> {
+    fn map(file: File) -> Result<Self, Error> {
         let mapping = Mapping::reserve(BYTES)?;
         mapping.map_shared(&file)?;
-        let processors = thread::available_parallelism().map_or(1, usize::from);
-        let spin = usize::try_from(count).is_ok_and(|count| count < processors);
-        Ok(Self { mapping, file, spin })
+        Ok(Self { mapping, file, spin: false })
+    }
+
+    /// Says that `count` children meet here. Where there is a processor for each side, they look at words for a while before they sleep.
+    #[must_use]
+    pub fn with_children(mut self, count: u32) -> Self {
+        self.spin = usize::try_from(count).is_ok_and(|count| count < threads::processors());
+        self
     }
 
     /// The file that the other sides open.
@@ -267,13 +283,15 @@ impl Rendezvous {
 
 #[cfg(test)]
 mod tests {
+    use std::thread;
+
     use super::*;
 
     const PATIENCE: Duration = Duration::from_secs(10);
 
     fn pair(count: u32) -> (Rendezvous, Rendezvous) {
-        let parent = Rendezvous::new(count).unwrap();
-        let child = Rendezvous::open(parent.file().try_clone().unwrap(), count).unwrap();
+        let parent = Rendezvous::new().unwrap().with_children(count);
+        let child = Rendezvous::open(parent.file().try_clone().unwrap()).unwrap().with_children(count);
         (parent, child)
     }
 
@@ -283,7 +301,7 @@ mod tests {
             let (parent, _) = pair(count);
             thread::scope(|scope| {
                 for _ in 0..count {
-                    let child = Rendezvous::open(parent.file().try_clone().unwrap(), count).unwrap();
+                    let child = Rendezvous::open(parent.file().try_clone().unwrap()).unwrap().with_children(count);
                     scope.spawn(move || {
                         assert_eq!(child.wait_state(|| false).unwrap(), b"state");
                         child.arrive().unwrap();
@@ -335,8 +353,8 @@ mod tests {
     #[test]
     fn only_what_can_not_shrink_is_opened() {
         let file = memory::unsealed("test", BYTES as u64).unwrap();
-        assert!(Rendezvous::open(file, 1).is_err());
+        assert!(Rendezvous::open(file).is_err());
         let file = memory::unresizable("test", 4096).unwrap();
-        assert!(Rendezvous::open(file, 1).is_err());
+        assert!(Rendezvous::open(file).is_err());
     }
 }

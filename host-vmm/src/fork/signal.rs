@@ -1,5 +1,7 @@
 //! Telling each side of a fork who it is, through its control page.
 
+use std::io;
+
 use vmfork_abi::{ErrorCode, Identity, Response, Role, Status};
 
 use super::request::Order;
@@ -15,7 +17,7 @@ use crate::{
 pub enum Error {
     /// No seed could be drawn.
     #[error("the system has no random bytes")]
-    Seed(#[source] getrandom::Error),
+    Seed(#[source] io::Error),
     /// The page is not accessible.
     #[error("can't write the control page")]
     Page(#[from] memory::Error),

@@ -95,6 +95,11 @@ impl Vcpu {
         Ok(())
     }
 
+    /// What a settled vCPU holds by itself.
+    pub fn fresh_state(&self) -> Option<&VcpuState> {
+        self.fresh.as_deref()
+    }
+
     /// Writes the state into a settled vCPU that has run no guest code yet, and whose VM's state is restored. What the vCPU holds
     /// already is left out.
     ///

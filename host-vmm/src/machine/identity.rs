@@ -1,5 +1,8 @@
 //! Who a VM is, and how it is told.
 
+use std::io;
+
+use rustix::rand::{GetRandomFlags, getrandom};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 use vmfork_abi::{Identity, Role, pad_text};
@@ -28,9 +31,9 @@ impl VmIdentity {
     ///
     /// # Errors
     /// Where the system has no random bytes to give.
-    pub fn to_page(&self, role: Role) -> Result<Identity, getrandom::Error> {
+    pub fn to_page(&self, role: Role) -> io::Result<Identity> {
         let mut seed = [0; 64];
-        getrandom::fill(&mut seed)?;
+        fill_random(&mut seed)?;
         Ok(Identity {
             role: role.number(),
             index: self.index,
@@ -46,4 +49,17 @@ impl VmIdentity {
             reserved: [0; 296],
         })
     }
+}
+
+/// Fills a buffer from the kernel's generator (getrandom).
+fn fill_random(buffer: &mut [u8]) -> io::Result<()> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match getrandom(&mut buffer[filled..], GetRandomFlags::empty()) {
+            Ok(count) => filled += count,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    Ok(())
 }

@@ -4,15 +4,17 @@ use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
 
+mod exits;
 mod gate;
 mod identity;
 mod run;
 mod shell;
 mod successor;
 
+pub use exits::{Exits, FirstExit};
 pub use gate::{End, Gate, GateError, Stopped};
 pub use identity::VmIdentity;
-pub use run::{FirstExit, run};
+pub use run::run;
 pub use shell::{Config, Error, Shell};
 pub use successor::{LeftBehind, Spare, Successor};
 
@@ -40,8 +42,8 @@ pub struct Machine {
     pub gate: Gate,
     /// Where it goes on when its memory becomes an image for the first time.
     pub spare: Spare,
-    /// When it came to its first exit.
-    pub first_exit: FirstExit,
+    /// When it shows a sign of life.
+    pub exits: Exits,
     /// Who the VM is; changes when it becomes a parent.
     pub identity: Mutex<VmIdentity>,
 }

@@ -1,24 +1,15 @@
 //! Running a machine: a thread for each vCPU, and what each exit means.
 
-use std::{
-    sync::{
-        Arc, Condvar, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
-    thread,
-    time::Duration,
-};
+use std::{sync::Arc, thread};
 
 use vmfork_abi::doorbell;
 
 use super::{End, Machine};
 use crate::{
     arch::layout::{CONTROL_PAGE, DOORBELL_PORT},
-    clock::monotonic_ns,
     devices::power::PowerEvent,
     error::chain,
     kvm::{self, Exit, Vcpu},
-    sync::lock,
 };
 
 /// What to do after an exit, once the exit's data are let go.
@@ -29,30 +20,6 @@ enum Next {
     /// The vCPU was kicked.
     Pass,
     End(End),
-}
-
-/// When a machine came to its first exit: until then it has run, but nobody has seen anything of it.
-#[derive(Debug, Default)]
-pub struct FirstExit {
-    seen: AtomicBool,
-    at_ns: Mutex<Option<u64>>,
-    changed: Condvar,
-}
-
-impl FirstExit {
-    /// Called at every exit.
-    fn happened(&self) {
-        if !self.seen.load(Ordering::Relaxed) && !self.seen.swap(true, Ordering::Relaxed) {
-            *lock(&self.at_ns) = Some(monotonic_ns());
-            self.changed.notify_all();
-        }
-    }
-
-    /// Waits for it, up to `limit`: CLOCK_MONOTONIC in nanoseconds.
-    pub fn wait(&self, limit: Duration) -> Option<u64> {
-        let at_ns = self.changed.wait_timeout_while(lock(&self.at_ns), limit, |at_ns| at_ns.is_none());
-        *at_ns.unwrap_or_else(PoisonError::into_inner).0
-    }
 }
 
 /// Runs the vCPUs until the VM ends, and says how it did: the first one on the calling thread, each of the others on its own.
@@ -89,7 +56,7 @@ fn serve_vcpu(machine: &Machine, mut vcpu: Vcpu, ring: impl Fn(&mut Vcpu, Option
     vcpu.kicker().adopt();
     loop {
         let exit = vcpu.run()?;
-        machine.first_exit.happened();
+        machine.exits.happened();
         match serve(machine, exit) {
             Next::Run => {}
             Next::Ring(command) => ring(&mut vcpu, command),

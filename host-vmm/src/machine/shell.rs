@@ -7,7 +7,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{Built, FirstExit, Gate, Machine, MachineState, Spare, VmIdentity};
+use super::{Built, Exits, Gate, Machine, MachineState, Spare, VmIdentity};
 use crate::{
     arch::{
         cpuid,
@@ -15,10 +15,13 @@ use crate::{
         regs,
     },
     boot::{self, Payload},
-    devices::{self, ControlPage, Devices},
+    devices::{self, ControlPage, Devices, DevicesState},
     kvm::{self, CurrentVm, Hypervisor, Model, Time, Vcpu, VcpuId, Vm},
     memory::{self, Image, Mapping, View},
 };
+
+/// `out 0x80, al`: to a port at which nothing happens.
+const WARM_UP: [u8; 2] = [0xe6, 0x80];
 
 /// What a machine is built as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -67,7 +70,7 @@ impl Shell {
     pub fn build(hypervisor: &Hypervisor, host: &Model, config: Config) -> Result<Self, Error> {
         let mut shell = Self::build_around(hypervisor, host, config, ControlPage::new()?)?;
         if let Some(first) = shell.vcpus.first_mut() {
-            first.warm_up()?;
+            shell.control_page.with_code(&WARM_UP, || first.warm_up(CONTROL_PAGE))??;
         }
         shell.settle()
     }
@@ -112,6 +115,12 @@ impl Shell {
         self.vm.settle()?;
         self.vcpus.iter_mut().try_for_each(Vcpu::settle)?;
         Ok(self)
+    }
+
+    /// What it holds by itself, as a state that a machine could be restored from; `None` before it is settled.
+    pub fn fresh_state(&self) -> Option<MachineState> {
+        let vcpus = self.vcpus.iter().map(|vcpu| vcpu.fresh_state().cloned()).collect::<Option<_>>()?;
+        Some(MachineState { config: self.config, vm: self.vm.save().ok()?, vcpus, devices: DevicesState::power_on() })
     }
 
     /// Makes it a machine at the entry of a kernel. Its console writes to `console`.
@@ -196,7 +205,7 @@ fn finish(
         devices,
         gate,
         spare: Spare::default(),
-        first_exit: FirstExit::default(),
+        exits: Exits::default(),
         identity: Mutex::new(identity),
     };
     (machine, vcpus)

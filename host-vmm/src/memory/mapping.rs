@@ -1,20 +1,35 @@
 //! One address range that holds a guest's memory for as long as the VM lives, whatever is mapped into it.
+//!
+//! A range is reserved by this module's own books, in a window of the address space where the kernel puts nothing by itself, and *not* by an
+//! inaccessible mapping. To map over an existing mapping means to unmap it first, and where the range is a memory slot already, KVM then
+//! looks at each of the guest's pages, mapped or not: 105 us for 512 MiB, and in proportion, where it shadows page tables (measured).
+//! To map into a hole takes 7 us.
 
 use std::{
+    collections::BTreeMap,
     ffi::c_void,
     fs::File,
     num::NonZeroUsize,
-    os::fd::{AsFd, BorrowedFd},
+    ops::Range,
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::fs::FileExt,
+    },
     ptr::NonNull,
-    sync::atomic::AtomicU32,
+    sync::{Mutex, atomic::AtomicU32},
 };
 
 use nix::{
     libc::off_t,
-    sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap},
+    sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap},
 };
 
 use super::Error;
+use crate::sync::lock;
+
+/// Addresses for mappings. The kernel places a process's mappings downwards from the stack, and where that room is used up, upwards from
+/// a third of the address space, 0x2aaa_aaaa_a000 (kernel source, TASK_UNMAPPED_BASE).
+const WINDOW: Range<usize> = 0x2000_0000_0000..0x2a00_0000_0000;
 
 /// Alignment of a mapping in bytes: a huge page of the guest's memory is then one of this process's too.
 const ALIGNMENT: usize = 2 << 20;
@@ -22,7 +37,10 @@ const ALIGNMENT: usize = 2 << 20;
 /// Bytes that are copied at once.
 const WORD: usize = 64;
 
-/// A reserved range of this process's addresses. It is given back on drop.
+/// The ranges that are taken: first address, and the first one behind it.
+static TAKEN: Mutex<BTreeMap<usize, usize>> = Mutex::new(BTreeMap::new());
+
+/// A reserved range of this process's addresses. Nothing is mapped in it at first; what was is unmapped when this is dropped.
 #[derive(Debug)]
 pub struct Mapping {
     start: NonNull<c_void>,
@@ -35,25 +53,24 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Reserves `bytes` bytes, aligned to 2 MiB, with nothing mapped (mmap PROT_NONE).
+    /// Reserves `bytes` bytes, aligned to 2 MiB.
     ///
     /// # Errors
-    /// [`Error::Map`] where the kernel has no such range.
+    /// [`Error::Addresses`] where there is no such range.
     pub fn reserve(bytes: usize) -> Result<Self, Error> {
-        let fail = |source: nix::Error| Error::Map { what: "a reserved range", bytes, source: source.into() };
-        let wanted = NonZeroUsize::new(bytes + ALIGNMENT).ok_or_else(|| fail(nix::Error::EINVAL))?;
-        // SAFETY: a new mapping at an address that the kernel chooses touches no existing one.
-        let raw = unsafe {
-            mmap_anonymous(None, wanted, ProtFlags::PROT_NONE, MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE)
+        let mut taken = lock(&TAKEN);
+        let mut start = WINDOW.start;
+        for (&next, &end) in &*taken {
+            if start.checked_add(bytes).is_none_or(|end| end <= next) {
+                break;
+            }
+            start = end.next_multiple_of(ALIGNMENT);
         }
-        .map_err(fail)?;
-        let before = raw.as_ptr().align_offset(ALIGNMENT);
-        // SAFETY: `before` is less than ALIGNMENT, and the range is longer than that.
-        let start = unsafe { raw.byte_add(before) };
-        unmap(raw, before);
-        // SAFETY: `start + bytes` is at most the end of the range, since `before <= ALIGNMENT`.
-        unmap(unsafe { start.byte_add(bytes) }, ALIGNMENT - before);
-        Ok(Self { start, bytes })
+        let end = start.checked_add(bytes).filter(|end| bytes > 0 && *end <= WINDOW.end);
+        let range = end.zip(NonNull::new(std::ptr::without_provenance_mut(start)));
+        let (end, address) = range.ok_or(Error::Addresses { bytes })?;
+        taken.insert(start, end);
+        Ok(Self { start: address, bytes })
     }
 
     /// First address.
@@ -66,7 +83,7 @@ impl Mapping {
         self.bytes
     }
 
-    /// Maps the whole of `file` shared: what is written here is written to the file.
+    /// Maps the whole of `file` shared, where nothing is mapped yet: what is written here is written to the file.
     ///
     /// # Errors
     /// [`Error::Map`] where mmap fails.
@@ -74,10 +91,11 @@ impl Mapping {
         self.map(0, self.bytes, file.as_fd(), 0, MapFlags::MAP_SHARED)
     }
 
-    /// Maps `bytes` bytes of `file` from `file_offset` at `at`, private: a page is copied when it is first written to.
+    /// Maps `bytes` bytes of `file` from `file_offset` at `at`, where nothing is mapped yet, private: a page is copied when it is first
+    /// written to.
     ///
     /// # Errors
-    /// [`Error::Map`] where the piece is not within the mapping, or mmap fails.
+    /// [`Error::Map`] where mmap fails, [`Error::Invalid`] where the piece is not within the range.
     pub fn map_private(&self, at: usize, bytes: usize, file: &File, file_offset: u64) -> Result<(), Error> {
         self.map(at, bytes, file.as_fd(), file_offset, MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE)
     }
@@ -127,6 +145,54 @@ impl Mapping {
         Ok(())
     }
 
+    /// Makes pages present and writable, whatever they hold (MADV_POPULATE_WRITE).
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] where the range is not within the mapping, [`Error::Map`] where there is no memory for it, or none is mapped.
+    pub fn populate(&self, at: usize, bytes: usize) -> Result<(), Error> {
+        let fail = |errno: nix::Error| Error::Map { what: "present pages", bytes, source: errno.into() };
+        self.check(at, bytes)?;
+        // SAFETY: the address lies within the mapping, as just checked.
+        let start = unsafe { self.start.byte_add(at) };
+        // SAFETY: populating changes no content; the range is within this mapping.
+        unsafe { madvise(start, bytes, MmapAdvise::MADV_POPULATE_WRITE) }.map_err(fail)
+    }
+
+    /// Copies bytes from another mapping. Of the source, all must be mapped, and nobody may write to it meanwhile.
+    ///
+    /// The target's pages are made first (MADV_POPULATE_WRITE): where there is no memory left for them, that is an error, and not a signal.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] where a range is not within its mapping, [`Error::Map`] where there is no memory for it.
+    pub fn copy_from(&self, at: usize, source: &Self, source_at: usize, bytes: usize) -> Result<(), Error> {
+        self.populate(at, bytes)?;
+        source.check(source_at, bytes)?;
+        // SAFETY: the address lies within the mapping, as `populate` has checked.
+        let target = unsafe { self.start().byte_add(at) };
+        // SAFETY: likewise, as just checked.
+        let origin = unsafe { source.start().byte_add(source_at) };
+        // SAFETY: both ranges are mapped, and lie in different mappings, which never overlap. No Rust reference to either exists.
+        unsafe { origin.copy_to_nonoverlapping(target, bytes) };
+        Ok(())
+    }
+
+    /// Writes bytes of this mapping to a file. All of them must be mapped, and nobody may write to them meanwhile.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] where the range is not within the mapping, [`Error::File`] where the file can't be written.
+    pub fn write_to(&self, at: usize, bytes: usize, file: &File, file_offset: u64) -> Result<(), Error> {
+        self.check(at, bytes)?;
+        // SAFETY: the address lies within the mapping, as just checked.
+        let start = unsafe { self.start().byte_add(at) };
+        // SAFETY: the range is mapped, and nobody writes to it, which is the caller's part.
+        let content = unsafe { std::slice::from_raw_parts(start.as_ptr(), bytes) };
+        file.write_all_at(content, file_offset).map_err(|source| Error::File {
+            operation: "write",
+            name: "to copy memory to".to_owned(),
+            source,
+        })
+    }
+
     /// A word of the mapping that other threads and processes use too. All of the range must be mapped writable.
     ///
     /// # Errors
@@ -154,24 +220,70 @@ impl Mapping {
         let offset = off_t::try_from(offset).map_err(|_| fail(nix::Error::EOVERFLOW))?;
         let address = NonZeroUsize::new(self.start.as_ptr() as usize + at);
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        // SAFETY: MAP_FIXED replaces only pages within this reserved range (checked above), which holds no Rust object.
-        unsafe { mmap(address, length, protection, flags | MapFlags::MAP_FIXED, fd, offset) }.map_err(fail)?;
+        // SAFETY: MAP_FIXED_NOREPLACE touches no existing mapping; the piece is within this value's own range (checked above).
+        unsafe { mmap(address, length, protection, flags | MapFlags::MAP_FIXED_NOREPLACE, fd, offset) }
+            .map_err(fail)?;
         Ok(())
     }
 }
 
+/// Makes pages of any mapping of this process present for reading, for as far as there is one (MADV_POPULATE_READ).
+///
+/// # Errors
+/// [`Error::Map`] where the pages can't be read.
+pub fn touch(range: Range<usize>) -> Result<(), Error> {
+    let fail = |source: nix::Error| Error::Map { what: "touched memory", bytes: range.len(), source: source.into() };
+    let start = NonNull::new(std::ptr::without_provenance_mut(range.start)).ok_or_else(|| fail(nix::Error::EINVAL))?;
+    // SAFETY: it changes no content, and is an error where nothing is mapped.
+    unsafe { madvise(start, range.len(), MmapAdvise::MADV_POPULATE_READ) }.map_err(fail)
+}
+
 impl Drop for Mapping {
     fn drop(&mut self) {
-        unmap(self.start, self.bytes);
+        // SAFETY: the range is this value's own, holds no Rust object, and nobody uses it any more.
+        match unsafe { munmap(self.start, self.bytes) } {
+            Ok(()) => drop(lock(&TAKEN).remove(&self.start.addr().get())),
+            Err(errno) => {
+                tracing::error!(%errno, self.bytes, "munmap failed: the range is lost until this process ends");
+            }
+        }
     }
 }
 
-fn unmap(start: NonNull<c_void>, bytes: usize) {
-    if bytes == 0 {
-        return;
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory;
+
+    #[test]
+    fn ranges_do_not_overlap_and_are_used_again() {
+        let sizes = [4096, 3 << 20, 1 << 30, 4096];
+        let ranges: Vec<_> = sizes.map(|bytes| Mapping::reserve(bytes).unwrap()).into();
+        for (index, one) in ranges.iter().enumerate() {
+            assert!(one.start().addr().get().is_multiple_of(ALIGNMENT));
+            for other in &ranges[..index] {
+                let (one_start, other_start) = (one.start().addr().get(), other.start().addr().get());
+                assert!(one_start >= other_start + other.bytes || other_start >= one_start + one.bytes);
+            }
+        }
+        assert!(Mapping::reserve(0).is_err());
+        assert!(Mapping::reserve(usize::MAX).is_err());
+        assert!(Mapping::reserve(WINDOW.len()).is_err(), "some of it is taken");
+        let freed = ranges[2].start();
+        drop(ranges);
+        // Other tests reserve ranges meanwhile, but this large a one only here.
+        assert!(Mapping::reserve(1 << 30).unwrap().start() <= freed);
     }
-    // SAFETY: the callers pass pieces of a range that a Mapping owns or is about to, and that nobody uses any more.
-    if let Err(errno) = unsafe { munmap(start, bytes) } {
-        tracing::error!(%errno, bytes, "munmap failed: the range is lost until this process ends");
+
+    #[test]
+    fn nothing_is_mapped_over_what_is_there() {
+        let file = memory::unsealed("test", 8192).unwrap();
+        let mapping = Mapping::reserve(8192).unwrap();
+        mapping.map_private(4096, 4096, &file, 0).unwrap();
+        assert!(matches!(mapping.map_shared(&file), Err(Error::Map { .. })));
+        assert!(matches!(mapping.map_private(4096, 4096, &file, 0), Err(Error::Map { .. })));
+        mapping.map_private(0, 4096, &file, 4096).unwrap();
+        mapping.write(4090, b"both pages").unwrap();
+        assert!(matches!(mapping.map_private(4096, 8192, &file, 0), Err(Error::Invalid(_))));
     }
 }

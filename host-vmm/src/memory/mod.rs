@@ -28,15 +28,22 @@ mod mapping;
 mod memfd;
 mod view;
 
+pub use dirty::PageMap;
 pub use image::{Extent, Image, Layer, MAX_EXTENTS, MAX_LAYERS, Run};
-pub use mapping::Mapping;
+pub use mapping::{Mapping, touch};
 pub use memfd::{check_unresizable, is_immutable, sealed, unresizable, unsealed};
-pub use view::{Plan, View, seal_for_good};
+pub use view::{Plan, View, delta_file, seal_for_good};
 
 /// What can go wrong with guest memory.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// mmap or mremap failed.
+    /// There are no addresses left for a mapping.
+    #[error("this process has no {bytes} bytes of addresses left to map memory to")]
+    Addresses {
+        /// How many bytes of them were asked for.
+        bytes: usize,
+    },
+    /// mmap failed.
     #[error("can't map {what} of {bytes} bytes")]
     Map {
         /// What was to be mapped.
@@ -56,6 +63,9 @@ pub enum Error {
         /// The system's reason.
         source: io::Error,
     },
+    /// A thread that copied memory panicked.
+    #[error("a thread that copied memory failed")]
+    Worker,
     /// The page map of this process could not be read.
     #[error("can't read the page map of the guest's memory")]
     PageMap(#[source] io::Error),

@@ -1,15 +1,21 @@
 //! One VM's view of its memory, and how it is frozen into an image.
 
-use std::{fs::File, os::unix::fs::FileExt, sync::Arc};
+use std::{fs::File, sync::Arc, thread};
 
-use super::{Error, Image, Layer, Mapping, Run, dirty, memfd};
-use crate::arch::layout::PAGE_BYTES;
+use super::{Error, Image, Layer, Mapping, PageMap, Run, dirty, memfd};
+use crate::{arch::layout::PAGE_BYTES, threads};
 
 /// Name of a booted VM's memory file, as `/proc` shows it.
 const RAM_NAME: &str = "vm-ram";
 
 /// Name of a delta layer's file.
 const DELTA_NAME: &str = "vm-delta";
+
+/// Dirty memory in bytes for which one more thread is worth its start, and the mapping that it needs.
+const BYTES_PER_WORKER: usize = 4 << 20;
+
+/// Longest piece of it that is copied at once, in bytes.
+const PIECE_BYTES: usize = 256 << 10;
 
 /// A VM's memory: one address range, and what it shows.
 #[derive(Debug)]
@@ -73,21 +79,24 @@ impl View {
         }
     }
 
-    /// Names the files that an image made now will consist of.
-    pub fn plan(&self) -> Result<Plan, Error> {
+    /// Names the files that an image made now will consist of. `delta` is the one for pages that the VM has written to, if there are any.
+    pub fn plan(&self, delta: File) -> Plan {
         match &self.backing {
-            Backing::Own(file) => Ok(Plan { files: vec![Arc::clone(file)], delta: None }),
+            Backing::Own(file) => Plan { files: vec![Arc::clone(file)], delta: None },
             Backing::Image(image) => {
-                let delta = Arc::new(memfd::unsealed(DELTA_NAME, 0)?);
-                let mut files: Vec<_> = image.layers().iter().map(|layer| Arc::clone(&layer.file)).collect();
-                files.push(Arc::clone(&delta));
-                Ok(Plan { files, delta: Some(delta) })
+                let delta = Arc::new(delta);
+                let layers = image.layers().iter().map(|layer| Arc::clone(&layer.file));
+                let files = layers.chain([Arc::clone(&delta)]).collect();
+                Plan { files, delta: Some(delta) }
             }
         }
     }
 
     /// Makes an image of the memory as it is now. The VM must be stopped.
-    pub fn freeze(&self, plan: Plan) -> Result<Arc<Image>, Error> {
+    ///
+    /// # Errors
+    /// [`Error`]: the VM may go on as if nothing had happened.
+    pub fn freeze(&self, plan: Plan, page_map: &PageMap) -> Result<Arc<Image>, Error> {
         match &self.backing {
             Backing::Own(file) => {
                 let pages = self.mapping.bytes() as u64 / PAGE_BYTES;
@@ -96,14 +105,14 @@ impl View {
             }
             Backing::Image(image) => {
                 let Some(delta) = plan.delta else { return Ok(Arc::clone(image)) };
-                Ok(Arc::new(self.with_delta(image, delta)?))
+                Ok(Arc::new(self.with_delta(image, delta, page_map)?))
             }
         }
     }
 
     /// `image` with the pages that this VM has written since it was mapped.
-    fn with_delta(&self, image: &Image, file: Arc<File>) -> Result<Image, Error> {
-        let runs = dirty::join_for(image, dirty::runs(&self.mapping)?);
+    fn with_delta(&self, image: &Image, file: Arc<File>, page_map: &PageMap) -> Result<Image, Error> {
+        let runs = dirty::join_for(image, page_map.dirty_runs(&self.mapping)?);
         let pages = runs.last().map_or(0, |run| run.file_page + run.pages);
         if pages == 0 {
             return Ok(image.clone());
@@ -113,29 +122,66 @@ impl View {
             name: DELTA_NAME.to_owned(),
             source,
         })?;
-        for run in &runs {
-            self.copy_out(run, &file)?;
-        }
+        self.copy_out(&runs, to_usize(pages * PAGE_BYTES)?, &file)?;
         memfd::seal_unmapped(DELTA_NAME, &file)?;
         image.with_layer(Layer { file, runs })
     }
 
-    fn copy_out(&self, run: &Run, file: &File) -> Result<(), Error> {
-        let at = to_usize(run.page * PAGE_BYTES)?;
-        let bytes = to_usize(run.pages * PAGE_BYTES)?;
-        if at + bytes > self.mapping.bytes() {
-            return Err(Error::Invalid("a dirty run reaches out of the memory"));
-        }
-        // SAFETY: the run lies within the mapping, as just checked.
-        let start = unsafe { self.mapping.start().byte_add(at) };
-        // SAFETY: all of the mapping is mapped readable, and the VM is stopped (the contract of `freeze`): nobody writes to it.
-        let content = unsafe { std::slice::from_raw_parts(start.as_ptr(), bytes) };
-        file.write_all_at(content, run.file_page * PAGE_BYTES).map_err(|source| Error::File {
-            operation: "write",
-            name: DELTA_NAME.to_owned(),
-            source,
+    /// Writes runs of this memory to a file of `bytes` bytes.
+    fn copy_out(&self, runs: &[Run], bytes: usize, file: &File) -> Result<(), Error> {
+        let workers = threads::processors().min(bytes / BYTES_PER_WORKER);
+        if workers > 1 { self.copy_on(workers, runs, bytes, file) } else { self.write_out(runs, file) }
+    }
+
+    fn write_out(&self, runs: &[Run], file: &File) -> Result<(), Error> {
+        runs.iter().try_for_each(|run| {
+            let (at, bytes) = (to_usize(run.page * PAGE_BYTES)?, to_usize(run.pages * PAGE_BYTES)?);
+            self.mapping.write_to(at, bytes, file, run.file_page * PAGE_BYTES)
         })
     }
+
+    /// Copies on several processors. They need a mapping for that: a file takes one write at a time.
+    fn copy_on(&self, workers: usize, runs: &[Run], bytes: usize, file: &File) -> Result<(), Error> {
+        let target = Mapping::reserve(bytes)?;
+        target.map_shared(file)?;
+        let pieces = pieces(runs)?;
+        let copy = |piece: &Piece| target.copy_from(piece.to, &self.mapping, piece.from, piece.bytes);
+        thread::scope(|scope| {
+            let mut shares = pieces.chunks(pieces.len().div_ceil(workers));
+            let own = shares.next().unwrap_or_default();
+            let others: Vec<_> = shares.map(|share| scope.spawn(move || share.iter().try_for_each(copy))).collect();
+            let done = own.iter().try_for_each(copy);
+            others.into_iter().fold(done, |done, other| done.and(other.join().unwrap_or(Err(Error::Worker))))
+        })
+    }
+}
+
+/// A piece of memory that is copied at once.
+#[derive(Debug)]
+struct Piece {
+    from: usize,
+    to: usize,
+    bytes: usize,
+}
+
+/// The runs in pieces, none of them long, so that they can be shared out evenly.
+fn pieces(runs: &[Run]) -> Result<Vec<Piece>, Error> {
+    let mut pieces = Vec::with_capacity(runs.len());
+    for run in runs {
+        let (from, to) = (to_usize(run.page * PAGE_BYTES)?, to_usize(run.file_page * PAGE_BYTES)?);
+        let bytes = to_usize(run.pages * PAGE_BYTES)?;
+        let steps = (0..bytes).step_by(PIECE_BYTES);
+        pieces.extend(steps.map(|at| Piece { from: from + at, to: to + at, bytes: PIECE_BYTES.min(bytes - at) }));
+    }
+    Ok(pieces)
+}
+
+/// An empty file for the pages that a VM has written to.
+///
+/// # Errors
+/// [`Error::File`].
+pub fn delta_file() -> Result<File, Error> {
+    memfd::unsealed(DELTA_NAME, 0)
 }
 
 /// Seals a file for good.

@@ -5,22 +5,30 @@
 
 use std::{
     io,
-    sync::{Arc, mpsc},
+    sync::{
+        Arc,
+        mpsc::{self, RecvError, RecvTimeoutError},
+    },
     thread::{self, JoinHandle},
     time::Duration,
 };
 
 use crate::{
     error::chain,
-    machine::{End, Machine},
+    fork::{Engine, Served, rendezvous::Rendezvous},
+    machine::{End, FirstExit, Machine},
+    threads,
     wire::{NodeLink, Step, Timing, ToNode, ToPlatform, link},
 };
 
 /// How long console input waits for the guest to take some.
 const INPUT_RETRY: Duration = Duration::from_millis(5);
 
-/// How long a copy that shows no sign of life is waited for until its launch is reported without one.
+/// How long a VM that shows no sign of life is waited for until its fork is reported without one.
 const FIRST_EXIT_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How long nothing must have happened until there is time to get ready for the next fork.
+const CALM: Duration = Duration::from_millis(20);
 
 /// How a copy was launched.
 #[derive(Debug)]
@@ -29,61 +37,125 @@ pub(super) struct Launch {
     pub(super) seq: u64,
     /// Its side of the fork.
     pub(super) steps: Vec<Timing>,
+    /// When it shows a sign of life.
+    pub(super) first_exit: Arc<FirstExit>,
+    /// Where it met its parent.
+    pub(super) rendezvous: Rendezvous,
+}
+
+/// What the thread hears from the vCPUs' threads.
+enum News {
+    /// The machine runs.
+    Begun { machine: Arc<Machine>, engine: Arc<Engine>, launch: Option<Launch> },
+    /// The doorbell was rung.
+    Served(Served),
 }
 
 /// The thread that waits for the machine.
 #[derive(Debug)]
 pub(super) struct Companion {
-    begin: mpsc::Sender<(Arc<Machine>, Option<Launch>)>,
+    news: mpsc::Sender<News>,
     thread: JoinHandle<()>,
 }
 
-/// The thread that tells how the machine was launched.
+/// The same thread, which reports what the machine does.
 #[derive(Debug)]
-#[must_use]
-pub(super) struct Teller(JoinHandle<()>);
+pub(super) struct Reporter(Companion);
 
 impl Companion {
     /// Starts it. What the platform answers to forks will go to `replies`.
     pub(super) fn start(link: &Arc<NodeLink>, replies: mpsc::Sender<ToNode>) -> io::Result<Self> {
-        let (begin, begun) = mpsc::channel();
+        let (news, heard) = mpsc::channel();
         let link = Arc::clone(link);
-        let thread = thread::Builder::new().name("companion".into()).spawn(move || {
+        let thread = threads::background("companion", move || {
             // A shell that ends without having become anything drops its end.
-            if let Ok((machine, launch)) = begun.recv() {
-                accompany(&machine, launch, &link, replies);
+            if let Ok(News::Begun { machine, engine, launch }) = heard.recv() {
+                accompany(&machine, &engine, launch, &link, replies, &heard);
             }
         })?;
-        Ok(Self { begin, thread })
+        Ok(Self { news, thread })
     }
 
     /// Says that the machine runs.
-    pub(super) fn begin(self, machine: Arc<Machine>, launch: Option<Launch>) -> Teller {
-        let Self { begin, thread } = self;
-        if begin.send((Arc::clone(&machine), launch)).is_err() {
-            machine.gate.end(End::Broken("the thread that speaks with the platform is gone".into()));
-        }
-        Teller(thread)
+    pub(super) fn begin(self, machine: Arc<Machine>, engine: Arc<Engine>, launch: Option<Launch>) -> Reporter {
+        let reporter = Reporter(self);
+        reporter.tell(News::Begun { machine, engine, launch });
+        reporter
     }
 }
 
-impl Teller {
+impl Reporter {
+    /// Reports a ring of the doorbell, and clears up after it.
+    pub(super) fn report(&self, served: Served) {
+        self.tell(News::Served(served));
+    }
+
+    fn tell(&self, news: News) {
+        if self.0.news.send(news).is_err() {
+            tracing::warn!("the thread that speaks with the platform is gone: a fork is not reported");
+        }
+    }
+
     /// Waits until all of it is told. A VM that has ended has come to an exit, so that this does not take long.
     pub(super) fn finish(self) {
-        if self.0.join().is_err() {
+        let Companion { news, thread } = self.0;
+        drop(news);
+        if thread.join().is_err() {
             tracing::error!("the thread that speaks with the platform panicked");
         }
     }
 }
 
-fn accompany(machine: &Arc<Machine>, launch: Option<Launch>, link: &Arc<NodeLink>, replies: mpsc::Sender<ToNode>) {
+fn accompany(
+    machine: &Arc<Machine>,
+    engine: &Engine,
+    launch: Option<Launch>,
+    link: &Arc<NodeLink>,
+    replies: mpsc::Sender<ToNode>,
+    news: &mpsc::Receiver<News>,
+) {
     let told = link.send(&ToPlatform::Running, &[]);
     if let Err(error) = listen(machine, link, replies) {
         machine.gate.end(End::Broken(format!("can't start a thread: {error}")));
     }
-    if let Err(error) = told.and_then(|()| tell_launched(machine, launch, link)) {
+    let told = told.and_then(|()| launch.map_or(Ok(()), |launch| report_launch(launch, link)));
+    if let Err(error) = told.and_then(|()| report_forks(engine, link, news)) {
         tracing::debug!(error = chain(&error), "the platform is gone");
         machine.gate.end(End::Orphaned);
+    }
+}
+
+fn report_launch(launch: Launch, link: &NodeLink) -> Result<(), link::Error> {
+    let Launch { seq, mut steps, first_exit, rendezvous } = launch;
+    add_first_run(&mut steps, &first_exit);
+    drop(rendezvous);
+    link.send(&ToPlatform::Launched { seq, steps }, &[])
+}
+
+/// Reports each fork, once the VM has come to its first exit after it, clears up, and gets ready for the next one when there is time.
+fn report_forks(engine: &Engine, link: &NodeLink, news: &mpsc::Receiver<News>) -> Result<(), link::Error> {
+    loop {
+        let heard = news.recv_timeout(CALM).or_else(|error| match error {
+            RecvTimeoutError::Timeout => {
+                engine.get_ready();
+                news.recv()
+            }
+            RecvTimeoutError::Disconnected => Err(RecvError),
+        });
+        let Ok(News::Served(served)) = heard else { return Ok(()) };
+        let Served { mut report, first_exit, remains } = served;
+        add_first_run(&mut report.steps, &first_exit);
+        link.send(&ToPlatform::Report(report), &[])?;
+        if let Some(remains) = remains {
+            engine.clear_away(remains);
+        }
+    }
+}
+
+fn add_first_run(steps: &mut Vec<Timing>, first_exit: &FirstExit) {
+    let began_ns = steps.last().map_or(0, |(_, _, end_ns)| *end_ns);
+    if let Some(exit_ns) = first_exit.wait(FIRST_EXIT_TIMEOUT) {
+        steps.push((Step::FirstRun, began_ns, exit_ns));
     }
 }
 
@@ -91,9 +163,9 @@ fn accompany(machine: &Arc<Machine>, launch: Option<Launch>, link: &Arc<NodeLink
 fn listen(machine: &Arc<Machine>, link: &Arc<NodeLink>, replies: mpsc::Sender<ToNode>) -> io::Result<()> {
     let (input_in, input) = mpsc::channel();
     let console = Arc::clone(machine);
-    thread::Builder::new().name("console-input".into()).spawn(move || feed_console(&console, &input))?;
+    threads::background("console-input", move || feed_console(&console, &input))?;
     let (machine, link) = (Arc::clone(machine), Arc::clone(link));
-    thread::Builder::new().name("platform".into()).spawn(move || {
+    threads::background("platform", move || {
         loop {
             // A receiver that is gone means that the VM is ending.
             let connected = match link.receive() {
@@ -110,16 +182,6 @@ fn listen(machine: &Arc<Machine>, link: &Arc<NodeLink>, replies: mpsc::Sender<To
         }
     })?;
     Ok(())
-}
-
-/// Tells the platform how a copy was launched, once it has come to its first exit.
-fn tell_launched(machine: &Machine, launch: Option<Launch>, link: &NodeLink) -> Result<(), link::Error> {
-    let Some(Launch { seq, mut steps }) = launch else { return Ok(()) };
-    let began_ns = steps.last().map_or(0, |(_, _, end_ns)| *end_ns);
-    if let Some(exit_ns) = machine.first_exit.wait(FIRST_EXIT_TIMEOUT) {
-        steps.push((Step::FirstRun, began_ns, exit_ns));
-    }
-    link.send(&ToPlatform::Launched { seq, steps }, &[])
 }
 
 fn feed_console(machine: &Machine, input: &mpsc::Receiver<Vec<u8>>) {

@@ -11,10 +11,12 @@ use std::{
 use anyhow::{Context, bail};
 
 mod companion;
+mod rehearsal;
 pub mod zygote;
 
 use crate::{
     boot::Payload,
+    error::chain,
     fork::{Child, Engine, Signal},
     kvm::{Hypervisor, Model, Vcpu},
     machine::{self, Config, Machine, Shell},
@@ -52,9 +54,9 @@ pub fn run(
         Err(error) => return Ok(link.send(&ToPlatform::Failed(format!("{error:#}")), &[])?),
     };
     let Ready { machine, vcpus, faults, launch } = ready;
-    let companion = companion.begin(Arc::clone(&machine), launch);
-    let engine = Engine::new(Arc::clone(&machine), Arc::clone(&link), replies, faults);
-    let end = machine::run(&machine, vcpus, |vcpu, command| engine.ring(vcpu, command));
+    let engine = Arc::new(Engine::new(Arc::clone(&machine), Arc::clone(&link), replies, faults));
+    let companion = companion.begin(Arc::clone(&machine), Arc::clone(&engine), launch);
+    let end = machine::run(&machine, vcpus, |vcpu, command| companion.report(engine.ring(vcpu, command)));
     companion.finish();
     match link.send(&ToPlatform::Ended(end), &[]) {
         Ok(()) | Err(link::Error::Closed) => Ok(()),
@@ -71,6 +73,11 @@ fn become_something(
     console: File,
 ) -> anyhow::Result<Ready> {
     let shell = Shell::build(hypervisor, model, config)?;
+    if !link.is_readable()
+        && let Err(error) = rehearsal::rehearse(&shell)
+    {
+        tracing::debug!(error = chain(&error), "a shell did not rehearse its launch, which takes longer now");
+    }
     link.send(&ToPlatform::Ready, &[])?;
     let (order, files) = link.receive().context("no order from the platform")?;
     match order {
@@ -80,14 +87,13 @@ fn become_something(
             let mut payload = Payload { kernel, initrd: files.next(), cmdline };
             let (machine, vcpus) = shell.boot(&mut payload, identity, console)?;
             Signal::to_booted(&machine)?.give(&machine)?;
-            let machine = Arc::new(machine);
-            machine.prepare_spare();
-            Ok(Ready { machine, vcpus, faults, launch: None })
+            Ok(Ready { machine: Arc::new(machine), vcpus, faults, launch: None })
         }
         ToNode::Copy { identity, seq } => {
             let child = Child::from_shell(shell, identity, seq, files, console, || link.is_closed())?;
-            let Child { machine, vcpus, steps } = child;
-            Ok(Ready { machine: Arc::new(machine), vcpus, faults: Vec::new(), launch: Some(Launch { seq, steps }) })
+            let Child { machine, vcpus, steps, rendezvous } = child;
+            let launch = Some(Launch { seq, steps, first_exit: machine.exits.watch(), rendezvous });
+            Ok(Ready { machine: Arc::new(machine), vcpus, faults: Vec::new(), launch })
         }
         other => bail!("the first message of the platform is {other:?}, and no order"),
     }

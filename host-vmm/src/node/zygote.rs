@@ -27,6 +27,7 @@ use crate::{
     error::chain,
     kvm::{Hypervisor, Model},
     machine::Config,
+    threads,
     wire::{LINK_FD, Link, NodeLink, Spawn, Spawned, link},
 };
 
@@ -42,6 +43,8 @@ pub fn main() -> anyhow::Result<()> {
     // SAFETY: the platform starts this process with its end of the connection there; nothing else has used the descriptor yet.
     let socket = unsafe { OwnedFd::from_raw_fd(LINK_FD) };
     let connection = Connection::new(socket);
+    // What all nodes ask for is found out once.
+    threads::processors();
     let host = Hypervisor::open().and_then(|hypervisor| Ok((hypervisor.model()?, hypervisor)));
     let ends = SigSet::from(Signal::SIGCHLD);
     ends.thread_block().context("can't block SIGCHLD")?;

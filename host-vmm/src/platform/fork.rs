@@ -4,6 +4,8 @@ use std::{
     fs::File,
     os::fd::AsFd,
     sync::{Arc, Condvar, Mutex, PoisonError},
+    thread,
+    time::Duration,
 };
 
 use uuid::Uuid;
@@ -20,6 +22,9 @@ use crate::{
     sync::lock,
     wire::{PlatformLink, Step, ToNode},
 };
+
+/// How long children have to themselves before the platform goes on with what nobody waits for.
+const HEAD_START: Duration = Duration::from_millis(1);
 
 /// What a parent asks for.
 #[derive(Debug)]
@@ -85,7 +90,7 @@ impl Fork {
         files: Vec<File>,
     ) -> Result<Arc<Self>, Error> {
         let mut files = files.into_iter();
-        let rendezvous = Rendezvous::open(files.next().ok_or(Error::NoRendezvous)?, order.count)?;
+        let rendezvous = Rendezvous::open(files.next().ok_or(Error::NoRendezvous)?)?;
         let fork = Arc::new(Self { rendezvous, state: Mutex::default(), changed: Condvar::new() });
         if let Err(error) = fork.launch(platform, original, order, &files.collect::<Vec<_>>()) {
             fork.fail(error.code(), chain(&error))?;
@@ -125,7 +130,8 @@ impl Fork {
             nodes.push(node);
             sent.map_err(|source| Error::Node { name: identity.name, source })?;
         }
-        // The children are at work: what serves them comes after their orders.
+        // The children are at work. What serves them can wait, and should not take the processor away from them.
+        thread::sleep(HEAD_START);
         nodes.into_iter().try_for_each(Node::serve)
     }
 
@@ -154,6 +160,11 @@ impl Fork {
     pub(super) fn child_runs(&self) {
         lock(&self.state).left -= 1;
         self.changed.notify_all();
+    }
+
+    /// Whether each of its children runs, or is gone.
+    pub(super) fn is_over(&self) -> bool {
+        lock(&self.state).left == 0
     }
 
     /// Ends the children, unless they run, waits until nothing is left of them, and says why it had to come to that.

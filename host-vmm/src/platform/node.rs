@@ -82,7 +82,9 @@ impl Node {
     /// Serves it on a thread of its own until its VM ends.
     pub(super) fn serve(self) -> Result<(), Error> {
         let thread = thread::Builder::new().name(self.identity.name.clone()).stack_size(STACK_BYTES);
+        let platform = Arc::clone(&self.platform);
         thread.spawn(move || self.serve_until_its_end()).map_err(Error::Start)?;
+        platform.pool.refill();
         Ok(())
     }
 
@@ -126,7 +128,8 @@ impl Node {
                 self.link.send(&ToNode::Aborted { code: code.number(), why }, &[]).map_err(failed)?;
             }
             ToPlatform::Report(report) => {
-                self.fork = None;
+                // The next fork may be under way already.
+                self.fork.take_if(|fork| fork.is_over());
                 self.platform.events.write(&Event::Forked { parent: &self.identity, report: &report });
             }
             ToPlatform::Ended(end) => self.end = Some(end),

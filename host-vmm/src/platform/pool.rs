@@ -84,23 +84,34 @@ impl Pool {
         let Some(shelf) = shelves.by_shape.get_mut(&config) else { return Vec::new() };
         shelf.asked = Instant::now();
         shelf.refill = shelf.asked + REFILL_DELAY;
-        let (alive, dead): (Vec<_>, Vec<_>) = std::mem::take(&mut shelf.shells).into_iter().partition(is_alive);
-        shelf.shells = alive;
+        let (mut taken, mut unbuilt, mut dead) = (Vec::with_capacity(count), Vec::new(), Vec::new());
+        while taken.len() < count
+            && let Some(shell) = shelf.shells.pop()
+        {
+            match look_at(&shell) {
+                Look::Built => taken.push(shell),
+                Look::Unbuilt => unbuilt.push(shell),
+                Look::Dead => dead.push(shell),
+            }
+        }
         // Those that are built come first.
-        shelf.shells.sort_by_key(|shell| !is_built(shell));
-        let taken = shelf.shells.drain(..count.min(shelf.shells.len())).collect();
+        taken.extend(unbuilt.drain(..unbuilt.len().min(count - taken.len())));
+        shelf.shells.append(&mut unbuilt);
         drop(shelves);
         dead.iter().for_each(tell_why);
-        self.changed.notify_all();
         taken
     }
 
-    /// Says that there is one more VM of this shape.
+    /// Says that there is one more VM of this shape. [`Pool::refill`] is to be called once that has what it needs.
     pub(super) fn add_user(&self, config: Config) {
         let now = Instant::now();
         let mut shelves = lock(&self.shelves);
         let shelf = shelves.by_shape.entry(config);
         shelf.or_insert_with(|| Shelf { shells: Vec::new(), users: 0, asked: now, refill: now }).users += 1;
+    }
+
+    /// Wakes up the thread that fills the shelves.
+    pub(super) fn refill(&self) {
         self.changed.notify_all();
     }
 
@@ -190,10 +201,6 @@ fn fill(platform: &Weak<Platform>) {
     }
 }
 
-fn is_alive(shell: &Shell) -> bool {
-    !shell.link.is_closed()
-}
-
 /// Logs why a shell has ended: it may have said so.
 fn tell_why(shell: &Shell) {
     let why = loop {
@@ -207,8 +214,22 @@ fn tell_why(shell: &Shell) {
     tracing::warn!(pid = shell.process.pid(), why, "a ready shell has ended");
 }
 
-/// Whether a shell has been built, as far as can be told without waiting.
-fn is_built(shell: &Shell) -> bool {
+/// What is to be seen of a shell without waiting.
+enum Look {
+    Built,
+    Unbuilt,
+    Dead,
+}
+
+fn look_at(shell: &Shell) -> Look {
     let mut fds = [PollFd::new(shell.link.as_fd(), PollFlags::POLLIN)];
-    poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+    let seen = poll(&mut fds, PollTimeout::ZERO).ok().and_then(|_| fds[0].revents()).unwrap_or(PollFlags::empty());
+    if seen.intersects(PollFlags::POLLHUP | PollFlags::POLLERR) {
+        Look::Dead
+    } else if seen.contains(PollFlags::POLLIN) {
+        // It has said that it stands ready.
+        Look::Built
+    } else {
+        Look::Unbuilt
+    }
 }

@@ -13,7 +13,7 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::{
         socket::{
-            AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, Shutdown, SockFlag, SockType, recvmsg,
+            AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, Shutdown, SockFlag, SockType, recv, recvmsg,
             sendmsg, setsockopt, shutdown, socketpair, sockopt,
         },
         time::TimeVal,
@@ -107,29 +107,35 @@ impl<S: Serialize, R: DeserializeOwned> Link<S, R> {
     /// # Errors
     /// [`Error`].
     pub fn receive(&self) -> Result<(R, Vec<File>), Error> {
-        let mut bytes = vec![0; MAX_BYTES];
+        let length = self.wait_length()?;
+        let mut bytes = vec![0; length];
         let mut control = cmsg_space!([RawFd; MAX_FILES]);
-        let (length, truncated, files) = loop {
-            let mut buffers = [IoSliceMut::new(&mut bytes)];
-            let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-            match recvmsg::<()>(self.socket.as_raw_fd(), &mut buffers, Some(&mut control), flags) {
-                Ok(message) => {
-                    let files = take_files(message.cmsgs().map_err(|_| Error::Truncated)?);
-                    break (message.bytes, message.flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC), files);
-                }
-                Err(nix::Error::EINTR) => {}
-                Err(nix::Error::ECONNRESET) => return Err(Error::Closed),
-                Err(nix::Error::EAGAIN) => return Err(Error::Timeout),
-                Err(errno) => return Err(Error::Io { operation: "receive", source: errno.into() }),
-            }
-        };
-        if length == 0 {
-            return Err(Error::Closed);
-        }
-        if truncated {
+        let mut buffers = [IoSliceMut::new(&mut bytes)];
+        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+        // It is there: this does not wait.
+        let message = recvmsg::<()>(self.socket.as_raw_fd(), &mut buffers, Some(&mut control), flags);
+        let message = message.map_err(receive_failed)?;
+        let truncated = message.flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC);
+        let files = take_files(message.cmsgs().map_err(|_| Error::Truncated)?);
+        if truncated || message.bytes != length {
             return Err(Error::Truncated);
         }
-        Ok((codec::decode(&bytes[..length]).map_err(Error::Malformed)?, files))
+        Ok((codec::decode(&bytes).map_err(Error::Malformed)?, files))
+    }
+
+    /// Waits for a message, leaves it where it is, and says how long it is: most are short, and a buffer for the longest costs tens of
+    /// microseconds to clear.
+    fn wait_length(&self) -> Result<usize, Error> {
+        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_TRUNC;
+        loop {
+            return match recv(self.socket.as_raw_fd(), &mut [], flags) {
+                Ok(0) => Err(Error::Closed),
+                Ok(length) if length > MAX_BYTES => Err(Error::Truncated),
+                Ok(length) => Ok(length),
+                Err(nix::Error::EINTR) => continue,
+                Err(errno) => Err(receive_failed(errno)),
+            };
+        }
     }
 
     /// Breaks the connection: whoever waits on either side learns that it is closed.
@@ -144,6 +150,12 @@ impl<S: Serialize, R: DeserializeOwned> Link<S, R> {
     pub fn is_closed(&self) -> bool {
         let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::empty())];
         // POLLHUP and POLLERR are told unasked. A call that fails tells nothing.
+        poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+    }
+
+    /// Whether a message waits to be received, or the other side is gone.
+    pub fn is_readable(&self) -> bool {
+        let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
         poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
 
@@ -163,6 +175,14 @@ impl<S: Serialize, R: DeserializeOwned> Link<S, R> {
 impl<S, R> AsFd for Link<S, R> {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
+    }
+}
+
+fn receive_failed(errno: nix::Error) -> Error {
+    match errno {
+        nix::Error::ECONNRESET => Error::Closed,
+        nix::Error::EAGAIN => Error::Timeout,
+        errno => Error::Io { operation: "receive", source: errno.into() },
     }
 }
 

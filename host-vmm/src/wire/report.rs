@@ -54,7 +54,7 @@ steps! {
     Commit "commit" Internal;
     /// Write the role, and let the vCPUs go on.
     Thaw "thaw" Internal;
-    /// Child: run until the first exit.
+    /// Run until the first exit.
     FirstRun "first-run" Internal;
 }
 

@@ -1,0 +1,32 @@
+//! Threads: vCPUs come first.
+
+use std::{
+    io,
+    sync::OnceLock,
+    thread::{self, JoinHandle},
+};
+
+/// Number of processors that this process may use, as it was when it was first asked for: finding out takes 100 us.
+pub(crate) fn processors() -> usize {
+    static PROCESSORS: OnceLock<usize> = OnceLock::new();
+    *PROCESSORS.get_or_init(|| thread::available_parallelism().map_or(1, usize::from))
+}
+
+/// Starts a thread for work that nobody waits for. When it wakes up it takes no processor from a thread that runs a vCPU
+/// (SCHED_BATCH): it finds another one, or waits for its turn.
+///
+/// # Errors
+/// Where the system has no room for a thread.
+pub(crate) fn background<T: Send + 'static>(
+    name: &str,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<JoinHandle<T>> {
+    thread::Builder::new().name(name.to_owned()).spawn(|| {
+        let parameters = libc::sched_param { sched_priority: 0 };
+        // SAFETY: the call reads one struct that lives across it, and is about the calling thread alone.
+        if unsafe { libc::sched_setscheduler(0, libc::SCHED_BATCH, &raw const parameters) } != 0 {
+            tracing::debug!(error = %io::Error::last_os_error(), "a background thread stays as important as others");
+        }
+        work()
+    })
+}
