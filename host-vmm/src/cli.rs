@@ -46,6 +46,9 @@ pub struct Run {
     /// Guest memory: bytes, or with K, M or G.
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = memory_size)]
     pub mem: u64,
+    /// Take all of the guest's memory from the host before the guest starts, instead of page by page when it is used.
+    #[arg(long)]
+    pub prealloc: bool,
     /// Number of vCPUs.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
     pub cpus: u8,

@@ -12,6 +12,15 @@ pub(crate) fn processors() -> usize {
     *PROCESSORS.get_or_init(|| thread::available_parallelism().map_or(1, usize::from))
 }
 
+/// Has all threads allocate from one heap. With a heap for each, as glibc does it, a thread that allocates little costs 40 us more to
+/// start, and 20 KiB.
+pub(crate) fn share_one_heap() {
+    // SAFETY: the call changes a setting of the allocator, from the one thread that there is.
+    if unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) } == 0 {
+        tracing::debug!("the allocator keeps a heap for each thread");
+    }
+}
+
 /// Starts a thread for work that nobody waits for. When it wakes up it takes no processor from a thread that runs a vCPU
 /// (SCHED_BATCH): it finds another one, or waits for its turn.
 ///

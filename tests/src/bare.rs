@@ -3,10 +3,12 @@
 //! It is an ELF file that `host-vmm run --kernel` boots like any other. It needs a few hundred instructions, so that it runs on a
 //! KVM that emulates guest kernel code too.
 
-use std::{arch::global_asm, io::Write, slice};
+use std::{arch::global_asm, slice};
 
 use tempfile::NamedTempFile;
 use vmfork_abi::{PAGE, Request, pad_text};
+
+use crate::elf;
 
 /// Where `host-vmm` puts the control page, and listens for the doorbell. A guest would find both by CPUID.
 pub const CONTROL_PAGE: u64 = 0xd000_0000;
@@ -216,27 +218,9 @@ impl Script {
     /// # Panics
     /// Where the file can't be written.
     pub fn to_kernel(&self) -> NamedTempFile {
-        /// Where it is loaded: behind the first MiB.
-        const ADDRESS: u64 = 0x20_0000;
-        const HEADERS: u64 = 64 + 56;
         let mut content = machine_code().to_vec();
         content.extend(self.steps.iter().chain([&[0; 3]]).flatten().flat_map(|word| word.to_le_bytes()));
-        let length = content.len() as u64;
-        let mut file = NamedTempFile::with_prefix("bare-").expect("a temporary file");
-        let words = |words: &[u64]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>();
-        let elf = [
-            // e_ident: 64-bit, little-endian. Then ET_EXEC, EM_X86_64, version 1.
-            words(&[0x0001_0102_464c_457f, 0, 0x0000_0001_003e_0002]),
-            // e_entry, e_phoff, e_shoff.
-            words(&[ADDRESS, 64, 0]),
-            // e_flags and e_ehsize; e_phentsize 56, one program header; no sections.
-            words(&[0x0038_0040_0000_0000, 0x0000_0040_0000_0001]),
-            // PT_LOAD, readable, writable and executable; offset, two addresses, two sizes, alignment.
-            words(&[0x0000_0007_0000_0001, HEADERS, ADDRESS, ADDRESS, length, length, 16]),
-            content,
-        ];
-        file.write_all(&elf.concat()).expect("a kernel file that can be written");
-        file
+        elf::kernel(&content)
     }
 }
 

@@ -58,6 +58,13 @@ impl Vmm {
         self
     }
 
+    /// Adds an option that takes no value.
+    #[must_use]
+    pub fn flag(mut self, name: &str) -> Self {
+        self.arguments.push(name.to_owned());
+        self
+    }
+
     /// Adds words to the kernel's command line.
     #[must_use]
     pub fn cmdline(mut self, words: &str) -> Self {
@@ -142,6 +149,14 @@ impl Running {
         Ok(nodes)
     }
 
+    /// Waits for the next event that nobody has waited for yet.
+    ///
+    /// # Errors
+    /// As [`Running::wait_for`].
+    pub fn next_event(&mut self) -> anyhow::Result<Value> {
+        self.events.recv_timeout(PATIENCE).context("no further event: host-vmm has ended, or nothing happens")
+    }
+
     /// Waits for the first event, from the start on, from which `pick` makes something.
     ///
     /// # Errors
@@ -203,8 +218,15 @@ impl Running {
     /// # Errors
     /// Where `host-vmm` takes none.
     pub fn type_line(&mut self, line: &str) -> anyhow::Result<()> {
-        let stdin = self.stdin.as_mut().context("standard input is closed")?;
-        Ok(stdin.write_all(format!("{line}\n").as_bytes())?)
+        self.type_bytes(format!("{line}\n").as_bytes())
+    }
+
+    /// Types any bytes.
+    ///
+    /// # Errors
+    /// Where `host-vmm` takes none.
+    pub fn type_bytes(&mut self, bytes: &[u8]) -> anyhow::Result<()> {
+        Ok(self.stdin.as_mut().context("standard input is closed")?.write_all(bytes)?)
     }
 
     /// Sends `host-vmm` a signal.

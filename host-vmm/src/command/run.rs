@@ -45,6 +45,7 @@ pub fn run(options: cli::Run) -> anyhow::Result<ExitCode> {
     let create = |path: &Path| File::create(path).with_context(|| format!("can't create {}", path.display()));
     let boot = Boot {
         config: Config { ram_bytes: options.mem, vcpus: options.cpus },
+        prealloc: options.prealloc,
         name: options.name,
         kernel: open("kernel", &options.kernel)?,
         initrd: options.initrd.as_deref().map(|path| open("initrd", path)).transpose()?,

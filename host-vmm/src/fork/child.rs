@@ -83,6 +83,7 @@ impl Child {
         is_alone: impl Fn() -> bool,
     ) -> Result<(Machine, Vec<Vcpu>, Vec<Timing>), Error> {
         let mut timeline = Timeline::new(None);
+        let siblings = identity.count;
         let (state, image) = timeline.time(Step::HandOver, || -> Result<_, Error> {
             let state = rendezvous.wait_state(&is_alone)?;
             Ok(capsule::unpack(&state, &files)?)
@@ -91,7 +92,7 @@ impl Child {
             timeline.time(Step::Restore, || shell.restore(&state, Arc::new(image), identity, console))?;
         let signal = Signal::to_child(&machine, seq)?;
         timeline.time(Step::Launch, || {
-            rendezvous.arrive()?;
+            rendezvous.arrive(siblings)?;
             rendezvous.wait_commit(&is_alone)
         })?;
         timeline.time(Step::Thaw, || signal.give(&machine))?;

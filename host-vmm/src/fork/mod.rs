@@ -164,8 +164,8 @@ impl Engine {
     pub fn clear_away(&self, remains: Remains) {
         let Remains { rendezvous, page_map, left_behind, .. } = remains;
         drop((rendezvous, page_map));
-        if let Some(Err(error)) = left_behind.map(|left_behind| left_behind.clear_away(&self.machine)) {
-            tracing::warn!(error = chain(&error), "an image could not be sealed for good");
+        if let Some(left_behind) = left_behind {
+            left_behind.clear_away(&self.machine);
         }
     }
 

@@ -177,13 +177,13 @@ impl Rendezvous {
         Ok(state)
     }
 
-    /// Says that one more child is ready to run.
+    /// Says that one more child of `count` is ready to run. The last one wakes the parent.
     ///
     /// # Errors
     /// [`Error::Memory`] never, for as long as the layout is right.
-    pub fn arrive(&self) -> Result<(), Error> {
-        self.word(ARRIVALS)?.fetch_add(1, Ordering::AcqRel);
-        self.wake(ARRIVALS)
+    pub fn arrive(&self, count: u32) -> Result<(), Error> {
+        let before = self.word(ARRIVALS)?.fetch_add(1, Ordering::AcqRel);
+        if before.wrapping_add(1) >= count { self.wake(ARRIVALS) } else { Ok(()) }
     }
 
     /// Says that a child will not come.
@@ -304,7 +304,7 @@ mod tests {
                     let child = Rendezvous::open(parent.file().try_clone().unwrap()).unwrap().with_children(count);
                     scope.spawn(move || {
                         assert_eq!(child.wait_state(|| false).unwrap(), b"state");
-                        child.arrive().unwrap();
+                        child.arrive(count).unwrap();
                         child.wait_commit(|| false).unwrap();
                     });
                 }
@@ -332,7 +332,7 @@ mod tests {
     #[test]
     fn nobody_waits_for_those_that_do_not_come() {
         let (parent, child) = pair(2);
-        child.arrive().unwrap();
+        child.arrive(2).unwrap();
         assert!(matches!(parent.wait_arrivals(2, Duration::from_millis(1), || false), Err(Error::Gone)));
         assert!(matches!(child.wait_state(|| true), Err(Error::Gone)));
         child.fail().unwrap();

@@ -85,8 +85,8 @@ impl Vcpu {
         })
     }
 
-    /// Gets ready to take a state: remembers what the vCPU holds by itself, so that [`Vcpu::restore`] need only write the rest. Each
-    /// call on a vCPU costs microseconds, whatever it does.
+    /// Gets ready to take a state, where there is time for it: remembers what the vCPU holds by itself, so that [`Vcpu::restore`] need
+    /// only write the rest. Each call on a vCPU costs microseconds, whatever it does.
     ///
     /// # Errors
     /// As [`Vcpu::save`].
@@ -100,8 +100,8 @@ impl Vcpu {
         self.fresh.as_deref()
     }
 
-    /// Writes the state into a settled vCPU that has run no guest code yet, and whose VM's state is restored. What the vCPU holds
-    /// already is left out.
+    /// Writes the state into a vCPU that has run no guest code yet, and whose VM's state is restored. What it is known to hold already is
+    /// left out.
     ///
     /// CPUID comes first: it decides what else KVM accepts. The segment registers carry the APIC's mode, so they come before
     /// the local APIC; the TSC deadline is armed once TSC and local APIC are right; pending events come last, since
@@ -110,32 +110,33 @@ impl Vcpu {
     /// # Errors
     /// The first call that fails: none is swallowed.
     pub fn restore(&mut self, state: &VcpuState, time: Time) -> Result<(), Error> {
-        let fresh = self.fresh.take().ok_or_else(|| self.unfit("it is not settled, or has been restored before"))?;
+        let fresh = self.fresh.take();
+        let holds = |same: &dyn Fn(&VcpuState) -> bool| fresh.as_deref().is_some_and(same);
         if state.cpuid != self.cpuid {
             self.set_cpuid(state.cpuid.clone())?;
         }
         self.msrs = state.msrs.iter().map(|msr| msr.index).collect();
         let fd = &self.fd;
-        if state.mp_state != fresh.mp_state {
+        if !holds(&|fresh| fresh.mp_state == state.mp_state) {
             fd.set_mp_state(state.mp_state).map_err(self.call("KVM_SET_MP_STATE"))?;
         }
         fd.set_sregs(&self.settable(state.sregs)).map_err(self.call("KVM_SET_SREGS"))?;
         fd.set_regs(&state.regs).map_err(self.call("KVM_SET_REGS"))?;
-        if state.xsave != fresh.xsave {
+        if !holds(&|fresh| fresh.xsave == state.xsave) {
             self.restore_xsave(&state.xsave)?;
         }
-        if let Some(xcrs) = state.xcrs.filter(|_| state.xcrs != fresh.xcrs) {
+        if let Some(xcrs) = state.xcrs.filter(|_| !holds(&|fresh| fresh.xcrs == state.xcrs)) {
             fd.set_xcrs(&xcrs).map_err(self.call("KVM_SET_XCRS"))?;
         }
-        if state.debugregs != fresh.debugregs {
+        if !holds(&|fresh| fresh.debugregs == state.debugregs) {
             fd.set_debug_regs(&state.debugregs).map_err(self.call("KVM_SET_DEBUGREGS"))?;
         }
-        if state.lapic != fresh.lapic {
+        if !holds(&|fresh| fresh.lapic == state.lapic) {
             fd.set_lapic(&state.lapic).map_err(self.call("KVM_SET_LAPIC"))?;
         }
-        self.restore_msrs(state, &fresh, time)?;
+        self.restore_msrs(state, fresh.as_deref(), time)?;
         // Writing the registers has dropped what was pending; a vCPU on which nothing is pending has nothing to be told.
-        if state.events != fresh.events {
+        if !holds(&|fresh| fresh.events == state.events) {
             fd.set_vcpu_events(&state.events).map_err(self.call("KVM_SET_VCPU_EVENTS"))?;
         }
         self.tell_paused()
@@ -192,16 +193,11 @@ impl Vcpu {
 
     /// Writes the registers whose value is not a fresh vCPU's. Of those that only describe the CPU, many can't be written, and need
     /// not be.
-    fn restore_msrs(&self, state: &VcpuState, fresh: &VcpuState, time: Time) -> Result<(), Error> {
-        let same_registers = state.msrs.iter().map(|msr| msr.index).eq(fresh.msrs.iter().map(|msr| msr.index));
-        let read;
-        let held = if same_registers {
-            &fresh.msrs
-        } else {
-            // A state from a kernel that knows other registers.
-            read = self.read_msrs(&self.msrs)?;
-            &read
-        };
+    fn restore_msrs(&self, state: &VcpuState, fresh: Option<&VcpuState>, time: Time) -> Result<(), Error> {
+        let registers = || state.msrs.iter().map(|msr| msr.index);
+        let known = fresh.filter(|fresh| fresh.msrs.iter().map(|msr| msr.index).eq(registers()));
+        let read = if known.is_none() { self.read_msrs(&self.msrs)? } else { Vec::new() };
+        let held = known.map_or(&read, |fresh| &fresh.msrs);
         let changed = state.msrs.iter().zip(held).filter(|(saved, held)| saved != held).map(|(saved, _)| *saved);
         let mut changed: Vec<Msr> = changed.collect();
         changed.sort_by_key(|msr| match msr.index {

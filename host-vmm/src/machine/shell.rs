@@ -68,11 +68,18 @@ impl Shell {
     /// # Errors
     /// [`Error`]: whatever could not be made.
     pub fn build(hypervisor: &Hypervisor, host: &Model, config: Config) -> Result<Self, Error> {
-        let mut shell = Self::build_around(hypervisor, host, config, ControlPage::new()?)?;
-        if let Some(first) = shell.vcpus.first_mut() {
-            shell.control_page.with_code(&WARM_UP, || first.warm_up(CONTROL_PAGE))??;
+        Self::build_around(hypervisor, host, config, ControlPage::new()?)
+    }
+
+    /// Does beforehand, where there is time, what would make its launch take longer.
+    ///
+    /// # Errors
+    /// [`Error::Kvm`].
+    pub fn warm_up(&mut self) -> Result<(), Error> {
+        if let Some(first) = self.vcpus.first_mut() {
+            self.control_page.with_code(&WARM_UP, || first.warm_up(CONTROL_PAGE))??;
         }
-        shell.settle()
+        self.settle()
     }
 
     /// Builds one that shares the control page of a machine of this process: a place for that machine to go on in.
@@ -82,7 +89,9 @@ impl Shell {
     pub fn build_spare(machine: &Machine) -> Result<Self, Error> {
         let hypervisor = Hypervisor::open()?;
         let model = hypervisor.model()?;
-        Self::build_around(&hypervisor, &model, machine.config, machine.control_page.clone())?.settle()
+        let mut spare = Self::build_around(&hypervisor, &model, machine.config, machine.control_page.clone())?;
+        spare.settle()?;
+        Ok(spare)
     }
 
     /// Makes the VM, its memory slots, its interrupt controllers and its vCPUs, in the order that costs no waiting (see [`Vm::map`]).
@@ -111,10 +120,9 @@ impl Shell {
         Ok(Self { config, vm, vcpus, mapping, control_page })
     }
 
-    fn settle(mut self) -> Result<Self, Error> {
+    fn settle(&mut self) -> Result<(), Error> {
         self.vm.settle()?;
-        self.vcpus.iter_mut().try_for_each(Vcpu::settle)?;
-        Ok(self)
+        Ok(self.vcpus.iter_mut().try_for_each(Vcpu::settle)?)
     }
 
     /// What it holds by itself, as a state that a machine could be restored from; `None` before it is settled.
@@ -123,13 +131,23 @@ impl Shell {
         Some(MachineState { config: self.config, vm: self.vm.save().ok()?, vcpus, devices: DevicesState::power_on() })
     }
 
-    /// Makes it a machine at the entry of a kernel. Its console writes to `console`.
+    /// Makes it a machine at the entry of a kernel. Its console writes to `console`. With `prealloc`, all of its memory is taken from the
+    /// host now.
     ///
     /// # Errors
     /// [`Error`]: whatever does not fit.
-    pub fn boot(self, payload: &mut Payload, identity: VmIdentity, console: File) -> Result<Built, Error> {
+    pub fn boot(
+        self,
+        payload: &mut Payload,
+        prealloc: bool,
+        identity: VmIdentity,
+        console: File,
+    ) -> Result<Built, Error> {
         let Self { config, vm, vcpus, mapping, control_page } = self;
         let memory = View::own(mapping)?;
+        if prealloc {
+            memory.mapping().populate(0, memory.mapping().bytes())?;
+        }
         let file = memory.own_file().ok_or(Error::Mismatch("a booted VM's memory is its own"))?;
         let entry = boot::load(payload, file, config.ram_bytes, config.vcpus)?;
         // The others wait to be started by the first one.

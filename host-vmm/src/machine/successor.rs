@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     kvm::{Time, Vcpu, Vm},
-    memory::{self, Image, View},
+    memory::{Image, View},
     sync::lock,
 };
 
@@ -74,16 +74,11 @@ pub struct LeftBehind {
 }
 
 impl LeftBehind {
-    /// Takes it down, and seals the image for good. It takes a while for a large memory.
-    ///
-    /// # Errors
-    /// [`memory::Error`] where the image can't be sealed: somebody still has it mapped writable.
-    pub fn clear_away(self, machine: &Machine) -> Result<(), memory::Error> {
+    /// Takes it down: then nobody can write to the image any more. It takes a while for a large memory.
+    pub fn clear_away(self, machine: &Machine) {
         let Self { vm, view } = self;
         drop(machine.gate.take_left_behind());
         drop(vm);
-        let file = view.own_file().map(Arc::clone);
         drop(view);
-        file.map_or(Ok(()), |file| memory::seal_for_good(&file))
     }
 }

@@ -34,6 +34,10 @@ const WINDOW: Range<usize> = 0x2000_0000_0000..0x2a00_0000_0000;
 /// Alignment of a mapping in bytes: a huge page of the guest's memory is then one of this process's too.
 const ALIGNMENT: usize = 2 << 20;
 
+/// Bytes that are unmapped at once: nothing else can be mapped meanwhile, and a parent's next fork must not wait until all that it has
+/// left behind is gone (measured: 0.5 s for 8 GiB).
+const UNMAPPED_AT_ONCE: usize = 16 << 20;
+
 /// Bytes that are copied at once.
 const WORD: usize = 64;
 
@@ -150,12 +154,9 @@ impl Mapping {
     /// # Errors
     /// [`Error::Invalid`] where the range is not within the mapping, [`Error::Map`] where there is no memory for it, or none is mapped.
     pub fn populate(&self, at: usize, bytes: usize) -> Result<(), Error> {
-        let fail = |errno: nix::Error| Error::Map { what: "present pages", bytes, source: errno.into() };
         self.check(at, bytes)?;
-        // SAFETY: the address lies within the mapping, as just checked.
-        let start = unsafe { self.start.byte_add(at) };
-        // SAFETY: populating changes no content; the range is within this mapping.
-        unsafe { madvise(start, bytes, MmapAdvise::MADV_POPULATE_WRITE) }.map_err(fail)
+        let start = self.start.addr().get() + at;
+        touch(start..start + bytes, Access::Write)
     }
 
     /// Copies bytes from another mapping. Of the source, all must be mapped, and nobody may write to it meanwhile.
@@ -227,26 +228,42 @@ impl Mapping {
     }
 }
 
-/// Makes pages of any mapping of this process present for reading, for as far as there is one (MADV_POPULATE_READ).
+/// What pages are asked for to be used for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// To be read, or run.
+    Read,
+    /// To be written to.
+    Write,
+}
+
+/// Makes pages of any mapping of this process present (MADV_POPULATE_READ, MADV_POPULATE_WRITE). What they hold stays as it is.
 ///
 /// # Errors
-/// [`Error::Map`] where the pages can't be read.
-pub fn touch(range: Range<usize>) -> Result<(), Error> {
+/// [`Error::Map`] where something of the range is not mapped, or not for this access.
+pub fn touch(range: Range<usize>, access: Access) -> Result<(), Error> {
     let fail = |source: nix::Error| Error::Map { what: "touched memory", bytes: range.len(), source: source.into() };
     let start = NonNull::new(std::ptr::without_provenance_mut(range.start)).ok_or_else(|| fail(nix::Error::EINVAL))?;
+    let advice = match access {
+        Access::Read => MmapAdvise::MADV_POPULATE_READ,
+        Access::Write => MmapAdvise::MADV_POPULATE_WRITE,
+    };
     // SAFETY: it changes no content, and is an error where nothing is mapped.
-    unsafe { madvise(start, range.len(), MmapAdvise::MADV_POPULATE_READ) }.map_err(fail)
+    unsafe { madvise(start, range.len(), advice) }.map_err(fail)
 }
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: the range is this value's own, holds no Rust object, and nobody uses it any more.
-        match unsafe { munmap(self.start, self.bytes) } {
-            Ok(()) => drop(lock(&TAKEN).remove(&self.start.addr().get())),
-            Err(errno) => {
+        for at in (0..self.bytes).step_by(UNMAPPED_AT_ONCE) {
+            // SAFETY: the address lies within the range.
+            let start = unsafe { self.start.byte_add(at) };
+            // SAFETY: the range is this value's own, holds no Rust object, and nobody uses it any more.
+            if let Err(errno) = unsafe { munmap(start, UNMAPPED_AT_ONCE.min(self.bytes - at)) } {
                 tracing::error!(%errno, self.bytes, "munmap failed: the range is lost until this process ends");
+                return;
             }
         }
+        lock(&TAKEN).remove(&self.start.addr().get());
     }
 }
 

@@ -84,8 +84,11 @@ pub(super) fn seal_unmapped(name: &str, file: &File) -> Result<(), Error> {
     add(name, file, seals)
 }
 
-/// Forbids every *new* way to write the file: `write`, and writable shared mappings (F_SEAL_FUTURE_WRITE). One that exists stays
-/// writable. Unlike F_SEAL_WRITE this walks no pages, so that it takes no time.
+/// Forbids every *new* way to write the file: `write`, and writable shared mappings (F_SEAL_FUTURE_WRITE). A mapping that exists stays
+/// writable; once that is gone, the file is immutable.
+///
+/// F_SEAL_WRITE could be added then, and would promise no more. It walks all pages, though (40 ms for 8 GiB), and fails where somebody
+/// just looks at one: a KVM that makes a page of the image present in a child (EBUSY; measured).
 pub(super) fn seal_future(name: &str, file: &File) -> Result<(), Error> {
     add(name, file, SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK | FUTURE_WRITE)
 }

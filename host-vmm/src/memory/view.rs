@@ -184,11 +184,6 @@ pub fn delta_file() -> Result<File, Error> {
     memfd::unsealed(DELTA_NAME, 0)
 }
 
-/// Seals a file for good.
-pub fn seal_for_good(file: &File) -> Result<(), Error> {
-    memfd::seal_unmapped(RAM_NAME, file)
-}
-
 fn to_usize(bytes: u64) -> Result<usize, Error> {
     usize::try_from(bytes).map_err(|_| Error::Invalid("the memory's size is out of range"))
 }

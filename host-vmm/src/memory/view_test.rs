@@ -38,9 +38,8 @@ fn freeze(view: &View) -> Arc<Image> {
 fn fork(view: &mut View) -> View {
     let image = freeze(view);
     let child = View::of_image(Arc::clone(&image), reserved()).unwrap();
-    if let Some(file) = view.own_file().cloned() {
+    if view.own_file().is_some() {
         *view = View::of_image(image, reserved()).unwrap();
-        seal_for_good(&file).unwrap();
     }
     child
 }

@@ -27,6 +27,9 @@ const INPUT_RETRY: Duration = Duration::from_millis(5);
 /// How long a VM that shows no sign of life is waited for until its fork is reported without one.
 const FIRST_EXIT_TIMEOUT: Duration = Duration::from_secs(1);
 
+/// How long a copy is left alone, unless it comes to an exit before.
+const HEAD_START: Duration = Duration::from_millis(2);
+
 /// How long nothing must have happened until there is time to get ready for the next fork.
 const CALM: Duration = Duration::from_millis(20);
 
@@ -114,6 +117,10 @@ fn accompany(
     replies: mpsc::Sender<ToNode>,
     news: &mpsc::Receiver<News>,
 ) {
+    // A copy comes first. What is told of it can wait for a moment.
+    if let Some(launch) = &launch {
+        launch.first_exit.wait(HEAD_START);
+    }
     let told = link.send(&ToPlatform::Running, &[]);
     if let Err(error) = listen(machine, link, replies) {
         machine.gate.end(End::Broken(format!("can't start a thread: {error}")));
@@ -159,29 +166,50 @@ fn add_first_run(steps: &mut Vec<Timing>, first_exit: &FirstExit) {
     }
 }
 
-/// Starts the threads that take what the platform says.
+/// Starts the thread that takes what the platform says.
 fn listen(machine: &Arc<Machine>, link: &Arc<NodeLink>, replies: mpsc::Sender<ToNode>) -> io::Result<()> {
-    let (input_in, input) = mpsc::channel();
-    let console = Arc::clone(machine);
-    threads::background("console-input", move || feed_console(&console, &input))?;
     let (machine, link) = (Arc::clone(machine), Arc::clone(link));
     threads::background("platform", move || {
-        loop {
-            // A receiver that is gone means that the VM is ending.
-            let connected = match link.receive() {
-                Ok((ToNode::Input(bytes), _)) => input_in.send(bytes).is_ok(),
-                Ok((reply, _)) => replies.send(reply).is_ok(),
-                Err(error) => {
-                    tracing::debug!(error = chain(&error), "the platform is gone");
-                    false
-                }
-            };
-            if !connected {
-                return machine.gate.end(End::Orphaned);
-            }
-        }
+        let end = match take_messages(&machine, &link, &replies) {
+            Ok(()) => End::Orphaned,
+            Err(error) => End::Broken(format!("can't start a thread: {error}")),
+        };
+        machine.gate.end(end);
     })?;
     Ok(())
+}
+
+/// Takes messages until the platform is gone.
+fn take_messages(machine: &Arc<Machine>, link: &NodeLink, replies: &mpsc::Sender<ToNode>) -> io::Result<()> {
+    // Few VMs ever get console input. The guest may not take it for long, so that it needs a thread of its own.
+    let mut console: Option<mpsc::Sender<Vec<u8>>> = None;
+    loop {
+        // A receiver that is gone means that the VM is ending.
+        let connected = match link.receive() {
+            Ok((ToNode::Input(bytes), _)) => {
+                let console = match &mut console {
+                    Some(console) => console,
+                    none => none.insert(start_console(machine)?),
+                };
+                console.send(bytes).is_ok()
+            }
+            Ok((reply, _)) => replies.send(reply).is_ok(),
+            Err(error) => {
+                tracing::debug!(error = chain(&error), "the platform is gone");
+                false
+            }
+        };
+        if !connected {
+            return Ok(());
+        }
+    }
+}
+
+fn start_console(machine: &Arc<Machine>) -> io::Result<mpsc::Sender<Vec<u8>>> {
+    let (console, input) = mpsc::channel();
+    let machine = Arc::clone(machine);
+    threads::background("console-input", move || feed_console(&machine, &input))?;
+    Ok(console)
 }
 
 fn feed_console(machine: &Machine, input: &mpsc::Receiver<Vec<u8>>) {

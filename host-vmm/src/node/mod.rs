@@ -11,6 +11,7 @@ use std::{
 use anyhow::{Context, bail};
 
 mod companion;
+mod pages;
 mod rehearsal;
 pub mod zygote;
 
@@ -72,20 +73,22 @@ fn become_something(
     link: &NodeLink,
     console: File,
 ) -> anyhow::Result<Ready> {
-    let shell = Shell::build(hypervisor, model, config)?;
-    if !link.is_readable()
-        && let Err(error) = rehearsal::rehearse(&shell)
-    {
-        tracing::debug!(error = chain(&error), "a shell did not rehearse its launch, which takes longer now");
+    let mut shell = Shell::build(hypervisor, model, config)?;
+    // Where its order is there already, there is no time for this.
+    if !link.is_readable() {
+        shell.warm_up()?;
+        if let Err(error) = rehearsal::rehearse(&shell) {
+            tracing::debug!(error = chain(&error), "a shell did not rehearse its launch, which takes longer now");
+        }
     }
     link.send(&ToPlatform::Ready, &[])?;
     let (order, files) = link.receive().context("no order from the platform")?;
     match order {
-        ToNode::Boot { identity, cmdline, faults } => {
+        ToNode::Boot { identity, cmdline, prealloc, faults } => {
             let mut files = files.into_iter();
             let kernel = files.next().context("the order to boot came without a kernel")?;
             let mut payload = Payload { kernel, initrd: files.next(), cmdline };
-            let (machine, vcpus) = shell.boot(&mut payload, identity, console)?;
+            let (machine, vcpus) = shell.boot(&mut payload, prealloc, identity, console)?;
             Signal::to_booted(&machine)?.give(&machine)?;
             Ok(Ready { machine: Arc::new(machine), vcpus, faults, launch: None })
         }

@@ -22,7 +22,7 @@ use nix::{
 };
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-use super::run;
+use super::{pages::Pages, run};
 use crate::{
     error::chain,
     kvm::{Hypervisor, Model},
@@ -45,6 +45,8 @@ pub fn main() -> anyhow::Result<()> {
     let connection = Connection::new(socket);
     // What all nodes ask for is found out once.
     threads::processors();
+    threads::share_one_heap();
+    let pages = Pages::of_this_process().context("can't read this process's mappings")?;
     let host = Hypervisor::open().and_then(|hypervisor| Ok((hypervisor.model()?, hypervisor)));
     let ends = SigSet::from(Signal::SIGCHLD);
     ends.thread_block().context("can't block SIGCHLD")?;
@@ -76,6 +78,7 @@ pub fn main() -> anyhow::Result<()> {
             match spawn_node(order, files)? {
                 Spawning::Zygote(process) => answer(&connection, process)?,
                 Spawning::Node(order) => {
+                    pages.touch();
                     drop((connection, ends));
                     process::exit(run_node(hypervisor, model, order));
                 }

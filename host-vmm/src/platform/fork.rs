@@ -3,7 +3,7 @@
 use std::{
     fs::File,
     os::fd::AsFd,
-    sync::{Arc, Condvar, Mutex, PoisonError},
+    sync::{Arc, Condvar, Mutex, OnceLock, PoisonError},
     thread,
     time::Duration,
 };
@@ -49,7 +49,8 @@ pub(super) struct Original {
 /// A fork whose children are not all certain to stay yet.
 #[derive(Debug)]
 pub(super) struct Fork {
-    rendezvous: Rendezvous,
+    /// Where parent and children meet: opened when the children have their orders.
+    rendezvous: OnceLock<Rendezvous>,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -89,13 +90,26 @@ impl Fork {
         order: &Order,
         files: Vec<File>,
     ) -> Result<Arc<Self>, Error> {
-        let mut files = files.into_iter();
-        let rendezvous = Rendezvous::open(files.next().ok_or(Error::NoRendezvous)?)?;
-        let fork = Arc::new(Self { rendezvous, state: Mutex::default(), changed: Condvar::new() });
-        if let Err(error) = fork.launch(platform, original, order, &files.collect::<Vec<_>>()) {
+        let fork = Arc::new(Self { rendezvous: OnceLock::new(), state: Mutex::default(), changed: Condvar::new() });
+        let launched = fork.launch(platform, original, order, &files);
+        fork.open(files)?;
+        let served = launched.and_then(|nodes| {
+            // The children are at work. What serves them can wait, and should not take the processor away from them.
+            thread::sleep(HEAD_START);
+            nodes.into_iter().try_for_each(Node::serve)
+        });
+        if let Err(error) = served {
             fork.fail(error.code(), chain(&error))?;
         }
         Ok(fork)
+    }
+
+    fn open(&self, files: Vec<File>) -> Result<(), Error> {
+        let rendezvous = Rendezvous::open(files.into_iter().next().ok_or(Error::NoRendezvous)?)?;
+        // A child that has died meanwhile was not told of.
+        let failed = lock(&self.state).failure.is_some();
+        let rendezvous = self.rendezvous.get_or_init(|| rendezvous);
+        if failed { Ok(rendezvous.fail()?) } else { Ok(()) }
     }
 
     fn launch(
@@ -104,11 +118,11 @@ impl Fork {
         original: &Original,
         order: &Order,
         files: &[File],
-    ) -> Result<(), Error> {
+    ) -> Result<Vec<Node>, Error> {
         let count = platform.place(order)?;
         let shells = platform.pool.take(original.config, count)?;
         let names = platform.registry.names(&order.vm_type, order.count);
-        let files: Vec<_> = std::iter::once(self.rendezvous.file()).chain(files).map(AsFd::as_fd).collect();
+        let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
         let mut nodes = Vec::with_capacity(count);
         for ((index, name), shell) in (1..).zip(names).zip(shells) {
             if order.fault == Some(Step::Launch) && index > order.count / 2 {
@@ -130,9 +144,7 @@ impl Fork {
             nodes.push(node);
             sent.map_err(|source| Error::Node { name: identity.name, source })?;
         }
-        // The children are at work. What serves them can wait, and should not take the processor away from them.
-        thread::sleep(HEAD_START);
-        nodes.into_iter().try_for_each(Node::serve)
+        Ok(nodes)
     }
 
     fn add(&self, link: &Arc<PlatformLink>) {
@@ -144,7 +156,7 @@ impl Fork {
     /// Says that it can't succeed. The parent calls it off then.
     pub(super) fn fail(&self, code: ErrorCode, why: String) -> Result<(), Error> {
         lock(&self.state).failure.get_or_insert((code, why));
-        Ok(self.rendezvous.fail()?)
+        self.rendezvous.get().map_or(Ok(()), |rendezvous| Ok(rendezvous.fail()?))
     }
 
     /// Says that nothing is left of a child that has not run.
@@ -162,14 +174,15 @@ impl Fork {
         self.changed.notify_all();
     }
 
-    /// Whether each of its children runs, or is gone.
+    /// Whether each of its children runs: nothing more can come of it.
     pub(super) fn is_over(&self) -> bool {
-        lock(&self.state).left == 0
+        let state = lock(&self.state);
+        state.left == 0 && state.failure.is_none()
     }
 
     /// Ends the children, unless they run, waits until nothing is left of them, and says why it had to come to that.
     pub(super) fn abort(&self) -> Result<(ErrorCode, String), Error> {
-        if self.rendezvous.abort()? {
+        if self.rendezvous.get().map_or(Ok(true), Rendezvous::abort)? {
             let mut state = lock(&self.state);
             for link in std::mem::take(&mut state.children) {
                 link.shut_down();

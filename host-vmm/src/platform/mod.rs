@@ -52,6 +52,8 @@ pub struct Settings {
 pub struct Boot {
     /// The machine.
     pub config: Config,
+    /// Take all of its memory from the host at once.
+    pub prealloc: bool,
     /// Name of the VM, which is its type too.
     pub name: String,
     /// The kernel.
@@ -175,7 +177,12 @@ impl Platform {
         };
         let name = identity.name.clone();
         let failed = |source| Error::Node { name: name.clone(), source };
-        let order = ToNode::Boot { identity: identity.clone(), cmdline: boot.cmdline, faults: boot.faults };
+        let order = ToNode::Boot {
+            identity: identity.clone(),
+            cmdline: boot.cmdline,
+            prealloc: boot.prealloc,
+            faults: boot.faults,
+        };
         let shell = self.pool.take(boot.config, 1)?.pop().ok_or(Error::Stopping)?;
         let (runs, running) = mpsc::channel();
         let node = Node::new(self, shell, identity, Awaited::Caller(runs))?;

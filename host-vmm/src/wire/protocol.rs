@@ -42,6 +42,8 @@ pub enum ToNode {
         identity: VmIdentity,
         /// The kernel's command line.
         cmdline: String,
+        /// Take all memory from the host at once.
+        prealloc: bool,
         /// Steps at which its forks are to fail, one for each fork, in order.
         faults: Vec<Step>,
     },

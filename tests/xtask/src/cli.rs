@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
-/// Runs the demo, the tests, or a command in the lab.
+/// Runs the demo, the tests, the bench, or a command in the lab.
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask")]
 pub(crate) struct Cli {
@@ -19,6 +19,10 @@ pub(crate) enum Task {
     Demo(Demo),
     /// Check format and lints, and run all tests
     Test(Test),
+    /// Measure what forks take on this machine's /dev/kvm, beside the floor that it sets
+    ///
+    /// Table, JSON and plots go to target/bench.
+    Bench(Bench),
     /// Run a command in the lab: a machine, emulated by QEMU, that has a complete /dev/kvm
     ///
     /// There, host-vmm, vmfork and demo are on PATH, and kernel and images in $VMFORK_ASSETS. Standard output and error
@@ -33,6 +37,13 @@ pub(crate) struct Demo {
     #[command(flatten)]
     pub(crate) limit: Limit,
     /// Passed on to the demo: --json, for example
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub(crate) arguments: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Bench {
+    /// Passed on to the bench: --quick, for example
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     pub(crate) arguments: Vec<String>,
 }

@@ -1,7 +1,6 @@
 //! `cargo xtask demo`.
 
-use std::os::unix::process::ExitStatusExt;
-use std::process::{Command, ExitStatus};
+use std::process::Command;
 
 use anyhow::{Context, Result};
 
@@ -11,7 +10,7 @@ use crate::images::Assets;
 use crate::lab::Job;
 use crate::probe::is_kvm_usable;
 use crate::setup;
-use crate::steps::Steps;
+use crate::steps::{Steps, exit_code};
 
 /// Builds everything, and runs the demo; returns its exit code.
 pub(crate) fn run(steps: &mut Steps, arguments: &cli::Demo) -> Result<u8> {
@@ -33,10 +32,4 @@ pub(crate) fn run(steps: &mut Steps, arguments: &cli::Demo) -> Result<u8> {
     let mut job = Job { command, files: Vec::new(), limit: arguments.limit.duration() };
     job.add_program("demo", &programs)?;
     steps.run("demo in the lab", || job.run(&workspace, &assets))
-}
-
-/// The exit code that a shell would give for `status`.
-fn exit_code(status: ExitStatus) -> u8 {
-    let code = status.code().or_else(|| Some(128 + status.signal()?));
-    code.and_then(|code| u8::try_from(code).ok()).unwrap_or(u8::MAX)
 }

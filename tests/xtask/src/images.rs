@@ -112,7 +112,7 @@ fn strip(program: &Path, dir: &Path) -> Result<PathBuf> {
 }
 
 /// Puts a copy of `from` at `to` in one step, since a program at `to` may be running.
-fn install(from: &Path, to: &Path) -> Result<()> {
+pub(crate) fn install(from: &Path, to: &Path) -> Result<()> {
     let copy = || {
         let dir = to.parent().unwrap_or(Path::new("."));
         fs::create_dir_all(dir)?;

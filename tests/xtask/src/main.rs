@@ -10,6 +10,7 @@
 //! - `lab/`: the lab's own image, and the console log of a run that failed
 //! - `vmfork-cache/`: Debian packages; remove it to get newer ones
 
+mod bench;
 mod cargo;
 mod cli;
 mod demo;
@@ -43,6 +44,7 @@ fn run(task: Task) -> Result<u8> {
     match task {
         Task::Demo(arguments) => demo::run(&mut steps, &arguments),
         Task::Test(arguments) => test::run(&mut steps, &arguments),
+        Task::Bench(arguments) => bench::run(&mut steps, &arguments),
         Task::Lab(arguments) => lab::command(&mut steps, &arguments),
         Task::Image => images::command(&mut steps),
     }

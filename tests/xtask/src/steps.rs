@@ -1,6 +1,8 @@
 //! Progress: what is being done, and how long it took. All of it goes to standard error.
 
 use std::io::{IsTerminal, stderr};
+use std::os::unix::process::ExitStatusExt;
+use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -50,6 +52,12 @@ impl Steps {
         self.done.push((name, time));
         result
     }
+}
+
+/// The exit code that a shell would give for `status`.
+pub(crate) fn exit_code(status: ExitStatus) -> u8 {
+    let code = status.code().or_else(|| Some(128 + status.signal()?));
+    code.and_then(|code| u8::try_from(code).ok()).unwrap_or(u8::MAX)
 }
 
 fn seconds(time: Duration) -> String {

@@ -1,0 +1,76 @@
+//! The pages of the program that nodes run.
+//!
+//! A process that was forked has its parent's pages, but has to ask for most of them again: for those of the program's file, one page
+//! fault for each 64 KiB, and for what it writes to, one for each page. A node takes 90 of them until it runs, 450 us in all (measured).
+//! Asked for all at once, they cost a tenth of that.
+
+use std::{fs, io, ops::Range};
+
+use crate::memory::{self, Access};
+
+/// How much of its stack a node uses until its VM runs, in bytes.
+const STACK_BYTES: usize = 64 << 10;
+
+/// Which pages nodes will use: the same addresses in each, since all are forked from one process.
+#[derive(Debug)]
+pub(super) struct Pages {
+    ranges: Vec<(Range<usize>, Access)>,
+}
+
+impl Pages {
+    /// Those of this process.
+    pub(super) fn of_this_process() -> io::Result<Self> {
+        let maps = fs::read_to_string("/proc/self/maps")?;
+        Ok(Self { ranges: maps.lines().filter_map(needed).collect() })
+    }
+
+    /// Asks for them. What can't be had now will be asked for when it is used.
+    pub(super) fn touch(&self) {
+        for (range, access) in &self.ranges {
+            if let Err(error) = memory::touch(range.clone(), *access) {
+                tracing::debug!(%error, "a node's pages can't be asked for beforehand");
+            }
+        }
+    }
+}
+
+/// The part of a line of `/proc/self/maps` that nodes use, and how.
+fn needed(line: &str) -> Option<(Range<usize>, Access)> {
+    let mut words = line.split_ascii_whitespace();
+    let (range, access, name) = (words.next()?, words.next()?, words.nth(3)?);
+    let (start, end) = range.split_once('-')?;
+    let range = usize::from_str_radix(start, 16).ok()?..usize::from_str_radix(end, 16).ok()?;
+    match access {
+        "r-xp" | "r--p" if name.starts_with('/') => Some((range, Access::Read)),
+        "rw-p" if name.starts_with('/') || name == "[heap]" => Some((range, Access::Write)),
+        "rw-p" if name == "[stack]" => {
+            Some((range.end.saturating_sub(STACK_BYTES).max(range.start)..range.end, Access::Write))
+        }
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_understood() {
+        let code = "7f0000001000-7f0000003000 r-xp 00001000 fe:00 123 /usr/bin/host-vmm";
+        assert_eq!(needed(code), Some((0x7f00_0000_1000..0x7f00_0000_3000, Access::Read)));
+        let stack = "7ffc00000000-7ffc00021000 rw-p 00000000 00:00 0 [stack]";
+        assert_eq!(needed(stack), Some((0x7ffc_0001_1000..0x7ffc_0002_1000, Access::Write)));
+        for other in
+            ["", "7f00-7f01 rw-p 00000000 00:00 0", "7f00-7f01 r-xp 00000000 00:00 0 [vdso]", "x-y r-xp 0 0 0 /x"]
+        {
+            assert_eq!(needed(other), None);
+        }
+    }
+
+    #[test]
+    fn all_of_them_can_be_had() {
+        let pages = Pages::of_this_process().unwrap();
+        assert!(pages.ranges.len() >= 3);
+        pages.touch();
+    }
+}

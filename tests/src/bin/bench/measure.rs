@@ -1,0 +1,248 @@
+//! What is measured, one group after another.
+
+use anyhow::{Context, Result};
+use kvm_ioctls::Kvm;
+use vmfork_tests::user::Order;
+
+use crate::{
+    Progress, floor, floor_many, rest,
+    session::{Outcome, Session, Shape},
+    stats::{Figure, Samples},
+};
+
+/// Pages in a MiB.
+const MIB: u32 = 256;
+
+/// The dirty set of the figures that compare generations: 1 MiB.
+const SMALL_SET: u32 = MIB;
+
+/// Children of the largest fork.
+const THOUSAND: u32 = 1000;
+
+/// A run of the bench.
+#[derive(Debug)]
+pub(crate) struct Bench {
+    quick: bool,
+    progress: Progress,
+    kvm: Kvm,
+    samples: Samples,
+}
+
+impl Bench {
+    pub(crate) fn new(quick: bool, progress: Progress) -> Result<Self> {
+        let kvm = Kvm::new().context("can't open /dev/kvm, on which the bench runs")?;
+        Ok(Self { quick, progress, kvm, samples: Samples::default() })
+    }
+
+    /// Measures everything.
+    pub(crate) fn run(&mut self) -> Result<()> {
+        self.memory_sizes()?;
+        self.generations()?;
+        self.dirty_sets()?;
+        self.working_set()?;
+        self.children()?;
+        if !self.quick {
+            self.vcpus()?;
+        }
+        self.thousand()?;
+        self.progress.done();
+        Ok(())
+    }
+
+    /// All figures.
+    pub(crate) fn figures(&self) -> Vec<Figure> {
+        self.samples.figures()
+    }
+
+    fn repeats(&self, full: usize, quick: usize) -> usize {
+        if self.quick { quick } else { full }
+    }
+
+    /// One child from memories of several sizes, all resident, in turn with the floor.
+    fn memory_sizes(&mut self) -> Result<()> {
+        const SIZES: [(&str, &str); 4] = [("128M", "128m"), ("512M", "512m"), ("2G", "2g"), ("8G", "8g")];
+        let image = floor::Image::new(512 << 20)?;
+        let sizes = SIZES.iter().filter(|(mem, _)| !self.quick || *mem != "2G");
+        let sessions = sizes.map(|&(mem, name)| Ok((name, Session::start(&Shape { mem, cpus: 1, ready: 1 })?)));
+        let mut sessions: Vec<(&str, Session)> = sessions.collect::<Result<_>>()?;
+        let repeats = self.repeats(200, 60);
+        self.progress.begin("one child, by memory size", repeats);
+        // The first fork is the one in which a booted VM's memory becomes an image: once in a VM's life.
+        for (name, session) in &mut sessions {
+            let first = session.carry_out(Order { count: 1, ..Order::default() })?;
+            self.samples.add_ns(&format!("fork.first.pause.{name}"), first.forks[0].pause_ns);
+        }
+        for _ in 0..repeats {
+            let (made, launched) = floor::child(&self.kvm, &image)?;
+            self.samples.add("vm.new", "us", made.as_secs_f64() * 1e6);
+            self.samples.add("floor.child.512m", "us", launched.as_secs_f64() * 1e6);
+            for (name, session) in &mut sessions {
+                let outcome = session.carry_out(Order { count: 1, ..Order::default() })?;
+                self.samples.add_ns(&format!("fork.child.{name}"), outcome.children[0].latency_ns());
+                self.samples.add_ns(&format!("fork.pause.{name}"), outcome.forks[0].pause_ns);
+                if *name == "512m" {
+                    self.steps(&outcome);
+                }
+            }
+            self.progress.step();
+        }
+        end_all(sessions.into_iter().map(|(_, session)| session))
+    }
+
+    /// Where the time of a fork goes, on both sides.
+    fn steps(&mut self, outcome: &Outcome) {
+        let sides = [("parent", &outcome.forks[0].steps), ("child", &outcome.children[0].steps)];
+        for (side, steps) in sides {
+            for (step, began_ns, ended_ns) in steps {
+                self.samples.add_ns(&format!("step.{side}.{step}"), ended_ns.saturating_sub(*began_ns));
+            }
+        }
+    }
+
+    /// Forks of forks, each of which has written to as much memory as the others.
+    fn generations(&mut self) -> Result<()> {
+        let generations: &[u64] = if self.quick { &[2, 16] } else { &[2, 4, 8, 16, 32] };
+        let last = generations.last().copied().unwrap_or(2);
+        let order = Order {
+            count: 1,
+            dirty_pages: SMALL_SET,
+            depth: u32::try_from(last)? - 1,
+            // Long enough for the next shell to be ready.
+            pace_tsc: 60_000_000,
+            ..Order::default()
+        };
+        let mut session = Session::start(&Shape { mem: "512M", cpus: 1, ready: 4 })?;
+        let repeats = self.repeats(200, 12);
+        self.progress.begin("generations", repeats);
+        for _ in 0..repeats {
+            let outcome = session.carry_out(order)?;
+            for child in outcome.children.iter().filter(|child| generations.contains(&child.generation)) {
+                self.samples.add_ns(&format!("fork.gen{}", child.generation), child.latency_ns());
+            }
+            self.progress.step();
+        }
+        end_all([session])
+    }
+
+    /// A parent that has written to more and more memory since it is a private view; in turn with a plain copy of as much.
+    fn dirty_sets(&mut self) -> Result<()> {
+        let sets: &[u32] = if self.quick { &[0, 64] } else { &[0, 1, 16, 64, 256, 512] };
+        for &mib in sets {
+            let repeats = if mib > 64 { self.repeats(40, 5) } else { self.repeats(200, 12) };
+            let mut session = Session::start(&Shape { mem: "1G", cpus: 1, ready: 1 })?;
+            let order = Order { count: 1, dirty_pages: mib * MIB, ..Order::default() };
+            // The first fork makes it a private view, and after the second one all of the set is its own.
+            for _ in 0..2 {
+                session.carry_out(order)?;
+            }
+            self.progress.begin(&format!("{mib} MiB dirty"), repeats);
+            for _ in 0..repeats {
+                if mib > 0 {
+                    let copied = floor::copy(usize::try_from(mib)? << 20)?;
+                    self.samples.add(&format!("floor.copy.{mib}m"), "us", copied.as_secs_f64() * 1e6);
+                }
+                let outcome = session.carry_out(order)?;
+                self.samples.add_ns(&format!("fork.dirty.{mib}m"), outcome.children[0].latency_ns());
+                self.progress.step();
+            }
+            end_all([session])?;
+        }
+        Ok(())
+    }
+
+    /// A child that writes to 16 MiB that its parent has written to before.
+    fn working_set(&mut self) -> Result<()> {
+        let mut session = Session::start(&Shape { mem: "512M", cpus: 1, ready: 1 })?;
+        let order = Order { count: 1, dirty_pages: 16 * MIB, rewrite_pages: 16 * MIB, ..Order::default() };
+        let repeats = self.repeats(200, 12);
+        session.carry_out(order)?;
+        self.progress.begin("16 MiB rewritten by a child", repeats);
+        for _ in 0..repeats {
+            let outcome = session.carry_out(order)?;
+            let child = &outcome.children[0];
+            let line_ns = child.line_ns.context("a child that printed no line")?;
+            self.samples.add_ns("fork.ws16m", line_ns.saturating_sub(child.rung_ns));
+            self.progress.step();
+        }
+        end_all([session])
+    }
+
+    /// Several children of one fork, with a ready shell for each.
+    fn children(&mut self) -> Result<()> {
+        let counts: &[u32] = if self.quick { &[4] } else { &[2, 4, 16, 64] };
+        for &count in counts {
+            let mut session = Session::start(&Shape { mem: "512M", cpus: 1, ready: usize::try_from(count)? })?;
+            let order = Order { count, ..Order::default() };
+            session.carry_out(order)?;
+            let repeats = self.repeats(200, 20);
+            self.progress.begin(&format!("{count} children"), repeats);
+            for _ in 0..repeats {
+                let outcome = session.carry_out(order)?;
+                let last = outcome.children.iter().map(|child| child.latency_ns()).max();
+                self.samples.add_ns(&format!("fork.last.of{count}"), last.context("no children")?);
+                if count > 4 {
+                    rest();
+                }
+                self.progress.step();
+            }
+            end_all([session])?;
+        }
+        Ok(())
+    }
+
+    /// More than one vCPU.
+    fn vcpus(&mut self) -> Result<()> {
+        let sessions = [1, 2, 4].map(|cpus| Ok((cpus, Session::start(&Shape { mem: "512M", cpus, ready: 1 })?)));
+        let mut sessions: Vec<(u8, Session)> = sessions.into_iter().collect::<Result<_>>()?;
+        let repeats = self.repeats(200, 20);
+        self.progress.begin("one child, by vCPUs", repeats);
+        for round in 0..=repeats {
+            for (cpus, session) in &mut sessions {
+                let outcome = session.carry_out(Order { count: 1, ..Order::default() })?;
+                if round > 0 {
+                    self.samples.add_ns(&format!("fork.child.{cpus}vcpu"), outcome.children[0].latency_ns());
+                }
+            }
+            self.progress.step();
+        }
+        end_all(sessions.into_iter().map(|(_, session)| session))
+    }
+
+    /// A thousand children of one fork with no shell ready, in turn with a thousand VMs that nobody manages.
+    fn thousand(&mut self) -> Result<()> {
+        let repeats = self.repeats(20, 3);
+        self.progress.begin("a thousand children", repeats);
+        for _ in 0..repeats {
+            rest();
+            let (all_ran, all_ended) = floor_many(usize::try_from(THOUSAND)?)?;
+            self.samples.add("floor.thousand", "s", all_ran.as_secs_f64());
+            self.samples.add("floor.thousand.end", "s", all_ended.as_secs_f64());
+            rest();
+            let mut session = Session::start(&Shape { mem: "512M", cpus: 1, ready: 0 })?;
+            let before_mib = available_mib()?;
+            let outcome = session.carry_out(Order { count: THOUSAND, stay: true, ..Order::default() })?;
+            rest();
+            let used_mib = before_mib - available_mib()?;
+            let last_ns = outcome.children.iter().map(|child| child.latency_ns()).max().context("no children")?;
+            self.samples.add("fork.thousand", "s", std::time::Duration::from_nanos(last_ns).as_secs_f64());
+            self.samples.add("fork.thousand.mib", "MiB", used_mib / f64::from(THOUSAND));
+            self.samples.add("fork.thousand.end", "s", session.end()?.as_secs_f64());
+            self.progress.step();
+        }
+        Ok(())
+    }
+}
+
+fn end_all(sessions: impl IntoIterator<Item = Session>) -> Result<()> {
+    sessions.into_iter().try_for_each(|session| session.end().map(drop))
+}
+
+/// MemAvailable in MiB, with the kernel's caches dropped where that is allowed: they come and go.
+fn available_mib() -> Result<f64> {
+    if let Err(error) = std::fs::write("/proc/sys/vm/drop_caches", "3") {
+        eprintln!("bench: caches can't be dropped ({error}), which blurs fork.thousand.mib");
+    }
+    let text = std::fs::read_to_string("/proc/meminfo")?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:")).context("no MemAvailable")?;
+    Ok(line.trim().trim_end_matches(" kB").parse::<f64>()? / 1024.0)
+}

@@ -1,0 +1,250 @@
+//! A guest without an operating system that runs at CPL 3: at full speed, also on a KVM that emulates guest kernel code.
+//!
+//! At CPL 0 it only opens the page tables to user code and goes to CPL 3 with I/O privilege level 3. There it reads [`Order`]s from the
+//! console, and carries them out. Each thing that a bench wants to time ends with a port write.
+
+use std::{arch::global_asm, slice};
+
+use tempfile::NamedTempFile;
+use vmfork_abi::{PAGE, Role, Status, doorbell};
+
+use crate::{
+    bare::{CONTROL_PAGE, DOORBELL},
+    elf,
+};
+
+/// The first thing that a VM does after a fork: it writes its index here. Nothing listens.
+const ANSWER_PORT: u16 = 0x501;
+
+/// Where the guest keeps its order, and its stack below.
+const ORDER: u64 = 0x30_0000;
+
+/// Memory that it writes to.
+const DATA: u64 = 0x100_0000;
+
+/// Page tables that `host-vmm` boots with: PML4, PDPT, four page directories.
+const PML4: u64 = 0x9000;
+const PDPT: u64 = 0xa000;
+const DIRECTORY: u64 = 0xb000;
+
+/// RFLAGS at CPL 3: bit 1 is always set; I/O privilege level 3.
+const USER_FLAGS: u64 = 0x3002;
+
+/// EFER, STAR and LSTAR: what SYSRET and SYSCALL go by.
+const EFER: u32 = 0xc000_0080;
+const STAR: u32 = 0xc000_0081;
+const LSTAR: u32 = 0xc000_0082;
+const FMASK: u32 = 0xc000_0084;
+
+/// STAR's upper half: SYSCALL loads CS 0x10 and SS 0x18, SYSRET CS 0x33 and SS 0x2b.
+const SELECTORS: u32 = 0x0023_0010;
+
+/// What a guest is asked to do: dirty memory, fork, and what its children do then.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Order {
+    /// How many children.
+    pub count: u32,
+    /// Pages that each VM writes to before it forks.
+    pub dirty_pages: u32,
+    /// Pages that each child writes to after its answer; then it prints a line.
+    pub rewrite_pages: u32,
+    /// Generations of forks beyond the first: each child forks again, with the same order.
+    pub depth: u32,
+    /// Time that each VM waits before it forks, in units of its TSC.
+    pub pace_tsc: u64,
+    /// Children stand still in the end, instead of switching themselves off.
+    pub stay: bool,
+}
+
+impl Order {
+    /// Size in bytes.
+    pub const BYTES: usize = 32;
+
+    /// What is to be typed at the guest's console.
+    pub fn to_bytes(self) -> [u8; Self::BYTES] {
+        let mut bytes = [0; Self::BYTES];
+        let words = [self.count, self.dirty_pages, self.rewrite_pages, self.depth];
+        for (at, word) in words.iter().enumerate() {
+            bytes[4 * at..4 * at + 4].copy_from_slice(&word.to_le_bytes());
+        }
+        bytes[16..24].copy_from_slice(&self.pace_tsc.to_le_bytes());
+        bytes[24] = u8::from(self.stay);
+        bytes
+    }
+}
+
+global_asm!(
+    ".pushsection .rodata.user",
+    "user_start:",
+    "    or qword ptr [{pml4}], 4", // user code may reach all of the first and the control page's 2 MiB pages
+    "    or qword ptr [{pdpt}], 4",
+    "    or qword ptr [{pdpt} + 24], 4",
+    "    or qword ptr [{directory} + 3 * 4096 + {control} % 0x40000000 / 0x200000 * 8], 4",
+    "    mov edi, {directory}",
+    "    mov ecx, 512",
+    "2:  or qword ptr [rdi], 4",
+    "    add edi, 8",
+    "    dec ecx",
+    "    jnz 2b",
+    "    mov rax, cr3",
+    "    mov cr3, rax",
+    "    mov ecx, {efer}",
+    "    rdmsr",
+    "    or eax, 1",
+    "    wrmsr",
+    "    mov ecx, {star}",
+    "    xor eax, eax",
+    "    mov edx, {selectors}",
+    "    wrmsr",
+    "    mov ecx, {lstar}",
+    "    lea rax, [rip + user_stand_still]",
+    "    xor edx, edx",
+    "    wrmsr",
+    "    mov ecx, {fmask}",
+    "    mov eax, 0x3000",
+    "    wrmsr",
+    "    lea rcx, [rip + user_code]",
+    "    mov r11d, {flags}",
+    "    mov esp, {order}",
+    "    sysretq",
+    "user_stand_still:",
+    "    hlt",
+    "    jmp user_stand_still",
+    "user_code:",
+    "    mov ebp, {order}",
+    "    mov ebx, {control}",
+    "    xor r15d, r15d", // number of the last request
+    "    mov edi, 1",     // says that it is ready for orders
+    "    call user_line",
+    "10: xor r12d, r12d", // read an order
+    "11: mov edx, 0x3fd",
+    "    in al, dx",
+    "    test al, 1",
+    "    jnz 12f",
+    "    mov r13d, 1000000",
+    "    call user_wait",
+    "    jmp 11b",
+    "12: mov edx, 0x3f8",
+    "    in al, dx",
+    "    mov [rbp + r12], al",
+    "    inc r12d",
+    "    cmp r12d, {order_bytes}",
+    "    jb 11b",
+    "20: mov r13, [rbp + 16]", // carry it out
+    "    call user_wait",
+    "    mov ecx, [rbp + 4]",
+    "    call user_dirty",
+    "    inc r15",
+    "    mov [rbx + {request}], r15",
+    "    mov eax, [rbp]",
+    "    mov [rbx + {request} + 8], eax",
+    "    mov dword ptr [rbx + {request} + 12], 0",
+    "    mov dword ptr [rbx + {request} + 16], 0x636e6562", // "benc"
+    "    mov dword ptr [rbx + {request} + 20], 0x68",       // "h"
+    "    mov edx, {doorbell}",
+    "    mov eax, {fork}",
+    "    out dx, eax",
+    "    mov eax, [rbx + {identity} + 4]",
+    "    mov edx, {answer}",
+    "    out dx, eax",
+    "    cmp dword ptr [rbx + {response} + 8], {forked}",
+    "    jne 40f",
+    "    cmp dword ptr [rbx + {identity}], {child}",
+    "    je 30f",
+    "    cmp dword ptr [rbx + {identity} + 12], 0", // a parent: a booted one waits for its next order
+    "    je 10b",
+    "    jmp 40f",
+    "30: mov ecx, [rbp + 8]", // a child
+    "    test ecx, ecx",
+    "    jz 31f",
+    "    call user_dirty",
+    "    mov edi, [rbx + {identity} + 4]",
+    "    call user_line",
+    "31: cmp dword ptr [rbp + 12], 0",
+    "    je 40f",
+    "    dec dword ptr [rbp + 12]",
+    "    jmp 20b",
+    "40: cmp byte ptr [rbp + 24], 0",
+    "    je 41f",
+    "    syscall",
+    "41: mov edx, 0x600",
+    "    mov eax, 0x34",
+    "    out dx, al",
+    "    jmp 41b",
+    "user_wait:", // until R13 units of the TSC have passed
+    "    call user_tsc",
+    "    add r13, rax",
+    "1:  pause",
+    "    call user_tsc",
+    "    cmp rax, r13",
+    "    jb 1b",
+    "    ret",
+    "user_tsc:",
+    "    rdtsc",
+    "    shl rdx, 32",
+    "    or rax, rdx",
+    "    ret",
+    "user_dirty:", // write to ECX pages
+    "    mov edi, {data}",
+    "    jmp 2f",
+    "1:  mov [rdi], r15",
+    "    add rdi, 4096",
+    "    dec ecx",
+    "2:  test ecx, ecx",
+    "    jnz 1b",
+    "    ret",
+    "user_line:", // print EDI in hexadecimal, and a new line
+    "    mov ecx, 8",
+    "1:  rol edi, 4",
+    "    mov eax, edi",
+    "    and eax, 15",
+    "    add eax, 48",
+    "    cmp eax, 57",
+    "    jbe 2f",
+    "    add eax, 39",
+    "2:  mov edx, 0x3f8",
+    "    out dx, al",
+    "    dec ecx",
+    "    jnz 1b",
+    "    mov eax, 10",
+    "    out dx, al",
+    "    ret",
+    "user_end:",
+    ".popsection",
+    pml4 = const PML4,
+    pdpt = const PDPT,
+    directory = const DIRECTORY,
+    control = const CONTROL_PAGE,
+    efer = const EFER,
+    star = const STAR,
+    lstar = const LSTAR,
+    fmask = const FMASK,
+    selectors = const SELECTORS,
+    flags = const USER_FLAGS,
+    order = const ORDER,
+    order_bytes = const Order::BYTES,
+    data = const DATA,
+    answer = const ANSWER_PORT,
+    doorbell = const DOORBELL,
+    fork = const doorbell::FORK,
+    request = const PAGE.request.offset,
+    response = const PAGE.response.offset,
+    identity = const PAGE.identity.offset,
+    forked = const Status::Forked.number(),
+    child = const Role::Child.number(),
+);
+
+unsafe extern "C" {
+    static user_start: u8;
+    static user_end: u8;
+}
+
+/// The guest as an ELF file.
+///
+/// # Panics
+/// Where the file can't be written.
+pub fn kernel() -> NamedTempFile {
+    let (start, end) = (&raw const user_start, &raw const user_end);
+    // SAFETY: both labels lie in the one section above, in this order, and what is between them is never written.
+    elf::kernel(unsafe { slice::from_raw_parts(start, end as usize - start as usize) })
+}
