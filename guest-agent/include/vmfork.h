@@ -56,6 +56,10 @@ extern "C" {
 #define VMFORK_REFUSED_LAUNCH 11
 #define VMFORK_REFUSED_SIGNAL 12
 #define VMFORK_REFUSED_INTERNAL 13
+#define VMFORK_REFUSED_CHILDREN 14
+#define VMFORK_REFUSED_RATE 15
+#define VMFORK_REFUSED_GENERATION 16
+#define VMFORK_REFUSED_MEMORY 17
 
 /* A fork as one VM saw it. */
 struct vmfork_fork_t {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::wire::Step;
+use crate::{platform::Limit, wire::Step};
 
 /// Runs Linux guests on KVM that can fork themselves.
 #[derive(Debug, Parser)]
@@ -20,7 +20,7 @@ pub struct Cli {
 pub enum Command {
     /// Boot a VM, and run it and its children until all have ended.
     #[command(after_help = EXIT_CODES)]
-    Run(Run),
+    Run(Box<Run>),
     /// Find out whether guests can run here, and what to do where they can't.
     Check(Check),
     /// Start nodes (itself started by the platform, not by people).
@@ -67,6 +67,11 @@ pub struct Run {
     /// Most VMs at a time; a fork that would need more fails.
     #[arg(long, value_name = "N", default_value_t = 1100)]
     pub max_vms: usize,
+    /// Limit what VMs of a type may do; * stands for all types. Names: fork-children (children of one fork), children (that one VM has at
+    /// a time), rate (forks of one VM within a second), generations, memory (of all VMs of the type, with K, M or G). A fork beyond
+    /// a limit fails with an error code. May be given again.
+    #[arg(long = "limit", value_name = "TYPE:NAME=VALUE,...")]
+    pub limits: Vec<Limit>,
     /// Ready machines to keep for the children of the next fork. Children beyond that number take longer.
     #[arg(long, value_name = "N", default_value_t = 4)]
     pub ready: usize,
@@ -83,17 +88,22 @@ pub struct Check {
     pub json: bool,
 }
 
-/// Parses a size such as `512M`.
-fn memory_size(text: &str) -> Result<u64, String> {
-    use crate::arch::layout::{MAX_RAM_BYTES, MIN_RAM_BYTES, PAGE_BYTES};
+/// A number, which may have K, M or G behind it.
+pub(crate) fn size(text: &str) -> Option<u64> {
     let (digits, shift) = match text.char_indices().last() {
         Some((at, 'K' | 'k')) => (&text[..at], 10),
         Some((at, 'M' | 'm')) => (&text[..at], 20),
         Some((at, 'G' | 'g')) => (&text[..at], 30),
         _ => (text, 0),
     };
-    let number: u64 = digits.parse().map_err(|_| "not a size: give bytes, or a number with K, M or G".to_owned())?;
-    let bytes = number.checked_mul(1 << shift).filter(|bytes| (MIN_RAM_BYTES..=MAX_RAM_BYTES).contains(bytes));
+    digits.parse::<u64>().ok()?.checked_mul(1 << shift)
+}
+
+/// Parses a memory size such as `512M`.
+fn memory_size(text: &str) -> Result<u64, String> {
+    use crate::arch::layout::{MAX_RAM_BYTES, MIN_RAM_BYTES, PAGE_BYTES};
+    let bytes = size(text).ok_or("not a size: give bytes, or a number with K, M or G")?;
+    let bytes = Some(bytes).filter(|bytes| (MIN_RAM_BYTES..=MAX_RAM_BYTES).contains(bytes));
     let bytes = bytes.ok_or_else(|| format!("must be from {}M to {}G", MIN_RAM_BYTES >> 20, MAX_RAM_BYTES >> 30))?;
     if bytes % PAGE_BYTES == 0 { Ok(bytes) } else { Err("must be a multiple of 4096 bytes".to_owned()) }
 }

@@ -13,7 +13,7 @@ fn main() -> ExitCode {
     let filter = EnvFilter::try_from_env("HOST_VMM_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let result = match Cli::parse().command {
-        Command::Run(options) => command::run(options),
+        Command::Run(options) => command::run(*options),
         Command::Check(options) => command::check(&options),
         Command::Zygote => node::zygote::main().map(|()| ExitCode::SUCCESS),
     };

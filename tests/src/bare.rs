@@ -187,6 +187,12 @@ impl Script {
         self
     }
 
+    /// Stands still.
+    #[must_use]
+    pub fn hang(self) -> Self {
+        self.step(0, 0, 0)
+    }
+
     /// Writes a request into the control page.
     ///
     /// # Panics

@@ -132,6 +132,58 @@ fn bad_requests_have_their_errors_and_the_vm_goes_on() {
 }
 
 #[test]
+fn a_guest_can_not_pass_its_limits() {
+    let outcome = || Script::new().print(control(STATUS)).print(control(ERROR));
+    let forks = [
+        (5, "web", Some(ErrorCode::Children)),
+        (2, "web", None),
+        // Four children would be five with one of those that are there.
+        (3, "web", Some(ErrorCode::Children)),
+        // Another name does not help.
+        (3, "other", Some(ErrorCode::Children)),
+        (1, "tiny", Some(ErrorCode::Memory)),
+        (1, "web", None),
+    ];
+    let mut script = Script::new();
+    let mut expected = Vec::new();
+    for (seq, (count, vm_type, code)) in (1..).zip(forks) {
+        script = join(script.request(seq, vm_type, count).ring(), outcome());
+        expected.extend(match code {
+            Some(code) => [Status::Failed.number(), code.number()],
+            None => [Status::Forked.number(), 0],
+        });
+        // Children stand still: they are there until the end.
+        script = script.only_if(control(ROLE), Role::Child.number(), Script::new().hang());
+    }
+    let kernel = script.print(control(ROLE)).to_kernel();
+    let limits = ["*:fork-children=4,children=4,generations=1", "tiny:memory=32M", "vm:rate=100"];
+    let vmm = limits
+        .iter()
+        .fold(Vmm::kernel(kernel.path()).option("--mem", "64M"), |vmm, limit| vmm.option("--limit", limit));
+    let mut running = vmm.start().expect("host-vmm starts");
+    running.wait_for_lines("", expected.len() + 1 + 6).expect("all answers");
+    running.signal(nix::sys::signal::Signal::SIGTERM).expect("a signal");
+    let ended = running.end().expect("host-vmm ends");
+    assert_eq!(printed(&ended, "vm")[..expected.len()], expected);
+}
+
+#[test]
+fn generations_and_forks_a_second_can_be_limited() {
+    let outcome = || Script::new().print(control(STATUS)).print(control(ERROR));
+    let again = |seq| join(Script::new().request(seq, "web", 1).ring(), outcome());
+    let in_child = again(9).off();
+    let script = Script::new().request(1, "web", 1).ring().only_if(control(ROLE), Role::Child.number(), in_child);
+    let script = join(join(script, again(2)), join(again(3), again(4)));
+    let kernel = script.off().to_kernel();
+    let vmm = Vmm::kernel(kernel.path()).option("--mem", "64M").option("--limit", "*:generations=1");
+    let ended = vmm.option("--limit", "vm:rate=1").start().expect("host-vmm starts").end().expect("host-vmm ends");
+    let (failed, rate) = (Status::Failed.number(), ErrorCode::Rate.number());
+    assert_eq!(printed(&ended, "web.1"), [failed, ErrorCode::Generation.number()]);
+    assert_eq!(printed(&ended, "vm"), [failed, rate].repeat(3));
+    assert_eq!(ended.code, Some(0));
+}
+
+#[test]
 fn the_hypercall_is_a_doorbell_too() {
     if !assets::probe().hypercall {
         assert!(!assets::in_lab(), "the lab's KVM hands hypercalls on");

@@ -85,6 +85,14 @@ numbered! {
         Signal = 12, "the roles could not be signalled";
         /// The VMM lost its platform, or failed otherwise; its log says how.
         Internal = 13, "the VMM failed";
+        /// The operator allows fewer children, in one fork or of one VM.
+        Children = 14, "the operator allows fewer children";
+        /// The operator allows fewer forks a second.
+        Rate = 15, "the operator allows fewer forks a second";
+        /// The operator allows no further generation.
+        Generation = 16, "the operator allows no further generation";
+        /// The operator allows less memory to VMs of this type.
+        Memory = 17, "the operator allows less memory";
     }
 }
 

@@ -58,6 +58,7 @@ pub fn run(options: cli::Run) -> anyhow::Result<ExitCode> {
         events: options.events.as_deref().map(create).transpose()?,
         max_vms: options.max_vms,
         ready: options.ready,
+        limits: options.limits,
     };
     // Before any thread starts: all of them are to leave the signals to the one that waits for them.
     let signals = block_signals()?;

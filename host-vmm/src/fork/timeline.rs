@@ -54,6 +54,6 @@ impl Timeline {
             Ok(count) => (count, ErrorCode::None, None),
             Err(error) => (0, error.code(), Some(chain(&error))),
         };
-        Report { seq, count, code: code.number(), why, rung_ns, pause_ns, steps: self.steps }
+        Report { seq, count, code: code.number(), why, rung_ns, pause_ns, untold: 0, steps: self.steps }
     }
 }

@@ -6,17 +6,18 @@
 use std::{
     io,
     sync::{
-        Arc,
+        Arc, Mutex,
         mpsc::{self, RecvError, RecvTimeoutError},
     },
     thread::{self, JoinHandle},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use crate::{
     error::chain,
     fork::{Engine, Served, rendezvous::Rendezvous},
     machine::{End, FirstExit, Machine},
+    sync::lock,
     threads,
     wire::{NodeLink, Step, Timing, ToNode, ToPlatform, link},
 };
@@ -32,6 +33,12 @@ const HEAD_START: Duration = Duration::from_millis(2);
 
 /// How long nothing must have happened until there is time to get ready for the next fork.
 const CALM: Duration = Duration::from_millis(20);
+
+/// Most failed forks of one VM that are reported within a second.
+const FAILURES_PER_SECOND: u32 = 100;
+
+/// Forks that may wait to be reported, before the next one waits itself.
+const QUEUE: usize = 256;
 
 /// How a copy was launched.
 #[derive(Debug)]
@@ -57,18 +64,46 @@ enum News {
 /// The thread that waits for the machine.
 #[derive(Debug)]
 pub(super) struct Companion {
-    news: mpsc::Sender<News>,
+    news: mpsc::SyncSender<News>,
     thread: JoinHandle<()>,
 }
 
 /// The same thread, which reports what the machine does.
 #[derive(Debug)]
-pub(super) struct Reporter(Companion);
+pub(super) struct Reporter {
+    companion: Companion,
+    failures: Mutex<Failures>,
+}
+
+/// Failed forks: a guest that rings without end must fill neither memory nor logs.
+#[derive(Debug, Default)]
+struct Failures {
+    /// Since when those are counted that were told.
+    since: Option<Instant>,
+    told: u32,
+    /// How many were not told since the last one that was.
+    untold: u64,
+}
+
+impl Failures {
+    /// Whether one more is told, and how many were not told before it.
+    fn enter(&mut self, now: Instant) -> Option<u64> {
+        if self.since.is_none_or(|since| now.duration_since(since) >= Duration::from_secs(1)) {
+            (self.since, self.told) = (Some(now), 0);
+        }
+        if self.told >= FAILURES_PER_SECOND {
+            self.untold += 1;
+            return None;
+        }
+        self.told += 1;
+        Some(std::mem::take(&mut self.untold))
+    }
+}
 
 impl Companion {
     /// Starts it. What the platform answers to forks will go to `replies`.
     pub(super) fn start(link: &Arc<NodeLink>, replies: mpsc::Sender<ToNode>) -> io::Result<Self> {
-        let (news, heard) = mpsc::channel();
+        let (news, heard) = mpsc::sync_channel(QUEUE);
         let link = Arc::clone(link);
         let thread = threads::background("companion", move || {
             // A shell that ends without having become anything drops its end.
@@ -81,27 +116,30 @@ impl Companion {
 
     /// Says that the machine runs.
     pub(super) fn begin(self, machine: Arc<Machine>, engine: Arc<Engine>, launch: Option<Launch>) -> Reporter {
-        let reporter = Reporter(self);
-        reporter.tell(News::Begun { machine, engine, launch });
-        reporter
+        self.tell(News::Begun { machine, engine, launch });
+        Reporter { companion: self, failures: Mutex::default() }
+    }
+
+    fn tell(&self, news: News) {
+        if self.news.send(news).is_err() {
+            tracing::warn!("the thread that speaks with the platform is gone: a fork is not reported");
+        }
     }
 }
 
 impl Reporter {
-    /// Reports a ring of the doorbell, and clears up after it.
-    pub(super) fn report(&self, served: Served) {
-        self.tell(News::Served(served));
-    }
-
-    fn tell(&self, news: News) {
-        if self.0.news.send(news).is_err() {
-            tracing::warn!("the thread that speaks with the platform is gone: a fork is not reported");
+    /// Reports a ring of the doorbell, and clears up after it. Of forks that fail, no more than some are told.
+    pub(super) fn report(&self, mut served: Served) {
+        if served.remains.is_none() {
+            let Some(untold) = lock(&self.failures).enter(Instant::now()) else { return };
+            served.report.untold = untold;
         }
+        self.companion.tell(News::Served(served));
     }
 
     /// Waits until all of it is told. A VM that has ended has come to an exit, so that this does not take long.
     pub(super) fn finish(self) {
-        let Companion { news, thread } = self.0;
+        let Companion { news, thread } = self.companion;
         drop(news);
         if thread.join().is_err() {
             tracing::error!("the thread that speaks with the platform panicked");
@@ -225,5 +263,20 @@ fn feed_console(machine: &Machine, input: &mpsc::Receiver<Vec<u8>>) {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flood_of_failures_is_counted_and_not_told() {
+        let (mut failures, start) = (Failures::default(), Instant::now());
+        let told = (0..1000).filter(|_| failures.enter(start).is_some()).count();
+        assert_eq!(u32::try_from(told), Ok(FAILURES_PER_SECOND));
+        let later = start + Duration::from_secs(1);
+        assert_eq!(failures.enter(later), Some(1000 - u64::from(FAILURES_PER_SECOND)));
+        assert_eq!(failures.enter(later), Some(0));
     }
 }

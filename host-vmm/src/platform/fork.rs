@@ -5,7 +5,7 @@ use std::{
     os::fd::AsFd,
     sync::{Arc, Condvar, Mutex, OnceLock, PoisonError},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use uuid::Uuid;
@@ -13,6 +13,7 @@ use vmfork_abi::{ErrorCode, is_vm_type};
 
 use super::{
     Error, Platform,
+    limits::{Asked, Limited, Recent},
     node::{Awaited, Node},
 };
 use crate::{
@@ -37,13 +38,13 @@ pub(super) struct Order {
 
 /// Who is copied.
 #[derive(Debug)]
-pub(super) struct Original {
+pub(super) struct Original<'a> {
     /// The VM.
-    pub(super) id: Uuid,
+    pub(super) vm: &'a VmIdentity,
     /// Its shape.
     pub(super) config: Config,
-    /// How many forks lie between it and a booted VM.
-    pub(super) generation: u32,
+    /// Its forks within the last second.
+    pub(super) recent: &'a mut Recent,
 }
 
 /// A fork whose children are not all certain to stay yet.
@@ -71,6 +72,7 @@ impl Error {
         match self {
             Self::Stopping => ErrorCode::NotLaunched,
             Self::Full { .. } => ErrorCode::Place,
+            Self::Limit { limited, .. } => limited.code(),
             Self::Type(_) => ErrorCode::InvalidType,
             Self::Injected(step) => step.code(),
             _ => ErrorCode::Launch,
@@ -86,7 +88,7 @@ impl Fork {
     /// [`Error::Rendezvous`] where there is no rendezvous: nobody can be told then.
     pub(super) fn begin(
         platform: &Arc<Platform>,
-        original: &Original,
+        original: &mut Original<'_>,
         order: &Order,
         files: Vec<File>,
     ) -> Result<Arc<Self>, Error> {
@@ -115,11 +117,11 @@ impl Fork {
     fn launch(
         self: &Arc<Self>,
         platform: &Arc<Platform>,
-        original: &Original,
+        original: &mut Original<'_>,
         order: &Order,
         files: &[File],
     ) -> Result<Vec<Node>, Error> {
-        let count = platform.place(order)?;
+        let count = platform.place(original, order)?;
         let shells = platform.pool.take(original.config, count)?;
         let names = platform.registry.names(&order.vm_type, order.count);
         let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
@@ -130,12 +132,12 @@ impl Fork {
             }
             let identity = VmIdentity {
                 id: Uuid::new_v4(),
-                parent: original.id,
+                parent: original.vm.id,
                 name,
                 vm_type: order.vm_type.clone(),
                 index,
                 count: order.count,
-                generation: original.generation + 1,
+                generation: original.vm.generation + 1,
             };
             let node = Node::new(platform, shell, identity.clone(), Awaited::Fork(Arc::clone(self)))?;
             self.add(node.link());
@@ -198,7 +200,7 @@ impl Fork {
 
 impl Platform {
     /// Chooses where the children of a fork go: all of them here, where there is room for all.
-    fn place(&self, order: &Order) -> Result<usize, Error> {
+    fn place(&self, original: &mut Original<'_>, order: &Order) -> Result<usize, Error> {
         if order.fault == Some(Step::Place) {
             return Err(Error::Injected(Step::Place));
         }
@@ -206,8 +208,26 @@ impl Platform {
         if !is_vm_type(&order.vm_type) {
             return Err(Error::Type(order.vm_type.clone()));
         }
+        if !self.limits.are_none() {
+            self.check_limits(original, order)?;
+        }
         let wanted = usize::try_from(order.count).unwrap_or(usize::MAX);
         self.registry.check_room(wanted, self.max_vms)?;
         Ok(wanted)
+    }
+
+    fn check_limits(&self, original: &mut Original<'_>, order: &Order) -> Result<(), Error> {
+        let Original { vm, config, recent } = original;
+        let rates = [&vm.vm_type, &order.vm_type].map(|vm_type| self.limits.most(vm_type, Limited::Rate));
+        recent.enter(&vm.vm_type, rates.into_iter().flatten().min(), Instant::now())?;
+        let (children, memory_bytes) = self.registry.usage(vm.id, &order.vm_type);
+        let count = u64::from(order.count);
+        let asked = Asked {
+            count,
+            children: children.saturating_add(count),
+            generation: u64::from(vm.generation) + 1,
+            memory_bytes: memory_bytes.saturating_add(config.ram_bytes.saturating_mul(count)),
+        };
+        self.limits.check(&vm.vm_type, &order.vm_type, asked)
     }
 }

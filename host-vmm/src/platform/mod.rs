@@ -14,12 +14,14 @@ use std::{
 mod console;
 mod events;
 mod fork;
+mod limits;
 mod node;
 mod pool;
 mod process;
 mod registry;
 mod terminal;
 
+pub use limits::{Limit, Limited};
 pub use terminal::{Terminal, read_keys};
 
 use crate::{
@@ -30,6 +32,7 @@ use crate::{
 };
 use console::Consoles;
 use events::{Event, Events};
+use limits::Limits;
 use node::{Awaited, Node};
 use pool::Pool;
 use registry::Registry;
@@ -45,6 +48,8 @@ pub struct Settings {
     pub max_vms: usize,
     /// How many shells of each shape to keep ready.
     pub ready: usize,
+    /// What VMs may do.
+    pub limits: Vec<Limit>,
 }
 
 /// The VM that a platform boots.
@@ -115,6 +120,18 @@ pub enum Error {
         /// The limit.
         max: usize,
     },
+    /// The operator does not allow it.
+    #[error("{limited} of the type {vm_type} is limited to {most}, and this fork would make it {wanted}")]
+    Limit {
+        /// The type.
+        vm_type: String,
+        /// What is limited.
+        limited: Limited,
+        /// What the fork would come to.
+        wanted: u64,
+        /// What is allowed.
+        most: u64,
+    },
     /// A node asks for a type that no guest can ask for.
     #[error("{0:?} is no VM type")]
     Type(String),
@@ -137,6 +154,7 @@ pub struct Platform {
     consoles: Consoles,
     events: Arc<Events>,
     max_vms: usize,
+    limits: Limits,
     /// How the first VM ended, once it has.
     root_end: Mutex<Option<End>>,
 }
@@ -155,6 +173,7 @@ impl Platform {
             consoles,
             events,
             max_vms: settings.max_vms,
+            limits: Limits::new(settings.limits),
             root_end: Mutex::new(None),
         });
         Pool::fill_in_background(&platform)?;

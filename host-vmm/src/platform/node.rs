@@ -11,7 +11,9 @@ use vmfork_abi::ErrorCode;
 use super::{
     Error, Event, Platform,
     fork::{Fork, Order, Original},
+    limits::Recent,
     process::{Process, Shell},
+    registry::Entry,
 };
 use crate::{
     error::chain,
@@ -47,6 +49,8 @@ pub(super) struct Node {
     awaited: Awaited,
     /// The fork of this VM that is under way.
     fork: Option<Arc<Fork>>,
+    /// Its forks within the last second.
+    recent: Recent,
     end: Option<End>,
 }
 
@@ -59,7 +63,7 @@ impl Node {
         awaited: Awaited,
     ) -> Result<Self, Error> {
         let Shell { config, link, console, process } = shell;
-        platform.registry.enter(identity.id, &link)?;
+        platform.registry.enter(Entry { link: Arc::clone(&link), vm: identity.clone(), config })?;
         platform.pool.add_user(config);
         Ok(Self {
             platform: Arc::clone(platform),
@@ -70,6 +74,7 @@ impl Node {
             config,
             awaited,
             fork: None,
+            recent: Recent::default(),
             end: None,
         })
     }
@@ -118,9 +123,8 @@ impl Node {
             }
             ToPlatform::Fork { count, vm_type, seq, fault } => {
                 let order = Order { count, vm_type, seq, fault };
-                let (id, generation) = (self.identity.id, self.identity.generation);
-                let original = Original { id, config: self.config, generation };
-                self.fork = Some(Fork::begin(&self.platform, &original, &order, files)?);
+                let mut original = Original { vm: &self.identity, config: self.config, recent: &mut self.recent };
+                self.fork = Some(Fork::begin(&self.platform, &mut original, &order, files)?);
             }
             ToPlatform::Abort => {
                 let fork = self.fork.take().ok_or_else(|| failed(link::Error::Unexpected("Abort".into())))?;

@@ -8,7 +8,22 @@ use std::{
 use uuid::Uuid;
 
 use super::Error;
-use crate::{sync::lock, wire::PlatformLink};
+use crate::{
+    machine::{Config, VmIdentity},
+    sync::lock,
+    wire::PlatformLink,
+};
+
+/// One VM.
+#[derive(Debug)]
+pub(super) struct Entry {
+    /// Connection to its node.
+    pub(super) link: Arc<PlatformLink>,
+    /// Who it is.
+    pub(super) vm: VmIdentity,
+    /// Its shape.
+    pub(super) config: Config,
+}
 
 /// The VMs of a platform.
 #[derive(Debug, Default)]
@@ -19,8 +34,8 @@ pub(super) struct Registry {
 
 #[derive(Debug, Default)]
 struct State {
-    /// Connection to the node of each VM that is there, or about to be.
-    vms: BTreeMap<Uuid, Arc<PlatformLink>>,
+    /// Each VM that is there, or about to be.
+    vms: BTreeMap<Uuid, Entry>,
     /// How many VMs got a number in their name.
     numbered: u64,
     stopping: bool,
@@ -45,13 +60,21 @@ impl Registry {
         if running + wanted > max { Err(Error::Full { wanted, running, max }) } else { Ok(()) }
     }
 
+    /// How many children a VM has, and how much guest memory the VMs of a type have, in bytes.
+    pub(super) fn usage(&self, parent: Uuid, vm_type: &str) -> (u64, u64) {
+        let state = lock(&self.state);
+        let children = state.vms.values().filter(|entry| entry.vm.parent == parent).count();
+        let of_type = state.vms.values().filter(|entry| entry.vm.vm_type == vm_type);
+        (children as u64, of_type.map(|entry| entry.config.ram_bytes).sum())
+    }
+
     /// Enters a VM.
-    pub(super) fn enter(&self, id: Uuid, link: &Arc<PlatformLink>) -> Result<(), Error> {
+    pub(super) fn enter(&self, entry: Entry) -> Result<(), Error> {
         let mut state = lock(&self.state);
         if state.stopping {
             return Err(Error::Stopping);
         }
-        state.vms.insert(id, Arc::clone(link));
+        state.vms.insert(entry.vm.id, entry);
         Ok(())
     }
 
@@ -65,8 +88,8 @@ impl Registry {
     pub(super) fn stop(&self) {
         let mut state = lock(&self.state);
         state.stopping = true;
-        for link in state.vms.values() {
-            link.shut_down();
+        for entry in state.vms.values() {
+            entry.link.shut_down();
         }
     }
 
@@ -91,6 +114,33 @@ mod tests {
         assert_eq!(registry.names("web", 1), ["web.4"]);
     }
 
+    fn entry(id: u128, parent: u128, link: &Arc<PlatformLink>) -> Entry {
+        let vm = VmIdentity {
+            id: Uuid::from_u128(id),
+            parent: Uuid::from_u128(parent),
+            name: String::new(),
+            vm_type: "web".into(),
+            index: 1,
+            count: 1,
+            generation: 1,
+        };
+        Entry { link: Arc::clone(link), vm, config: Config { ram_bytes: 5 << 20, vcpus: 1 } }
+    }
+
+    #[test]
+    fn usage_is_what_is_there() {
+        let registry = Registry::default();
+        let (link, _theirs) = PlatformLink::pair().unwrap();
+        let link = Arc::new(link);
+        for (id, parent) in [(1, 0), (2, 1), (3, 1), (4, 2)] {
+            registry.enter(entry(id, parent, &link)).unwrap();
+        }
+        assert_eq!(registry.usage(Uuid::from_u128(1), "web"), (2, 20 << 20));
+        registry.leave(Uuid::from_u128(3));
+        assert_eq!(registry.usage(Uuid::from_u128(1), "web"), (1, 15 << 20));
+        assert_eq!(registry.usage(Uuid::from_u128(4), "db"), (0, 0));
+    }
+
     #[test]
     fn a_platform_that_stops_takes_no_more() {
         let registry = Registry::default();
@@ -98,11 +148,11 @@ mod tests {
         assert!(matches!(registry.check_room(3, 2), Err(Error::Full { wanted: 3, running: 0, max: 2 })));
         let (link, _theirs) = PlatformLink::pair().unwrap();
         let link = Arc::new(link);
-        registry.enter(Uuid::from_u128(1), &link).unwrap();
+        registry.enter(entry(1, 0, &link)).unwrap();
         registry.stop();
         assert!(matches!(link.receive(), Err(crate::wire::link::Error::Closed)));
         assert!(matches!(registry.check_room(1, 2), Err(Error::Stopping)));
-        assert!(matches!(registry.enter(Uuid::nil(), &link), Err(Error::Stopping)));
+        assert!(matches!(registry.enter(entry(2, 0, &link)), Err(Error::Stopping)));
         registry.leave(Uuid::from_u128(1));
         registry.wait_empty();
     }

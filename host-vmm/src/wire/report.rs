@@ -98,6 +98,8 @@ pub struct Report {
     pub rung_ns: u64,
     /// From the doorbell until the calling vCPU went on, in nanoseconds.
     pub pause_ns: u64,
+    /// Failed forks before this one that were not reported, since there were too many.
+    pub untold: u64,
     /// The parent's steps.
     pub steps: Vec<Timing>,
 }
