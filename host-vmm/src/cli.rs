@@ -64,6 +64,9 @@ pub struct Run {
     /// Write what happens to FILE, as JSON lines.
     #[arg(long, value_name = "FILE")]
     pub events: Option<PathBuf>,
+    /// Write the timeline of each fork, of parent and children, to FILE, which ui.perfetto.dev opens.
+    #[arg(long, value_name = "FILE")]
+    pub trace: Option<PathBuf>,
     /// Most VMs at a time; a fork that would need more fails.
     #[arg(long, value_name = "N", default_value_t = 1100)]
     pub max_vms: usize,

@@ -56,6 +56,7 @@ pub fn run(options: cli::Run) -> anyhow::Result<ExitCode> {
     let settings = Settings {
         log_dir: log_dir.clone(),
         events: options.events.as_deref().map(create).transpose()?,
+        trace: options.trace.as_deref().map(create).transpose()?,
         max_vms: options.max_vms,
         ready: options.ready,
         limits: options.limits,

@@ -20,6 +20,7 @@ mod pool;
 mod process;
 mod registry;
 mod terminal;
+mod trace;
 
 pub use limits::{Limit, Limited};
 pub use terminal::{Terminal, read_keys};
@@ -36,6 +37,7 @@ use limits::Limits;
 use node::{Awaited, Node};
 use pool::Pool;
 use registry::Registry;
+use trace::Trace;
 
 /// How a platform is set up.
 #[derive(Debug)]
@@ -44,6 +46,8 @@ pub struct Settings {
     pub log_dir: PathBuf,
     /// Where events are written, as JSON lines.
     pub events: Option<File>,
+    /// Where the timelines of forks are written, for Perfetto's viewer.
+    pub trace: Option<File>,
     /// Most VMs at a time.
     pub max_vms: usize,
     /// How many shells of each shape to keep ready.
@@ -141,6 +145,9 @@ pub enum Error {
     /// A failure that was asked for.
     #[error("{0} was made to fail")]
     Injected(Step),
+    /// The trace can't be written.
+    #[error("can't write the trace")]
+    Trace(#[source] io::Error),
     /// The consoles could not be set up.
     #[error("can't set up the consoles")]
     Consoles(#[source] io::Error),
@@ -153,6 +160,7 @@ pub struct Platform {
     pool: Pool,
     consoles: Consoles,
     events: Arc<Events>,
+    trace: Trace,
     max_vms: usize,
     limits: Limits,
     /// How the first VM ended, once it has.
@@ -163,7 +171,7 @@ impl Platform {
     /// Sets up a platform without VMs.
     ///
     /// # Errors
-    /// [`Error::Log`] or [`Error::Consoles`].
+    /// [`Error::Log`], [`Error::Trace`] or [`Error::Consoles`].
     pub fn new(settings: Settings) -> Result<Arc<Self>, Error> {
         let events = Arc::new(Events::new(settings.events));
         let consoles = Consoles::new(settings.log_dir, Arc::clone(&events))?;
@@ -172,6 +180,7 @@ impl Platform {
             pool: Pool::new(settings.ready),
             consoles,
             events,
+            trace: Trace::new(settings.trace)?,
             max_vms: settings.max_vms,
             limits: Limits::new(settings.limits),
             root_end: Mutex::new(None),

@@ -14,6 +14,7 @@ use super::{
     limits::Recent,
     process::{Process, Shell},
     registry::Entry,
+    trace::Arguments,
 };
 use crate::{
     error::chain,
@@ -120,6 +121,7 @@ impl Node {
             }
             ToPlatform::Launched { seq, steps } => {
                 self.platform.events.write(&Event::Launched { vm: &self.identity, seq, steps: &steps });
+                self.platform.trace.side(self.pid(), "child", Arguments { seq, code: 0 }, &steps);
             }
             ToPlatform::Fork { count, vm_type, seq, fault } => {
                 let order = Order { count, vm_type, seq, fault };
@@ -135,14 +137,21 @@ impl Node {
                 // The next fork may be under way already.
                 self.fork.take_if(|fork| fork.is_over());
                 self.platform.events.write(&Event::Forked { parent: &self.identity, report: &report });
+                let arguments = Arguments { seq: report.seq, code: report.code };
+                self.platform.trace.side(self.pid(), "fork", arguments, &report.steps);
             }
             ToPlatform::Ended(end) => self.end = Some(end),
         }
         Ok(true)
     }
 
+    fn pid(&self) -> u32 {
+        self.process.as_ref().map_or(0, Process::pid)
+    }
+
     fn runs(&mut self) -> Result<(), Error> {
-        let pid = self.process.as_ref().map_or(0, Process::pid);
+        let pid = self.pid();
+        self.platform.trace.name(pid, &self.identity.name);
         // The event comes first, so that none of the VM's own can come before it.
         self.platform.events.write(&Event::Started { vm: &self.identity, pid });
         if let Some(console) = self.console.take() {

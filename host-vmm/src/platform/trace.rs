@@ -1,0 +1,119 @@
+//! The timeline of forks as a trace that Perfetto's viewer (ui.perfetto.dev) and Chrome's open: the Trace Event Format, as a JSON array.
+//!
+//! Each VM is a process of the trace, by the number of its node's process. Times are CLOCK_MONOTONIC of this host, so that a parent and
+//! its children stand on one line of time.
+
+use std::{fs::File, io::Write, sync::Mutex, time::Duration};
+
+use serde::Serialize;
+
+use super::Error;
+use crate::{sync::lock, wire::Timing};
+
+/// Where the trace goes.
+#[derive(Debug)]
+pub(super) struct Trace {
+    file: Option<Mutex<File>>,
+}
+
+/// An entry of the trace.
+#[derive(Debug, Serialize)]
+#[serde(tag = "ph")]
+enum Entry<'a> {
+    /// Something that took a while.
+    #[serde(rename = "X")]
+    Slice { name: &'a str, cat: &'a str, ts: f64, dur: f64, pid: u32, tid: u32, args: Arguments },
+    /// What a process is called.
+    #[serde(rename = "M")]
+    Name { name: &'a str, pid: u32, args: Named<'a> },
+}
+
+/// What is told of a slice.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub(super) struct Arguments {
+    /// Number of the guest's request.
+    pub(super) seq: u64,
+    /// Error code of the fork; 0 where it was made.
+    pub(super) code: u32,
+}
+
+#[derive(Debug, Serialize)]
+struct Named<'a> {
+    name: &'a str,
+}
+
+impl Trace {
+    /// A trace into a file, or nowhere.
+    pub(super) fn new(file: Option<File>) -> Result<Self, Error> {
+        let Some(mut file) = file else { return Ok(Self { file: None }) };
+        // The format leaves the closing bracket to whoever wants it, so that a trace is whole at any time.
+        file.write_all(b"[\n").map_err(Error::Trace)?;
+        Ok(Self { file: Some(Mutex::new(file)) })
+    }
+
+    /// Says what the VM in the process `pid` is called.
+    pub(super) fn name(&self, pid: u32, vm: &str) {
+        self.write(&[Entry::Name { name: "process_name", pid, args: Named { name: vm } }]);
+    }
+
+    /// Tells one side of a fork: as a whole, under the name `what`, and each of its steps.
+    pub(super) fn side(&self, pid: u32, what: &str, arguments: Arguments, steps: &[Timing]) {
+        let (Some((_, began_ns, _)), Some((_, _, ended_ns))) = (steps.first(), steps.last()) else { return };
+        let slice = |name, cat, began_ns: u64, ended_ns: u64| Entry::Slice {
+            name,
+            cat,
+            ts: microseconds(began_ns),
+            dur: microseconds(ended_ns.saturating_sub(began_ns)),
+            pid,
+            tid: pid,
+            args: arguments,
+        };
+        let mut entries = vec![slice(what, "fork", *began_ns, *ended_ns)];
+        entries.extend(steps.iter().map(|(step, began_ns, ended_ns)| slice(step.name(), "step", *began_ns, *ended_ns)));
+        self.write(&entries);
+    }
+
+    fn write(&self, entries: &[Entry<'_>]) {
+        let Some(file) = &self.file else { return };
+        let mut text = Vec::new();
+        for entry in entries {
+            match serde_json::to_writer(&mut text, entry) {
+                Ok(()) => text.extend_from_slice(b",\n"),
+                Err(error) => return tracing::warn!(%error, "an entry of the trace is lost"),
+            }
+        }
+        if let Err(error) = lock(file).write_all(&text) {
+            tracing::warn!(%error, "entries of the trace are lost");
+        }
+    }
+}
+
+fn microseconds(nanoseconds: u64) -> f64 {
+    Duration::from_nanos(nanoseconds).as_secs_f64() * 1e6
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Seek};
+
+    use super::*;
+    use crate::{memory, wire::Step};
+
+    #[test]
+    fn a_trace_is_json_once_it_is_closed() {
+        let mut file = memory::unsealed("test", 0).unwrap();
+        let trace = Trace::new(Some(file.try_clone().unwrap())).unwrap();
+        trace.name(7, "web.1");
+        let steps = [(Step::HandOver, 1_000_500, 1_002_000), (Step::Restore, 1_002_000, 1_010_000)];
+        trace.side(7, "child", Arguments { seq: 3, code: 0 }, &steps);
+        trace.side(7, "nothing", Arguments { seq: 4, code: 0 }, &[]);
+        let mut text = String::new();
+        file.rewind().unwrap();
+        file.read_to_string(&mut text).unwrap();
+        let entries: serde_json::Value = serde_json::from_str(&format!("{}]", text.trim_end_matches(",\n"))).unwrap();
+        assert_eq!(entries[0]["args"]["name"], "web.1");
+        assert_eq!((&entries[1]["name"], &entries[1]["dur"]), (&"child".into(), &9.5.into()));
+        assert_eq!((&entries[2]["name"], &entries[2]["ts"]), (&"hand-over".into(), &1000.5.into()));
+        assert_eq!(entries.as_array().unwrap().len(), 4);
+    }
+}
