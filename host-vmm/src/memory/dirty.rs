@@ -161,6 +161,20 @@ pub fn join_for(base: &Image, mut runs: Vec<Run>) -> Vec<Run> {
     runs
 }
 
+/// The pages of both, each once. Both are sorted and without overlap, and so is the result.
+pub fn union(one: &[Run], other: &[Run]) -> Vec<Run> {
+    let mut all: Vec<&Run> = one.iter().chain(other).collect();
+    all.sort_unstable_by_key(|run| run.page);
+    let mut union: Vec<Run> = Vec::with_capacity(all.len());
+    for run in all {
+        match union.last_mut() {
+            Some(last) if run.page <= last.end() => last.pages = last.pages.max(run.end() - last.page),
+            _ => union.push(*run),
+        }
+    }
+    join(&union, 0)
+}
+
 /// Joins runs with up to `gap` pages between them.
 fn join(runs: &[Run], gap: u64) -> Vec<Run> {
     let mut joined = Runs::default();
@@ -207,6 +221,16 @@ mod tests {
             [Run { page: 0, pages: 6, file_page: 0 }, Run { page: 20, pages: 2, file_page: 6 }]
         );
         assert_eq!(join(&dirty.0, 100), [Run { page: 0, pages: 22, file_page: 0 }]);
+    }
+
+    #[test]
+    fn a_union_has_each_page_once() {
+        let runs = |pages: &[(u64, u64)]| -> Vec<Run> {
+            pages.iter().map(|&(page, pages)| Run { page, pages, file_page: 77 }).collect()
+        };
+        let union = union(&runs(&[(0, 2), (10, 5), (30, 1)]), &runs(&[(2, 1), (8, 20), (40, 1)]));
+        let run = |page, pages, file_page| Run { page, pages, file_page };
+        assert_eq!(union, [run(0, 3, 0), run(8, 20, 3), run(30, 1, 23), run(40, 1, 24)]);
     }
 
     #[test]

@@ -14,6 +14,12 @@ pub const MAX_EXTENTS: usize = 32_768;
 /// Most layers of one image, so that its file descriptors fit into one message (Linux's SCM_MAX_FD is 253).
 pub const MAX_LAYERS: usize = 200;
 
+/// From so many layers on, the next one takes in all that lie over the lowest one: each costs every VM a descriptor on its way.
+const MANY_LAYERS: usize = 32;
+
+/// From so many pieces on, likewise.
+const MANY_EXTENTS: usize = MAX_EXTENTS / 2;
+
 /// Consecutive pages of the guest's memory that a layer holds, packed in the layer's file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Run {
@@ -115,6 +121,20 @@ impl Image {
             return Err(Error::Invalid("too many pieces"));
         }
         Ok(Self { pages, layers, extents })
+    }
+
+    /// What the next layer over this image is to lie on, and the pages that it has to hold beside its own. That is this image and none; and
+    /// once this image has grown long, its lowest layer, and all that lie over it.
+    ///
+    /// # Errors
+    /// As [`Image::new`].
+    pub fn footing(&self) -> Result<(Self, Vec<Run>), Error> {
+        if self.layers.len() < MANY_LAYERS && self.extents.len() < MANY_EXTENTS {
+            return Ok((self.clone(), Vec::new()));
+        }
+        let lowest = Self::new(self.pages, self.layers[..1].to_vec())?;
+        let upper = self.extents.iter().filter(|extent| extent.layer > 0);
+        Ok((lowest, upper.map(|extent| extent.run).collect()))
     }
 
     /// This image with one more layer over it.

@@ -18,7 +18,8 @@
 //! A freshly booted VM's memory is a memfd mapped shared, so its pages are in the file already. Freezing it forbids everybody to map
 //! the file writable again; the parent goes on as a private view of it, in another address range, and what it has left is taken down
 //! ([`machine::Successor`](crate::machine::Successor)): nothing is copied. A VM that is a private view already needs no switch: its
-//! dirty pages are written into a delta layer, which its children map over the rest.
+//! dirty pages are written into a delta layer, which its children map over the rest. Where there are many layers already, the next one
+//! takes in all but the lowest: no chain of forks is too long.
 
 use std::io;
 

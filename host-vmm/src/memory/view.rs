@@ -112,11 +112,13 @@ impl View {
 
     /// `image` with the pages that this VM has written since it was mapped.
     fn with_delta(&self, image: &Image, file: Arc<File>, page_map: &PageMap) -> Result<Image, Error> {
-        let runs = dirty::join_for(image, page_map.dirty_runs(&self.mapping)?);
-        let pages = runs.last().map_or(0, |run| run.file_page + run.pages);
-        if pages == 0 {
+        let dirty = page_map.dirty_runs(&self.mapping)?;
+        if dirty.is_empty() {
             return Ok(image.clone());
         }
+        let (footing, upper) = image.footing()?;
+        let runs = dirty::join_for(&footing, dirty::union(&dirty, &upper));
+        let pages = runs.last().map_or(0, |run| run.file_page + run.pages);
         file.set_len(pages * PAGE_BYTES).map_err(|source| Error::File {
             operation: "grow",
             name: DELTA_NAME.to_owned(),
@@ -124,7 +126,7 @@ impl View {
         })?;
         self.copy_out(&runs, to_usize(pages * PAGE_BYTES)?, &file)?;
         memfd::seal_unmapped(DELTA_NAME, &file)?;
-        image.with_layer(Layer { file, runs })
+        footing.with_layer(Layer { file, runs })
     }
 
     /// Writes runs of this memory to a file of `bytes` bytes.

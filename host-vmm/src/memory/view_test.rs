@@ -124,3 +124,24 @@ fn an_idle_view_adds_no_layer() {
     let Backing::Image(image) = &grandchild.backing else { panic!("not an image") };
     assert_eq!(image.layers().len(), 1);
 }
+
+#[test]
+fn long_chains_are_folded() {
+    const GENERATIONS: usize = 150;
+    let mut view = fresh();
+    let mut model = vec![0; PAGES];
+    let mut relatives = Vec::new();
+    for generation in 0..GENERATIONS {
+        for page in [generation % PAGES, generation * 7 % PAGES] {
+            let value = u8::try_from(generation % 250 + 1).unwrap();
+            poke(&view, page, value);
+            model[page] = value;
+        }
+        let child = fork(&mut view);
+        let Backing::Image(image) = &child.backing else { panic!("not an image") };
+        assert!(image.layers().len() <= 40, "{} layers", image.layers().len());
+        assert_eq!(content(&child), model);
+        relatives.push((std::mem::replace(&mut view, child), model.clone()));
+    }
+    assert!(relatives.iter().all(|(view, model)| &content(view) == model));
+}
