@@ -21,6 +21,10 @@ pub enum Command {
     /// Boot a VM, and run it and its children until all have ended.
     #[command(after_help = EXIT_CODES)]
     Run(Box<Run>),
+    /// List the VMs of a platform.
+    Ps(Ps),
+    /// Draw which VM of a platform comes from which.
+    Tree(Tree),
     /// Find out whether guests can run here, and what to do where they can't.
     Check(Check),
     /// Start nodes (itself started by the platform, not by people).
@@ -67,6 +71,9 @@ pub struct Run {
     /// Write the timeline of each fork, of parent and children, to FILE, which ui.perfetto.dev opens.
     #[arg(long, value_name = "FILE")]
     pub trace: Option<PathBuf>,
+    /// Answer `host-vmm ps` and others on this socket, instead of one in the folder for this user's sockets.
+    #[arg(long, value_name = "SOCKET")]
+    pub api: Option<PathBuf>,
     /// Most VMs at a time; a fork that would need more fails.
     #[arg(long, value_name = "N", default_value_t = 1100)]
     pub max_vms: usize,
@@ -81,6 +88,33 @@ pub struct Run {
     /// For tests: let the booted VM's forks fail, one for each step that is named, in order.
     #[arg(long, value_name = "STEP", value_delimiter = ',', hide = true)]
     pub inject_fault: Vec<Step>,
+}
+
+/// Which platform is asked.
+#[derive(Debug, Args)]
+pub struct Platform {
+    /// The platform's socket; the only one that this user runs where none is named.
+    #[arg(long, value_name = "SOCKET", env = "HOST_VMM_API")]
+    pub api: Option<PathBuf>,
+}
+
+/// Options of `ps`.
+#[derive(Debug, Args)]
+pub struct Ps {
+    /// The platform.
+    #[command(flatten)]
+    pub platform: Platform,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of `tree`.
+#[derive(Debug, Args)]
+pub struct Tree {
+    /// The platform.
+    #[command(flatten)]
+    pub platform: Platform,
 }
 
 /// Options of `check`.

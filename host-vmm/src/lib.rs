@@ -23,6 +23,7 @@
 //!
 //! - [`cli`], [`command`]: what an operator can ask for.
 //! - [`platform`]: the process that keeps shells ready, launches the children of forks in them, and watches and ends nodes.
+//! - [`api`]: how an operator asks a platform what there is.
 //! - [`node`]: the process that holds one VM, from ready shell to its end; all are forked from the [zygote](node::zygote).
 //! - [`wire`]: what these two say to each other.
 //! - [`machine`]: one VM, built, run, stopped and saved; from [`boot`] for a new one.
@@ -31,6 +32,7 @@
 //! - [`memory`]: immutable images, and private views of them.
 //! - [`devices`], [`kvm`], [`arch`]: what a machine consists of.
 
+pub mod api;
 pub mod arch;
 pub mod boot;
 pub mod capsule;

@@ -14,6 +14,8 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let result = match Cli::parse().command {
         Command::Run(options) => command::run(*options),
+        Command::Ps(options) => command::ps(&options),
+        Command::Tree(options) => command::tree(&options),
         Command::Check(options) => command::check(&options),
         Command::Zygote => node::zygote::main().map(|()| ExitCode::SUCCESS),
     };

@@ -27,6 +27,9 @@ use crate::{assets, process};
 /// How long a test waits for something to happen. Guests in the lab are slow, and two tests run at a time.
 pub const PATIENCE: Duration = Duration::from_secs(180);
 
+/// Name of the socket of each platform's API.
+const SOCKET: &str = "api.sock";
+
 /// A `host-vmm run` that is about to start.
 #[derive(Debug)]
 pub struct Vmm {
@@ -90,6 +93,8 @@ impl Vmm {
             .arg(&fifo)
             .arg("--log-dir")
             .arg(folder.path().join("logs"))
+            .arg("--api")
+            .arg(folder.path().join(SOCKET))
             .args(["--cmdline", &self.cmdline])
             .args(&self.arguments)
             .stdin(Stdio::piped())
@@ -227,6 +232,17 @@ impl Running {
     /// Where `host-vmm` takes none.
     pub fn type_bytes(&mut self, bytes: &[u8]) -> anyhow::Result<()> {
         Ok(self.stdin.as_mut().context("standard input is closed")?.write_all(bytes)?)
+    }
+
+    /// What a command of `host-vmm` that asks this platform prints.
+    ///
+    /// # Errors
+    /// Where it fails.
+    pub fn ask(&self, command: &[&str]) -> anyhow::Result<String> {
+        let mut program = Command::new(assets::path("bin/host-vmm"));
+        let output = program.args(command).arg("--api").arg(self.folder.path().join(SOCKET)).output()?;
+        anyhow::ensure!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(String::from_utf8(output.stdout)?)
     }
 
     /// Sends `host-vmm` a signal.

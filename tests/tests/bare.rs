@@ -12,7 +12,7 @@ use vmfork_tests::{
     bare::{CONTROL_PAGE, DOORBELL, Script, control},
     faults::{self, STEPS},
     process,
-    vmm::{Ended, PATIENCE, Vmm},
+    vmm::{Ended, PATIENCE, Running, Vmm},
 };
 
 const STATUS: usize = PAGE.response.offset + 8;
@@ -329,6 +329,48 @@ fn nodes_that_are_killed_take_nothing_with_them() {
     let ended = running.end().expect("host-vmm ends with its last VM");
     assert_eq!(ended.code, Some(1), "the booted VM did not end well");
     assert_eq!(ended.how("vm"), Some(&serde_json::Value::Null));
+}
+
+#[test]
+fn an_operator_sees_who_is_there_and_who_comes_from_whom() {
+    // web.1 forks a child, all stand still, and then web.1 is killed.
+    let again = Script::new().request(2, "deep", 1).ring();
+    let script = Script::new().request(1, "web", 2).ring();
+    let script = script.only_if(control(INDEX), 1, again).print(control(GENERATION));
+    let kernel = script.to_kernel();
+    let mut running = Vmm::kernel(kernel.path()).option("--mem", "64M").start().expect("host-vmm starts");
+    running.wait_for_lines("0000000", 4).expect("all VMs");
+    let list = |running: &Running| -> serde_json::Value {
+        serde_json::from_str(&running.ask(&["ps", "--json"]).expect("a list")).expect("JSON")
+    };
+    let vms = list(&running);
+    let names = |vms: &serde_json::Value| -> Vec<String> {
+        let vms = vms["vms"].as_array().expect("an array").iter();
+        vms.map(|vm| vm["name"].as_str().expect("a name").to_owned()).collect()
+    };
+    let mut sorted = names(&vms);
+    sorted.sort();
+    assert_eq!(sorted, ["deep.3", "vm", "web.1", "web.2"]);
+    assert_eq!(vms["ended"], serde_json::json!([]));
+    for vm in vms["vms"].as_array().expect("an array") {
+        assert_eq!((&vm["state"], &vm["ram_bytes"]), (&"running".into(), &(64 << 20).into()));
+        let node = running.node(vm["name"].as_str().expect("a name")).expect("a node");
+        assert_eq!(vm["pid"], node);
+        let bytes = |what: &str| vm["memory"][what].as_u64().expect("a size");
+        assert!(bytes("private_bytes") > 0 && bytes("private_bytes") <= bytes("proportional_bytes"));
+    }
+    let table = running.ask(&["ps"]).expect("a table");
+    assert_eq!(table.lines().count(), 5, "{table}");
+    let node = nix::unistd::Pid::from_raw(running.node("web.1").expect("a node").cast_signed());
+    nix::sys::signal::kill(node, nix::sys::signal::Signal::SIGKILL).expect("a node to kill");
+    let gone = |event: &serde_json::Value| (event["event"] == "ended").then_some(());
+    running.wait_for("its end", gone).expect("an end");
+    become_equal(|| names(&list(&running)).len(), || 3);
+    assert_eq!(list(&running)["ended"][0]["name"], "web.1");
+    let tree = running.ask(&["tree"]).expect("a tree");
+    let lines: Vec<&str> = tree.lines().map(|line| line.split(" (").next().unwrap_or_default()).collect();
+    assert!(lines.contains(&"│   └── deep.3") || lines.contains(&"    └── deep.3"), "{tree}");
+    assert!(tree.contains("web.1 (ended)"), "{tree}");
 }
 
 #[test]

@@ -18,7 +18,7 @@ use nix::sys::{
 };
 
 use crate::{
-    cli,
+    api, cli,
     machine::{Config, End},
     platform::{Boot, ConsoleInput, Platform, Settings, Terminal, read_keys},
 };
@@ -65,6 +65,7 @@ pub fn run(options: cli::Run) -> anyhow::Result<ExitCode> {
     let signals = block_signals()?;
     raise_file_limit()?;
     let platform = Platform::new(settings)?;
+    let _server = serve_api(&platform, options.api.as_deref())?;
     let stopped = Arc::new(AtomicU8::new(NOT_STOPPED));
     stop_on_signal(&platform, &stopped, signals)?;
     // Dropped on every way out from here, which puts the terminal back.
@@ -77,6 +78,16 @@ pub fn run(options: cli::Run) -> anyhow::Result<ExitCode> {
     let end = platform.wait();
     drop(terminal);
     Ok(exit_code(stopped.load(Ordering::SeqCst), end))
+}
+
+/// Serves the API. Where nobody has named a socket for it, the VM runs without it too.
+fn serve_api(platform: &Arc<Platform>, socket: Option<&Path>) -> anyhow::Result<Option<api::Server>> {
+    if let Some(path) = socket {
+        let served = api::serve(platform, path);
+        return served.map(Some).with_context(|| format!("can't serve the API on {}", path.display()));
+    }
+    let served = api::default_socket().and_then(|path| api::serve(platform, &path));
+    Ok(served.inspect_err(|error| tracing::warn!(%error, "no API: `host-vmm ps` will not find these VMs")).ok())
 }
 
 fn block_signals() -> anyhow::Result<SigSet> {

@@ -11,6 +11,7 @@ use std::{
     sync::{Arc, Mutex, mpsc},
 };
 
+mod accounting;
 mod console;
 mod events;
 mod fork;

@@ -4,6 +4,7 @@ use std::{
     fs::File,
     sync::{Arc, mpsc},
     thread,
+    time::Instant,
 };
 
 use vmfork_abi::ErrorCode;
@@ -64,7 +65,15 @@ impl Node {
         awaited: Awaited,
     ) -> Result<Self, Error> {
         let Shell { config, link, console, process } = shell;
-        platform.registry.enter(Entry { link: Arc::clone(&link), vm: identity.clone(), config })?;
+        let entry = Entry {
+            link: Arc::clone(&link),
+            vm: identity.clone(),
+            config,
+            pid: process.pid(),
+            since: Instant::now(),
+            runs: false,
+        };
+        platform.registry.enter(entry)?;
         platform.pool.add_user(config);
         Ok(Self {
             platform: Arc::clone(platform),
@@ -151,6 +160,7 @@ impl Node {
 
     fn runs(&mut self) -> Result<(), Error> {
         let pid = self.pid();
+        self.platform.registry.runs(self.identity.id);
         self.platform.trace.name(pid, &self.identity.name);
         // The event comes first, so that none of the VM's own can come before it.
         self.platform.events.write(&Event::Started { vm: &self.identity, pid });

@@ -3,12 +3,14 @@
 use std::{
     collections::BTreeMap,
     sync::{Arc, Condvar, Mutex, PoisonError},
+    time::Instant,
 };
 
 use uuid::Uuid;
 
 use super::Error;
 use crate::{
+    api::Ended,
     machine::{Config, VmIdentity},
     sync::lock,
     wire::PlatformLink,
@@ -23,6 +25,12 @@ pub(super) struct Entry {
     pub(super) vm: VmIdentity,
     /// Its shape.
     pub(super) config: Config,
+    /// Process of its node.
+    pub(super) pid: u32,
+    /// When it was entered.
+    pub(super) since: Instant,
+    /// Whether it runs.
+    pub(super) runs: bool,
 }
 
 /// The VMs of a platform.
@@ -36,9 +44,28 @@ pub(super) struct Registry {
 struct State {
     /// Each VM that is there, or about to be.
     vms: BTreeMap<Uuid, Entry>,
+    /// VMs that have ended, and of which there are copies.
+    ended: BTreeMap<Uuid, Ended>,
     /// How many VMs got a number in their name.
     numbered: u64,
     stopping: bool,
+}
+
+impl State {
+    /// Forgets a VM that has ended, unless there are copies of it, and those that it was the last copy of.
+    fn forget(&mut self, mut id: Uuid) {
+        while !self.has_copies(id)
+            && let Some(ended) = self.ended.remove(&id)
+            && let Some(parent) = ended.parent
+        {
+            id = parent;
+        }
+    }
+
+    fn has_copies(&self, id: Uuid) -> bool {
+        self.vms.values().any(|entry| entry.vm.parent == id)
+            || self.ended.values().any(|ended| ended.parent == Some(id))
+    }
 }
 
 impl Registry {
@@ -78,10 +105,31 @@ impl Registry {
         Ok(())
     }
 
+    /// Says that a VM runs.
+    pub(super) fn runs(&self, id: Uuid) {
+        if let Some(entry) = lock(&self.state).vms.get_mut(&id) {
+            entry.runs = true;
+        }
+    }
+
     /// Takes a VM out, when nothing is left of it.
     pub(super) fn leave(&self, id: Uuid) {
-        lock(&self.state).vms.remove(&id);
+        let mut state = lock(&self.state);
+        if let Some(Entry { vm, .. }) = state.vms.remove(&id) {
+            let parent = Some(vm.parent).filter(|parent| *parent != Uuid::nil());
+            state.ended.insert(id, Ended { id, name: vm.name, parent });
+            state.forget(id);
+        }
+        drop(state);
         self.changed.notify_all();
+    }
+
+    /// Makes something of each VM, parents before their children, and tells which have ended that have copies.
+    pub(super) fn list<T>(&self, make: impl Fn(&Entry) -> T) -> (Vec<T>, Vec<Ended>) {
+        let state = lock(&self.state);
+        let mut entries: Vec<&Entry> = state.vms.values().collect();
+        entries.sort_by_key(|entry| (entry.vm.generation, entry.since));
+        (entries.into_iter().map(make).collect(), state.ended.values().cloned().collect())
     }
 
     /// Lets no new VMs come, and breaks the connections to those that there are: whoever serves one ends it then.
@@ -124,7 +172,8 @@ mod tests {
             count: 1,
             generation: 1,
         };
-        Entry { link: Arc::clone(link), vm, config: Config { ram_bytes: 5 << 20, vcpus: 1 } }
+        let config = Config { ram_bytes: 5 << 20, vcpus: 1 };
+        Entry { link: Arc::clone(link), vm, config, pid: 0, since: Instant::now(), runs: false }
     }
 
     #[test]
@@ -139,6 +188,24 @@ mod tests {
         registry.leave(Uuid::from_u128(3));
         assert_eq!(registry.usage(Uuid::from_u128(1), "web"), (1, 15 << 20));
         assert_eq!(registry.usage(Uuid::from_u128(4), "db"), (0, 0));
+    }
+
+    #[test]
+    fn the_ended_are_remembered_for_as_long_as_they_have_copies() {
+        let registry = Registry::default();
+        let (link, _theirs) = PlatformLink::pair().unwrap();
+        let link = Arc::new(link);
+        for (id, parent) in [(1, 0), (2, 1), (3, 2), (4, 1)] {
+            registry.enter(entry(id, parent, &link)).unwrap();
+        }
+        let ended = || registry.list(|_| ()).1.iter().map(|ended| ended.id.as_u128()).collect::<Vec<_>>();
+        registry.leave(Uuid::from_u128(2));
+        registry.leave(Uuid::from_u128(4));
+        assert_eq!(ended(), [2]);
+        registry.leave(Uuid::from_u128(1));
+        assert_eq!(ended(), [1, 2]);
+        registry.leave(Uuid::from_u128(3));
+        assert!(ended().is_empty());
     }
 
     #[test]

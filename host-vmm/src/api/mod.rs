@@ -1,0 +1,123 @@
+//! The API of a platform: HTTP/1.1 with JSON, on a UNIX socket that only its user can reach.
+//!
+//! | request | answer |
+//! | --- | --- |
+//! | `GET /v1/vms` | [`Vms`] |
+
+use std::{
+    env, fs, io,
+    os::unix::fs::{DirBuilderExt, PermissionsExt},
+    path::{Path, PathBuf},
+};
+
+use nix::unistd::geteuid;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+pub mod client;
+mod server;
+
+pub use server::{Server, serve};
+
+/// The VMs of a platform.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Vms {
+    /// Those that there are, parents before their children.
+    pub vms: Vec<Vm>,
+    /// VMs that have ended, and of which there are copies.
+    pub ended: Vec<Ended>,
+}
+
+/// One VM.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Vm {
+    /// Its ID.
+    pub id: Uuid,
+    /// Its name.
+    pub name: String,
+    /// Its type.
+    #[serde(rename = "type")]
+    pub vm_type: String,
+    /// The VM that it is a copy of; null in a booted VM.
+    pub parent: Option<Uuid>,
+    /// How many forks lie between it and a booted VM.
+    pub generation: u32,
+    /// What it does.
+    pub state: State,
+    /// Process of its node.
+    pub pid: u32,
+    /// How long it has been there, in milliseconds.
+    pub uptime_ms: u64,
+    /// Number of vCPUs.
+    pub vcpus: u8,
+    /// Size of its guest's memory in bytes.
+    pub ram_bytes: u64,
+    /// What its process has of the host's memory; null where it is ending.
+    pub memory: Option<Memory>,
+}
+
+/// What a VM does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// It is being made.
+    Launching,
+    /// It runs.
+    Running,
+}
+
+/// Memory of a process, as `/proc/PID/smaps_rollup` has it, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Memory {
+    /// What no other process has: it would be free if this one ended.
+    pub private_bytes: u64,
+    /// What other processes have too: relatives, and the zygote.
+    pub shared_bytes: u64,
+    /// The private part, and of each shared page its share (PSS): these add up to what all take together.
+    pub proportional_bytes: u64,
+}
+
+/// A VM that has ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ended {
+    /// Its ID.
+    pub id: Uuid,
+    /// Its name.
+    pub name: String,
+    /// The VM that it was a copy of; null in a booted VM.
+    pub parent: Option<Uuid>,
+}
+
+/// The folder in which a platform's socket stands where nobody names another: this user's alone.
+///
+/// # Errors
+/// Where there is no such folder, or others can reach into it.
+pub fn folder() -> io::Result<PathBuf> {
+    let folder = match env::var_os("XDG_RUNTIME_DIR") {
+        Some(runtime) => PathBuf::from(runtime).join("host-vmm"),
+        None if geteuid().is_root() => PathBuf::from("/run/host-vmm"),
+        None => PathBuf::from(format!("/tmp/host-vmm-{}", geteuid())),
+    };
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder)?;
+    check_private(&folder)?;
+    Ok(folder)
+}
+
+fn check_private(folder: &Path) -> io::Result<()> {
+    use std::os::unix::fs::MetadataExt;
+    let metadata = fs::symlink_metadata(folder)?;
+    let is_ours = metadata.is_dir() && metadata.uid() == geteuid().as_raw();
+    if is_ours && metadata.permissions().mode() & 0o077 == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::other(format!("{} is not a folder that only this user can reach", folder.display())))
+    }
+}
+
+/// The socket of this process's platform, where nobody names another.
+///
+/// # Errors
+/// As [`folder`].
+pub fn default_socket() -> io::Result<PathBuf> {
+    Ok(folder()?.join(format!("{}.sock", std::process::id())))
+}

@@ -1,0 +1,150 @@
+//! `host-vmm ps` and `host-vmm tree`: which VMs there are, and what they take.
+
+use std::{collections::BTreeMap, process::ExitCode, time::Duration};
+
+use indicatif::{BinaryBytes, FormattedDuration};
+use termtree::Tree;
+use uuid::Uuid;
+
+use crate::{
+    api::{State, Vm, Vms, client},
+    cli,
+};
+
+/// Prints a table of all VMs.
+///
+/// # Errors
+/// Where no platform answers.
+pub fn ps(options: &cli::Ps) -> anyhow::Result<ExitCode> {
+    let vms = client::vms(options.platform.api.as_deref())?;
+    if options.json {
+        println!("{}", serde_json::to_string(&vms)?);
+    } else {
+        print!("{}", table(&vms.vms));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Draws who comes from whom.
+///
+/// # Errors
+/// Where no platform answers.
+pub fn tree(options: &cli::Tree) -> anyhow::Result<ExitCode> {
+    for tree in trees(&client::vms(options.platform.api.as_deref())?) {
+        print!("{tree}");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn table(vms: &[Vm]) -> String {
+    let header =
+        ["NAME", "TYPE", "GEN", "STATE", "PID", "UPTIME", "VCPUS", "RAM", "PRIVATE", "SHARED"].map(str::to_owned);
+    let rows = vms.iter().map(|vm| {
+        let memory = |bytes: fn(&Vm) -> Option<u64>| bytes(vm).map_or_else(|| "-".to_owned(), size);
+        [
+            vm.name.clone(),
+            vm.vm_type.clone(),
+            vm.generation.to_string(),
+            state(vm.state).to_owned(),
+            vm.pid.to_string(),
+            uptime(vm),
+            vm.vcpus.to_string(),
+            size(vm.ram_bytes),
+            memory(|vm| vm.memory.map(|memory| memory.private_bytes)),
+            memory(|vm| vm.memory.map(|memory| memory.shared_bytes)),
+        ]
+    });
+    let rows: Vec<[String; 10]> = std::iter::once(header).chain(rows).collect();
+    let mut text = String::new();
+    for row in &rows {
+        let cells = row.iter().enumerate().map(|(column, cell)| {
+            let width = rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
+            // Words to the left, numbers to the right.
+            if matches!(column, 0 | 1 | 3) { format!("{cell:<width$}") } else { format!("{cell:>width$}") }
+        });
+        text.push_str(cells.collect::<Vec<_>>().join("  ").trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+fn trees(vms: &Vms) -> Vec<Tree<String>> {
+    let mut labels: BTreeMap<Uuid, String> = BTreeMap::new();
+    let mut children: BTreeMap<Option<Uuid>, Vec<Uuid>> = BTreeMap::new();
+    let ended = vms.ended.iter().map(|ended| (ended.id, ended.parent, format!("{} (ended)", ended.name)));
+    for (id, parent, label) in ended.chain(vms.vms.iter().map(|vm| (vm.id, vm.parent, label(vm)))) {
+        labels.insert(id, label);
+        children.entry(parent).or_default().push(id);
+    }
+    let roots = children.get(&None).cloned().unwrap_or_default();
+    roots.into_iter().map(|root| grow(root, &labels, &children)).collect()
+}
+
+fn grow(id: Uuid, labels: &BTreeMap<Uuid, String>, children: &BTreeMap<Option<Uuid>, Vec<Uuid>>) -> Tree<String> {
+    let leaves = children.get(&Some(id)).into_iter().flatten().map(|child| grow(*child, labels, children));
+    Tree::new(labels.get(&id).cloned().unwrap_or_default()).with_leaves(leaves)
+}
+
+fn label(vm: &Vm) -> String {
+    let private = vm.memory.map_or_else(String::new, |memory| format!(", {} of its own", size(memory.private_bytes)));
+    format!("{} ({} for {}{private})", vm.name, state(vm.state), uptime(vm))
+}
+
+fn state(state: State) -> &'static str {
+    match state {
+        State::Launching => "launching",
+        State::Running => "running",
+    }
+}
+
+fn uptime(vm: &Vm) -> String {
+    FormattedDuration(Duration::from_millis(vm.uptime_ms)).to_string()
+}
+
+fn size(bytes: u64) -> String {
+    BinaryBytes(bytes).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::{Ended, Memory};
+
+    fn vm(id: u128, parent: Option<u128>, name: &str) -> Vm {
+        Vm {
+            id: Uuid::from_u128(id),
+            name: name.into(),
+            vm_type: "web".into(),
+            parent: parent.map(Uuid::from_u128),
+            generation: 1,
+            state: State::Running,
+            pid: 4711,
+            uptime_ms: 61_000,
+            vcpus: 1,
+            ram_bytes: 512 << 20,
+            memory: Some(Memory { private_bytes: 3 << 20, shared_bytes: 0, proportional_bytes: 0 }),
+        }
+    }
+
+    #[test]
+    fn columns_line_up() {
+        let text = table(&[vm(1, None, "vm"), Vm { memory: None, ..vm(2, None, "a-longer-name") }]);
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines.len(), 3);
+        assert!(lines[1].starts_with("vm             web "), "{text}");
+        assert_eq!(lines[0].find("TYPE"), lines[2].find("web"));
+        assert!(lines[1].contains("3.00 MiB") && lines[2].ends_with('-'), "{text}");
+    }
+
+    #[test]
+    fn a_tree_has_the_ended_too() {
+        let ended = Ended { id: Uuid::from_u128(2), name: "web.1".into(), parent: Some(Uuid::from_u128(1)) };
+        let vms =
+            Vms { vms: vec![vm(1, None, "vm"), vm(3, Some(2), "web.2"), vm(4, Some(1), "web.3")], ended: vec![ended] };
+        let trees = trees(&vms);
+        assert_eq!(trees.len(), 1);
+        let text = trees[0].to_string();
+        let names: Vec<&str> = text.lines().map(|line| line.split(" (").next().unwrap()).collect();
+        assert_eq!(names, ["vm", "├── web.1", "│   └── web.2", "└── web.3"]);
+    }
+}
