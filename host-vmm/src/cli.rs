@@ -4,7 +4,10 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::{platform::Limit, wire::Step};
+use crate::{
+    platform::{Keep, Limit},
+    wire::Step,
+};
 
 /// Runs Linux guests on KVM that can fork themselves.
 #[derive(Debug, Parser)]
@@ -25,6 +28,10 @@ pub enum Command {
     Ps(Ps),
     /// Draw which VM of a platform comes from which.
     Tree(Tree),
+    /// List, look at or remove images that a platform keeps.
+    Image(Image),
+    /// Launch copies of an image that a platform keeps.
+    Spawn(Spawn),
     /// Find out whether guests can run here, and what to do where they can't.
     Check(Check),
     /// Start nodes (itself started by the platform, not by people).
@@ -82,6 +89,10 @@ pub struct Run {
     /// a limit fails with an error code. May be given again.
     #[arg(long = "limit", value_name = "TYPE:NAME=VALUE,...")]
     pub limits: Vec<Limit>,
+    /// Keep the image of the latest fork into children of a type, or of the latest NUMBER forks; * stands for all types. Copies of a kept
+    /// image can be launched at any time (`host-vmm spawn`), and this command goes on for as long as it is kept. May be given again.
+    #[arg(long, value_name = "TYPE[:NUMBER]")]
+    pub keep: Vec<Keep>,
     /// Ready machines to keep for the children of the next fork. Children beyond that number take longer.
     #[arg(long, value_name = "N", default_value_t = 4)]
     pub ready: usize,
@@ -115,6 +126,62 @@ pub struct Tree {
     /// The platform.
     #[command(flatten)]
     pub platform: Platform,
+}
+
+/// Options of `image`.
+#[derive(Debug, Args)]
+pub struct Image {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: ImageCommand,
+}
+
+/// What can be done with images.
+#[derive(Debug, Subcommand)]
+pub enum ImageCommand {
+    /// List them.
+    Ls {
+        /// The platform.
+        #[command(flatten)]
+        platform: Platform,
+        /// Print one JSON array.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show one, as a JSON object.
+    Show {
+        /// The platform.
+        #[command(flatten)]
+        platform: Platform,
+        /// Its ID, or how that begins.
+        id: String,
+    },
+    /// Let go of some. VMs that run from them go on.
+    Rm {
+        /// The platform.
+        #[command(flatten)]
+        platform: Platform,
+        /// Their IDs, or how these begin.
+        #[arg(required = true)]
+        ids: Vec<String>,
+    },
+}
+
+/// Options of `spawn`.
+#[derive(Debug, Args)]
+pub struct Spawn {
+    /// The platform.
+    #[command(flatten)]
+    pub platform: Platform,
+    /// The image's ID, or how that begins.
+    #[arg(long, value_name = "ID")]
+    pub image: String,
+    /// How many copies.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=i64::from(vmfork_abi::MAX_CHILDREN)))]
+    pub count: u32,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Options of `check`.

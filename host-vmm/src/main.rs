@@ -16,6 +16,8 @@ fn main() -> ExitCode {
         Command::Run(options) => command::run(*options),
         Command::Ps(options) => command::ps(&options),
         Command::Tree(options) => command::tree(&options),
+        Command::Image(options) => command::image(&options.command),
+        Command::Spawn(options) => command::spawn(&options),
         Command::Check(options) => command::check(&options),
         Command::Zygote => node::zygote::main().map(|()| ExitCode::SUCCESS),
     };

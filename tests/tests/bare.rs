@@ -332,6 +332,50 @@ fn nodes_that_are_killed_take_nothing_with_them() {
 }
 
 #[test]
+fn an_image_outlives_its_parent() {
+    let data = 0x40_0000;
+    // The parent writes something, forks, writes something else and is gone; so is its child.
+    let script = Script::new().store(data, 0xda7a).request(1, "web", 1).ring();
+    let script = script.print(data).print(control(INDEX)).print(control(GENERATION)).store(data, 0xbad).off();
+    let kernel = script.to_kernel();
+    let vmm = Vmm::kernel(kernel.path()).option("--mem", "64M").option("--keep", "web");
+    let mut running = vmm.start().expect("host-vmm starts");
+    let mut ended = 0;
+    let both = |event: &serde_json::Value| {
+        ended += usize::from(event["event"] == "ended");
+        (ended == 2).then_some(())
+    };
+    running.wait_for("two ends", both).expect("two ends");
+    let images: serde_json::Value =
+        serde_json::from_str(&running.ask(&["image", "ls", "--json"]).expect("images")).expect("JSON");
+    let image = &images[0];
+    assert_eq!(
+        (&image["type"], &image["original_name"], &image["generation"]),
+        (&"web".into(), &"vm".into(), &1.into())
+    );
+    assert!(image["private_bytes"].as_u64().expect("a size") > 4096 && image["shared_bytes"] == 0, "{image}");
+    let id = image["id"].as_str().expect("an ID");
+    assert_eq!(images.as_array().expect("an array").len(), 1);
+    let spawned = running.ask(&["spawn", "--image", &id[..8], "--count", "3"]).expect("copies");
+    assert_eq!(spawned, "web.2\nweb.3\nweb.4\n");
+    let mut ended = 0;
+    let three = |event: &serde_json::Value| {
+        ended += usize::from(event["event"] == "ended" && event["name"] != "vm" && event["name"] != "web.1");
+        (ended == 3).then_some(())
+    };
+    running.wait_for("three ends", three).expect("three ends");
+    assert!(running.ask(&["spawn", "--image", "00000000"]).is_err());
+    assert!(running.ask(&["image", "show", id]).is_ok());
+    running.ask(&["image", "rm", id]).expect("no image");
+    // With the last image, host-vmm has nothing more to do.
+    let ended = running.end().expect("host-vmm ends");
+    for (index, name) in [(1, "web.1"), (1, "web.2"), (2, "web.3"), (3, "web.4")] {
+        assert_eq!(printed(&ended, name), [0xda7a, index, 1], "{name}");
+    }
+    assert_eq!(ended.code, Some(0));
+}
+
+#[test]
 fn an_operator_sees_who_is_there_and_who_comes_from_whom() {
     // web.1 forks a child, all stand still, and then web.1 is killed.
     let again = Script::new().request(2, "deep", 1).ring();

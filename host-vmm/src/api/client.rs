@@ -7,36 +7,88 @@ use std::{
 };
 
 use anyhow::{Context, bail, ensure};
-use http_body_util::{BodyExt, Empty, Limited};
-use hyper::{Request, body::Bytes, client::conn::http1, header};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::{Method, Request, StatusCode, body::Bytes, client::conn::http1, header};
 use hyper_util::rt::TokioIo;
-use serde::de::DeserializeOwned;
+use serde::{Serialize, de::DeserializeOwned};
 use tokio::runtime;
 
-use super::{Vms, folder};
+use super::{Failure, Image, Spawn, Spawned, Vms, folder};
 
 /// Longest answer in bytes.
 const MAX_ANSWER_BYTES: usize = 64 << 20;
 
-/// Asks a platform for its VMs: that with this socket, or the only one that this user runs.
+/// The VMs of a platform: that with this socket, or the only one that this user runs.
 ///
 /// # Errors
 /// Where there is none, or it does not answer.
 pub fn vms(socket: Option<&Path>) -> anyhow::Result<Vms> {
-    get(socket, "/v1/vms")
+    decode(&ask(socket, Method::GET, "/v1/vms", &())?)
 }
 
-fn get<T: DeserializeOwned>(socket: Option<&Path>, path: &str) -> anyhow::Result<T> {
+/// Its images.
+///
+/// # Errors
+/// As [`vms`].
+pub fn images(socket: Option<&Path>) -> anyhow::Result<Vec<Image>> {
+    decode(&ask(socket, Method::GET, "/v1/images", &())?)
+}
+
+/// One of them.
+///
+/// # Errors
+/// As [`vms`], or where it has no such image.
+pub fn image(socket: Option<&Path>, id: &str) -> anyhow::Result<Image> {
+    decode(&ask(socket, Method::GET, &image_path(id)?, &())?)
+}
+
+/// Has it let go of one.
+///
+/// # Errors
+/// As [`image`].
+pub fn remove_image(socket: Option<&Path>, id: &str) -> anyhow::Result<()> {
+    ask(socket, Method::DELETE, &image_path(id)?, &()).map(drop)
+}
+
+/// Has it launch copies of one.
+///
+/// # Errors
+/// As [`image`], or where it can't.
+pub fn spawn(socket: Option<&Path>, id: &str, count: u32) -> anyhow::Result<Spawned> {
+    decode(&ask(socket, Method::POST, &format!("{}/spawn", image_path(id)?), &Spawn { count })?)
+}
+
+fn image_path(id: &str) -> anyhow::Result<String> {
+    let is_id = !id.is_empty() && id.chars().all(|character| character.is_ascii_hexdigit() || character == '-');
+    ensure!(is_id, "{id:?} is not how an image's ID begins: that has digits, a to f and -");
+    Ok(format!("/v1/images/{id}"))
+}
+
+fn decode<T: DeserializeOwned>(answer: &[u8]) -> anyhow::Result<T> {
+    serde_json::from_slice(answer).context("can't understand what the platform says")
+}
+
+/// Asks a platform, and gives back its answer.
+fn ask(socket: Option<&Path>, method: Method, path: &str, body: &impl Serialize) -> anyhow::Result<Bytes> {
     let socket = socket.map_or_else(find_socket, |socket| Ok(socket.to_owned()))?;
-    let answer = runtime::Builder::new_current_thread().enable_io().build()?.block_on(ask(&socket, path));
-    let answer = answer.with_context(|| format!("the platform at {} does not answer", socket.display()))?;
-    serde_json::from_slice(&answer).with_context(|| format!("can't understand what {} says", socket.display()))
+    let body = serde_json::to_vec(body)?;
+    let runtime = runtime::Builder::new_current_thread().enable_io().build()?;
+    let answer = runtime.block_on(exchange(&socket, method, path, body));
+    let (status, answer) = answer.with_context(|| format!("the platform at {} does not answer", socket.display()))?;
+    if !status.is_success() {
+        match serde_json::from_slice(&answer) {
+            Ok(Failure { error }) => bail!(error),
+            Err(_) => bail!("the platform refuses: {status}"),
+        }
+    }
+    Ok(answer)
 }
 
-async fn ask(socket: &Path, path: &str) -> anyhow::Result<Bytes> {
+async fn exchange(socket: &Path, method: Method, path: &str, body: Vec<u8>) -> anyhow::Result<(StatusCode, Bytes)> {
     let stream = TokioIo::new(tokio::net::UnixStream::connect(socket).await?);
     let (mut sender, connection) = http1::handshake(stream).await?;
-    let request = Request::get(path).header(header::HOST, "localhost").body(Empty::<Bytes>::new())?;
+    let request = Request::builder().method(method).uri(path).header(header::HOST, "localhost");
+    let request = request.header(header::CONTENT_TYPE, "application/json").body(Full::new(Bytes::from(body)))?;
     // The connection's own end is told by the answer.
     let (answer, _) = tokio::join!(
         async {
@@ -44,9 +96,7 @@ async fn ask(socket: &Path, path: &str) -> anyhow::Result<Bytes> {
             drop(sender);
             let status = response.status();
             let body = Limited::new(response.into_body(), MAX_ANSWER_BYTES).collect().await;
-            let body = body.map_err(|error| anyhow::anyhow!(error))?.to_bytes();
-            ensure!(status.is_success(), "{status}: {}", String::from_utf8_lossy(&body));
-            Ok(body)
+            Ok((status, body.map_err(|error| anyhow::anyhow!(error))?.to_bytes()))
         },
         connection
     );

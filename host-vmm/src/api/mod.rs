@@ -3,6 +3,12 @@
 //! | request | answer |
 //! | --- | --- |
 //! | `GET /v1/vms` | [`Vms`] |
+//! | `GET /v1/images` | an array of [`Image`] |
+//! | `GET /v1/images/ID` | [`Image`] |
+//! | `DELETE /v1/images/ID` | nothing |
+//! | `POST /v1/images/ID/spawn`, with a [`Spawn`] | [`Spawned`] |
+//!
+//! An ID may be cut short, for as long as it stands for one image only. What fails is told as a [`Failure`].
 
 use std::{
     env, fs, io,
@@ -86,6 +92,66 @@ pub struct Ended {
     pub name: String,
     /// The VM that it was a copy of; null in a booted VM.
     pub parent: Option<Uuid>,
+}
+
+/// An image that is kept.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Image {
+    /// Its ID.
+    pub id: Uuid,
+    /// Type of its copies.
+    #[serde(rename = "type")]
+    pub vm_type: String,
+    /// The VM that it was made of.
+    pub original: Uuid,
+    /// The name of that VM.
+    pub original_name: String,
+    /// Generation of its copies.
+    pub generation: u32,
+    /// Number of vCPUs of its copies.
+    pub vcpus: u8,
+    /// Size of their guests' memory in bytes.
+    pub ram_bytes: u64,
+    /// When it was made, in milliseconds since 1970 (UTC).
+    pub created_ms: u64,
+    /// Files that its memory consists of.
+    pub layers: usize,
+    /// Size of its state in bytes.
+    pub state_bytes: u64,
+    /// Memory of the layers that no other kept image has, in bytes.
+    pub private_bytes: u64,
+    /// Memory of those that other kept images have too.
+    pub shared_bytes: u64,
+}
+
+/// A wish for copies.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Spawn {
+    /// How many.
+    pub count: u32,
+}
+
+/// Copies that run.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Spawned {
+    /// The copies.
+    pub vms: Vec<Copied>,
+}
+
+/// One copy.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Copied {
+    /// Its ID.
+    pub id: Uuid,
+    /// Its name.
+    pub name: String,
+}
+
+/// Why something was not done.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Failure {
+    /// In words.
+    pub error: String,
 }
 
 /// The folder in which a platform's socket stands where nobody names another: this user's alone.

@@ -1,9 +1,12 @@
 //! What each command does.
 
 mod check;
+mod image;
 mod ps;
 mod run;
+mod table;
 
 pub use check::check;
+pub use image::{image, spawn};
 pub use ps::{ps, tree};
 pub use run::run;

@@ -2,12 +2,13 @@
 
 use std::{collections::BTreeMap, process::ExitCode, time::Duration};
 
-use indicatif::{BinaryBytes, FormattedDuration};
+use indicatif::FormattedDuration;
 use termtree::Tree;
 use uuid::Uuid;
 
+use super::table::{Column, size, table};
 use crate::{
-    api::{State, Vm, Vms, client},
+    api::{Memory, State, Vm, Vms, client},
     cli,
 };
 
@@ -20,7 +21,7 @@ pub fn ps(options: &cli::Ps) -> anyhow::Result<ExitCode> {
     if options.json {
         println!("{}", serde_json::to_string(&vms)?);
     } else {
-        print!("{}", table(&vms.vms));
+        print!("{}", list(&vms.vms));
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -36,11 +37,23 @@ pub fn tree(options: &cli::Tree) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn table(vms: &[Vm]) -> String {
-    let header =
-        ["NAME", "TYPE", "GEN", "STATE", "PID", "UPTIME", "VCPUS", "RAM", "PRIVATE", "SHARED"].map(str::to_owned);
+fn list(vms: &[Vm]) -> String {
+    use Column::{Numbers, Words};
+    let head = [
+        ("NAME", Words),
+        ("TYPE", Words),
+        ("GEN", Numbers),
+        ("STATE", Words),
+        ("PID", Numbers),
+        ("UPTIME", Numbers),
+        ("VCPUS", Numbers),
+        ("RAM", Numbers),
+        ("PRIVATE", Numbers),
+        ("SHARED", Numbers),
+    ];
     let rows = vms.iter().map(|vm| {
-        let memory = |bytes: fn(&Vm) -> Option<u64>| bytes(vm).map_or_else(|| "-".to_owned(), size);
+        let memory =
+            |bytes: fn(&Memory) -> u64| vm.memory.as_ref().map_or_else(|| "-".to_owned(), |all| size(bytes(all)));
         [
             vm.name.clone(),
             vm.vm_type.clone(),
@@ -50,22 +63,11 @@ fn table(vms: &[Vm]) -> String {
             uptime(vm),
             vm.vcpus.to_string(),
             size(vm.ram_bytes),
-            memory(|vm| vm.memory.map(|memory| memory.private_bytes)),
-            memory(|vm| vm.memory.map(|memory| memory.shared_bytes)),
+            memory(|memory| memory.private_bytes),
+            memory(|memory| memory.shared_bytes),
         ]
     });
-    let rows: Vec<[String; 10]> = std::iter::once(header).chain(rows).collect();
-    let mut text = String::new();
-    for row in &rows {
-        let cells = row.iter().enumerate().map(|(column, cell)| {
-            let width = rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
-            // Words to the left, numbers to the right.
-            if matches!(column, 0 | 1 | 3) { format!("{cell:<width$}") } else { format!("{cell:>width$}") }
-        });
-        text.push_str(cells.collect::<Vec<_>>().join("  ").trim_end());
-        text.push('\n');
-    }
-    text
+    table(head, rows)
 }
 
 fn trees(vms: &Vms) -> Vec<Tree<String>> {
@@ -76,8 +78,10 @@ fn trees(vms: &Vms) -> Vec<Tree<String>> {
         labels.insert(id, label);
         children.entry(parent).or_default().push(id);
     }
-    let roots = children.get(&None).cloned().unwrap_or_default();
-    roots.into_iter().map(|root| grow(root, &labels, &children)).collect()
+    // Of copies of an image, the parent may be long gone.
+    let is_there = |parent: &Option<Uuid>| parent.is_some_and(|parent| labels.contains_key(&parent));
+    let roots = children.iter().filter(|(parent, _)| !is_there(parent)).flat_map(|(_, roots)| roots);
+    roots.map(|root| grow(*root, &labels, &children)).collect()
 }
 
 fn grow(id: Uuid, labels: &BTreeMap<Uuid, String>, children: &BTreeMap<Option<Uuid>, Vec<Uuid>>) -> Tree<String> {
@@ -101,14 +105,10 @@ fn uptime(vm: &Vm) -> String {
     FormattedDuration(Duration::from_millis(vm.uptime_ms)).to_string()
 }
 
-fn size(bytes: u64) -> String {
-    BinaryBytes(bytes).to_string()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::{Ended, Memory};
+    use crate::api::Ended;
 
     fn vm(id: u128, parent: Option<u128>, name: &str) -> Vm {
         Vm {
@@ -127,12 +127,10 @@ mod tests {
     }
 
     #[test]
-    fn columns_line_up() {
-        let text = table(&[vm(1, None, "vm"), Vm { memory: None, ..vm(2, None, "a-longer-name") }]);
+    fn each_vm_has_a_line() {
+        let text = list(&[vm(1, None, "vm"), Vm { memory: None, ..vm(2, None, "web.1") }]);
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines.len(), 3);
-        assert!(lines[1].starts_with("vm             web "), "{text}");
-        assert_eq!(lines[0].find("TYPE"), lines[2].find("web"));
         assert!(lines[1].contains("3.00 MiB") && lines[2].ends_with('-'), "{text}");
     }
 

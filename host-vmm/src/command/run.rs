@@ -60,12 +60,13 @@ pub fn run(options: cli::Run) -> anyhow::Result<ExitCode> {
         max_vms: options.max_vms,
         ready: options.ready,
         limits: options.limits,
+        keep: options.keep,
     };
     // Before any thread starts: all of them are to leave the signals to the one that waits for them.
     let signals = block_signals()?;
     raise_file_limit()?;
     let platform = Platform::new(settings)?;
-    let _server = serve_api(&platform, options.api.as_deref())?;
+    let server = serve_api(&platform, options.api.as_deref())?;
     let stopped = Arc::new(AtomicU8::new(NOT_STOPPED));
     stop_on_signal(&platform, &stopped, signals)?;
     // Dropped on every way out from here, which puts the terminal back.
@@ -76,6 +77,7 @@ pub fn run(options: cli::Run) -> anyhow::Result<ExitCode> {
     let input = platform.boot(boot)?;
     read_console(&platform, &stopped, terminal.is_interactive(), input)?;
     let end = platform.wait();
+    drop(server);
     drop(terminal);
     Ok(exit_code(stopped.load(Ordering::SeqCst), end))
 }

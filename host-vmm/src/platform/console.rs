@@ -7,7 +7,7 @@ use std::{
     fs::{self, File},
     io::{self, Read, Write},
     os::fd::AsFd,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{Arc, Condvar, Mutex, PoisonError},
     thread,
     time::{Duration, Instant},
@@ -52,7 +52,9 @@ struct Sources {
 #[derive(Debug)]
 struct Source {
     pipe: File,
-    log: File,
+    log_path: PathBuf,
+    /// Made when there is something to log.
+    log: Option<File>,
     /// How many bytes the log may still take.
     log_room: u64,
     name: String,
@@ -65,6 +67,7 @@ struct Source {
 impl Consoles {
     /// Starts the thread.
     pub(super) fn new(log_dir: PathBuf, events: Arc<Events>) -> Result<Self, Error> {
+        fs::create_dir_all(&log_dir).map_err(|source| Error::Log { path: log_dir.clone(), source })?;
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(|errno| Error::Consoles(errno.into()))?;
         let sources = Mutex::new(Sources::default());
         let shared = Arc::new(Shared { epoll, events, sources, drained: Condvar::new() });
@@ -76,7 +79,8 @@ impl Consoles {
     /// Takes a VM's console.
     pub(super) fn add(&self, vm: &VmIdentity, pipe: File) -> Result<(), Error> {
         let source = Source {
-            log: self.create_log(&self.log_dir.join(format!("{}.log", vm.name)))?,
+            log_path: self.log_dir.join(format!("{}.log", vm.name)),
+            log: None,
             log_room: MAX_LOG_BYTES,
             name: vm.name.clone(),
             prefixed: vm.generation > 0,
@@ -90,11 +94,6 @@ impl Consoles {
         self.shared.epoll.add(source.pipe.as_fd(), interest).map_err(|errno| Error::Consoles(errno.into()))?;
         sources.open.insert(token, Arc::new(Mutex::new(source)));
         Ok(())
-    }
-
-    fn create_log(&self, path: &Path) -> Result<File, Error> {
-        let created = fs::create_dir_all(&self.log_dir).and_then(|()| File::create(path));
-        created.map_err(|source| Error::Log { path: path.to_owned(), source })
     }
 
     /// Waits until all output of VMs that have ended is written.
@@ -177,8 +176,12 @@ impl Source {
             return;
         }
         self.log_room -= wanted;
-        if let Err(error) = self.log.write_all(bytes) {
-            tracing::warn!(vm = self.name, %error, "console output is missing in the log");
+        let log = match &mut self.log {
+            Some(log) => Ok(log),
+            none => File::create(&self.log_path).map(|log| none.insert(log)),
+        };
+        if let Err(error) = log.and_then(|log| log.write_all(bytes)) {
+            tracing::warn!(log = %self.log_path.display(), %error, "console output is missing in the log");
         }
     }
 

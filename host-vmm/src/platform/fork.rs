@@ -13,6 +13,7 @@ use vmfork_abi::{ErrorCode, is_vm_type};
 
 use super::{
     Error, Platform,
+    images::Keeping,
     limits::{Asked, Limited, Recent},
     node::{Awaited, Node},
 };
@@ -26,6 +27,9 @@ use crate::{
 
 /// How long children have to themselves before the platform goes on with what nobody waits for.
 const HEAD_START: Duration = Duration::from_millis(1);
+
+/// How long copies of an image may take until they are ready to run.
+const LAUNCH_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// What a parent asks for.
 #[derive(Debug)]
@@ -47,11 +51,30 @@ pub(super) struct Original<'a> {
     pub(super) recent: &'a mut Recent,
 }
 
+/// Copies that are to be launched.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Launch<'a> {
+    /// Their shape.
+    pub(super) config: Config,
+    /// What they are copies of.
+    pub(super) original: &'a VmIdentity,
+    /// Their type.
+    pub(super) vm_type: &'a str,
+    /// How many.
+    pub(super) count: u32,
+    /// Number of the guest's request that they come from.
+    pub(super) seq: u64,
+    /// Where this is to fail.
+    pub(super) fault: Option<Step>,
+}
+
 /// A fork whose children are not all certain to stay yet.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Fork {
     /// Where parent and children meet: opened when the children have their orders.
     rendezvous: OnceLock<Rendezvous>,
+    /// What is kept of it once it is certain.
+    keeping: Mutex<Option<Keeping>>,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -92,9 +115,21 @@ impl Fork {
         order: &Order,
         files: Vec<File>,
     ) -> Result<Arc<Self>, Error> {
-        let fork = Arc::new(Self { rendezvous: OnceLock::new(), state: Mutex::default(), changed: Condvar::new() });
-        let launched = fork.launch(platform, original, order, &files);
-        fork.open(files)?;
+        let fork = Arc::new(Self::default());
+        let launch = Launch {
+            config: original.config,
+            original: original.vm,
+            vm_type: &order.vm_type,
+            count: order.count,
+            seq: order.seq,
+            fault: order.fault,
+        };
+        let launched = platform.place(original, order).and_then(|()| fork.launch(platform, launch, &files));
+        let mut files = files.into_iter();
+        fork.meet_in(Rendezvous::open(files.next().ok_or(Error::NoRendezvous)?)?)?;
+        if platform.images.wants(&order.vm_type) {
+            *lock(&fork.keeping) = Some(Keeping::new(launch, files.collect()));
+        }
         let served = launched.and_then(|nodes| {
             // The children are at work. What serves them can wait, and should not take the processor away from them.
             thread::sleep(HEAD_START);
@@ -106,42 +141,76 @@ impl Fork {
         Ok(fork)
     }
 
-    fn open(&self, files: Vec<File>) -> Result<(), Error> {
-        let rendezvous = Rendezvous::open(files.into_iter().next().ok_or(Error::NoRendezvous)?)?;
-        // A child that has died meanwhile was not told of.
-        let failed = lock(&self.state).failure.is_some();
+    /// Says where parent and children meet.
+    fn meet_in(&self, rendezvous: Rendezvous) -> Result<&Rendezvous, Error> {
         let rendezvous = self.rendezvous.get_or_init(|| rendezvous);
-        if failed { Ok(rendezvous.fail()?) } else { Ok(()) }
+        // Of a child that has died before, nobody was told.
+        if lock(&self.state).failure.is_some() {
+            rendezvous.fail()?;
+        }
+        Ok(rendezvous)
+    }
+
+    /// Launches copies without their parent, from its image: `state`, and `files` with its memory.
+    ///
+    /// # Errors
+    /// [`Error`]: none of them is there then.
+    pub(super) fn of_image(
+        platform: &Arc<Platform>,
+        launch: Launch<'_>,
+        state: &[u8],
+        files: &[File],
+    ) -> Result<Vec<VmIdentity>, Error> {
+        let fork = Arc::new(Self::default());
+        let rendezvous = Rendezvous::new()?;
+        rendezvous.publish(state)?;
+        let file = rendezvous.file().try_clone().map_err(Error::Start)?;
+        let files: Vec<&File> = std::iter::once(&file).chain(files).collect();
+        let launched = fork.launch(platform, launch, &files);
+        let rendezvous = fork.meet_in(rendezvous)?;
+        let copies = launched.and_then(|nodes| {
+            let copies = nodes.iter().map(|node| node.identity().clone()).collect();
+            nodes.into_iter().try_for_each(Node::serve)?;
+            rendezvous.wait_arrivals(launch.count, LAUNCH_TIMEOUT, || false)?;
+            rendezvous.commit()?;
+            Ok(copies)
+        });
+        copies.map_err(|error| match fork.abort() {
+            // A copy's own reason says more than that there is one.
+            Ok((_, why)) if matches!(error, Error::Rendezvous(_)) => Error::Spawn(why),
+            _ => error,
+        })
     }
 
     fn launch(
         self: &Arc<Self>,
         platform: &Arc<Platform>,
-        original: &mut Original<'_>,
-        order: &Order,
-        files: &[File],
+        launch: Launch<'_>,
+        files: &[impl AsFd],
     ) -> Result<Vec<Node>, Error> {
-        let count = platform.place(original, order)?;
-        let shells = platform.pool.take(original.config, count)?;
-        let names = platform.registry.names(&order.vm_type, order.count);
+        let Launch { config, original, vm_type, count, seq, fault } = launch;
+        let wanted = usize::try_from(count).unwrap_or(usize::MAX);
+        platform.registry.check_room(wanted, platform.max_vms)?;
+        let shells = platform.pool.take(config, wanted)?;
+        let names = platform.registry.names(vm_type, count);
         let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
-        let mut nodes = Vec::with_capacity(count);
+        let mut nodes = Vec::with_capacity(wanted);
         for ((index, name), shell) in (1..).zip(names).zip(shells) {
-            if order.fault == Some(Step::Launch) && index > order.count / 2 {
+            if fault == Some(Step::Launch) && index > count / 2 {
                 return Err(Error::Injected(Step::Launch));
             }
             let identity = VmIdentity {
                 id: Uuid::new_v4(),
-                parent: original.vm.id,
+                parent: original.id,
                 name,
-                vm_type: order.vm_type.clone(),
+                vm_type: vm_type.to_owned(),
                 index,
-                count: order.count,
-                generation: original.vm.generation + 1,
+                count,
+                generation: original.generation + 1,
             };
             let node = Node::new(platform, shell, identity.clone(), Awaited::Fork(Arc::clone(self)))?;
             self.add(node.link());
-            let copy = ToNode::Copy { identity: identity.clone(), seq: order.seq };
+            let copy = ToNode::Copy { identity: identity.clone(), seq };
             let sent = node.link().send(&copy, &files);
             nodes.push(node);
             sent.map_err(|source| Error::Node { name: identity.name, source })?;
@@ -170,8 +239,14 @@ impl Fork {
         self.changed.notify_all();
     }
 
-    /// Says that a child runs.
-    pub(super) fn child_runs(&self) {
+    /// Says that a child runs: then all will.
+    pub(super) fn child_runs(&self, platform: &Platform) {
+        let keeping = lock(&self.keeping).take();
+        if let (Some(keeping), Some(rendezvous)) = (keeping, self.rendezvous.get())
+            && let Err(error) = platform.keep(keeping, rendezvous)
+        {
+            tracing::warn!(error = chain(&error), "an image is not kept");
+        }
         lock(&self.state).left -= 1;
         self.changed.notify_all();
     }
@@ -199,8 +274,8 @@ impl Fork {
 }
 
 impl Platform {
-    /// Chooses where the children of a fork go: all of them here, where there is room for all.
-    fn place(&self, original: &mut Original<'_>, order: &Order) -> Result<usize, Error> {
+    /// Chooses where the children of a fork go: all of them here, where they may.
+    fn place(&self, original: &mut Original<'_>, order: &Order) -> Result<(), Error> {
         if order.fault == Some(Step::Place) {
             return Err(Error::Injected(Step::Place));
         }
@@ -208,12 +283,7 @@ impl Platform {
         if !is_vm_type(&order.vm_type) {
             return Err(Error::Type(order.vm_type.clone()));
         }
-        if !self.limits.are_none() {
-            self.check_limits(original, order)?;
-        }
-        let wanted = usize::try_from(order.count).unwrap_or(usize::MAX);
-        self.registry.check_room(wanted, self.max_vms)?;
-        Ok(wanted)
+        if self.limits.are_none() { Ok(()) } else { self.check_limits(original, order) }
     }
 
     fn check_limits(&self, original: &mut Original<'_>, order: &Order) -> Result<(), Error> {

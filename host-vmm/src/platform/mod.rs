@@ -15,6 +15,7 @@ mod accounting;
 mod console;
 mod events;
 mod fork;
+mod images;
 mod limits;
 mod node;
 mod pool;
@@ -23,6 +24,7 @@ mod registry;
 mod terminal;
 mod trace;
 
+pub use images::Keep;
 pub use limits::{Limit, Limited};
 pub use terminal::{Terminal, read_keys};
 
@@ -34,6 +36,7 @@ use crate::{
 };
 use console::Consoles;
 use events::{Event, Events};
+use images::Images;
 use limits::Limits;
 use node::{Awaited, Node};
 use pool::Pool;
@@ -55,6 +58,8 @@ pub struct Settings {
     pub ready: usize,
     /// What VMs may do.
     pub limits: Vec<Limit>,
+    /// Which images to keep.
+    pub keep: Vec<Keep>,
 }
 
 /// The VM that a platform boots.
@@ -79,8 +84,8 @@ pub struct Boot {
 /// What can go wrong with the platform itself.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The folder for the logs can't be made, or a log not written.
-    #[error("can't write the console log {path}")]
+    /// The folder for the logs can't be made.
+    #[error("can't make the folder {path} for console logs")]
     Log {
         /// Which.
         path: PathBuf,
@@ -125,6 +130,18 @@ pub enum Error {
         /// The limit.
         max: usize,
     },
+    /// There is no such image.
+    #[error("there is no image whose ID begins with {0:?}")]
+    NoImage(String),
+    /// There are several.
+    #[error("the IDs of several images begin with {0:?}")]
+    Ambiguous(String),
+    /// A layer of an image can't be looked at.
+    #[error("can't look at a layer of an image")]
+    Layer(#[source] io::Error),
+    /// Copies of an image could not be launched.
+    #[error("no copies were launched: {0}")]
+    Spawn(String),
     /// The operator does not allow it.
     #[error("{limited} of the type {vm_type} is limited to {most}, and this fork would make it {wanted}")]
     Limit {
@@ -164,6 +181,7 @@ pub struct Platform {
     trace: Trace,
     max_vms: usize,
     limits: Limits,
+    images: Images,
     /// How the first VM ended, once it has.
     root_end: Mutex<Option<End>>,
 }
@@ -184,6 +202,7 @@ impl Platform {
             trace: Trace::new(settings.trace)?,
             max_vms: settings.max_vms,
             limits: Limits::new(settings.limits),
+            images: Images::new(settings.keep),
             root_end: Mutex::new(None),
         });
         Pool::fill_in_background(&platform)?;
@@ -224,9 +243,16 @@ impl Platform {
         Ok(ConsoleInput(link))
     }
 
-    /// Waits until all VMs have ended and all output is written, and says how the first VM ended: `None` where its node died.
+    /// Waits until all VMs have ended, no image is kept, and all output is written, and says how the first VM ended: `None` where its
+    /// node died.
     pub fn wait(&self) -> Option<End> {
-        self.registry.wait_empty();
+        loop {
+            self.registry.wait_empty();
+            self.images.wait_empty();
+            if self.registry.is_empty() {
+                break;
+            }
+        }
         self.pool.close();
         self.consoles.wait_drained();
         lock(&self.root_end).take()
@@ -234,6 +260,7 @@ impl Platform {
 
     /// Ends all VMs, and lets no new ones come.
     pub fn stop(&self) {
+        self.images.close();
         self.pool.close();
         self.registry.stop();
     }

@@ -94,6 +94,11 @@ impl Node {
         &self.link
     }
 
+    /// Who its VM is.
+    pub(super) fn identity(&self) -> &VmIdentity {
+        &self.identity
+    }
+
     /// Serves it on a thread of its own until its VM ends.
     pub(super) fn serve(self) -> Result<(), Error> {
         let thread = thread::Builder::new().name(self.identity.name.clone()).stack_size(STACK_BYTES);
@@ -168,7 +173,7 @@ impl Node {
             self.platform.consoles.add(&self.identity, console)?;
         }
         match std::mem::replace(&mut self.awaited, Awaited::Nobody) {
-            Awaited::Fork(fork) => fork.child_runs(),
+            Awaited::Fork(fork) => fork.child_runs(&self.platform),
             // One who has gone away does not wait.
             Awaited::Caller(caller) => drop(caller.send(Ok(()))),
             Awaited::Nobody => {}

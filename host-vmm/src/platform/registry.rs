@@ -141,6 +141,11 @@ impl Registry {
         }
     }
 
+    /// Whether there is no VM.
+    pub(super) fn is_empty(&self) -> bool {
+        lock(&self.state).vms.is_empty()
+    }
+
     /// Waits until there is no VM.
     pub(super) fn wait_empty(&self) {
         let mut state = lock(&self.state);

@@ -1,0 +1,335 @@
+//! Images that are kept: each can be launched at any time, whether its parent is there or not.
+//!
+//! An image is the files of its memory's layers and a state. The platform looks into neither: both come from a node, and the shell that
+//! takes them checks them. Layers are shared between images that build on each other, and with the VMs that run from them; the memory is
+//! free when the last of these is gone.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs::File,
+    io,
+    os::unix::fs::MetadataExt,
+    str::FromStr,
+    sync::{Arc, Condvar, Mutex, PoisonError},
+};
+
+use uuid::Uuid;
+use vmfork_abi::is_vm_type;
+
+use super::{
+    Error, Platform,
+    fork::{Fork, Launch},
+};
+use crate::{
+    api,
+    clock::wall_clock_ns,
+    fork::rendezvous::Rendezvous,
+    machine::{Config, VmIdentity},
+    sync::lock,
+};
+
+/// Stands for all types in `--keep`.
+const ALL_TYPES: &str = "*";
+
+/// Bytes of a block that `stat` counts.
+const BLOCK_BYTES: u64 = 512;
+
+/// Which images to keep, as `--keep` gives it: the latest of a type, or the latest few: `web`, `web:3`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Keep {
+    vm_type: String,
+    most: usize,
+}
+
+impl FromStr for Keep {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (vm_type, most) = text.split_once(':').unwrap_or((text, "1"));
+        if vm_type != ALL_TYPES && !is_vm_type(vm_type) {
+            return Err(format!("{vm_type:?} is no VM type; * stands for all"));
+        }
+        let most = most.parse().ok().filter(|most| *most > 0);
+        let most = most.ok_or_else(|| format!("{text:?} must be TYPE or TYPE:NUMBER"))?;
+        Ok(Self { vm_type: vm_type.to_owned(), most })
+    }
+}
+
+/// What a fork leaves to be kept, before it is certain.
+#[derive(Debug)]
+pub(super) struct Keeping {
+    vm_type: String,
+    original: VmIdentity,
+    config: Config,
+    seq: u64,
+    files: Vec<File>,
+}
+
+impl Keeping {
+    /// The image of these copies, in `files`.
+    pub(super) fn new(launch: Launch<'_>, files: Vec<File>) -> Self {
+        let Launch { config, original, vm_type, seq, .. } = launch;
+        Self { vm_type: vm_type.to_owned(), original: original.clone(), config, seq, files }
+    }
+}
+
+/// An image that is kept.
+#[derive(Debug)]
+pub(super) struct Image {
+    id: Uuid,
+    created_ns: u64,
+    state: Vec<u8>,
+    of: Keeping,
+}
+
+/// The images of a platform.
+#[derive(Debug)]
+pub(super) struct Images {
+    /// How many to keep, by type.
+    keep: BTreeMap<String, usize>,
+    kept: Mutex<Kept>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Kept {
+    /// Oldest first.
+    images: Vec<Arc<Image>>,
+    /// Whether no more are kept.
+    closed: bool,
+}
+
+impl Images {
+    /// None yet.
+    pub(super) fn new(keep: Vec<Keep>) -> Self {
+        let keep = keep.into_iter().map(|Keep { vm_type, most }| (vm_type, most)).collect();
+        Self { keep, kept: Mutex::default(), changed: Condvar::new() }
+    }
+
+    fn most(&self, vm_type: &str) -> usize {
+        self.keep.get(vm_type).or_else(|| self.keep.get(ALL_TYPES)).copied().unwrap_or(0)
+    }
+
+    /// Whether images of a type are kept.
+    pub(super) fn wants(&self, vm_type: &str) -> bool {
+        self.most(vm_type) > 0
+    }
+
+    /// Adds an image, and gives back those of its type that it takes the place of.
+    fn add(&self, image: Image) -> Vec<Arc<Image>> {
+        let most = self.most(&image.of.vm_type);
+        let Kept { images: kept, closed } = &mut *lock(&self.kept);
+        if *closed {
+            return vec![Arc::new(image)];
+        }
+        let of_type = kept.iter().filter(|other| other.of.vm_type == image.of.vm_type).count();
+        let mut surplus = (of_type + 1).saturating_sub(most);
+        let vm_type = image.of.vm_type.clone();
+        let out = kept.extract_if(.., |other| {
+            let out = surplus > 0 && other.of.vm_type == vm_type;
+            surplus -= usize::from(out);
+            out
+        });
+        let out = out.collect();
+        kept.push(Arc::new(image));
+        out
+    }
+
+    /// The image whose ID begins like this.
+    fn find(&self, id: &str) -> Result<Arc<Image>, Error> {
+        let kept = lock(&self.kept);
+        let mut found = kept.images.iter().filter(|image| !id.is_empty() && image.id.to_string().starts_with(id));
+        match (found.next(), found.next()) {
+            (Some(image), None) => Ok(Arc::clone(image)),
+            (None, _) => Err(Error::NoImage(id.to_owned())),
+            (Some(_), Some(_)) => Err(Error::Ambiguous(id.to_owned())),
+        }
+    }
+
+    fn remove(&self, id: Uuid) -> Option<Arc<Image>> {
+        let mut kept = lock(&self.kept);
+        let at = kept.images.iter().position(|image| image.id == id)?;
+        let image = kept.images.remove(at);
+        drop(kept);
+        self.changed.notify_all();
+        Some(image)
+    }
+
+    /// Lets go of all, and keeps none from now on.
+    pub(super) fn close(&self) {
+        let mut kept = lock(&self.kept);
+        kept.images.clear();
+        kept.closed = true;
+        self.changed.notify_all();
+    }
+
+    /// Waits until none is kept.
+    pub(super) fn wait_empty(&self) {
+        let kept = self.changed.wait_while(lock(&self.kept), |kept| !kept.images.is_empty());
+        drop(kept.unwrap_or_else(PoisonError::into_inner));
+    }
+}
+
+impl Platform {
+    /// Keeps the image of a fork that is certain.
+    pub(super) fn keep(&self, keeping: Keeping, rendezvous: &Rendezvous) -> Result<(), Error> {
+        let state = rendezvous.wait_state(|| false)?;
+        // For as long as there are copies to come, shells of its shape stand ready.
+        self.pool.add_user(keeping.config);
+        let image = Image { id: Uuid::new_v4(), created_ns: wall_clock_ns(), state, of: keeping };
+        self.let_go(self.images.add(image));
+        Ok(())
+    }
+
+    fn let_go(&self, images: Vec<Arc<Image>>) {
+        for image in images {
+            self.pool.remove_user(image.of.config);
+        }
+    }
+
+    /// The images, oldest first.
+    ///
+    /// # Errors
+    /// [`Error::Layer`] where a file can't be looked at.
+    pub fn images(&self) -> Result<Vec<api::Image>, Error> {
+        let kept = lock(&self.images.kept).images.clone();
+        let mut holders: HashMap<u64, usize> = HashMap::new();
+        for image in &kept {
+            for (inode, _) in layers(image)? {
+                *holders.entry(inode).or_default() += 1;
+            }
+        }
+        kept.iter().map(|image| describe(image, &holders)).collect()
+    }
+
+    /// The image whose ID begins like this.
+    ///
+    /// # Errors
+    /// [`Error::NoImage`] or [`Error::Ambiguous`]; [`Error::Layer`] where a file can't be looked at.
+    pub fn image(&self, id: &str) -> Result<api::Image, Error> {
+        let id = self.images.find(id)?.id;
+        let image = self.images()?.into_iter().find(|image| image.id == id);
+        image.ok_or_else(|| Error::NoImage(id.to_string()))
+    }
+
+    /// Lets go of an image. VMs that run from it go on.
+    ///
+    /// # Errors
+    /// [`Error::NoImage`] or [`Error::Ambiguous`].
+    pub fn remove_image(&self, id: &str) -> Result<(), Error> {
+        let image = self.images.find(id)?;
+        self.let_go(self.images.remove(image.id).into_iter().collect());
+        Ok(())
+    }
+
+    /// Launches copies of an image.
+    ///
+    /// # Errors
+    /// [`Error`]: there is none of them then.
+    pub fn spawn(self: &Arc<Self>, id: &str, count: u32) -> Result<Vec<VmIdentity>, Error> {
+        let image = self.images.find(id)?;
+        let Keeping { vm_type, original, config, seq, files } = &image.of;
+        let launch = Launch { config: *config, original, vm_type, count, seq: *seq, fault: None };
+        Fork::of_image(self, launch, &image.state, files)
+    }
+}
+
+/// Number and allocated bytes of each file.
+fn layers(image: &Image) -> Result<Vec<(u64, u64)>, Error> {
+    let look = |file: &File| -> io::Result<(u64, u64)> {
+        let metadata = file.metadata()?;
+        Ok((metadata.ino(), metadata.blocks() * BLOCK_BYTES))
+    };
+    image.of.files.iter().map(look).collect::<io::Result<_>>().map_err(Error::Layer)
+}
+
+fn describe(image: &Image, holders: &HashMap<u64, usize>) -> Result<api::Image, Error> {
+    let Image { id, created_ns, state, of } = image;
+    let layers = layers(image)?;
+    let bytes = |shared: bool| {
+        let held = layers.iter().filter(|(inode, _)| (holders.get(inode).copied().unwrap_or(0) > 1) == shared);
+        held.map(|(_, bytes)| bytes).sum()
+    };
+    Ok(api::Image {
+        id: *id,
+        vm_type: of.vm_type.clone(),
+        original: of.original.id,
+        original_name: of.original.name.clone(),
+        generation: of.original.generation + 1,
+        vcpus: of.config.vcpus,
+        ram_bytes: of.config.ram_bytes,
+        created_ms: created_ns / 1_000_000,
+        layers: layers.len(),
+        state_bytes: state.len() as u64,
+        private_bytes: bytes(false),
+        shared_bytes: bytes(true),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory;
+
+    fn image(vm_type: &str, files: &[&File]) -> Image {
+        let original = VmIdentity {
+            id: Uuid::nil(),
+            parent: Uuid::nil(),
+            name: "vm".into(),
+            vm_type: "vm".into(),
+            index: 0,
+            count: 0,
+            generation: 0,
+        };
+        let files = files.iter().map(|file| file.try_clone().unwrap()).collect();
+        let config = Config { ram_bytes: 1 << 20, vcpus: 1 };
+        let of = Keeping { vm_type: vm_type.into(), original, config, seq: 1, files };
+        Image { id: Uuid::new_v4(), created_ns: 0, state: vec![0; 7], of }
+    }
+
+    #[test]
+    fn only_the_latest_of_each_type_are_kept() {
+        let images = Images::new(vec!["web:2".parse().unwrap(), "*".parse().unwrap()]);
+        assert!(images.wants("anything"));
+        let added: Vec<Uuid> = ["web", "db", "web", "web", "db"]
+            .iter()
+            .map(|vm_type| {
+                let image = image(vm_type, &[]);
+                let id = image.id;
+                images.add(image);
+                id
+            })
+            .collect();
+        let kept: Vec<Uuid> = lock(&images.kept).images.iter().map(|image| image.id).collect();
+        assert_eq!(kept, [added[2], added[3], added[4]]);
+        assert!(!Images::new(vec!["web".parse().unwrap()]).wants("db"));
+        assert!(images.find(&added[3].to_string()[..13]).is_ok());
+        assert!(matches!(images.find(&added[0].to_string()), Err(Error::NoImage(_))));
+        assert!(matches!(images.find(""), Err(Error::NoImage(_))));
+        images.close();
+        assert_eq!(images.add(image("web", &[])).len(), 1);
+        assert!(lock(&images.kept).images.is_empty());
+    }
+
+    #[test]
+    fn shared_layers_are_told_apart() {
+        let file = |pages: usize| memory::sealed("test", &vec![1; pages * 4096]).unwrap();
+        let (base, one, other) = (file(3), file(1), file(2));
+        let images = [image("web", &[&base, &one]), image("web", &[&base, &other])];
+        let mut holders = HashMap::new();
+        for image in &images {
+            for (inode, _) in layers(image).unwrap() {
+                *holders.entry(inode).or_default() += 1;
+            }
+        }
+        let told = images.map(|image| describe(&image, &holders).unwrap());
+        assert_eq!(told.map(|image| (image.shared_bytes, image.private_bytes)), [(12288, 4096), (12288, 8192)]);
+    }
+
+    #[test]
+    fn mistakes_are_told() {
+        for bad in ["", "web:0", "web:x", "We b", "web:", ":1"] {
+            assert!(bad.parse::<Keep>().is_err(), "{bad}");
+        }
+    }
+}
