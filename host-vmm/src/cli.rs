@@ -28,7 +28,7 @@ pub enum Command {
     Ps(Ps),
     /// Draw which VM of a platform comes from which.
     Tree(Tree),
-    /// List, look at or remove images that a platform keeps.
+    /// List, look at, save, load or remove images that a platform keeps.
     Image(Image),
     /// Launch copies of an image that a platform keeps.
     Spawn(Spawn),
@@ -155,6 +155,24 @@ pub enum ImageCommand {
         platform: Platform,
         /// Its ID, or how that begins.
         id: String,
+    },
+    /// Write one to a file.
+    Save {
+        /// The platform.
+        #[command(flatten)]
+        platform: Platform,
+        /// Its ID, or how that begins.
+        id: String,
+        /// The file; one that is there is replaced.
+        file: PathBuf,
+    },
+    /// Keep the one that a file holds, and print its ID.
+    Load {
+        /// The platform.
+        #[command(flatten)]
+        platform: Platform,
+        /// The file.
+        file: PathBuf,
     },
     /// Let go of some. VMs that run from them go on.
     Rm {

@@ -366,6 +366,27 @@ fn an_image_outlives_its_parent() {
     running.wait_for("three ends", three).expect("three ends");
     assert!(running.ask(&["spawn", "--image", "00000000"]).is_err());
     assert!(running.ask(&["image", "show", id]).is_ok());
+    // Saved, let go of, and loaded again, it is the same.
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    let path = file.path().to_str().expect("a path");
+    running.ask(&["image", "save", id, path]).expect("a saved image");
+    assert!(running.ask(&["image", "load", path]).is_err(), "it is kept already");
+    let mut changed = fs::read(path).expect("the file");
+    *changed.last_mut().expect("a byte") ^= 1;
+    let bad = tempfile::NamedTempFile::new().expect("a file");
+    fs::write(bad.path(), changed).expect("a changed file");
+    assert!(running.ask(&["image", "load", bad.path().to_str().expect("a path")]).is_err());
+    // Another one keeps the platform from its end meanwhile.
+    let mut other =
+        Vmm::kernel(kernel.path()).option("--mem", "64M").option("--keep", "web").start().expect("host-vmm");
+    let two = |event: &serde_json::Value| (event["event"] == "ended" && event["name"] == "vm").then_some(());
+    other.wait_for("an end", two).expect("an end");
+    assert_eq!(other.ask(&["image", "load", path]).expect("an image").trim(), id);
+    assert_eq!(other.ask(&["spawn", "--image", id]).expect("a copy"), "web.2\n");
+    let ran = |event: &serde_json::Value| (event["event"] == "ended" && event["name"] == "web.2").then_some(());
+    other.wait_for("its end", ran).expect("its end");
+    other.signal(nix::sys::signal::Signal::SIGTERM).expect("a signal");
+    assert_eq!(printed(&other.end().expect("an end"), "web.2"), [0xda7a, 1, 1]);
     running.ask(&["image", "rm", id]).expect("no image");
     // With the last image, host-vmm has nothing more to do.
     let ended = running.end().expect("host-vmm ends");

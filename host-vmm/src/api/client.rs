@@ -13,7 +13,7 @@ use hyper_util::rt::TokioIo;
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::runtime;
 
-use super::{Failure, Image, Spawn, Spawned, Vms, folder};
+use super::{Failure, Image, Place, Spawn, Spawned, Vms, folder};
 
 /// Longest answer in bytes.
 const MAX_ANSWER_BYTES: usize = 64 << 20;
@@ -48,6 +48,26 @@ pub fn image(socket: Option<&Path>, id: &str) -> anyhow::Result<Image> {
 /// As [`image`].
 pub fn remove_image(socket: Option<&Path>, id: &str) -> anyhow::Result<()> {
     ask(socket, Method::DELETE, &image_path(id)?, &()).map(drop)
+}
+
+/// Has it write one to a file.
+///
+/// # Errors
+/// As [`image`], or where it can't.
+pub fn save_image(socket: Option<&Path>, id: &str, path: &Path) -> anyhow::Result<()> {
+    ask(socket, Method::POST, &format!("{}/save", image_path(id)?), &place(path)?).map(drop)
+}
+
+/// Has it keep the one that a file holds.
+///
+/// # Errors
+/// As [`vms`], or where it can't.
+pub fn load_image(socket: Option<&Path>, path: &Path) -> anyhow::Result<Image> {
+    decode(&ask(socket, Method::POST, "/v1/images", &place(path)?)?)
+}
+
+fn place(path: &Path) -> anyhow::Result<Place> {
+    Ok(Place { path: std::path::absolute(path)? })
 }
 
 /// Has it launch copies of one.

@@ -6,6 +6,8 @@
 //! | `GET /v1/images` | an array of [`Image`] |
 //! | `GET /v1/images/ID` | [`Image`] |
 //! | `DELETE /v1/images/ID` | nothing |
+//! | `POST /v1/images/ID/save`, with a [`Place`] | nothing |
+//! | `POST /v1/images`, with a [`Place`] | [`Image`] |
 //! | `POST /v1/images/ID/spawn`, with a [`Spawn`] | [`Spawned`] |
 //!
 //! An ID may be cut short, for as long as it stands for one image only. What fails is told as a [`Failure`].
@@ -122,6 +124,13 @@ pub struct Image {
     pub private_bytes: u64,
     /// Memory of those that other kept images have too.
     pub shared_bytes: u64,
+}
+
+/// Where an image is saved, or loaded from.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Place {
+    /// A file of the platform's host, from the root on.
+    pub path: PathBuf,
 }
 
 /// A wish for copies.

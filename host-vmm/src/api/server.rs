@@ -19,7 +19,7 @@ use axum::{
 use tokio::{runtime, sync::oneshot};
 use vmfork_abi::MAX_CHILDREN;
 
-use super::{Copied, Failure, Image, Spawn, Spawned, Vms};
+use super::{Copied, Failure, Image, Place, Spawn, Spawned, Vms};
 use crate::{
     error::chain,
     platform::{Error, Platform},
@@ -51,8 +51,9 @@ pub fn serve(platform: &Arc<Platform>, path: &path::Path) -> io::Result<Server> 
     let runtime = runtime::Builder::new_current_thread().enable_io().build()?;
     let routes = Router::new()
         .route("/v1/vms", get(vms))
-        .route("/v1/images", get(images))
+        .route("/v1/images", get(images).post(load_image))
         .route("/v1/images/{id}", get(image).delete(remove_image))
+        .route("/v1/images/{id}/save", post(save_image))
         .route("/v1/images/{id}/spawn", post(spawn))
         .with_state(Arc::clone(platform));
     thread::Builder::new().name("api".into()).spawn(move || {
@@ -107,10 +108,37 @@ async fn spawn(
     if !(1..=MAX_CHILDREN).contains(&count) {
         return Err(Refusal(StatusCode::BAD_REQUEST, format!("the count must be from 1 to {MAX_CHILDREN}")));
     }
-    // It waits for the copies: not on the thread that answers others.
-    let spawned = tokio::task::spawn_blocking(move || platform.spawn(&id, count)).await;
-    let copies = spawned.map_err(|error| Refusal(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))??;
+    let copies = work(move || platform.spawn(&id, count)).await?;
     Ok(Json(Spawned { vms: copies.into_iter().map(|vm| Copied { id: vm.id, name: vm.name }).collect() }))
+}
+
+async fn save_image(
+    State(platform): State<Arc<Platform>>,
+    Path(id): Path<String>,
+    Json(Place { path }): Json<Place>,
+) -> Result<StatusCode, Refusal> {
+    check_absolute(&path)?;
+    work(move || platform.save_image(&id, &path)).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn load_image(
+    State(platform): State<Arc<Platform>>,
+    Json(Place { path }): Json<Place>,
+) -> Result<Json<Image>, Refusal> {
+    check_absolute(&path)?;
+    Ok(Json(work(move || platform.load_image(&path)).await?))
+}
+
+fn check_absolute(path: &path::Path) -> Result<(), Refusal> {
+    let refusal = || Refusal(StatusCode::BAD_REQUEST, format!("{} does not start at the root", path.display()));
+    if path.is_absolute() { Ok(()) } else { Err(refusal()) }
+}
+
+/// Does what takes a while: not on the thread that answers others.
+async fn work<T: Send + 'static>(work: impl FnOnce() -> Result<T, Error> + Send + 'static) -> Result<T, Refusal> {
+    let done = tokio::task::spawn_blocking(work).await;
+    Ok(done.map_err(|error| Refusal(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))??)
 }
 
 /// Why a request is not served.
@@ -121,7 +149,8 @@ impl From<Error> for Refusal {
     fn from(error: Error) -> Self {
         let status = match error {
             Error::NoImage(_) => StatusCode::NOT_FOUND,
-            Error::Ambiguous(_) | Error::Full { .. } | Error::Stopping => StatusCode::CONFLICT,
+            Error::Ambiguous(_) | Error::Full { .. } | Error::Stopping | Error::Kept(_) => StatusCode::CONFLICT,
+            Error::ImageFile { .. } => StatusCode::UNPROCESSABLE_ENTITY,
             _ => StatusCode::INTERNAL_SERVER_ERROR,
         };
         Self(status, chain(&error))

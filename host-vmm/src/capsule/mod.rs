@@ -5,6 +5,9 @@ use std::{borrow::Cow, fs::File, sync::Arc};
 use serde::{Deserialize, Serialize};
 
 pub mod codec;
+pub mod file;
+
+pub use file::Capsule;
 
 use crate::{
     machine::MachineState,

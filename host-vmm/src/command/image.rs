@@ -11,7 +11,7 @@ use crate::{
 /// How much of an ID is shown where it is for people: enough to name an image.
 const SHORT_ID: usize = 8;
 
-/// Lists, shows or removes images.
+/// Lists, shows, removes, saves or loads images.
 ///
 /// # Errors
 /// Where no platform answers, or it has no such image.
@@ -33,6 +33,10 @@ pub fn image(command: &ImageCommand) -> anyhow::Result<ExitCode> {
             for id in ids {
                 client::remove_image(platform.api.as_deref(), id)?;
             }
+        }
+        ImageCommand::Save { platform, id, file } => client::save_image(platform.api.as_deref(), id, file)?,
+        ImageCommand::Load { platform, file } => {
+            println!("{}", client::load_image(platform.api.as_deref(), file)?.id);
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -34,7 +34,7 @@ pub fn unsealed(name: &str, bytes: u64) -> Result<File, Error> {
 pub fn sealed(name: &str, content: &[u8]) -> Result<File, Error> {
     let mut file = unsealed(name, 0)?;
     file.write_all(content).map_err(|source| Error::File { operation: "write", name: name.to_owned(), source })?;
-    seal_unmapped(name, &file)?;
+    seal(name, &file)?;
     Ok(file)
 }
 
@@ -79,7 +79,10 @@ fn look_at_failed(source: io::Error) -> Error {
 }
 
 /// Seals a file that nobody has mapped writable: from here on it is immutable.
-pub(super) fn seal_unmapped(name: &str, file: &File) -> Result<(), Error> {
+///
+/// # Errors
+/// [`Error::File`] where it can't be sealed.
+pub fn seal(name: &str, file: &File) -> Result<(), Error> {
     let seals = SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_SEAL;
     add(name, file, seals)
 }

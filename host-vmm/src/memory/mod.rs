@@ -32,7 +32,7 @@ mod view;
 pub use dirty::PageMap;
 pub use image::{Extent, Image, Layer, MAX_EXTENTS, MAX_LAYERS, Run};
 pub use mapping::{Access, Mapping, touch};
-pub use memfd::{check_unresizable, is_immutable, sealed, unresizable, unsealed};
+pub use memfd::{check_unresizable, is_immutable, seal, sealed, unresizable, unsealed};
 pub use view::{Plan, View, delta_file};
 
 /// What can go wrong with guest memory.

@@ -125,7 +125,7 @@ impl View {
             source,
         })?;
         self.copy_out(&runs, to_usize(pages * PAGE_BYTES)?, &file)?;
-        memfd::seal_unmapped(DELTA_NAME, &file)?;
+        memfd::seal(DELTA_NAME, &file)?;
         footing.with_layer(Layer { file, runs })
     }
 

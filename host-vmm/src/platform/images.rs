@@ -9,6 +9,7 @@ use std::{
     fs::File,
     io,
     os::unix::fs::MetadataExt,
+    path::Path,
     str::FromStr,
     sync::{Arc, Condvar, Mutex, PoisonError},
 };
@@ -22,6 +23,7 @@ use super::{
 };
 use crate::{
     api,
+    capsule::{Capsule, file},
     clock::wall_clock_ns,
     fork::rendezvous::Rendezvous,
     machine::{Config, VmIdentity},
@@ -73,15 +75,6 @@ impl Keeping {
     }
 }
 
-/// An image that is kept.
-#[derive(Debug)]
-pub(super) struct Image {
-    id: Uuid,
-    created_ns: u64,
-    state: Vec<u8>,
-    of: Keeping,
-}
-
 /// The images of a platform.
 #[derive(Debug)]
 pub(super) struct Images {
@@ -94,7 +87,7 @@ pub(super) struct Images {
 #[derive(Debug, Default)]
 struct Kept {
     /// Oldest first.
-    images: Vec<Arc<Image>>,
+    images: Vec<Arc<Capsule>>,
     /// Whether no more are kept.
     closed: bool,
 }
@@ -116,17 +109,17 @@ impl Images {
     }
 
     /// Adds an image, and gives back those of its type that it takes the place of.
-    fn add(&self, image: Image) -> Vec<Arc<Image>> {
-        let most = self.most(&image.of.vm_type);
+    fn add(&self, image: Capsule) -> Vec<Arc<Capsule>> {
+        let most = self.most(&image.vm_type);
         let Kept { images: kept, closed } = &mut *lock(&self.kept);
         if *closed {
             return vec![Arc::new(image)];
         }
-        let of_type = kept.iter().filter(|other| other.of.vm_type == image.of.vm_type).count();
+        let of_type = kept.iter().filter(|other| other.vm_type == image.vm_type).count();
         let mut surplus = (of_type + 1).saturating_sub(most);
-        let vm_type = image.of.vm_type.clone();
+        let vm_type = image.vm_type.clone();
         let out = kept.extract_if(.., |other| {
-            let out = surplus > 0 && other.of.vm_type == vm_type;
+            let out = surplus > 0 && other.vm_type == vm_type;
             surplus -= usize::from(out);
             out
         });
@@ -135,8 +128,18 @@ impl Images {
         out
     }
 
+    /// Adds an image that the operator has asked for, and says whether it does: not where it is there already.
+    fn add_loaded(&self, image: Capsule) -> bool {
+        let mut kept = lock(&self.kept);
+        let adds = !kept.closed && kept.images.iter().all(|other| other.id != image.id);
+        if adds {
+            kept.images.push(Arc::new(image));
+        }
+        adds
+    }
+
     /// The image whose ID begins like this.
-    fn find(&self, id: &str) -> Result<Arc<Image>, Error> {
+    fn find(&self, id: &str) -> Result<Arc<Capsule>, Error> {
         let kept = lock(&self.kept);
         let mut found = kept.images.iter().filter(|image| !id.is_empty() && image.id.to_string().starts_with(id));
         match (found.next(), found.next()) {
@@ -146,7 +149,7 @@ impl Images {
         }
     }
 
-    fn remove(&self, id: Uuid) -> Option<Arc<Image>> {
+    fn remove(&self, id: Uuid) -> Option<Arc<Capsule>> {
         let mut kept = lock(&self.kept);
         let at = kept.images.iter().position(|image| image.id == id)?;
         let image = kept.images.remove(at);
@@ -176,14 +179,15 @@ impl Platform {
         let state = rendezvous.wait_state(|| false)?;
         // For as long as there are copies to come, shells of its shape stand ready.
         self.pool.add_user(keeping.config);
-        let image = Image { id: Uuid::new_v4(), created_ns: wall_clock_ns(), state, of: keeping };
-        self.let_go(self.images.add(image));
+        let Keeping { vm_type, original, config, seq, files } = keeping;
+        let (id, created_ns) = (Uuid::new_v4(), wall_clock_ns());
+        self.let_go(self.images.add(Capsule { id, created_ns, vm_type, original, config, seq, state, files }));
         Ok(())
     }
 
-    fn let_go(&self, images: Vec<Arc<Image>>) {
+    fn let_go(&self, images: Vec<Arc<Capsule>>) {
         for image in images {
-            self.pool.remove_user(image.of.config);
+            self.pool.remove_user(image.config);
         }
     }
 
@@ -222,29 +226,56 @@ impl Platform {
         Ok(())
     }
 
+    /// Writes an image to a file.
+    ///
+    /// # Errors
+    /// [`Error::NoImage`], [`Error::Ambiguous`] or [`Error::ImageFile`].
+    pub fn save_image(&self, id: &str, path: &Path) -> Result<(), Error> {
+        let image = self.images.find(id)?;
+        file::save_as(&image, path).map_err(|source| Error::ImageFile { path: path.to_owned(), source })
+    }
+
+    /// Keeps the image that a file holds.
+    ///
+    /// # Errors
+    /// [`Error::ImageFile`], or [`Error::Kept`] where it is kept already.
+    pub fn load_image(&self, path: &Path) -> Result<api::Image, Error> {
+        let failed = |source| Error::ImageFile { path: path.to_owned(), source };
+        let file = File::open(path).map_err(|error| failed(file::Error::Io("open the file", error)));
+        let image = file::load(&mut file?).map_err(failed)?;
+        let (id, config) = (image.id, image.config);
+        // As for one of a fork.
+        self.pool.add_user(config);
+        if !self.images.add_loaded(image) {
+            self.pool.remove_user(config);
+            return Err(Error::Kept(id));
+        }
+        self.image(&id.to_string())
+    }
+
     /// Launches copies of an image.
     ///
     /// # Errors
     /// [`Error`]: there is none of them then.
     pub fn spawn(self: &Arc<Self>, id: &str, count: u32) -> Result<Vec<VmIdentity>, Error> {
         let image = self.images.find(id)?;
-        let Keeping { vm_type, original, config, seq, files } = &image.of;
+        let Capsule { vm_type, original, config, seq, files, .. } = &*image;
         let launch = Launch { config: *config, original, vm_type, count, seq: *seq, fault: None };
         Fork::of_image(self, launch, &image.state, files)
     }
 }
 
 /// Number and allocated bytes of each file.
-fn layers(image: &Image) -> Result<Vec<(u64, u64)>, Error> {
+fn layers(image: &Capsule) -> Result<Vec<(u64, u64)>, Error> {
     let look = |file: &File| -> io::Result<(u64, u64)> {
         let metadata = file.metadata()?;
         Ok((metadata.ino(), metadata.blocks() * BLOCK_BYTES))
     };
-    image.of.files.iter().map(look).collect::<io::Result<_>>().map_err(Error::Layer)
+    image.files.iter().map(look).collect::<io::Result<_>>().map_err(Error::Layer)
 }
 
-fn describe(image: &Image, holders: &HashMap<u64, usize>) -> Result<api::Image, Error> {
-    let Image { id, created_ns, state, of } = image;
+fn describe(image: &Capsule, holders: &HashMap<u64, usize>) -> Result<api::Image, Error> {
+    let Capsule { id, created_ns, vm_type, original, config, state, .. } = image;
     let layers = layers(image)?;
     let bytes = |shared: bool| {
         let held = layers.iter().filter(|(inode, _)| (holders.get(inode).copied().unwrap_or(0) > 1) == shared);
@@ -252,12 +283,12 @@ fn describe(image: &Image, holders: &HashMap<u64, usize>) -> Result<api::Image, 
     };
     Ok(api::Image {
         id: *id,
-        vm_type: of.vm_type.clone(),
-        original: of.original.id,
-        original_name: of.original.name.clone(),
-        generation: of.original.generation + 1,
-        vcpus: of.config.vcpus,
-        ram_bytes: of.config.ram_bytes,
+        vm_type: vm_type.clone(),
+        original: original.id,
+        original_name: original.name.clone(),
+        generation: original.generation.saturating_add(1),
+        vcpus: config.vcpus,
+        ram_bytes: config.ram_bytes,
         created_ms: created_ns / 1_000_000,
         layers: layers.len(),
         state_bytes: state.len() as u64,
@@ -271,7 +302,7 @@ mod tests {
     use super::*;
     use crate::memory;
 
-    fn image(vm_type: &str, files: &[&File]) -> Image {
+    fn image(vm_type: &str, files: &[&File]) -> Capsule {
         let original = VmIdentity {
             id: Uuid::nil(),
             parent: Uuid::nil(),
@@ -283,8 +314,8 @@ mod tests {
         };
         let files = files.iter().map(|file| file.try_clone().unwrap()).collect();
         let config = Config { ram_bytes: 1 << 20, vcpus: 1 };
-        let of = Keeping { vm_type: vm_type.into(), original, config, seq: 1, files };
-        Image { id: Uuid::new_v4(), created_ns: 0, state: vec![0; 7], of }
+        let (id, vm_type) = (Uuid::new_v4(), vm_type.into());
+        Capsule { id, created_ns: 0, vm_type, original, config, seq: 1, state: vec![0; 7], files }
     }
 
     #[test]

@@ -29,6 +29,7 @@ pub use limits::{Limit, Limited};
 pub use terminal::{Terminal, read_keys};
 
 use crate::{
+    capsule::file,
     fork::rendezvous,
     machine::{Config, End, VmIdentity},
     sync::lock,
@@ -139,6 +140,17 @@ pub enum Error {
     /// A layer of an image can't be looked at.
     #[error("can't look at a layer of an image")]
     Layer(#[source] io::Error),
+    /// An image can't be saved or loaded.
+    #[error("can't use {path}")]
+    ImageFile {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: file::Error,
+    },
+    /// An image is kept already.
+    #[error("the image {0} is kept already, or the platform is being stopped")]
+    Kept(uuid::Uuid),
     /// Copies of an image could not be launched.
     #[error("no copies were launched: {0}")]
     Spawn(String),
