@@ -96,6 +96,9 @@ pub struct Run {
     /// Ready machines to keep for the children of the next fork. Children beyond that number take longer.
     #[arg(long, value_name = "N", default_value_t = 4)]
     pub ready: usize,
+    /// Make no pages ready for a child beforehand that the first child of its parent has written to before its first output.
+    #[arg(long)]
+    pub no_prefetch: bool,
     /// For tests: let the booted VM's forks fail, one for each step that is named, in order.
     #[arg(long, value_name = "STEP", value_delimiter = ',', hide = true)]
     pub inject_fault: Vec<Step>,

@@ -59,6 +59,7 @@ pub fn run(options: cli::Run) -> anyhow::Result<ExitCode> {
         trace: options.trace.as_deref().map(create).transpose()?,
         max_vms: options.max_vms,
         ready: options.ready,
+        prefetches: !options.no_prefetch,
         limits: options.limits,
         keep: options.keep,
     };

@@ -98,6 +98,11 @@ impl Devices {
         }
     }
 
+    /// Whether the guest has written to its console since it was booted, or copied.
+    pub fn has_output(&self) -> bool {
+        lock(&self.serial).has_output()
+    }
+
     /// Gives the console as many of these bytes as it takes now, and returns how many that were.
     ///
     /// # Errors

@@ -40,6 +40,8 @@ impl Trigger for Interrupt {
 #[derive(Debug)]
 pub struct Serial {
     uart: Uart<Interrupt, NoEvents, File>,
+    /// Whether something was written to it since it was made; not part of the state.
+    has_output: bool,
 }
 
 /// All registers of the console, and the input that the guest has not read yet.
@@ -67,14 +69,14 @@ impl SerialState {
 impl Serial {
     /// A console as it is after power-on.
     pub(super) fn new(vm: &Arc<CurrentVm>, output: File) -> Self {
-        Self { uart: Uart::new(Interrupt(Arc::clone(vm)), output) }
+        Self { uart: Uart::new(Interrupt(Arc::clone(vm)), output), has_output: false }
     }
 
     /// A console with this state. An interrupt that was pending is raised again.
     pub(super) fn restore(state: &SerialState, vm: &Arc<CurrentVm>, output: File) -> Result<Self, Error> {
         let uart = Uart::from_state(&state.into(), Interrupt(Arc::clone(vm)), NoEvents, output)
             .map_err(|error| Error::State(error.to_string()))?;
-        Ok(Self { uart })
+        Ok(Self { uart, has_output: false })
     }
 
     /// The state.
@@ -90,9 +92,15 @@ impl Serial {
     /// Writes a register. Output that nobody takes, since the platform is gone, is lost; the guest can't help it.
     pub(super) fn write(&mut self, register: u16, value: u8) {
         let Ok(register) = u8::try_from(register) else { return };
+        self.has_output |= register == 0;
         if let Err(error) = self.uart.write(register, value) {
             tracing::debug!(%error, "a byte of console output is lost");
         }
+    }
+
+    /// Whether the guest has written something since the console was made, here or from a state.
+    pub(super) fn has_output(&self) -> bool {
+        self.has_output
     }
 
     /// Takes input for as far as there is room, and returns for how many bytes that was.

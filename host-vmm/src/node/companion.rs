@@ -17,9 +17,10 @@ use crate::{
     error::chain,
     fork::{Engine, Served, rendezvous::Rendezvous},
     machine::{End, FirstExit, Machine},
+    memory::{PageMap, WorkingSet},
     sync::lock,
     threads,
-    wire::{NodeLink, Step, Timing, ToNode, ToPlatform, link},
+    wire::{NodeLink, Prefetch, Step, Timing, ToNode, ToPlatform, link},
 };
 
 /// How long console input waits for the guest to take some.
@@ -30,6 +31,10 @@ const FIRST_EXIT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How long a copy is left alone, unless it comes to an exit before.
 const HEAD_START: Duration = Duration::from_millis(2);
+
+/// How long a copy that prints nothing is watched for what it writes to, and how often it is looked at.
+const RECORDED: Duration = Duration::from_millis(200);
+const RECORD_INTERVAL: Duration = Duration::from_millis(2);
 
 /// How long nothing must have happened until there is time to get ready for the next fork.
 const CALM: Duration = Duration::from_millis(20);
@@ -51,6 +56,8 @@ pub(super) struct Launch {
     pub(super) first_exit: Arc<FirstExit>,
     /// Where it met its parent.
     pub(super) rendezvous: Rendezvous,
+    /// What it does about its first writes.
+    pub(super) working_set: Prefetch,
 }
 
 /// What the thread hears from the vCPUs' threads.
@@ -155,26 +162,59 @@ fn accompany(
     replies: mpsc::Sender<ToNode>,
     news: &mpsc::Receiver<News>,
 ) {
-    // A copy comes first. What is told of it can wait for a moment.
     if let Some(launch) = &launch {
+        if let Prefetch::Fill(working_set) = &launch.working_set {
+            prefetch(machine, working_set.clone());
+        }
+        // A copy comes first. What is told of it can wait for a moment.
         launch.first_exit.wait(HEAD_START);
     }
     let told = link.send(&ToPlatform::Running, &[]);
     if let Err(error) = listen(machine, link, replies) {
         machine.gate.end(End::Broken(format!("can't start a thread: {error}")));
     }
-    let told = told.and_then(|()| launch.map_or(Ok(()), |launch| report_launch(launch, link)));
+    let told = told.and_then(|()| launch.map_or(Ok(()), |launch| report_launch(machine, launch, link)));
     if let Err(error) = told.and_then(|()| report_forks(engine, link, news)) {
         tracing::debug!(error = chain(&error), "the platform is gone");
         machine.gate.end(End::Orphaned);
     }
 }
 
-fn report_launch(launch: Launch, link: &NodeLink) -> Result<(), link::Error> {
-    let Launch { seq, mut steps, first_exit, rendezvous } = launch;
+/// Makes pages ready beside the guest. Without them it is only slower.
+fn prefetch(machine: &Machine, working_set: WorkingSet) {
+    let mapping = Arc::clone(lock(&machine.memory).mapping());
+    let started = threads::background("prefetch", move || {
+        if let Err(error) = working_set.fill(&mapping) {
+            tracing::warn!(error = chain(&error), "a working set can't be made ready");
+        }
+    });
+    if let Err(error) = started {
+        tracing::warn!(%error, "can't start a thread to make a working set ready");
+    }
+}
+
+/// Waits for the first output, the end, or long enough, and tells what was written to until then.
+fn record(machine: &Machine, link: &NodeLink) -> Result<(), link::Error> {
+    let began = Instant::now();
+    while !machine.devices.has_output() && machine.gate.ended().is_none() && began.elapsed() < RECORDED {
+        thread::sleep(RECORD_INTERVAL);
+    }
+    let view = lock(&machine.memory);
+    match PageMap::open().and_then(|page_map| page_map.dirty_runs(view.mapping())) {
+        Ok(runs) => link.send(&ToPlatform::Touched(WorkingSet::new(&runs)), &[]),
+        Err(error) => {
+            tracing::warn!(error = chain(&error), "a working set can't be recorded");
+            Ok(())
+        }
+    }
+}
+
+fn report_launch(machine: &Machine, launch: Launch, link: &NodeLink) -> Result<(), link::Error> {
+    let Launch { seq, mut steps, first_exit, rendezvous, working_set } = launch;
     add_first_run(&mut steps, &first_exit);
     drop(rendezvous);
-    link.send(&ToPlatform::Launched { seq, steps }, &[])
+    link.send(&ToPlatform::Launched { seq, steps }, &[])?;
+    if matches!(working_set, Prefetch::Record) { record(machine, link) } else { Ok(()) }
 }
 
 /// Reports each fork, once the VM has come to its first exit after it, clears up, and gets ready for the next one when there is time.

@@ -92,10 +92,10 @@ fn become_something(
             Signal::to_booted(&machine)?.give(&machine)?;
             Ok(Ready { machine: Arc::new(machine), vcpus, faults, launch: None })
         }
-        ToNode::Copy { identity, seq } => {
+        ToNode::Copy { identity, seq, working_set } => {
             let child = Child::from_shell(shell, identity, seq, files, console, || link.is_closed())?;
             let Child { machine, vcpus, steps, rendezvous } = child;
-            let launch = Some(Launch { seq, steps, first_exit: machine.exits.watch(), rendezvous });
+            let launch = Some(Launch { seq, steps, first_exit: machine.exits.watch(), rendezvous, working_set });
             Ok(Ready { machine: Arc::new(machine), vcpus, faults: Vec::new(), launch })
         }
         other => bail!("the first message of the platform is {other:?}, and no order"),

@@ -16,13 +16,14 @@ use super::{
     images::Keeping,
     limits::{Asked, Limited, Recent},
     node::{Awaited, Node},
+    prefetch::Learned,
 };
 use crate::{
     error::chain,
     fork::rendezvous::Rendezvous,
     machine::{Config, VmIdentity},
     sync::lock,
-    wire::{PlatformLink, Step, ToNode},
+    wire::{PlatformLink, Prefetch, Step, ToNode},
 };
 
 /// How long children have to themselves before the platform goes on with what nobody waits for.
@@ -49,6 +50,8 @@ pub(super) struct Original<'a> {
     pub(super) config: Config,
     /// Its forks within the last second.
     pub(super) recent: &'a mut Recent,
+    /// What is known of its copies.
+    pub(super) learned: &'a Arc<Learned>,
 }
 
 /// Copies that are to be launched.
@@ -66,6 +69,8 @@ pub(super) struct Launch<'a> {
     pub(super) seq: u64,
     /// Where this is to fail.
     pub(super) fault: Option<Step>,
+    /// What is known of such copies.
+    pub(super) learned: &'a Arc<Learned>,
 }
 
 /// A fork whose children are not all certain to stay yet.
@@ -123,6 +128,7 @@ impl Fork {
             count: order.count,
             seq: order.seq,
             fault: order.fault,
+            learned: original.learned,
         };
         let launched = platform.place(original, order).and_then(|()| fork.launch(platform, launch, &files));
         let mut files = files.into_iter();
@@ -188,12 +194,16 @@ impl Fork {
         launch: Launch<'_>,
         files: &[impl AsFd],
     ) -> Result<Vec<Node>, Error> {
-        let Launch { config, original, vm_type, count, seq, fault } = launch;
+        let Launch { config, original, vm_type, count, seq, fault, learned } = launch;
         let wanted = usize::try_from(count).unwrap_or(usize::MAX);
         platform.registry.check_room(wanted, platform.max_vms)?;
         let shells = platform.pool.take(config, wanted)?;
         let names = platform.registry.names(vm_type, count);
         let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+        let (mut first, others) = match platform.prefetches {
+            true => learned.next_fork(),
+            false => (Prefetch::None, Prefetch::None),
+        };
         let mut nodes = Vec::with_capacity(wanted);
         for ((index, name), shell) in (1..).zip(names).zip(shells) {
             if fault == Some(Step::Launch) && index > count / 2 {
@@ -208,9 +218,13 @@ impl Fork {
                 count,
                 generation: original.generation + 1,
             };
-            let node = Node::new(platform, shell, identity.clone(), Awaited::Fork(Arc::clone(self)))?;
+            let mut node = Node::new(platform, shell, identity.clone(), Awaited::Fork(Arc::clone(self)))?;
             self.add(node.link());
-            let copy = ToNode::Copy { identity: identity.clone(), seq };
+            let working_set = std::mem::replace(&mut first, others.clone());
+            if matches!(working_set, Prefetch::Record) {
+                node.teach(learned);
+            }
+            let copy = ToNode::Copy { identity: identity.clone(), seq, working_set };
             let sent = node.link().send(&copy, &files);
             nodes.push(node);
             sent.map_err(|source| Error::Node { name: identity.name, source })?;
@@ -287,7 +301,7 @@ impl Platform {
     }
 
     fn check_limits(&self, original: &mut Original<'_>, order: &Order) -> Result<(), Error> {
-        let Original { vm, config, recent } = original;
+        let Original { vm, config, recent, .. } = original;
         let rates = [&vm.vm_type, &order.vm_type].map(|vm_type| self.limits.most(vm_type, Limited::Rate));
         recent.enter(&vm.vm_type, rates.into_iter().flatten().min(), Instant::now())?;
         let (children, memory_bytes) = self.registry.usage(vm.id, &order.vm_type);

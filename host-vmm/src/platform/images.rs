@@ -20,6 +20,7 @@ use vmfork_abi::is_vm_type;
 use super::{
     Error, Platform,
     fork::{Fork, Launch},
+    prefetch::Learned,
 };
 use crate::{
     api,
@@ -65,14 +66,24 @@ pub(super) struct Keeping {
     config: Config,
     seq: u64,
     files: Vec<File>,
+    learned: Arc<Learned>,
 }
 
 impl Keeping {
     /// The image of these copies, in `files`.
     pub(super) fn new(launch: Launch<'_>, files: Vec<File>) -> Self {
-        let Launch { config, original, vm_type, seq, .. } = launch;
-        Self { vm_type: vm_type.to_owned(), original: original.clone(), config, seq, files }
+        let Launch { config, original, vm_type, seq, learned, .. } = launch;
+        let (vm_type, original, learned) = (vm_type.to_owned(), original.clone(), Arc::clone(learned));
+        Self { vm_type, original, config, seq, files, learned }
     }
+}
+
+/// An image that is kept.
+#[derive(Debug)]
+pub(super) struct Image {
+    capsule: Capsule,
+    /// What is known of its copies.
+    learned: Arc<Learned>,
 }
 
 /// The images of a platform.
@@ -87,7 +98,7 @@ pub(super) struct Images {
 #[derive(Debug, Default)]
 struct Kept {
     /// Oldest first.
-    images: Vec<Arc<Capsule>>,
+    images: Vec<Arc<Image>>,
     /// Whether no more are kept.
     closed: bool,
 }
@@ -109,17 +120,17 @@ impl Images {
     }
 
     /// Adds an image, and gives back those of its type that it takes the place of.
-    fn add(&self, image: Capsule) -> Vec<Arc<Capsule>> {
-        let most = self.most(&image.vm_type);
+    fn add(&self, image: Image) -> Vec<Arc<Image>> {
+        let most = self.most(&image.capsule.vm_type);
         let Kept { images: kept, closed } = &mut *lock(&self.kept);
         if *closed {
             return vec![Arc::new(image)];
         }
-        let of_type = kept.iter().filter(|other| other.vm_type == image.vm_type).count();
+        let of_type = kept.iter().filter(|other| other.capsule.vm_type == image.capsule.vm_type).count();
         let mut surplus = (of_type + 1).saturating_sub(most);
-        let vm_type = image.vm_type.clone();
+        let vm_type = image.capsule.vm_type.clone();
         let out = kept.extract_if(.., |other| {
-            let out = surplus > 0 && other.vm_type == vm_type;
+            let out = surplus > 0 && other.capsule.vm_type == vm_type;
             surplus -= usize::from(out);
             out
         });
@@ -129,9 +140,9 @@ impl Images {
     }
 
     /// Adds an image that the operator has asked for, and says whether it does: not where it is there already.
-    fn add_loaded(&self, image: Capsule) -> bool {
+    fn add_loaded(&self, image: Image) -> bool {
         let mut kept = lock(&self.kept);
-        let adds = !kept.closed && kept.images.iter().all(|other| other.id != image.id);
+        let adds = !kept.closed && kept.images.iter().all(|other| other.capsule.id != image.capsule.id);
         if adds {
             kept.images.push(Arc::new(image));
         }
@@ -139,9 +150,10 @@ impl Images {
     }
 
     /// The image whose ID begins like this.
-    fn find(&self, id: &str) -> Result<Arc<Capsule>, Error> {
+    fn find(&self, id: &str) -> Result<Arc<Image>, Error> {
         let kept = lock(&self.kept);
-        let mut found = kept.images.iter().filter(|image| !id.is_empty() && image.id.to_string().starts_with(id));
+        let mut found =
+            kept.images.iter().filter(|image| !id.is_empty() && image.capsule.id.to_string().starts_with(id));
         match (found.next(), found.next()) {
             (Some(image), None) => Ok(Arc::clone(image)),
             (None, _) => Err(Error::NoImage(id.to_owned())),
@@ -149,9 +161,9 @@ impl Images {
         }
     }
 
-    fn remove(&self, id: Uuid) -> Option<Arc<Capsule>> {
+    fn remove(&self, id: Uuid) -> Option<Arc<Image>> {
         let mut kept = lock(&self.kept);
-        let at = kept.images.iter().position(|image| image.id == id)?;
+        let at = kept.images.iter().position(|image| image.capsule.id == id)?;
         let image = kept.images.remove(at);
         drop(kept);
         self.changed.notify_all();
@@ -179,15 +191,16 @@ impl Platform {
         let state = rendezvous.wait_state(|| false)?;
         // For as long as there are copies to come, shells of its shape stand ready.
         self.pool.add_user(keeping.config);
-        let Keeping { vm_type, original, config, seq, files } = keeping;
+        let Keeping { vm_type, original, config, seq, files, learned } = keeping;
         let (id, created_ns) = (Uuid::new_v4(), wall_clock_ns());
-        self.let_go(self.images.add(Capsule { id, created_ns, vm_type, original, config, seq, state, files }));
+        let capsule = Capsule { id, created_ns, vm_type, original, config, seq, state, files };
+        self.let_go(self.images.add(Image { capsule, learned }));
         Ok(())
     }
 
-    fn let_go(&self, images: Vec<Arc<Capsule>>) {
+    fn let_go(&self, images: Vec<Arc<Image>>) {
         for image in images {
-            self.pool.remove_user(image.config);
+            self.pool.remove_user(image.capsule.config);
         }
     }
 
@@ -211,7 +224,7 @@ impl Platform {
     /// # Errors
     /// [`Error::NoImage`] or [`Error::Ambiguous`]; [`Error::Layer`] where a file can't be looked at.
     pub fn image(&self, id: &str) -> Result<api::Image, Error> {
-        let id = self.images.find(id)?.id;
+        let id = self.images.find(id)?.capsule.id;
         let image = self.images()?.into_iter().find(|image| image.id == id);
         image.ok_or_else(|| Error::NoImage(id.to_string()))
     }
@@ -222,7 +235,7 @@ impl Platform {
     /// [`Error::NoImage`] or [`Error::Ambiguous`].
     pub fn remove_image(&self, id: &str) -> Result<(), Error> {
         let image = self.images.find(id)?;
-        self.let_go(self.images.remove(image.id).into_iter().collect());
+        self.let_go(self.images.remove(image.capsule.id).into_iter().collect());
         Ok(())
     }
 
@@ -232,7 +245,7 @@ impl Platform {
     /// [`Error::NoImage`], [`Error::Ambiguous`] or [`Error::ImageFile`].
     pub fn save_image(&self, id: &str, path: &Path) -> Result<(), Error> {
         let image = self.images.find(id)?;
-        file::save_as(&image, path).map_err(|source| Error::ImageFile { path: path.to_owned(), source })
+        file::save_as(&image.capsule, path).map_err(|source| Error::ImageFile { path: path.to_owned(), source })
     }
 
     /// Keeps the image that a file holds.
@@ -242,11 +255,11 @@ impl Platform {
     pub fn load_image(&self, path: &Path) -> Result<api::Image, Error> {
         let failed = |source| Error::ImageFile { path: path.to_owned(), source };
         let file = File::open(path).map_err(|error| failed(file::Error::Io("open the file", error)));
-        let image = file::load(&mut file?).map_err(failed)?;
-        let (id, config) = (image.id, image.config);
+        let capsule = file::load(&mut file?).map_err(failed)?;
+        let (id, config) = (capsule.id, capsule.config);
         // As for one of a fork.
         self.pool.add_user(config);
-        if !self.images.add_loaded(image) {
+        if !self.images.add_loaded(Image { capsule, learned: Arc::default() }) {
             self.pool.remove_user(config);
             return Err(Error::Kept(id));
         }
@@ -259,23 +272,24 @@ impl Platform {
     /// [`Error`]: there is none of them then.
     pub fn spawn(self: &Arc<Self>, id: &str, count: u32) -> Result<Vec<VmIdentity>, Error> {
         let image = self.images.find(id)?;
-        let Capsule { vm_type, original, config, seq, files, .. } = &*image;
-        let launch = Launch { config: *config, original, vm_type, count, seq: *seq, fault: None };
-        Fork::of_image(self, launch, &image.state, files)
+        let Image { capsule, learned } = &*image;
+        let Capsule { vm_type, original, config, seq, files, .. } = capsule;
+        let launch = Launch { config: *config, original, vm_type, count, seq: *seq, fault: None, learned };
+        Fork::of_image(self, launch, &capsule.state, files)
     }
 }
 
 /// Number and allocated bytes of each file.
-fn layers(image: &Capsule) -> Result<Vec<(u64, u64)>, Error> {
+fn layers(image: &Image) -> Result<Vec<(u64, u64)>, Error> {
     let look = |file: &File| -> io::Result<(u64, u64)> {
         let metadata = file.metadata()?;
         Ok((metadata.ino(), metadata.blocks() * BLOCK_BYTES))
     };
-    image.files.iter().map(look).collect::<io::Result<_>>().map_err(Error::Layer)
+    image.capsule.files.iter().map(look).collect::<io::Result<_>>().map_err(Error::Layer)
 }
 
-fn describe(image: &Capsule, holders: &HashMap<u64, usize>) -> Result<api::Image, Error> {
-    let Capsule { id, created_ns, vm_type, original, config, state, .. } = image;
+fn describe(image: &Image, holders: &HashMap<u64, usize>) -> Result<api::Image, Error> {
+    let Capsule { id, created_ns, vm_type, original, config, state, .. } = &image.capsule;
     let layers = layers(image)?;
     let bytes = |shared: bool| {
         let held = layers.iter().filter(|(inode, _)| (holders.get(inode).copied().unwrap_or(0) > 1) == shared);
@@ -302,7 +316,7 @@ mod tests {
     use super::*;
     use crate::memory;
 
-    fn image(vm_type: &str, files: &[&File]) -> Capsule {
+    fn image(vm_type: &str, files: &[&File]) -> Image {
         let original = VmIdentity {
             id: Uuid::nil(),
             parent: Uuid::nil(),
@@ -315,7 +329,8 @@ mod tests {
         let files = files.iter().map(|file| file.try_clone().unwrap()).collect();
         let config = Config { ram_bytes: 1 << 20, vcpus: 1 };
         let (id, vm_type) = (Uuid::new_v4(), vm_type.into());
-        Capsule { id, created_ns: 0, vm_type, original, config, seq: 1, state: vec![0; 7], files }
+        let capsule = Capsule { id, created_ns: 0, vm_type, original, config, seq: 1, state: vec![0; 7], files };
+        Image { capsule, learned: Arc::default() }
     }
 
     #[test]
@@ -326,12 +341,12 @@ mod tests {
             .iter()
             .map(|vm_type| {
                 let image = image(vm_type, &[]);
-                let id = image.id;
+                let id = image.capsule.id;
                 images.add(image);
                 id
             })
             .collect();
-        let kept: Vec<Uuid> = lock(&images.kept).images.iter().map(|image| image.id).collect();
+        let kept: Vec<Uuid> = lock(&images.kept).images.iter().map(|image| image.capsule.id).collect();
         assert_eq!(kept, [added[2], added[3], added[4]]);
         assert!(!Images::new(vec!["web".parse().unwrap()]).wants("db"));
         assert!(images.find(&added[3].to_string()[..13]).is_ok());

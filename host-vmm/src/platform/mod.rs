@@ -19,6 +19,7 @@ mod images;
 mod limits;
 mod node;
 mod pool;
+mod prefetch;
 mod process;
 mod registry;
 mod terminal;
@@ -57,6 +58,8 @@ pub struct Settings {
     pub max_vms: usize,
     /// How many shells of each shape to keep ready.
     pub ready: usize,
+    /// Whether copies make pages ready that others before them have written to.
+    pub prefetches: bool,
     /// What VMs may do.
     pub limits: Vec<Limit>,
     /// Which images to keep.
@@ -192,6 +195,7 @@ pub struct Platform {
     events: Arc<Events>,
     trace: Trace,
     max_vms: usize,
+    prefetches: bool,
     limits: Limits,
     images: Images,
     /// How the first VM ended, once it has.
@@ -213,6 +217,7 @@ impl Platform {
             events,
             trace: Trace::new(settings.trace)?,
             max_vms: settings.max_vms,
+            prefetches: settings.prefetches,
             limits: Limits::new(settings.limits),
             images: Images::new(settings.keep),
             root_end: Mutex::new(None),

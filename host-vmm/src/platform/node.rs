@@ -13,6 +13,7 @@ use super::{
     Error, Event, Platform,
     fork::{Fork, Order, Original},
     limits::Recent,
+    prefetch::Learned,
     process::{Process, Shell},
     registry::Entry,
     trace::Arguments,
@@ -53,6 +54,10 @@ pub(super) struct Node {
     fork: Option<Arc<Fork>>,
     /// Its forks within the last second.
     recent: Recent,
+    /// What is known of its copies.
+    learned: Arc<Learned>,
+    /// Who learns from what this one writes to, where it tells.
+    teaches: Option<Arc<Learned>>,
     end: Option<End>,
 }
 
@@ -85,6 +90,8 @@ impl Node {
             awaited,
             fork: None,
             recent: Recent::default(),
+            learned: Arc::default(),
+            teaches: None,
             end: None,
         })
     }
@@ -92,6 +99,11 @@ impl Node {
     /// The connection.
     pub(super) fn link(&self) -> &Arc<PlatformLink> {
         &self.link
+    }
+
+    /// Says that the VM will tell which pages it writes to first, and who learns from that.
+    pub(super) fn teach(&mut self, learned: &Arc<Learned>) {
+        self.teaches = Some(Arc::clone(learned));
     }
 
     /// Who its VM is.
@@ -139,8 +151,15 @@ impl Node {
             }
             ToPlatform::Fork { count, vm_type, seq, fault } => {
                 let order = Order { count, vm_type, seq, fault };
-                let mut original = Original { vm: &self.identity, config: self.config, recent: &mut self.recent };
+                let learned = &self.learned;
+                let mut original =
+                    Original { vm: &self.identity, config: self.config, recent: &mut self.recent, learned };
                 self.fork = Some(Fork::begin(&self.platform, &mut original, &order, files)?);
+            }
+            ToPlatform::Touched(working_set) => {
+                let unexpected = || failed(link::Error::Unexpected("Touched".into()));
+                let learned = self.teaches.take().filter(|_| working_set.is_valid()).ok_or_else(unexpected)?;
+                learned.learn(working_set);
             }
             ToPlatform::Abort => {
                 let fork = self.fork.take().ok_or_else(|| failed(link::Error::Unexpected("Abort".into())))?;

@@ -15,7 +15,10 @@
 use serde::{Deserialize, Serialize};
 
 use super::{Report, Step, Timing};
-use crate::machine::{Config, End, VmIdentity};
+use crate::{
+    machine::{Config, End, VmIdentity},
+    memory::WorkingSet,
+};
 
 /// From the platform to its zygote: start a shell. Files: the node's end of its connection, and where its console writes to.
 #[derive(Debug, Serialize, Deserialize)]
@@ -31,6 +34,17 @@ pub enum Spawned {
     Process(u32),
     /// It could not be started.
     Failed(String),
+}
+
+/// What a copy does about the pages that it will write to first.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum Prefetch {
+    /// Nothing.
+    None,
+    /// Tell which they are.
+    Record,
+    /// Make those ready that a copy before it has told.
+    Fill(WorkingSet),
 }
 
 /// From the platform to a node.
@@ -53,6 +67,8 @@ pub enum ToNode {
         identity: VmIdentity,
         /// Number of the request that it comes from.
         seq: u64,
+        /// What it does about its first writes.
+        working_set: Prefetch,
     },
     /// Input for the console.
     Input(Vec<u8>),
@@ -81,6 +97,8 @@ pub enum ToPlatform {
         /// Its steps.
         steps: Vec<Timing>,
     },
+    /// The pages that the copy has written to until its first output.
+    Touched(WorkingSet),
     /// Launch copies of this VM. Files: the rendezvous, then those of the image.
     Fork {
         /// How many.

@@ -63,7 +63,7 @@ impl Bench {
         const SIZES: [(&str, &str); 4] = [("128M", "128m"), ("512M", "512m"), ("2G", "2g"), ("8G", "8g")];
         let image = floor::Image::new(512 << 20)?;
         let sizes = SIZES.iter().filter(|(mem, _)| !self.quick || *mem != "2G");
-        let sessions = sizes.map(|&(mem, name)| Ok((name, Session::start(&Shape { mem, cpus: 1, ready: 1 })?)));
+        let sessions = sizes.map(|&(mem, name)| Ok((name, Session::start(&Shape::new(mem, 1))?)));
         let mut sessions: Vec<(&str, Session)> = sessions.collect::<Result<_>>()?;
         let repeats = self.repeats(200, 60);
         self.progress.begin("one child, by memory size", repeats);
@@ -111,7 +111,7 @@ impl Bench {
             pace_tsc: 60_000_000,
             ..Order::default()
         };
-        let mut session = Session::start(&Shape { mem: "512M", cpus: 1, ready: 4 })?;
+        let mut session = Session::start(&Shape::new("512M", 4))?;
         let repeats = self.repeats(200, 12);
         self.progress.begin("generations", repeats);
         for _ in 0..repeats {
@@ -129,7 +129,7 @@ impl Bench {
         let sets: &[u32] = if self.quick { &[0, 64] } else { &[0, 1, 16, 64, 256, 512] };
         for &mib in sets {
             let repeats = if mib > 64 { self.repeats(40, 5) } else { self.repeats(200, 12) };
-            let mut session = Session::start(&Shape { mem: "1G", cpus: 1, ready: 1 })?;
+            let mut session = Session::start(&Shape::new("1G", 1))?;
             let order = Order { count: 1, dirty_pages: mib * MIB, ..Order::default() };
             // The first fork makes it a private view, and after the second one all of the set is its own.
             for _ in 0..2 {
@@ -150,28 +150,35 @@ impl Bench {
         Ok(())
     }
 
-    /// A child that writes to 16 MiB that its parent has written to before.
+    /// A child that writes to 16 MiB that its parent has written to before: with the pages made ready for it, and without.
     fn working_set(&mut self) -> Result<()> {
-        let mut session = Session::start(&Shape { mem: "512M", cpus: 1, ready: 1 })?;
         let order = Order { count: 1, dirty_pages: 16 * MIB, rewrite_pages: 16 * MIB, ..Order::default() };
+        let sessions = [("fork.ws16m", true), ("fork.ws16m.cold", false)].map(|(name, prefetch)| {
+            let mut session = Session::start(&Shape { prefetch, ..Shape::new("512M", 1) })?;
+            // The first child is the one from which the platform learns.
+            session.carry_out(order)?;
+            Ok((name, session))
+        });
+        let mut sessions: Vec<(&str, Session)> = sessions.into_iter().collect::<Result<_>>()?;
         let repeats = self.repeats(200, 12);
-        session.carry_out(order)?;
         self.progress.begin("16 MiB rewritten by a child", repeats);
         for _ in 0..repeats {
-            let outcome = session.carry_out(order)?;
-            let child = &outcome.children[0];
-            let line_ns = child.line_ns.context("a child that printed no line")?;
-            self.samples.add_ns("fork.ws16m", line_ns.saturating_sub(child.rung_ns));
+            for (name, session) in &mut sessions {
+                let outcome = session.carry_out(order)?;
+                let child = &outcome.children[0];
+                let line_ns = child.line_ns.context("a child that printed no line")?;
+                self.samples.add_ns(name, line_ns.saturating_sub(child.rung_ns));
+            }
             self.progress.step();
         }
-        end_all([session])
+        end_all(sessions.into_iter().map(|(_, session)| session))
     }
 
     /// Several children of one fork, with a ready shell for each.
     fn children(&mut self) -> Result<()> {
         let counts: &[u32] = if self.quick { &[4] } else { &[2, 4, 16, 64] };
         for &count in counts {
-            let mut session = Session::start(&Shape { mem: "512M", cpus: 1, ready: usize::try_from(count)? })?;
+            let mut session = Session::start(&Shape::new("512M", usize::try_from(count)?))?;
             let order = Order { count, ..Order::default() };
             session.carry_out(order)?;
             let repeats = self.repeats(200, 20);
@@ -192,7 +199,7 @@ impl Bench {
 
     /// More than one vCPU.
     fn vcpus(&mut self) -> Result<()> {
-        let sessions = [1, 2, 4].map(|cpus| Ok((cpus, Session::start(&Shape { mem: "512M", cpus, ready: 1 })?)));
+        let sessions = [1, 2, 4].map(|cpus| Ok((cpus, Session::start(&Shape { cpus, ..Shape::new("512M", 1) })?)));
         let mut sessions: Vec<(u8, Session)> = sessions.into_iter().collect::<Result<_>>()?;
         let repeats = self.repeats(200, 20);
         self.progress.begin("one child, by vCPUs", repeats);
@@ -218,7 +225,7 @@ impl Bench {
             self.samples.add("floor.thousand", "s", all_ran.as_secs_f64());
             self.samples.add("floor.thousand.end", "s", all_ended.as_secs_f64());
             rest();
-            let mut session = Session::start(&Shape { mem: "512M", cpus: 1, ready: 0 })?;
+            let mut session = Session::start(&Shape::new("512M", 0))?;
             let before_mib = available_mib()?;
             let outcome = session.carry_out(Order { count: THOUSAND, stay: true, ..Order::default() })?;
             rest();

@@ -26,6 +26,15 @@ pub(crate) struct Shape {
     pub(crate) cpus: u8,
     /// Ready shells.
     pub(crate) ready: usize,
+    /// Whether children get pages ready that others have written to.
+    pub(crate) prefetch: bool,
+}
+
+impl Shape {
+    /// One vCPU, and all that speeds a fork up.
+    pub(crate) fn new(mem: &'static str, ready: usize) -> Self {
+        Self { mem, cpus: 1, ready, prefetch: true }
+    }
 }
 
 /// A guest that waits for orders. Its waiting is a loop; so its process is stopped until there is one.
@@ -73,6 +82,7 @@ impl Session {
         let kernel = user::kernel();
         let vmm = Vmm::kernel(kernel.path()).option("--mem", shape.mem).flag("--prealloc");
         let vmm = vmm.option("--cpus", &shape.cpus.to_string()).option("--ready", &shape.ready.to_string());
+        let vmm = if shape.prefetch { vmm } else { vmm.flag("--no-prefetch") };
         let mut running = vmm.start()?;
         running.wait_for_line("00000001").context("the bare guest does not start")?;
         let node = Pid::from_raw(running.node("vm")?.cast_signed());

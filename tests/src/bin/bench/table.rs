@@ -12,6 +12,7 @@ const RATIOS: &[(&str, &str)] = &[
     ("fork.gen16", "fork.gen2"),
     ("fork.dirty.64m", "floor.copy.64m"),
     ("fork.dirty.512m", "floor.copy.512m"),
+    ("fork.ws16m", "fork.ws16m.cold"),
     ("fork.thousand", "floor.thousand"),
 ];
 

@@ -1,0 +1,57 @@
+//! What the platform knows of the pages that a VM's copies write to first.
+
+use std::sync::Mutex;
+
+use crate::{memory::WorkingSet, sync::lock, wire::Prefetch};
+
+/// One in so many forks has its first child record again: what copies do changes.
+const RECORD_EVERY: u64 = 64;
+
+/// What is known of the copies of one VM, or of one image.
+#[derive(Debug, Default)]
+pub(super) struct Learned(Mutex<Known>);
+
+#[derive(Debug, Default)]
+struct Known {
+    working_set: Option<WorkingSet>,
+    forks: u64,
+}
+
+impl Learned {
+    /// What the children of the next fork do: the first one, and the others.
+    pub(super) fn next_fork(&self) -> (Prefetch, Prefetch) {
+        let mut known = lock(&self.0);
+        let again = known.forks.is_multiple_of(RECORD_EVERY);
+        known.forks += 1;
+        match &known.working_set {
+            None => (Prefetch::Record, Prefetch::None),
+            Some(working_set) if again => (Prefetch::Record, Prefetch::Fill(working_set.clone())),
+            Some(working_set) => (Prefetch::Fill(working_set.clone()), Prefetch::Fill(working_set.clone())),
+        }
+    }
+
+    /// Takes in what a child has told.
+    pub(super) fn learn(&self, working_set: WorkingSet) {
+        lock(&self.0).working_set = Some(working_set);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::Run;
+
+    #[test]
+    fn what_one_copy_tells_the_next_ones_fill() {
+        let learned = Learned::default();
+        for _ in 0..3 {
+            assert!(matches!(learned.next_fork(), (Prefetch::Record, Prefetch::None)));
+        }
+        let working_set = WorkingSet::new(&[Run { page: 3, pages: 4, file_page: 0 }]);
+        learned.learn(working_set.clone());
+        let forks: Vec<_> = (0..2 * RECORD_EVERY).map(|_| learned.next_fork()).collect();
+        let recording = forks.iter().filter(|(first, _)| matches!(first, Prefetch::Record)).count();
+        assert_eq!(recording, 2);
+        assert!(forks.iter().all(|(_, others)| matches!(others, Prefetch::Fill(set) if *set == working_set)));
+    }
+}
