@@ -6,6 +6,8 @@ use std::{
     thread::{self, JoinHandle},
 };
 
+use rustix::process::setpriority_process;
+
 /// Number of processors that this process may use, as it was when it was first asked for: finding out takes 100 us.
 pub(crate) fn processors() -> usize {
     static PROCESSORS: OnceLock<usize> = OnceLock::new();
@@ -21,8 +23,11 @@ pub(crate) fn share_one_heap() {
     }
 }
 
+/// How much less a background thread gets of a processor that it shares with others (its nice value).
+const NICENESS: i32 = 10;
+
 /// Starts a thread for work that nobody waits for. When it wakes up it takes no processor from a thread that runs a vCPU
-/// (SCHED_BATCH): it finds another one, or waits for its turn.
+/// (SCHED_BATCH): it finds another one, or waits for its turn, which is a short one.
 ///
 /// # Errors
 /// Where the system has no room for a thread.
@@ -35,6 +40,10 @@ pub(crate) fn background<T: Send + 'static>(
         // SAFETY: the call reads one struct that lives across it, and is about the calling thread alone.
         if unsafe { libc::sched_setscheduler(0, libc::SCHED_BATCH, &raw const parameters) } != 0 {
             tracing::debug!(error = %io::Error::last_os_error(), "a background thread stays as important as others");
+        }
+        // Of the calling thread: on Linux each has its own.
+        if let Err(error) = setpriority_process(None, NICENESS) {
+            tracing::debug!(%error, "a background thread stays as important as others");
         }
         work()
     })

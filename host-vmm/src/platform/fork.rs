@@ -2,7 +2,7 @@
 
 use std::{
     fs::File,
-    os::fd::AsFd,
+    os::fd::{AsFd, BorrowedFd},
     sync::{Arc, Condvar, Mutex, OnceLock, PoisonError},
     thread,
     time::{Duration, Instant},
@@ -17,6 +17,7 @@ use super::{
     limits::{Asked, Limited, Recent},
     node::{Awaited, Node},
     prefetch::Learned,
+    process::Shell,
 };
 use crate::{
     error::chain,
@@ -197,7 +198,6 @@ impl Fork {
         let Launch { config, original, vm_type, count, seq, fault, learned } = launch;
         let wanted = usize::try_from(count).unwrap_or(usize::MAX);
         platform.registry.check_room(wanted, platform.max_vms)?;
-        let shells = platform.pool.take(config, wanted)?;
         let names = platform.registry.names(vm_type, count);
         let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
         let (mut first, others) = match platform.prefetches {
@@ -205,10 +205,15 @@ impl Fork {
             false => (Prefetch::None, Prefetch::None),
         };
         let mut nodes = Vec::with_capacity(wanted);
-        for ((index, name), shell) in (1..).zip(names).zip(shells) {
+        let mut shells = Vec::new();
+        for (index, name) in (1..).zip(names) {
             if fault == Some(Step::Launch) && index > count / 2 {
                 return Err(Error::Injected(Step::Launch));
             }
+            if shells.is_empty() {
+                shells = platform.pool.take(config, wanted - nodes.len())?;
+            }
+            let shell = shells.pop().ok_or(Error::Stopping)?;
             let identity = VmIdentity {
                 id: Uuid::new_v4(),
                 parent: original.id,
@@ -218,18 +223,31 @@ impl Fork {
                 count,
                 generation: original.generation + 1,
             };
-            let mut node = Node::new(platform, shell, identity.clone(), Awaited::Fork(Arc::clone(self)))?;
-            self.add(node.link());
-            let working_set = std::mem::replace(&mut first, others.clone());
-            if matches!(working_set, Prefetch::Record) {
-                node.teach(learned);
-            }
-            let copy = ToNode::Copy { identity: identity.clone(), seq, working_set };
-            let sent = node.link().send(&copy, &files);
-            nodes.push(node);
-            sent.map_err(|source| Error::Node { name: identity.name, source })?;
+            let prefetch = std::mem::replace(&mut first, others.clone());
+            nodes.push(self.order(platform, shell, identity, (seq, prefetch), learned, &files)?);
         }
         Ok(nodes)
+    }
+
+    /// Gives a shell the order to become a copy.
+    fn order(
+        self: &Arc<Self>,
+        platform: &Arc<Platform>,
+        shell: Shell,
+        identity: VmIdentity,
+        (seq, working_set): (u64, Prefetch),
+        learned: &Arc<Learned>,
+        files: &[BorrowedFd<'_>],
+    ) -> Result<Node, Error> {
+        let mut node = Node::new(platform, shell, identity.clone(), Awaited::Fork(Arc::clone(self)))?;
+        self.add(node.link());
+        if matches!(working_set, Prefetch::Record) {
+            node.teach(learned);
+        }
+        let name = identity.name.clone();
+        let sent = node.link().send(&ToNode::Copy { identity, seq, working_set }, files);
+        sent.map_err(|source| Error::Node { name, source })?;
+        Ok(node)
     }
 
     fn add(&self, link: &Arc<PlatformLink>) {

@@ -16,7 +16,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::{
     Error, Platform,
-    process::{Shell, Zygote},
+    process::{BATCH, Shell, Zygote},
 };
 use crate::{error::chain, machine::Config, sync::lock, wire::ToPlatform};
 
@@ -69,14 +69,11 @@ impl Pool {
         Ok(())
     }
 
-    /// Takes `count` shells: ready ones for as far as there are any, and new ones beyond, which are being built then.
+    /// Takes up to `count` shells, and at least one: ready ones where there are any, else new ones, which are being built then. It takes a
+    /// while to start many; who needs them gives the first ones their orders meanwhile.
     pub(super) fn take(&self, config: Config, count: usize) -> Result<Vec<Shell>, Error> {
-        let mut shells = self.take_ready(config, count);
-        let missing = count - shells.len();
-        if missing > 0 {
-            shells.extend(self.zygote.spawn(config, missing)?);
-        }
-        Ok(shells)
+        let ready = self.take_ready(config, count);
+        if ready.is_empty() { self.zygote.spawn(config, count.min(BATCH)) } else { Ok(ready) }
     }
 
     fn take_ready(&self, config: Config, count: usize) -> Vec<Shell> {

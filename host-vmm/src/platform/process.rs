@@ -28,7 +28,7 @@ use crate::{
 
 /// Most orders that are sent to the zygote before its answers are read: neither side may wait for room in a socket that the other one
 /// does not read.
-const BATCH: usize = 32;
+pub(super) const BATCH: usize = 32;
 
 /// A node's process. Dropping it ends the process.
 #[derive(Debug)]
