@@ -237,7 +237,8 @@ pub enum Access {
     Write,
 }
 
-/// Makes pages of any mapping of this process present (MADV_POPULATE_READ, MADV_POPULATE_WRITE). What they hold stays as it is.
+/// Makes pages of any mapping of this process present (MADV_POPULATE_READ, MADV_POPULATE_WRITE). What they hold stays as it is. Linux can
+/// do that since 5.14; an older one makes each page when it is used, as always.
 ///
 /// # Errors
 /// [`Error::Map`] where something of the range is not mapped, or not for this access.
@@ -249,7 +250,11 @@ pub fn touch(range: Range<usize>, access: Access) -> Result<(), Error> {
         Access::Write => MmapAdvise::MADV_POPULATE_WRITE,
     };
     // SAFETY: it changes no content, and is an error where nothing is mapped.
-    unsafe { madvise(start, range.len(), advice) }.map_err(fail)
+    match unsafe { madvise(start, range.len(), advice) } {
+        // The advice is unknown: the range is in whole pages, so that nothing else can be invalid.
+        Ok(()) | Err(nix::Error::EINVAL) => Ok(()),
+        Err(errno) => Err(fail(errno)),
+    }
 }
 
 impl Drop for Mapping {

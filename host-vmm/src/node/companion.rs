@@ -199,8 +199,8 @@ fn record(machine: &Machine, link: &NodeLink) -> Result<(), link::Error> {
     while !machine.devices.has_output() && machine.gate.ended().is_none() && began.elapsed() < RECORDED {
         thread::sleep(RECORD_INTERVAL);
     }
-    let view = lock(&machine.memory);
-    match PageMap::open().and_then(|page_map| page_map.dirty_runs(view.mapping())) {
+    let mapping = Arc::clone(lock(&machine.memory).mapping());
+    match PageMap::open().and_then(|page_map| page_map.dirty_runs(&mapping)) {
         Ok(runs) => link.send(&ToPlatform::Touched(WorkingSet::new(&runs)), &[]),
         Err(error) => {
             tracing::warn!(error = chain(&error), "a working set can't be recorded");

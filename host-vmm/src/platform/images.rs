@@ -188,7 +188,8 @@ impl Images {
 impl Platform {
     /// Keeps the image of a fork that is certain.
     pub(super) fn keep(&self, keeping: Keeping, rendezvous: &Rendezvous) -> Result<(), Error> {
-        let state = rendezvous.wait_state(|| false)?;
+        // It is there. A node that says otherwise is not waited for.
+        let state = rendezvous.wait_state(|| true)?;
         // For as long as there are copies to come, shells of its shape stand ready.
         self.pool.add_user(keeping.config);
         let Keeping { vm_type, original, config, seq, files, learned } = keeping;

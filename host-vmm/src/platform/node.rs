@@ -150,6 +150,8 @@ impl Node {
                 self.platform.trace.side(self.pid(), "child", Arguments { seq, code: 0 }, &steps);
             }
             ToPlatform::Fork { count, vm_type, seq, fault } => {
+                // A fork before this one that is neither certain nor called off was forgotten by the node, and not by its children.
+                self.fork.take().map_or(Ok(()), |forgotten| forgotten.abort().map(drop))?;
                 let order = Order { count, vm_type, seq, fault };
                 let learned = &self.learned;
                 let mut original =
