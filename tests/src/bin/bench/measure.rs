@@ -65,7 +65,7 @@ impl Bench {
         let sizes = SIZES.iter().filter(|(mem, _)| !self.quick || *mem != "2G");
         let sessions = sizes.map(|&(mem, name)| Ok((name, Session::start(&Shape::new(mem, 1))?)));
         let mut sessions: Vec<(&str, Session)> = sessions.collect::<Result<_>>()?;
-        let repeats = self.repeats(200, 60);
+        let repeats = self.repeats(200, 50);
         self.progress.begin("one child, by memory size", repeats);
         // The first fork is the one in which a booted VM's memory becomes an image: once in a VM's life.
         for (name, session) in &mut sessions {
@@ -112,7 +112,7 @@ impl Bench {
             ..Order::default()
         };
         let mut session = Session::start(&Shape::new("512M", 4))?;
-        let repeats = self.repeats(200, 12);
+        let repeats = self.repeats(200, 8);
         self.progress.begin("generations", repeats);
         for _ in 0..repeats {
             let outcome = session.carry_out(order)?;
@@ -128,7 +128,7 @@ impl Bench {
     fn dirty_sets(&mut self) -> Result<()> {
         let sets: &[u32] = if self.quick { &[0, 64] } else { &[0, 1, 16, 64, 256, 512] };
         for &mib in sets {
-            let repeats = if mib > 64 { self.repeats(40, 5) } else { self.repeats(200, 12) };
+            let repeats = if mib > 64 { self.repeats(40, 5) } else { self.repeats(200, 8) };
             let mut session = Session::start(&Shape::new("1G", 1))?;
             let order = Order { count: 1, dirty_pages: mib * MIB, ..Order::default() };
             // The first fork makes it a private view, and after the second one all of the set is its own.
@@ -160,7 +160,7 @@ impl Bench {
             Ok((name, session))
         });
         let mut sessions: Vec<(&str, Session)> = sessions.into_iter().collect::<Result<_>>()?;
-        let repeats = self.repeats(200, 12);
+        let repeats = self.repeats(200, 8);
         self.progress.begin("16 MiB rewritten by a child", repeats);
         for _ in 0..repeats {
             for (name, session) in &mut sessions {
@@ -181,7 +181,7 @@ impl Bench {
             let mut session = Session::start(&Shape::new("512M", usize::try_from(count)?))?;
             let order = Order { count, ..Order::default() };
             session.carry_out(order)?;
-            let repeats = self.repeats(200, 20);
+            let repeats = self.repeats(200, 10);
             self.progress.begin(&format!("{count} children"), repeats);
             for _ in 0..repeats {
                 let outcome = session.carry_out(order)?;
@@ -217,7 +217,7 @@ impl Bench {
 
     /// A thousand children of one fork with no shell ready, in turn with a thousand VMs that nobody manages.
     fn thousand(&mut self) -> Result<()> {
-        let repeats = self.repeats(20, 3);
+        let repeats = self.repeats(20, 2);
         self.progress.begin("a thousand children", repeats);
         for _ in 0..repeats {
             rest();
