@@ -5,18 +5,14 @@ use std::{
     io::{self, IoSlice, IoSliceMut},
     marker::PhantomData,
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
-    time::Duration,
 };
 
 use nix::{
     cmsg_space,
     poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::{
-        socket::{
-            AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, Shutdown, SockFlag, SockType, recv, recvmsg,
-            sendmsg, setsockopt, shutdown, socketpair, sockopt,
-        },
-        time::TimeVal,
+    sys::socket::{
+        AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, Shutdown, SockFlag, SockType, recv, recvmsg,
+        sendmsg, shutdown, socketpair,
     },
 };
 use serde::{Serialize, de::DeserializeOwned};
@@ -37,9 +33,6 @@ pub enum Error {
     /// The other side is gone.
     #[error("the other side has closed the connection")]
     Closed,
-    /// Nothing came in time.
-    #[error("no answer within the time limit")]
-    Timeout,
     /// The socket failed.
     #[error("can't {operation} on the connection")]
     Io {
@@ -158,18 +151,6 @@ impl<S: Serialize, R: DeserializeOwned> Link<S, R> {
         let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
         poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
-
-    /// From now on, gives up waiting for a message after `limit`; `None` waits forever.
-    ///
-    /// # Errors
-    /// [`Error::Io`].
-    pub fn set_time_limit(&self, limit: Option<Duration>) -> Result<(), Error> {
-        let limit = limit.unwrap_or_default();
-        let seconds = i64::try_from(limit.as_secs()).unwrap_or(i64::MAX);
-        let value = TimeVal::new(seconds, limit.subsec_micros().into());
-        setsockopt(&self.socket, sockopt::ReceiveTimeout, &value)
-            .map_err(|errno| Error::Io { operation: "set a time limit", source: errno.into() })
-    }
 }
 
 impl<S, R> AsFd for Link<S, R> {
@@ -181,7 +162,6 @@ impl<S, R> AsFd for Link<S, R> {
 fn receive_failed(errno: nix::Error) -> Error {
     match errno {
         nix::Error::ECONNRESET => Error::Closed,
-        nix::Error::EAGAIN => Error::Timeout,
         errno => Error::Io { operation: "receive", source: errno.into() },
     }
 }
@@ -218,10 +198,9 @@ mod tests {
     }
 
     #[test]
-    fn silence_and_garbage_are_errors() {
+    fn garbage_and_an_end_are_errors() {
         let (ours, theirs) = Link::<u32, String>::pair().unwrap();
-        ours.set_time_limit(Some(Duration::from_millis(10))).unwrap();
-        assert!(matches!(ours.receive(), Err(Error::Timeout)));
+        assert!(!ours.is_readable());
         let theirs = Link::<u32, u32>::new(theirs);
         theirs.send(&u32::MAX, &[]).unwrap();
         assert!(matches!(ours.receive(), Err(Error::Malformed(_))));
