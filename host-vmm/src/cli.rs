@@ -93,7 +93,8 @@ pub struct Run {
     /// image can be launched at any time (`host-vmm spawn`), and this command goes on for as long as it is kept. May be given again.
     #[arg(long, value_name = "TYPE[:NUMBER]")]
     pub keep: Vec<Keep>,
-    /// Ready machines to keep for the children of the next fork. Children beyond that number take longer.
+    /// Ready machines to keep for the children of the next fork; up to as many more stand by, each for one VM that forks. Children beyond
+    /// that number take longer.
     #[arg(long, value_name = "N", default_value_t = 4)]
     pub ready: usize,
     /// Make no pages ready for a child beforehand that the first child of its parent has written to before its first output.

@@ -27,7 +27,7 @@
 //! - [`node`]: the process that holds one VM, from ready shell to its end; all are forked from the [zygote](node::zygote).
 //! - [`wire`]: what these two say to each other.
 //! - [`machine`]: one VM, built, run, stopped and saved; from [`boot`] for a new one.
-//! - [`fork`]: VM_fork, a line a step; [`fork::rendezvous`] is where parent and children meet.
+//! - [`fork`]: VM_fork, a line a step; [`fork::rendezvous`] is where parent and children meet; a [`fork::Standby`] may wait for it.
 //! - [`capsule`]: a captured VM as bytes, beside the files of its memory.
 //! - [`memory`]: immutable images, and private views of them.
 //! - [`devices`], [`kvm`], [`arch`]: what a machine consists of.
@@ -39,6 +39,7 @@ pub mod capsule;
 pub mod cli;
 mod clock;
 pub mod command;
+mod descriptors;
 pub mod devices;
 mod error;
 pub mod fork;

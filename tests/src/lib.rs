@@ -2,7 +2,7 @@
 //!
 //! - [`vmm`]: a running `host-vmm`, and what it reports.
 //! - [`bare`]: a guest without an operating system, that does what a test writes down.
-//! - [`user`]: a guest without an operating system that runs at CPL 3, for the bench.
+//! - [`user`]: a guest without an operating system that runs at CPL 3, for the bench, and for tests of many forks.
 //! - [`faults`]: the steps of a fork that can be made to fail.
 //! - [`process`]: what a process has of the host's resources.
 //!

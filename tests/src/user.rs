@@ -148,10 +148,10 @@ global_asm!(
     "    mov edx, {answer}",
     "    out dx, eax",
     "    cmp dword ptr [rbx + {response} + 8], {forked}",
-    "    jne 40f",
+    "    jne 22f",
     "    cmp dword ptr [rbx + {identity}], {child}",
     "    je 30f",
-    "    cmp dword ptr [rbx + {identity} + 12], 0", // a parent: a booted one waits for its next order
+    "22: cmp dword ptr [rbx + {identity} + 12], 0", // a parent, or there was no fork: a booted VM waits for its next order
     "    je 10b",
     "    jmp 40f",
     "30: mov ecx, [rbp + 8]", // a child

@@ -2,6 +2,7 @@
 
 use std::{
     fs::File,
+    io::stdin,
     path::Path,
     process::ExitCode,
     sync::{
@@ -12,13 +13,10 @@ use std::{
 };
 
 use anyhow::Context;
-use nix::sys::{
-    resource::{Resource, getrlimit, setrlimit},
-    signal::{SigSet, Signal},
-};
+use nix::sys::signal::{SigSet, Signal};
 
 use crate::{
-    api, cli,
+    api, cli, descriptors,
     machine::{Config, End},
     platform::{Boot, ConsoleInput, Platform, Settings, Terminal, read_keys},
 };
@@ -34,6 +32,12 @@ const SIGNALLED: u8 = 128;
 
 /// The VMs were not stopped from outside.
 const NOT_STOPPED: u8 = u8::MAX;
+
+/// Files that a platform has open for each VM: its connection, its console, its process, its log.
+const FILES_PER_VM: usize = 4;
+
+/// Files that it has room for in any case.
+const MIN_FILES: u64 = 256;
 
 /// Boots a VM, and runs it and its children until all have ended.
 ///
@@ -65,7 +69,7 @@ pub fn run(options: cli::Run) -> anyhow::Result<ExitCode> {
     };
     // Before any thread starts: all of them are to leave the signals to the one that waits for them.
     let signals = block_signals()?;
-    raise_file_limit()?;
+    make_room(settings.max_vms)?;
     let platform = Platform::new(settings)?;
     let server = serve_api(&platform, options.api.as_deref())?;
     let stopped = Arc::new(AtomicU8::new(NOT_STOPPED));
@@ -99,11 +103,11 @@ fn block_signals() -> anyhow::Result<SigSet> {
     Ok(signals)
 }
 
-/// Lets this process have as many files open as it is ever allowed to: each VM needs three.
-fn raise_file_limit() -> anyhow::Result<()> {
-    let limit = Resource::RLIMIT_NOFILE;
-    let raised = getrlimit(limit).and_then(|(_, hard)| setrlimit(limit, hard, hard));
-    raised.context("can't raise the limit of open files")
+/// Makes room for the files that so many VMs need.
+fn make_room(max_vms: usize) -> anyhow::Result<()> {
+    let limit = descriptors::raise_limit().context("can't raise the limit of open files")?;
+    let wanted = max_vms.saturating_mul(FILES_PER_VM) as u64;
+    descriptors::make_room(&stdin(), wanted.clamp(MIN_FILES, limit)).context("can't make room for open files")
 }
 
 fn stop_on_signal(platform: &Arc<Platform>, stopped: &Arc<AtomicU8>, signals: SigSet) -> anyhow::Result<()> {

@@ -5,21 +5,22 @@ use std::{fs::File, sync::Arc};
 use super::{
     rendezvous::{self, Rendezvous},
     signal::{self, Signal},
+    standby::Meeting,
     timeline::Timeline,
 };
 use crate::{
     capsule,
     kvm::Vcpu,
-    machine::{self, Machine, Shell, VmIdentity},
-    wire::{Step, Timing},
+    machine::{self, Machine, Shell},
+    wire::{CopyOrder, Prefetch, Step, Timing, link},
 };
 
 /// Why a shell can't become a child.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The order came without the file to meet the parent in.
-    #[error("the order to become a copy came without a rendezvous")]
-    NoRendezvous,
+    /// The order does not come.
+    #[error("no order came from the platform")]
+    Order(#[from] link::Error),
     /// The parent can't be met, or has called the fork off.
     #[error("can't meet the parent")]
     Rendezvous(#[from] rendezvous::Error),
@@ -41,6 +42,10 @@ pub struct Child {
     pub machine: Machine,
     /// Its vCPUs, lowest first.
     pub vcpus: Vec<Vcpu>,
+    /// Number of the request that it comes from.
+    pub seq: u64,
+    /// What it does about its first writes.
+    pub working_set: Prefetch,
     /// Its side of the fork.
     pub steps: Vec<Timing>,
     /// Where it met its parent: to be dropped when there is time for it.
@@ -48,54 +53,54 @@ pub struct Child {
 }
 
 impl Child {
-    /// Makes a child of `shell`: meets the parent, takes its state, and waits until it may run. `files` are the rendezvous, then those of
-    /// the image; `is_alone` tells that nobody is there any more to wait for.
+    /// Makes a child of `shell`: meets the parent, takes its state, and waits until it may run. `order` gives the platform's order, or
+    /// waits for it; `is_alone` tells that nobody is there any more to wait for.
     ///
     /// # Errors
     /// [`Error`]; the parent has been told then.
     pub fn from_shell(
         shell: Shell,
-        identity: VmIdentity,
-        seq: u64,
-        files: Vec<File>,
+        meeting: Meeting,
         console: File,
+        order: impl FnOnce() -> Result<CopyOrder, link::Error>,
         is_alone: impl Fn() -> bool,
     ) -> Result<Self, Error> {
-        let mut files = files.into_iter();
-        let rendezvous = Rendezvous::open(files.next().ok_or(Error::NoRendezvous)?)?.with_children(identity.count);
-        let files = files.map(Arc::new).collect();
-        match Self::meet(&rendezvous, shell, identity, seq, files, console, is_alone) {
-            Ok((machine, vcpus, steps)) => Ok(Self { machine, vcpus, steps, rendezvous }),
+        let Meeting { rendezvous, files } = meeting;
+        let mut timeline = Timeline::new(None);
+        match meet(&rendezvous, &files, shell, console, order, is_alone, &mut timeline) {
+            Ok((machine, vcpus, CopyOrder { seq, working_set, .. })) => {
+                Ok(Self { machine, vcpus, seq, working_set, steps: timeline.into_steps(), rendezvous })
+            }
             Err(error) => {
                 rendezvous.fail()?;
                 Err(error)
             }
         }
     }
+}
 
-    fn meet(
-        rendezvous: &Rendezvous,
-        shell: Shell,
-        identity: VmIdentity,
-        seq: u64,
-        files: Vec<Arc<File>>,
-        console: File,
-        is_alone: impl Fn() -> bool,
-    ) -> Result<(Machine, Vec<Vcpu>, Vec<Timing>), Error> {
-        let mut timeline = Timeline::new(None);
-        let siblings = identity.count;
-        let (state, image) = timeline.time(Step::HandOver, || -> Result<_, Error> {
-            let state = rendezvous.wait_state(&is_alone)?;
-            Ok(capsule::unpack(&state, &files)?)
-        })?;
-        let (machine, vcpus) =
-            timeline.time(Step::Restore, || shell.restore(&state, Arc::new(image), identity, console))?;
-        let signal = Signal::to_child(&machine, seq)?;
-        timeline.time(Step::Launch, || {
-            rendezvous.arrive(siblings)?;
-            rendezvous.wait_commit(&is_alone)
-        })?;
-        timeline.time(Step::Thaw, || signal.give(&machine))?;
-        Ok((machine, vcpus, timeline.into_steps()))
-    }
+fn meet(
+    rendezvous: &Rendezvous,
+    files: &[Arc<File>],
+    shell: Shell,
+    console: File,
+    order: impl FnOnce() -> Result<CopyOrder, link::Error>,
+    is_alone: impl Fn() -> bool,
+    timeline: &mut Timeline,
+) -> Result<(Machine, Vec<Vcpu>, CopyOrder), Error> {
+    let (state, image) = timeline.time(Step::HandOver, || -> Result<_, Error> {
+        let state = rendezvous.wait_state(&is_alone)?;
+        Ok(capsule::unpack(&state, files)?)
+    })?;
+    let unnamed = timeline.time(Step::Restore, || shell.restore(&state, Arc::new(image), console))?;
+    let (machine, vcpus, signal, order) = timeline.time(Step::Launch, || -> Result<_, Error> {
+        let order = order()?;
+        let (machine, vcpus) = unnamed.name(order.identity.clone());
+        let signal = Signal::to_child(&machine, order.seq)?;
+        rendezvous.arrive(order.identity.count)?;
+        rendezvous.wait_commit(&is_alone)?;
+        Ok((machine, vcpus, signal, order))
+    })?;
+    timeline.time(Step::Thaw, || signal.give(&machine))?;
+    Ok((machine, vcpus, order))
 }

@@ -13,6 +13,7 @@ use super::{
     Error,
     rendezvous::{self, Rendezvous},
     request::Order,
+    standby::Bell,
 };
 use crate::wire::{NodeLink, Step, ToNode, ToPlatform, link};
 
@@ -30,25 +31,47 @@ pub(super) struct Children<'a> {
     /// Until it is certain what becomes of them.
     rendezvous: Option<Rendezvous>,
     count: u32,
+    /// Wakes up the one that stands by, where there is one.
+    bell: Option<Bell>,
 }
 
-/// Has the platform choose where the children go, and start to launch them there. `files` are those of the image to come.
+/// What is left when the children run.
+#[derive(Debug)]
+pub(super) struct Met {
+    _rendezvous: Rendezvous,
+    _bell: Option<Bell>,
+}
+
+/// Has the platform choose where the children go, and start to launch them there. `files` are those of the image to come; where there is
+/// a bell, the platform has all of them.
 pub(super) fn place<'a>(
     link: &'a NodeLink,
     replies: &'a Replies,
     order: &Order,
     rendezvous: Rendezvous,
     files: &[Arc<File>],
+    bell: Option<Bell>,
     fault: Option<Step>,
 ) -> Result<Children<'a>, Error> {
     let rendezvous = rendezvous.with_children(order.count);
-    let fork = ToPlatform::Fork { count: order.count, vm_type: order.vm_type.clone(), seq: order.seq, fault };
+    let announced = bell.is_some();
+    let fork =
+        ToPlatform::Fork { count: order.count, vm_type: order.vm_type.clone(), seq: order.seq, announced, fault };
     let files = std::iter::once(rendezvous.file()).chain(files.iter().map(AsRef::as_ref));
-    link.send(&fork, &files.map(AsFd::as_fd).collect::<Vec<_>>())?;
-    Ok(Children { link, replies, rendezvous: Some(rendezvous), count: order.count })
+    let files = files.filter(|_| !announced).map(AsFd::as_fd);
+    link.send(&fork, &files.collect::<Vec<_>>())?;
+    Ok(Children { link, replies, rendezvous: Some(rendezvous), count: order.count, bell })
 }
 
 impl Children<'_> {
+    /// Wakes up the one that stands by: its state comes soon. Where there is no processor to spare, its order will.
+    pub(super) fn wake(&self) -> Result<(), Error> {
+        match &self.bell {
+            Some(bell) if self.rendezvous()?.spins() => Ok(bell.ring()?),
+            _ => Ok(()),
+        }
+    }
+
     /// Gives them their state.
     pub(super) fn hand_over(&self, state: &[u8]) -> Result<(), Error> {
         Ok(self.rendezvous()?.publish(state)?)
@@ -64,9 +87,10 @@ impl Children<'_> {
     }
 
     /// Lets them run. From here on there is no way back. What is left is to be dropped when there is time for it.
-    pub(super) fn commit(mut self) -> Result<Rendezvous, Error> {
+    pub(super) fn commit(mut self) -> Result<Met, Error> {
         self.rendezvous()?.commit()?;
-        self.rendezvous.take().ok_or(Error::Committed)
+        let rendezvous = self.rendezvous.take().ok_or(Error::Committed)?;
+        Ok(Met { _rendezvous: rendezvous, _bell: self.bell.take() })
     }
 
     fn rendezvous(&self) -> Result<&Rendezvous, Error> {

@@ -3,7 +3,7 @@
 //! ```text
 //!  parent    validate -> place -> quiesce -> complete -> capture -> freeze -> hand over -> restore -> launch -> signal -> commit -> thaw
 //!  platform                └─► chooses shells, and gives them their orders
-//!  child                         └─► (awake)                              -> hand over -> restore -> launch          -> thaw -> first run
+//!  child                         └─► (awake; one that stands by: woken by the parent) -> hand over -> restore -> launch  -> thaw -> first run
 //! ```
 //!
 //! [`Engine::vm_fork`] is the table of contents: a line a step. What a step has done is undone by dropping its result, last
@@ -11,7 +11,10 @@
 
 use std::{
     collections::VecDeque,
-    sync::{Arc, Mutex, TryLockError},
+    sync::{
+        Arc, Mutex, TryLockError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use vmfork_abi::{ErrorCode, Request};
@@ -21,12 +24,14 @@ mod children;
 pub mod rendezvous;
 mod request;
 mod signal;
+mod standby;
 mod supplies;
 mod timeline;
 
 pub use child::Child;
 pub use children::Replies;
 pub use signal::Signal;
+pub use standby::{Meeting, Standby};
 
 use crate::{
     capsule,
@@ -39,7 +44,7 @@ use crate::{
     sync::lock,
     wire::{NodeLink, Report, Step, link},
 };
-use rendezvous::Rendezvous;
+use children::Met;
 use supplies::{Supplies, Supply};
 use timeline::Timeline;
 
@@ -67,6 +72,9 @@ pub enum Error {
     /// The children can't be met.
     #[error("can't meet the children")]
     Rendezvous(#[from] rendezvous::Error),
+    /// A shell can't be woken up.
+    #[error("can't have a shell stand by")]
+    Standby(#[from] standby::Error),
     /// It is certain already what becomes of the children.
     #[error("the children run, or were called off")]
     Committed,
@@ -105,7 +113,7 @@ impl Error {
             Self::Quiesce(GateError::Timeout(_)) | Self::Complete(_) => ErrorCode::Quiesce,
             Self::Quiesce(GateError::Save(_)) | Self::Capture(_) => ErrorCode::Capture,
             Self::Freeze(_) | Self::Pack(_) => ErrorCode::Freeze,
-            Self::Rendezvous(_) => ErrorCode::Launch,
+            Self::Rendezvous(_) | Self::Standby(_) => ErrorCode::Launch,
             Self::Link(_) | Self::Successor(_) | Self::Committed => ErrorCode::Internal,
             Self::Signal(_) => ErrorCode::Signal,
             Self::Injected(step) => step.code(),
@@ -128,7 +136,7 @@ pub struct Served {
 #[derive(Debug)]
 pub struct Remains {
     count: u32,
-    rendezvous: Rendezvous,
+    met: Met,
     page_map: PageMap,
     left_behind: Option<LeftBehind>,
 }
@@ -141,6 +149,8 @@ pub struct Engine {
     supplies: Supplies,
     /// What the platform answers to a fork; whoever holds it is the one who forks.
     replies: Mutex<Replies>,
+    /// Whether the VM is one that forks.
+    forks: AtomicBool,
     /// Steps at which the next forks are to fail, one for each.
     faults: Mutex<VecDeque<Step>>,
 }
@@ -148,13 +158,16 @@ pub struct Engine {
 impl Engine {
     /// The engine of `machine`, whose platform answers by `replies`.
     pub fn new(machine: Arc<Machine>, link: Arc<NodeLink>, replies: Replies, faults: Vec<Step>) -> Self {
-        let supplies = Supplies::default();
-        Self { machine, link, supplies, replies: Mutex::new(replies), faults: Mutex::new(faults.into()) }
+        let (supplies, replies, faults) = (Supplies::default(), Mutex::new(replies), Mutex::new(faults.into()));
+        // Copies are made to work, and booted VMs to be copied.
+        let forks = AtomicBool::new(lock(&machine.identity).generation == 0);
+        Self { machine, link, supplies, replies, forks, faults }
     }
 
     /// Makes what the next fork will use up, where there is time for it. Without it, that fork takes longer.
     pub fn get_ready(&self) {
-        if let Err(error) = self.supplies.restock() {
+        let forks = self.forks.load(Ordering::Relaxed);
+        if let Err(error) = self.supplies.restock(&self.machine, &self.link, forks) {
             tracing::warn!(error = chain(&error), "can't get ready for the next fork");
         }
         self.machine.prepare_spare();
@@ -162,8 +175,8 @@ impl Engine {
 
     /// Clears away what a fork has left behind.
     pub fn clear_away(&self, remains: Remains) {
-        let Remains { rendezvous, page_map, left_behind, .. } = remains;
-        drop((rendezvous, page_map));
+        let Remains { met, page_map, left_behind, .. } = remains;
+        drop((met, page_map));
         if let Some(left_behind) = left_behind {
             left_behind.clear_away(&self.machine);
         }
@@ -215,15 +228,18 @@ impl Engine {
         let mut view = lock(&machine.memory);
         let fault = timeline.fault();
         let (plan, page_map, mut children) = timeline.step(Step::Place, || {
-            let Supply { rendezvous, delta, page_map } = self.supplies.take()?;
-            let plan = view.plan(delta);
-            let children = children::place(&self.link, &replies, &order, rendezvous, plan.files(), fault)?;
+            let mut supply = self.supplies.take()?;
+            let plan = view.plan(&supply.delta);
+            let bell = supply.take_bell(&plan);
+            let Supply { rendezvous, page_map, .. } = supply;
+            let children = children::place(&self.link, &replies, &order, rendezvous, plan.files(), bell, fault)?;
             Ok((plan, page_map, children))
         })?;
         let stopped = timeline.step(Step::Quiesce, || Ok(machine.gate.stop_others(vcpu.id())?))?;
         timeline.step(Step::Complete, || vcpu.complete_exit().map_err(Error::Complete))?;
         let devices = machine.devices.pause();
         let state = timeline.step(Step::Capture, || capture(machine, vcpu, &stopped, &devices))?;
+        children.wake()?;
         let files = plan.files().to_vec();
         let image = timeline.step(Step::Freeze, || Ok(view.freeze(plan, &page_map)?))?;
         timeline.step(Step::HandOver, || children.hand_over(&capsule::pack(&state, &image, &files)?))?;
@@ -233,12 +249,13 @@ impl Engine {
         })?;
         timeline.step(Step::Launch, || children.wait())?;
         let signal = timeline.step(Step::Signal, || Signal::to_parent(machine, &order).map_err(Error::Signal))?;
-        let rendezvous = timeline.step(Step::Commit, || children.commit())?;
+        let met = timeline.step(Step::Commit, || children.commit())?;
         timeline.step(Step::Thaw, || {
             let left_behind = successor.map(|successor| successor.take_over(machine, &mut view, vcpu, &stopped));
             signal.give(machine)?;
             drop((devices, stopped));
-            Ok(Remains { count: order.count, rendezvous, page_map, left_behind })
+            self.forks.store(true, Ordering::Relaxed);
+            Ok(Remains { count: order.count, met, page_map, left_behind })
         })
     }
 }

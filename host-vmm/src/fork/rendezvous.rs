@@ -20,6 +20,7 @@
 use std::{
     fs::File,
     sync::atomic::{AtomicU32, Ordering},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -133,6 +134,11 @@ impl Rendezvous {
     pub fn with_children(mut self, count: u32) -> Self {
         self.spin = usize::try_from(count).is_ok_and(|count| count < threads::processors());
         self
+    }
+
+    /// Whether there is a processor for each side.
+    pub fn spins(&self) -> bool {
+        self.spin
     }
 
     /// The file that the other sides open.
@@ -262,7 +268,8 @@ impl Rendezvous {
             if is_right(value) {
                 return Ok(value);
             }
-            std::hint::spin_loop();
+            // Whoever this side waits for may have to run on this processor.
+            thread::yield_now();
         }
         loop {
             let value = word.load(Ordering::Acquire);

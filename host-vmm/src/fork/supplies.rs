@@ -1,11 +1,21 @@
 //! What each fork uses up, made before it is asked for: making it takes longer than the rest of the parent's work.
 
-use std::{fs::File, sync::Mutex};
+use std::{
+    fs::File,
+    os::fd::AsFd,
+    sync::{Arc, Mutex},
+};
 
-use super::rendezvous::{self, Rendezvous};
+use super::{
+    Error,
+    rendezvous::{self, Rendezvous},
+    standby::Bell,
+};
 use crate::{
-    memory::{self, PageMap},
+    machine::Machine,
+    memory::{self, PageMap, Plan},
     sync::lock,
+    wire::{NodeLink, ToPlatform},
 };
 
 /// What one fork needs.
@@ -14,14 +24,41 @@ pub(super) struct Supply {
     /// Where parent and children meet.
     pub(super) rendezvous: Rendezvous,
     /// An empty file for the pages that the parent has written to.
-    pub(super) delta: File,
+    pub(super) delta: Arc<File>,
     /// The page map in which they are found.
     pub(super) page_map: PageMap,
+    /// Where the platform knows of it.
+    announced: Option<Announced>,
+}
+
+/// What the platform was told.
+#[derive(Debug)]
+struct Announced {
+    bell: Bell,
+    files: Vec<Arc<File>>,
 }
 
 impl Supply {
     fn make() -> Result<Self, rendezvous::Error> {
-        Ok(Self { rendezvous: Rendezvous::new()?, delta: memory::delta_file()?, page_map: PageMap::open()? })
+        let (rendezvous, delta) = (Rendezvous::new()?, Arc::new(memory::delta_file()?));
+        Ok(Self { rendezvous, delta, page_map: PageMap::open()?, announced: None })
+    }
+
+    /// Tells the platform what the next fork will come with.
+    fn announce(&mut self, plan: &Plan, link: &NodeLink) -> Result<(), Error> {
+        let bell = Bell::new()?;
+        let files = plan.files().iter().map(|file| file.as_fd());
+        let files = [bell.as_fd(), self.rendezvous.file().as_fd()].into_iter().chain(files);
+        link.send(&ToPlatform::Announce, &files.collect::<Vec<_>>())?;
+        self.announced = Some(Announced { bell, files: plan.files().to_vec() });
+        Ok(())
+    }
+
+    /// The bell of the shell that stands by, where what was announced is what `plan` has: the memory may have become an image since.
+    pub(super) fn take_bell(&mut self, plan: &Plan) -> Option<Bell> {
+        let announced = self.announced.take()?;
+        let same = announced.files.iter().map(Arc::as_ptr).eq(plan.files().iter().map(Arc::as_ptr));
+        same.then_some(announced.bell)
     }
 }
 
@@ -36,13 +73,19 @@ impl Supplies {
         ready.map_or_else(Supply::make, Ok)
     }
 
-    /// Makes one, unless there is one.
-    pub(super) fn restock(&self) -> Result<(), rendezvous::Error> {
-        if lock(&self.0).is_none() {
-            let supply = Supply::make()?;
-            supply.rendezvous.warm_up()?;
-            *lock(&self.0) = Some(supply);
+    /// Makes one, unless there is one. Where `announces`, a shell is to stand by for the fork that takes it.
+    pub(super) fn restock(&self, machine: &Machine, link: &NodeLink, announces: bool) -> Result<(), Error> {
+        if lock(&self.0).is_some() {
+            return Ok(());
         }
+        let mut supply = Supply::make()?;
+        supply.rendezvous.warm_up()?;
+        memory::warm_up_delta(&supply.delta)?;
+        if announces {
+            let plan = lock(&machine.memory).plan(&supply.delta);
+            supply.announce(&plan, link)?;
+        }
+        *lock(&self.0) = Some(supply);
         Ok(())
     }
 }

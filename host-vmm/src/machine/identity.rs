@@ -51,6 +51,16 @@ impl VmIdentity {
     }
 }
 
+/// A new ID. The uuid crate's own way opens a file for it in a static program: 25 us (measured).
+///
+/// # Errors
+/// Where the system has no random bytes to give.
+pub fn new_id() -> io::Result<Uuid> {
+    let mut bytes = [0; 16];
+    fill_random(&mut bytes)?;
+    Ok(uuid::Builder::from_random_bytes(bytes).into_uuid())
+}
+
 /// Fills a buffer from the kernel's generator (getrandom).
 fn fill_random(buffer: &mut [u8]) -> io::Result<()> {
     let mut filled = 0;

@@ -13,9 +13,9 @@ mod successor;
 
 pub use exits::{Exits, FirstExit};
 pub use gate::{End, Gate, GateError, Stopped};
-pub use identity::VmIdentity;
+pub use identity::{VmIdentity, new_id};
 pub use run::run;
-pub use shell::{Config, Error, Shell};
+pub use shell::{Config, Error, Shell, Unnamed};
 pub use successor::{LeftBehind, Spare, Successor};
 
 use crate::{

@@ -136,13 +136,7 @@ impl Shell {
     ///
     /// # Errors
     /// [`Error`]: whatever does not fit.
-    pub fn boot(
-        self,
-        payload: &mut Payload,
-        prealloc: bool,
-        identity: VmIdentity,
-        console: File,
-    ) -> Result<Built, Error> {
+    pub fn boot(self, payload: &mut Payload, prealloc: bool, console: File) -> Result<Unnamed, Error> {
         let Self { config, vm, vcpus, mapping, control_page } = self;
         let memory = View::own(mapping)?;
         if prealloc {
@@ -156,25 +150,19 @@ impl Shell {
         }
         let vm = Arc::new(CurrentVm::new(vm));
         let devices = Devices::new(&vm, console);
-        Ok(finish(config, vm, memory, control_page, devices, identity, vcpus))
+        Ok(Unnamed { config, vm, memory, control_page, devices, vcpus })
     }
 
     /// Makes it a machine that goes on where `state` and `image` were captured.
     ///
     /// # Errors
     /// [`Error`]: whatever does not take its state.
-    pub fn restore(
-        self,
-        state: &MachineState,
-        image: Arc<Image>,
-        identity: VmIdentity,
-        console: File,
-    ) -> Result<Built, Error> {
+    pub fn restore(self, state: &MachineState, image: Arc<Image>, console: File) -> Result<Unnamed, Error> {
         let (control_page, config) = (self.control_page.clone(), self.config);
         let Restored { vm, vcpus, memory } = self.take_state(state, image, Time::FromCapture)?;
         let vm = Arc::new(CurrentVm::new(vm));
         let devices = Devices::restore(&state.devices, &vm, console)?;
-        Ok(finish(config, vm, memory, control_page, devices, identity, vcpus))
+        Ok(Unnamed { config, vm, memory, control_page, devices, vcpus })
     }
 
     /// Brings VM, vCPUs and memory to where `state` and `image` were captured.
@@ -205,26 +193,33 @@ pub(super) struct Restored {
     pub(super) memory: View,
 }
 
-fn finish(
+/// A machine that lacks nothing but a name.
+#[derive(Debug)]
+#[must_use]
+pub struct Unnamed {
     config: Config,
     vm: Arc<CurrentVm>,
     memory: View,
     control_page: ControlPage,
     devices: Devices,
-    identity: VmIdentity,
     vcpus: Vec<Vcpu>,
-) -> Built {
-    let gate = Gate::new(&vcpus);
-    let machine = Machine {
-        config,
-        vm,
-        memory: Mutex::new(memory),
-        control_page,
-        devices,
-        gate,
-        spare: Spare::default(),
-        exits: Exits::default(),
-        identity: Mutex::new(identity),
-    };
-    (machine, vcpus)
+}
+
+impl Unnamed {
+    /// Says which VM it is.
+    pub fn name(self, identity: VmIdentity) -> Built {
+        let Self { config, vm, memory, control_page, devices, vcpus } = self;
+        let machine = Machine {
+            config,
+            vm,
+            memory: Mutex::new(memory),
+            control_page,
+            devices,
+            gate: Gate::new(&vcpus),
+            spare: Spare::default(),
+            exits: Exits::default(),
+            identity: Mutex::new(identity),
+        };
+        (machine, vcpus)
+    }
 }

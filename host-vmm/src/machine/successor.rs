@@ -79,6 +79,6 @@ impl LeftBehind {
         let Self { vm, view } = self;
         drop(machine.gate.take_left_behind());
         drop(vm);
-        drop(view);
+        view.take_down();
     }
 }

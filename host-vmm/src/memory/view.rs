@@ -2,6 +2,8 @@
 
 use std::{fs::File, sync::Arc, thread};
 
+use rustix::fs::{FallocateFlags, fallocate};
+
 use super::{Error, Image, Layer, Mapping, PageMap, Run, dirty, memfd};
 use crate::{arch::layout::PAGE_BYTES, threads};
 
@@ -10,6 +12,9 @@ const RAM_NAME: &str = "vm-ram";
 
 /// Name of a delta layer's file.
 const DELTA_NAME: &str = "vm-delta";
+
+/// Pages that any VM writes to.
+const FEW_PAGES: u64 = 4;
 
 /// Dirty memory in bytes for which one more thread is worth its start, and the mapping that it needs.
 const BYTES_PER_WORKER: usize = 4 << 20;
@@ -66,6 +71,13 @@ impl View {
         Ok(Self { mapping, backing: Backing::Image(image) })
     }
 
+    /// Takes it down without holding others up, if nobody else has its address range.
+    pub fn take_down(self) {
+        if let Some(mapping) = Arc::into_inner(self.mapping) {
+            mapping.take_down();
+        }
+    }
+
     /// The address range.
     pub fn mapping(&self) -> &Arc<Mapping> {
         &self.mapping
@@ -80,14 +92,13 @@ impl View {
     }
 
     /// Names the files that an image made now will consist of. `delta` is the one for pages that the VM has written to, if there are any.
-    pub fn plan(&self, delta: File) -> Plan {
+    pub fn plan(&self, delta: &Arc<File>) -> Plan {
         match &self.backing {
             Backing::Own(file) => Plan { files: vec![Arc::clone(file)], delta: None },
             Backing::Image(image) => {
-                let delta = Arc::new(delta);
                 let layers = image.layers().iter().map(|layer| Arc::clone(&layer.file));
-                let files = layers.chain([Arc::clone(&delta)]).collect();
-                Plan { files, delta: Some(delta) }
+                let files = layers.chain([Arc::clone(delta)]).collect();
+                Plan { files, delta: Some(Arc::clone(delta)) }
             }
         }
     }
@@ -119,11 +130,6 @@ impl View {
         let (footing, upper) = image.footing()?;
         let runs = dirty::join_for(&footing, dirty::union(&dirty, &upper));
         let pages = runs.last().map_or(0, |run| run.file_page + run.pages);
-        file.set_len(pages * PAGE_BYTES).map_err(|source| Error::File {
-            operation: "grow",
-            name: DELTA_NAME.to_owned(),
-            source,
-        })?;
         self.copy_out(&runs, to_usize(pages * PAGE_BYTES)?, &file)?;
         memfd::seal(DELTA_NAME, &file)?;
         footing.with_layer(Layer { file, runs })
@@ -145,6 +151,11 @@ impl View {
     /// Copies on several processors. They need a mapping for that: a file takes one write at a time.
     fn copy_on(&self, workers: usize, runs: &[Run], bytes: usize, file: &File) -> Result<(), Error> {
         let target = Mapping::reserve(bytes)?;
+        file.set_len(bytes as u64).map_err(|source| Error::File {
+            operation: "grow",
+            name: DELTA_NAME.to_owned(),
+            source,
+        })?;
         target.map_shared(file)?;
         let pieces = pieces(runs)?;
         let copy = |piece: &Piece| target.copy_from(piece.to, &self.mapping, piece.from, piece.bytes);
@@ -184,6 +195,19 @@ fn pieces(runs: &[Run]) -> Result<Vec<Piece>, Error> {
 /// [`Error::File`].
 pub fn delta_file() -> Result<File, Error> {
     memfd::unsealed(DELTA_NAME, 0)
+}
+
+/// Takes the memory from the host that such a file needs for the few pages that any VM writes to before it forks (fallocate). It stays
+/// empty.
+///
+/// # Errors
+/// [`Error::File`].
+pub fn warm_up_delta(delta: &File) -> Result<(), Error> {
+    fallocate(delta, FallocateFlags::KEEP_SIZE, 0, FEW_PAGES * PAGE_BYTES).map_err(|errno| Error::File {
+        operation: "take memory for",
+        name: DELTA_NAME.to_owned(),
+        source: errno.into(),
+    })
 }
 
 fn to_usize(bytes: u64) -> Result<usize, Error> {

@@ -31,7 +31,7 @@ fn reserved() -> Arc<Mapping> {
 }
 
 fn freeze(view: &View) -> Arc<Image> {
-    view.freeze(view.plan(delta_file().unwrap()), &PageMap::open().unwrap()).unwrap()
+    view.freeze(view.plan(&Arc::new(delta_file().unwrap())), &PageMap::open().unwrap()).unwrap()
 }
 
 /// A parent whose memory is still its own goes on as a view of the image, as its child does.

@@ -17,13 +17,17 @@ pub mod zygote;
 
 use crate::{
     boot::Payload,
+    descriptors,
     error::chain,
-    fork::{Child, Engine, Signal},
+    fork::{Child, Engine, Meeting, Signal, Standby},
     kvm::{Hypervisor, Model, Vcpu},
-    machine::{self, Config, Machine, Shell},
-    wire::{NodeLink, Step, ToNode, ToPlatform, link},
+    machine::{self, Config, Machine, Shell, VmIdentity},
+    wire::{CopyOrder, NodeLink, Step, ToNode, ToPlatform, link},
 };
 use companion::{Companion, Launch};
+
+/// Descriptors that a node has room for from its start.
+const DESCRIPTORS: u64 = 256;
 
 /// A machine that may run.
 struct Ready {
@@ -45,6 +49,8 @@ pub fn run(
     link: NodeLink,
     console: File,
 ) -> anyhow::Result<()> {
+    // The image of a late generation has a file for each of its layers.
+    descriptors::make_room(&link, DESCRIPTORS)?;
     let link = Arc::new(link);
     let (replies_in, replies) = mpsc::channel();
     let companion = Companion::start(&link, replies_in)?;
@@ -82,22 +88,72 @@ fn become_something(
         }
     }
     link.send(&ToPlatform::Ready, &[])?;
-    let (order, files) = link.receive().context("no order from the platform")?;
-    match order {
-        ToNode::Boot { identity, cmdline, prealloc, faults } => {
-            let mut files = files.into_iter();
-            let kernel = files.next().context("the order to boot came without a kernel")?;
-            let mut payload = Payload { kernel, initrd: files.next(), cmdline };
-            let (machine, vcpus) = shell.boot(&mut payload, prealloc, identity, console)?;
+    match await_call(link)? {
+        Call::Boot { mut payload, identity, prealloc, faults } => {
+            let (machine, vcpus) = shell.boot(&mut payload, prealloc, console)?.name(identity);
             Signal::to_booted(&machine)?.give(&machine)?;
             Ok(Ready { machine: Arc::new(machine), vcpus, faults, launch: None })
         }
-        ToNode::Copy { identity, seq, working_set } => {
-            let child = Child::from_shell(shell, identity, seq, files, console, || link.is_closed())?;
-            let Child { machine, vcpus, steps, rendezvous } = child;
+        Call::Copy { meeting, order } => {
+            let order = || order.map_or_else(|| receive_order(link), Ok);
+            let child = Child::from_shell(shell, meeting, console, order, || link.is_closed())?;
+            let Child { machine, vcpus, seq, working_set, steps, rendezvous } = child;
             let launch = Some(Launch { seq, steps, first_exit: machine.exits.watch(), rendezvous, working_set });
             Ok(Ready { machine: Arc::new(machine), vcpus, faults: Vec::new(), launch })
         }
-        other => bail!("the first message of the platform is {other:?}, and no order"),
+    }
+}
+
+/// What a shell is called to.
+enum Call {
+    Boot {
+        payload: Payload,
+        identity: VmIdentity,
+        prealloc: bool,
+        faults: Vec<Step>,
+    },
+    Copy {
+        meeting: Meeting,
+        /// `None` where the parent has called: then it follows.
+        order: Option<CopyOrder>,
+    },
+}
+
+/// Waits until the shell is called: by the platform, or, while it stands by, by a parent.
+fn await_call(link: &NodeLink) -> anyhow::Result<Call> {
+    let mut standby: Option<Standby> = None;
+    loop {
+        match standby {
+            Some(standby) if standby.wait(link)? => {
+                return Ok(Call::Copy { meeting: standby.into_meeting().with_children(1), order: None });
+            }
+            _ => {}
+        }
+        let (message, files) = link.receive().context("no order from the platform")?;
+        match message {
+            ToNode::StandBy => standby = Some(Standby::open(files)?),
+            ToNode::Boot { identity, cmdline, prealloc, faults } => {
+                let mut files = files.into_iter();
+                let kernel = files.next().context("the order to boot came without a kernel")?;
+                let payload = Payload { kernel, initrd: files.next(), cmdline };
+                return Ok(Call::Boot { payload, identity, prealloc, faults });
+            }
+            ToNode::Copy(order) => {
+                let meeting = match standby {
+                    Some(standby) if files.is_empty() => standby.into_meeting(),
+                    _ => Meeting::open(files)?,
+                };
+                return Ok(Call::Copy { meeting: meeting.with_children(order.identity.count), order: Some(order) });
+            }
+            other => bail!("the platform says {other:?} to a shell"),
+        }
+    }
+}
+
+/// Waits for the order of a shell that its parent has called already.
+fn receive_order(link: &NodeLink) -> Result<CopyOrder, link::Error> {
+    match link.receive()? {
+        (ToNode::Copy(order), files) if files.is_empty() => Ok(order),
+        (other, _) => Err(link::Error::Unexpected(format!("{other:?}"))),
     }
 }

@@ -8,7 +8,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use uuid::Uuid;
 use vmfork_abi::{ErrorCode, is_vm_type};
 
 use super::{
@@ -22,9 +21,9 @@ use super::{
 use crate::{
     error::chain,
     fork::rendezvous::Rendezvous,
-    machine::{Config, VmIdentity},
+    machine::{Config, VmIdentity, new_id},
     sync::lock,
-    wire::{PlatformLink, Prefetch, Step, ToNode},
+    wire::{CopyOrder, PlatformLink, Prefetch, Step, ToNode},
 };
 
 /// How long children have to themselves before the platform goes on with what nobody waits for.
@@ -53,6 +52,17 @@ pub(super) struct Original<'a> {
     pub(super) recent: &'a mut Recent,
     /// What is known of its copies.
     pub(super) learned: &'a Arc<Learned>,
+}
+
+/// Where a fork's children come into being.
+#[derive(Debug)]
+pub(super) struct Place {
+    /// The rendezvous, then those of the image.
+    pub(super) files: Vec<File>,
+    /// The rendezvous, where there was time to open it.
+    pub(super) rendezvous: Option<Rendezvous>,
+    /// A shell that has the files.
+    pub(super) standby: Option<Shell>,
 }
 
 /// Copies that are to be launched.
@@ -110,8 +120,8 @@ impl Error {
 }
 
 impl Fork {
-    /// Launches the children of a fork. They wait, at the rendezvous, for what the parent makes of it. `files` are the rendezvous, then
-    /// those of the image. A fork that can't succeed is one too: the parent learns of it at the rendezvous.
+    /// Launches the children of a fork. They wait, at the rendezvous, for what the parent makes of it. A fork that can't succeed is one
+    /// too: the parent learns of it at the rendezvous.
     ///
     /// # Errors
     /// [`Error::Rendezvous`] where there is no rendezvous: nobody can be told then.
@@ -119,8 +129,9 @@ impl Fork {
         platform: &Arc<Platform>,
         original: &mut Original<'_>,
         order: &Order,
-        files: Vec<File>,
+        place: Place,
     ) -> Result<Arc<Self>, Error> {
+        let Place { files, rendezvous, standby } = place;
         let fork = Arc::new(Self::default());
         let launch = Launch {
             config: original.config,
@@ -131,9 +142,10 @@ impl Fork {
             fault: order.fault,
             learned: original.learned,
         };
-        let launched = platform.place(original, order).and_then(|()| fork.launch(platform, launch, &files));
+        let launched = platform.place(original, order).and_then(|()| fork.launch(platform, launch, &files, standby));
         let mut files = files.into_iter();
-        fork.meet_in(Rendezvous::open(files.next().ok_or(Error::NoRendezvous)?)?)?;
+        let file = files.next().ok_or(Error::NoRendezvous)?;
+        fork.meet_in(rendezvous.map_or_else(|| Rendezvous::open(file), Ok)?)?;
         if platform.images.wants(&order.vm_type) {
             *lock(&fork.keeping) = Some(Keeping::new(launch, files.collect()));
         }
@@ -173,7 +185,7 @@ impl Fork {
         rendezvous.publish(state)?;
         let file = rendezvous.file().try_clone().map_err(Error::Start)?;
         let files: Vec<&File> = std::iter::once(&file).chain(files).collect();
-        let launched = fork.launch(platform, launch, &files);
+        let launched = fork.launch(platform, launch, &files, None);
         let rendezvous = fork.meet_in(rendezvous)?;
         let copies = launched.and_then(|nodes| {
             let copies = nodes.iter().map(|node| node.identity().clone()).collect();
@@ -194,6 +206,7 @@ impl Fork {
         platform: &Arc<Platform>,
         launch: Launch<'_>,
         files: &[impl AsFd],
+        standby: Option<Shell>,
     ) -> Result<Vec<Node>, Error> {
         let Launch { config, original, vm_type, count, seq, fault, learned } = launch;
         let wanted = usize::try_from(count).unwrap_or(usize::MAX);
@@ -205,7 +218,8 @@ impl Fork {
             false => (Prefetch::None, Prefetch::None),
         };
         let mut nodes = Vec::with_capacity(wanted);
-        let mut shells = Vec::new();
+        let mut files_for_next = if standby.is_some() { &[] } else { &files[..] };
+        let mut shells: Vec<Shell> = standby.into_iter().collect();
         for (index, name) in (1..).zip(names) {
             if fault == Some(Step::Launch) && index > count / 2 {
                 return Err(Error::Injected(Step::Launch));
@@ -215,7 +229,7 @@ impl Fork {
             }
             let shell = shells.pop().ok_or(Error::Stopping)?;
             let identity = VmIdentity {
-                id: Uuid::new_v4(),
+                id: new_id().map_err(Error::Id)?,
                 parent: original.id,
                 name,
                 vm_type: vm_type.to_owned(),
@@ -224,7 +238,9 @@ impl Fork {
                 generation: original.generation + 1,
             };
             let prefetch = std::mem::replace(&mut first, others.clone());
-            nodes.push(self.order(platform, shell, identity, (seq, prefetch), learned, &files)?);
+            let order = CopyOrder { identity, seq, working_set: prefetch };
+            nodes.push(self.order(platform, shell, order, learned, files_for_next)?);
+            files_for_next = &files;
         }
         Ok(nodes)
     }
@@ -234,18 +250,17 @@ impl Fork {
         self: &Arc<Self>,
         platform: &Arc<Platform>,
         shell: Shell,
-        identity: VmIdentity,
-        (seq, working_set): (u64, Prefetch),
+        order: CopyOrder,
         learned: &Arc<Learned>,
         files: &[BorrowedFd<'_>],
     ) -> Result<Node, Error> {
-        let mut node = Node::new(platform, shell, identity.clone(), Awaited::Fork(Arc::clone(self)))?;
+        let mut node = Node::new(platform, shell, order.identity.clone(), Awaited::Fork(Arc::clone(self)))?;
         self.add(node.link());
-        if matches!(working_set, Prefetch::Record) {
+        if matches!(order.working_set, Prefetch::Record) {
             node.teach(learned);
         }
-        let name = identity.name.clone();
-        let sent = node.link().send(&ToNode::Copy { identity, seq, working_set }, files);
+        let name = order.identity.name.clone();
+        let sent = node.link().send(&ToNode::Copy(order), files);
         sent.map_err(|source| Error::Node { name, source })?;
         Ok(node)
     }

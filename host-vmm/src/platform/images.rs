@@ -27,7 +27,7 @@ use crate::{
     capsule::{Capsule, file},
     clock::wall_clock_ns,
     fork::rendezvous::Rendezvous,
-    machine::{Config, VmIdentity},
+    machine::{Config, VmIdentity, new_id},
     sync::lock,
 };
 
@@ -193,7 +193,7 @@ impl Platform {
         // For as long as there are copies to come, shells of its shape stand ready.
         self.pool.add_user(keeping.config);
         let Keeping { vm_type, original, config, seq, files, learned } = keeping;
-        let (id, created_ns) = (Uuid::new_v4(), wall_clock_ns());
+        let (id, created_ns) = (new_id().map_err(Error::Id)?, wall_clock_ns());
         let capsule = Capsule { id, created_ns, vm_type, original, config, seq, state, files };
         self.let_go(self.images.add(Image { capsule, learned }));
         Ok(())

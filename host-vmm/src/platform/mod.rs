@@ -32,7 +32,7 @@ pub use terminal::{Terminal, read_keys};
 use crate::{
     capsule::file,
     fork::rendezvous,
-    machine::{Config, End, VmIdentity},
+    machine::{Config, End, VmIdentity, new_id},
     sync::lock,
     wire::{PlatformLink, Step, ToNode, link},
 };
@@ -169,6 +169,9 @@ pub enum Error {
         /// What is allowed.
         most: u64,
     },
+    /// No ID could be drawn.
+    #[error("the system has no random bytes for an ID")]
+    Id(#[source] io::Error),
     /// A node asks for a type that no guest can ask for.
     #[error("{0:?} is no VM type")]
     Type(String),
@@ -232,7 +235,7 @@ impl Platform {
     /// [`Error`]: why it can't be launched.
     pub fn boot(self: &Arc<Self>, boot: Boot) -> Result<ConsoleInput, Error> {
         let identity = VmIdentity {
-            id: uuid::Uuid::new_v4(),
+            id: new_id().map_err(Error::Id)?,
             parent: uuid::Uuid::nil(),
             vm_type: boot.name.clone(),
             name: boot.name,

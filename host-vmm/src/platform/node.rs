@@ -11,8 +11,9 @@ use vmfork_abi::ErrorCode;
 
 use super::{
     Error, Event, Platform,
-    fork::{Fork, Order, Original},
+    fork::{Fork, Order, Original, Place},
     limits::Recent,
+    pool::Standby,
     prefetch::Learned,
     process::{Process, Shell},
     registry::Entry,
@@ -20,6 +21,7 @@ use super::{
 };
 use crate::{
     error::chain,
+    fork::rendezvous::Rendezvous,
     machine::{Config, End, VmIdentity},
     sync::lock,
     wire::{PlatformLink, ToNode, ToPlatform, link},
@@ -39,6 +41,16 @@ pub(super) enum Awaited {
     Nobody,
 }
 
+/// What the next fork of a VM will come with.
+#[derive(Debug)]
+struct Announced {
+    rendezvous: Rendezvous,
+    /// The rendezvous, then those of the image.
+    files: Vec<File>,
+    /// The shell that has them.
+    standby: Option<Standby>,
+}
+
 /// A node with its VM. Dropping it ends both.
 #[derive(Debug)]
 pub(super) struct Node {
@@ -50,6 +62,8 @@ pub(super) struct Node {
     identity: VmIdentity,
     config: Config,
     awaited: Awaited,
+    /// What its next fork will come with, where it has told.
+    announced: Option<Announced>,
     /// The fork of this VM that is under way.
     fork: Option<Arc<Fork>>,
     /// Its forks within the last second.
@@ -88,6 +102,7 @@ impl Node {
             identity,
             config,
             awaited,
+            announced: None,
             fork: None,
             recent: Recent::default(),
             learned: Arc::default(),
@@ -149,14 +164,22 @@ impl Node {
                 self.platform.events.write(&Event::Launched { vm: &self.identity, seq, steps: &steps });
                 self.platform.trace.side(self.pid(), "child", Arguments { seq, code: 0 }, &steps);
             }
-            ToPlatform::Fork { count, vm_type, seq, fault } => {
+            ToPlatform::Announce => self.announced(files)?,
+            ToPlatform::Fork { count, vm_type, seq, announced, fault } => {
                 // A fork before this one that is neither certain nor called off was forgotten by the node, and not by its children.
-                self.fork.take().map_or(Ok(()), |forgotten| forgotten.abort().map(drop))?;
+                let forgotten = self.fork.take().filter(|fork| !fork.is_over());
+                forgotten.map_or(Ok(()), |forgotten| forgotten.abort().map(drop))?;
                 let order = Order { count, vm_type, seq, fault };
+                let place = match self.announced.take_if(|_| announced) {
+                    Some(Announced { rendezvous, files, standby }) => {
+                        Place { files, rendezvous: Some(rendezvous), standby: standby.and_then(Standby::into_shell) }
+                    }
+                    None => Place { files, rendezvous: None, standby: None },
+                };
                 let learned = &self.learned;
                 let mut original =
                     Original { vm: &self.identity, config: self.config, recent: &mut self.recent, learned };
-                self.fork = Some(Fork::begin(&self.platform, &mut original, &order, files)?);
+                self.fork = Some(Fork::begin(&self.platform, &mut original, &order, place)?);
             }
             ToPlatform::Touched(working_set) => {
                 let unexpected = || failed(link::Error::Unexpected("Touched".into()));
@@ -169,8 +192,6 @@ impl Node {
                 self.link.send(&ToNode::Aborted { code: code.number(), why }, &[]).map_err(failed)?;
             }
             ToPlatform::Report(report) => {
-                // The next fork may be under way already.
-                self.fork.take_if(|fork| fork.is_over());
                 self.platform.events.write(&Event::Forked { parent: &self.identity, report: &report });
                 let arguments = Arguments { seq: report.seq, code: report.code };
                 self.platform.trace.side(self.pid(), "fork", arguments, &report.steps);
@@ -178,6 +199,21 @@ impl Node {
             ToPlatform::Ended(end) => self.end = Some(end),
         }
         Ok(true)
+    }
+
+    /// Has a shell stand by for the next fork, where there is one to spare.
+    fn announced(&mut self, mut files: Vec<File>) -> Result<(), Error> {
+        // There is time for this now, and there may be none when the next one comes.
+        self.fork.take_if(|fork| fork.is_over());
+        let before = self.announced.take().and_then(|announced| announced.standby);
+        let standby = before.or_else(|| self.platform.pool.take_standby(self.config));
+        let standby = standby.filter(|standby| standby.brief(&files));
+        self.platform.pool.refill();
+        // The bell is for the two others.
+        drop(files.drain(..files.len().min(1)));
+        let rendezvous = files.first().ok_or(Error::NoRendezvous)?.try_clone().map_err(Error::Start)?;
+        self.announced = Some(Announced { rendezvous: Rendezvous::open(rendezvous)?, files, standby });
+        Ok(())
     }
 
     fn pid(&self) -> u32 {

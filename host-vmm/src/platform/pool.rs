@@ -6,6 +6,7 @@
 
 use std::{
     collections::BTreeMap,
+    fs::File,
     os::fd::AsFd,
     sync::{Arc, Condvar, Mutex, PoisonError, Weak},
     thread,
@@ -18,7 +19,12 @@ use super::{
     Error, Platform,
     process::{BATCH, Shell, Zygote},
 };
-use crate::{error::chain, machine::Config, sync::lock, wire::ToPlatform};
+use crate::{
+    error::chain,
+    machine::Config,
+    sync::lock,
+    wire::{ToNode, ToPlatform},
+};
 
 /// How long after a fork its shells are replaced: its children come first.
 const REFILL_DELAY: Duration = Duration::from_millis(10);
@@ -50,10 +56,32 @@ struct Shelf {
     shells: Vec<Shell>,
     /// How many VMs of this shape there are.
     users: usize,
+    /// Each shell that stands by for a VM has a copy of it.
+    standing_by: Arc<()>,
     /// When somebody last asked for shells.
     asked: Instant,
     /// Not to be refilled before.
     refill: Instant,
+}
+
+/// A shell that stands by for the next fork of one VM.
+#[derive(Debug)]
+pub(super) struct Standby {
+    shell: Shell,
+    _counted: Arc<()>,
+}
+
+impl Standby {
+    /// Tells it what that fork will come with, and says whether it could be told.
+    pub(super) fn brief(&self, files: &[File]) -> bool {
+        let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+        self.shell.link.send(&ToNode::StandBy, &files).is_ok()
+    }
+
+    /// The shell, unless it has died meanwhile.
+    pub(super) fn into_shell(self) -> Option<Shell> {
+        Some(self.shell).filter(|shell| !shell.link.is_closed())
+    }
 }
 
 impl Pool {
@@ -74,6 +102,18 @@ impl Pool {
     pub(super) fn take(&self, config: Config, count: usize) -> Result<Vec<Shell>, Error> {
         let ready = self.take_ready(config, count);
         if ready.is_empty() { self.zygote.spawn(config, count.min(BATCH)) } else { Ok(ready) }
+    }
+
+    /// Takes a ready shell that is to stand by for one VM, where there is one to spare: there may be as many of them as shells that stand
+    /// ready for everybody.
+    pub(super) fn take_standby(&self, config: Config) -> Option<Standby> {
+        let counted = Arc::clone(&lock(&self.shelves).by_shape.get(&config)?.standing_by);
+        // The shelf's own, and this one.
+        if Arc::strong_count(&counted) - 2 >= self.ready {
+            return None;
+        }
+        let shell = self.take_ready(config, 1).pop()?;
+        Some(Standby { shell, _counted: counted })
     }
 
     fn take_ready(&self, config: Config, count: usize) -> Vec<Shell> {
@@ -104,7 +144,8 @@ impl Pool {
         let now = Instant::now();
         let mut shelves = lock(&self.shelves);
         let shelf = shelves.by_shape.entry(config);
-        shelf.or_insert_with(|| Shelf { shells: Vec::new(), users: 0, asked: now, refill: now }).users += 1;
+        let empty = || Shelf { shells: Vec::new(), users: 0, standing_by: Arc::default(), asked: now, refill: now };
+        shelf.or_insert_with(empty).users += 1;
     }
 
     /// Wakes up the thread that fills the shelves.

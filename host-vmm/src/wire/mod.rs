@@ -5,7 +5,7 @@ mod protocol;
 mod report;
 
 pub use link::Link;
-pub use protocol::{Prefetch, Spawn, Spawned, ToNode, ToPlatform};
+pub use protocol::{CopyOrder, Prefetch, Spawn, Spawned, ToNode, ToPlatform};
 pub use report::{Report, Step, Timing};
 
 /// Descriptor of the zygote's end of its connection, from its start.

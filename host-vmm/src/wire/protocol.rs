@@ -3,8 +3,8 @@
 //! ```text
 //!  parent node              platform                 shells
 //!                                              ◄──   Ready
-//!  Fork, rendezvous  ──►
-//!                           Copy, rendezvous   ──►   (become copies; parent and children meet)
+//!  Announce, files   ──►   StandBy, files      ──►   (one of them)
+//!  Fork              ──►   Copy                ──►   (become copies; parent and children meet)
 //!                                              ◄──   Running
 //!  Report            ──►                       ◄──   Launched
 //! ```
@@ -47,6 +47,17 @@ pub enum Prefetch {
     Fill(WorkingSet),
 }
 
+/// What a shell is to become.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct CopyOrder {
+    /// Who it is.
+    pub identity: VmIdentity,
+    /// Number of the request that it comes from.
+    pub seq: u64,
+    /// What it does about its first writes.
+    pub working_set: Prefetch,
+}
+
 /// From the platform to a node.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum ToNode {
@@ -61,15 +72,10 @@ pub enum ToNode {
         /// Steps at which its forks are to fail, one for each fork, in order.
         faults: Vec<Step>,
     },
-    /// Become a copy. Files: the rendezvous, then those of the image.
-    Copy {
-        /// Who it is.
-        identity: VmIdentity,
-        /// Number of the request that it comes from.
-        seq: u64,
-        /// What it does about its first writes.
-        working_set: Prefetch,
-    },
+    /// Stand by for the next fork of a certain VM. Files: the bell, the rendezvous, then those of the image.
+    StandBy,
+    /// Become a copy. Files: the rendezvous, then those of the image; none for a shell that stands by for this fork.
+    Copy(CopyOrder),
     /// Input for the console.
     Input(Vec<u8>),
     /// Nothing is left of the fork that was called off.
@@ -99,7 +105,9 @@ pub enum ToPlatform {
     },
     /// The pages that the copy has written to until its first output.
     Touched(WorkingSet),
-    /// Launch copies of this VM. Files: the rendezvous, then those of the image.
+    /// What the next fork of this VM will come with. Files: a bell, the rendezvous, then those of the image.
+    Announce,
+    /// Launch copies of this VM. Files: the rendezvous, then those of the image; none where they were announced.
     Fork {
         /// How many.
         count: u32,
@@ -107,6 +115,8 @@ pub enum ToPlatform {
         vm_type: String,
         /// Number of the guest's request.
         seq: u64,
+        /// It comes with what was announced last.
+        announced: bool,
         /// Fail at this step.
         fault: Option<Step>,
     },

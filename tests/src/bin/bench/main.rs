@@ -25,6 +25,9 @@ mod table;
 
 use measure::Bench;
 
+/// How long everything is left alone between two forks: the pool refills, the parent gets ready, what was left is cleared away.
+const REST: Duration = Duration::from_millis(45);
+
 /// Measures forks, and the floor that the machine sets.
 #[derive(Debug, Parser)]
 #[command(name = "bench")]
@@ -32,6 +35,9 @@ struct Cli {
     /// The main figures only, in less than a minute.
     #[arg(long)]
     quick: bool,
+    /// Only the figures of one group.
+    #[arg(long, value_name = "GROUP")]
+    only: Option<measure::Group>,
     /// Folder for table, JSON and plots.
     #[arg(long, value_name = "DIR", default_value = "target/bench")]
     out: PathBuf,
@@ -61,7 +67,7 @@ fn run(cli: &Cli) -> Result<()> {
         return Ok(());
     }
     let mut bench = Bench::new(cli.quick, Progress::new())?;
-    bench.run()?;
+    bench.run(cli.only)?;
     let figures = bench.figures();
     print!("{}", table::table(&figures));
     fs::create_dir_all(&cli.out).with_context(|| format!("can't create {}", cli.out.display()))?;

@@ -1,6 +1,7 @@
 //! What is measured, one group after another.
 
 use anyhow::{Context, Result};
+use clap::ValueEnum;
 use kvm_ioctls::Kvm;
 use vmfork_tests::user::Order;
 
@@ -19,6 +20,25 @@ const SMALL_SET: u32 = MIB;
 /// Children of the largest fork.
 const THOUSAND: u32 = 1000;
 
+/// Figures that are measured together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Group {
+    /// One child, by memory size.
+    Memory,
+    /// Forks of forks.
+    Generations,
+    /// Parents that have written to much.
+    Dirty,
+    /// A child that writes to much.
+    WorkingSet,
+    /// Several children of one fork.
+    Children,
+    /// More than one vCPU.
+    Vcpus,
+    /// A thousand children, with no shell ready.
+    Thousand,
+}
+
 /// A run of the bench.
 #[derive(Debug)]
 pub(crate) struct Bench {
@@ -34,19 +54,27 @@ impl Bench {
         Ok(Self { quick, progress, kvm, samples: Samples::default() })
     }
 
-    /// Measures everything.
-    pub(crate) fn run(&mut self) -> Result<()> {
-        self.memory_sizes()?;
-        self.generations()?;
-        self.dirty_sets()?;
-        self.working_set()?;
-        self.children()?;
-        if !self.quick {
-            self.vcpus()?;
+    /// Measures one group, or everything; what takes long and is no main figure, only where it need not be quick.
+    pub(crate) fn run(&mut self, only: Option<Group>) -> Result<()> {
+        for group in Group::value_variants() {
+            if only.map_or(!self.quick || *group != Group::Vcpus, |only| only == *group) {
+                self.measure(*group)?;
+            }
         }
-        self.thousand()?;
         self.progress.done();
         Ok(())
+    }
+
+    fn measure(&mut self, group: Group) -> Result<()> {
+        match group {
+            Group::Memory => self.memory_sizes(),
+            Group::Generations => self.generations(),
+            Group::Dirty => self.dirty_sets(),
+            Group::WorkingSet => self.working_set(),
+            Group::Children => self.children(),
+            Group::Vcpus => self.vcpus(),
+            Group::Thousand => self.thousand(),
+        }
     }
 
     /// All figures.

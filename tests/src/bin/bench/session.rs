@@ -14,8 +14,7 @@ use vmfork_tests::{
     vmm::{Running, Vmm},
 };
 
-/// How long everything is left alone between two forks: the pool refills, the parent gets ready, what was left is cleared away.
-const REST: Duration = Duration::from_millis(45);
+use crate::REST;
 
 /// How a guest is run.
 #[derive(Debug, Clone)]

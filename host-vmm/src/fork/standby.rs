@@ -1,0 +1,164 @@
+//! A shell that stands by for the next fork of one parent.
+//!
+//! An order that goes through the platform wakes up two sleepers, one after the other: it takes longer than all that the parent does
+//! meanwhile (measured: 230 us of 520 us). So where there is time, a parent announces what its next fork will come with, and the platform
+//! passes that on to a shell. When it forks, the parent wakes that shell up itself, by a bell that both have. The shell takes the state,
+//! while the order comes from the platform, which alone decides whether there is a child, and who it is: without its order, no shell runs.
+
+use std::{
+    fs::File,
+    io,
+    os::fd::{AsFd, BorrowedFd},
+    sync::Arc,
+};
+
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::eventfd::{EfdFlags, EventFd},
+};
+
+use super::rendezvous::{self, Rendezvous};
+
+/// Why nobody can meet.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The file to meet in is missing.
+    #[error("the files of a fork came without a rendezvous")]
+    NoRendezvous,
+    /// The bell is missing.
+    #[error("the files of a fork that is announced came without a bell")]
+    NoBell,
+    /// It can't be opened.
+    #[error("can't open the rendezvous")]
+    Rendezvous(#[from] rendezvous::Error),
+    /// The bell failed.
+    #[error("can't {operation} a shell's bell")]
+    Bell {
+        /// What was tried.
+        operation: &'static str,
+        /// The system's reason.
+        source: io::Error,
+    },
+}
+
+/// What a copy comes from: where it meets its parent, and the files that the image consists of.
+#[derive(Debug)]
+pub struct Meeting {
+    pub(super) rendezvous: Rendezvous,
+    pub(super) files: Vec<Arc<File>>,
+}
+
+impl Meeting {
+    /// From its files: the rendezvous, then those of the image.
+    ///
+    /// # Errors
+    /// [`Error::NoRendezvous`] or [`Error::Rendezvous`].
+    pub fn open(files: impl IntoIterator<Item = File>) -> Result<Self, Error> {
+        let mut files = files.into_iter();
+        let rendezvous = Rendezvous::open(files.next().ok_or(Error::NoRendezvous)?)?;
+        Ok(Self { rendezvous, files: files.map(Arc::new).collect() })
+    }
+
+    /// Says that `count` children meet there.
+    #[must_use]
+    pub fn with_children(self, count: u32) -> Self {
+        Self { rendezvous: self.rendezvous.with_children(count), ..self }
+    }
+}
+
+/// The parent's end: it wakes up the shell that stands by for its next fork, if there is one (eventfd).
+#[derive(Debug)]
+pub(super) struct Bell(EventFd);
+
+impl Bell {
+    /// A new one.
+    pub(super) fn new() -> Result<Self, Error> {
+        let bell = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
+        bell.map(Self).map_err(|errno| Error::Bell { operation: "make", source: errno.into() })
+    }
+
+    /// Rings it.
+    pub(super) fn ring(&self) -> Result<(), Error> {
+        self.0.write(1).map(drop).map_err(|errno| Error::Bell { operation: "ring", source: errno.into() })
+    }
+}
+
+impl AsFd for Bell {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// The shell's end.
+#[derive(Debug)]
+pub struct Standby {
+    bell: File,
+    meeting: Meeting,
+}
+
+impl Standby {
+    /// From its files: the bell, the rendezvous, then those of the image.
+    ///
+    /// # Errors
+    /// [`Error::NoBell`], or as [`Meeting::open`].
+    pub fn open(files: Vec<File>) -> Result<Self, Error> {
+        let mut files = files.into_iter();
+        Ok(Self { bell: files.next().ok_or(Error::NoBell)?, meeting: Meeting::open(files)? })
+    }
+
+    /// Waits until the parent rings, or something comes from the platform, and says whether it is the parent. Where both have
+    /// come, the platform goes first.
+    ///
+    /// # Errors
+    /// [`Error::Bell`].
+    pub fn wait(&self, platform: &impl AsFd) -> Result<bool, Error> {
+        let mut fds =
+            [PollFd::new(platform.as_fd(), PollFlags::POLLIN), PollFd::new(self.bell.as_fd(), PollFlags::POLLIN)];
+        loop {
+            match poll(&mut fds, PollTimeout::NONE) {
+                Ok(_) => return Ok(!fds[0].any().unwrap_or(true)),
+                Err(nix::Error::EINTR) => {}
+                Err(errno) => return Err(Error::Bell { operation: "wait for", source: errno.into() }),
+            }
+        }
+    }
+
+    /// What it stands by for: one child, or more for which there are processors.
+    pub fn into_meeting(self) -> Meeting {
+        self.meeting
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{io::Write, os::unix::net::UnixStream};
+
+    use super::*;
+
+    fn files(bell: &Bell, rendezvous: &Rendezvous) -> Vec<File> {
+        let copies = [bell.as_fd(), rendezvous.file().as_fd()].map(|fd| fd.try_clone_to_owned().unwrap());
+        copies.map(File::from).into()
+    }
+
+    #[test]
+    fn a_shell_hears_its_parent_and_the_platform_first() {
+        let (bell, rendezvous) = (Bell::new().unwrap(), Rendezvous::new().unwrap());
+        let standby = Standby::open(files(&bell, &rendezvous)).unwrap();
+        let (platform, mut other_side) = UnixStream::pair().unwrap();
+        bell.ring().unwrap();
+        assert!(standby.wait(&platform).unwrap());
+        other_side.write_all(b"!").unwrap();
+        assert!(!standby.wait(&platform).unwrap());
+        rendezvous.publish(b"state").unwrap();
+        assert_eq!(standby.into_meeting().rendezvous.wait_state(|| true).unwrap(), b"state");
+    }
+
+    #[test]
+    fn nobody_stands_by_without_bell_or_rendezvous() {
+        let (bell, rendezvous) = (Bell::new().unwrap(), Rendezvous::new().unwrap());
+        assert!(matches!(Standby::open(Vec::new()), Err(Error::NoBell)));
+        let mut files = files(&bell, &rendezvous);
+        files.truncate(1);
+        assert!(matches!(Standby::open(files), Err(Error::NoRendezvous)));
+    }
+}
