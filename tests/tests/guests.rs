@@ -7,6 +7,7 @@ use nix::{
     unistd::Pid,
 };
 use serde_json::Value;
+use vmfork_abi::ErrorCode;
 use vmfork_tests::{
     faults::{self, STEPS},
     process,
@@ -126,12 +127,32 @@ fn children_fork_again() {
 
 #[test]
 fn threads_go_on_in_every_copy() {
-    for cpus in ["1", "2"] {
+    for cpus in ["1", "4", "8"] {
         let ended = run(guest(&["threads", "6", "2"]).option("--cpus", cpus));
         let mut ok: Vec<String> = ended.lines("THREADS ok ").into_iter().map(|(_, index)| index).collect();
         ok.sort_unstable();
         assert_eq!(ok, ["0", "1", "2"], "{:?}", ended.lines(""));
     }
+}
+
+#[test]
+fn vcpus_that_ring_at_once_are_served_one_after_another() {
+    const RINGS: usize = 25;
+    // Copies may not fork, whatever they try; and there may be no more of them than there are rings.
+    let vmm = guest(&["ring-at-once", &RINGS.to_string()]).option("--cpus", "4");
+    let ended = run(vmm.option("--limit", "*:generations=1").option("--ready", "1"));
+    let mut tame: Vec<String> = ended.lines("TAME ").into_iter().map(|(_, index)| index).collect();
+    tame.sort_unstable();
+    assert_eq!(tame, ["0", "1"], "{:?}", ended.lines(""));
+    let of_parent = ended.forks().into_iter().filter(|fork| fork["parent"]["generation"] == 0);
+    let codes: Vec<u64> = of_parent.map(|fork| fork["code"].as_u64().expect("a code")).collect();
+    let forks = codes.iter().filter(|code| **code == 0).count();
+    println!("{forks} forks of {} reported rings", codes.len());
+    let busy = u64::from(ErrorCode::Busy.number());
+    assert!(codes.iter().all(|code| *code == 0 || *code == busy), "{codes:?}");
+    assert!((1..=4 * RINGS + 1).contains(&forks));
+    let started = |event: &&Value| event["event"] == "started" && event["generation"] == 1;
+    assert_eq!(ended.events.iter().filter(started).count(), forks);
 }
 
 #[test]

@@ -2,22 +2,36 @@
 //! test then checks.
 
 use std::{
+    arch::asm,
     fs,
     hint::black_box,
     io::{BufRead, stdin, stdout},
+    ptr::NonNull,
     sync::{
-        Arc,
+        Arc, Barrier,
         atomic::{AtomicU64, Ordering},
     },
     thread,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, anyhow, bail, ensure};
 use clap::{Parser, Subcommand};
-use nix::sys::termios::tcdrain;
+use nix::{
+    libc,
+    sched::{CpuSet, sched_setaffinity},
+    sys::{
+        mman::{MapFlags, ProtFlags, mmap, munmap},
+        reboot::RebootMode,
+        termios::tcdrain,
+    },
+    time::{ClockId, clock_gettime},
+    unistd::Pid,
+};
 use serde_json::json;
 use vmfork::{Fork, ForkError, ForkRequest, Role};
+use vmfork_abi::{Request, doorbell};
+use vmfork_tests::bare::{CONTROL_PAGE, DOORBELL};
 
 const PAGE: usize = 4096;
 
@@ -49,6 +63,8 @@ enum Command {
     Idle { children: u32 },
     /// Fork for ever; each child lives a moment.
     Storm,
+    /// Ring the doorbell on all vCPUs at once, past the library and its lock, and then fork as one should.
+    RingAtOnce { rings: u32 },
 }
 
 fn main() -> anyhow::Result<()> {
@@ -74,6 +90,7 @@ fn main() -> anyhow::Result<()> {
             thread::sleep(Duration::from_secs(3600));
         }
         Command::Storm => storm()?,
+        Command::RingAtOnce { rings } => ring_at_once(rings)?,
     }
     Ok(())
 }
@@ -225,8 +242,113 @@ fn threads_go_on(threads: usize, children: u32) -> anyhow::Result<()> {
         }
         thread::sleep(Duration::from_millis(10));
     }
+    clocks_agree()?;
     println!("THREADS ok {}", fork.index);
     Ok(())
+}
+
+/// Goes from vCPU to vCPU, and finds that no clock ever goes back on the way.
+fn clocks_agree() -> anyhow::Result<()> {
+    let clocks = [ClockId::CLOCK_MONOTONIC, ClockId::CLOCK_BOOTTIME, ClockId::CLOCK_REALTIME];
+    let mut last = [Duration::ZERO; 3];
+    for round in 0..400 {
+        let mut cpus = CpuSet::new();
+        cpus.set(round % cpu_count()?)?;
+        sched_setaffinity(Pid::from_raw(0), &cpus)?;
+        for (clock, last) in clocks.into_iter().zip(&mut last) {
+            let now = Duration::from(clock_gettime(clock)?);
+            ensure!(now >= *last, "{clock:?} went back from {last:?} to {now:?}");
+            *last = now;
+        }
+    }
+    Ok(())
+}
+
+fn cpu_count() -> anyhow::Result<usize> {
+    let processors = fs::read_to_string("/proc/cpuinfo")?;
+    Ok(processors.lines().filter(|line| line.starts_with("processor")).count())
+}
+
+/// A request that is as it should be stands in the control page all the time, so that every ring asks for a fork.
+fn ring_at_once(rings: u32) -> anyhow::Result<()> {
+    let page = ControlPage::map()?;
+    let vm_type = vmfork_abi::pad_text("wild").context("a type")?;
+    let start = Arc::new(Barrier::new(cpu_count()?));
+    let threads = (0..cpu_count()?).map(|cpu| {
+        let (page, start) = (page, Arc::clone(&start));
+        thread::spawn(move || -> anyhow::Result<()> {
+            let mut cpus = CpuSet::new();
+            cpus.set(cpu)?;
+            sched_setaffinity(Pid::from_raw(0), &cpus)?;
+            permit_doorbell()?;
+            start.wait();
+            for seq in 1..=u64::from(rings) {
+                page.write(&Request { seq, count: 1, vm_type, ..Default::default() });
+                ring(doorbell::FORK);
+                if page.generation() > 0 {
+                    // A copy has nothing to do. Its other threads may ring on until it is gone.
+                    nix::sys::reboot::reboot(RebootMode::RB_POWER_OFF)?;
+                }
+            }
+            Ok(())
+        })
+    });
+    for thread in threads.collect::<Vec<_>>() {
+        thread.join().map_err(|_| anyhow!("a thread panicked"))??;
+    }
+    // The library maps it in its own way, and the kernel lets there be one way at a time.
+    page.unmap()?;
+    let fork = fork("tame", 1)?;
+    println!("TAME {}", fork.index);
+    Ok(())
+}
+
+/// The control page, for a guest that does not behave.
+#[derive(Clone, Copy)]
+struct ControlPage(NonNull<u8>);
+
+// SAFETY: the page stays mapped to the end, and is accessed by volatile bytes only.
+unsafe impl Send for ControlPage {}
+
+impl ControlPage {
+    fn map() -> anyhow::Result<Self> {
+        let memory = fs::OpenOptions::new().read(true).write(true).open("/dev/mem")?;
+        let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        let (length, offset) = (PAGE.try_into()?, i64::try_from(CONTROL_PAGE)?);
+        // SAFETY: the kernel chooses an address that nothing else uses.
+        let page = unsafe { mmap(None, length, access, MapFlags::MAP_SHARED, memory, offset) }?;
+        Ok(Self(page.cast()))
+    }
+
+    /// To be called when nobody uses it any more.
+    fn unmap(self) -> nix::Result<()> {
+        // SAFETY: the page was mapped by `map`, and its users have ended.
+        unsafe { munmap(self.0.cast(), PAGE) }
+    }
+
+    fn write(self, request: &Request) {
+        for (at, byte) in (vmfork_abi::PAGE.request.offset..).zip(request.to_bytes()) {
+            // SAFETY: the request lies within the page, which is mapped.
+            unsafe { self.0.as_ptr().wrapping_add(at).write_volatile(byte) };
+        }
+    }
+
+    fn generation(self) -> u8 {
+        // SAFETY: the identity lies within the page, which is mapped.
+        unsafe { self.0.as_ptr().wrapping_add(vmfork_abi::PAGE.identity.offset + 12).read_volatile() }
+    }
+}
+
+/// Lets the calling thread use the doorbell's ports (ioperm).
+fn permit_doorbell() -> anyhow::Result<()> {
+    // SAFETY: the call touches no memory of this process.
+    let result = unsafe { libc::ioperm(u64::from(DOORBELL), 4, 1) };
+    Ok(nix::errno::Errno::result(result).map(drop)?)
+}
+
+fn ring(command: u32) {
+    // SAFETY: the calling thread may use the port, and what stands behind it changes the control page only.
+    unsafe { asm!("out dx, eax", in("dx") DOORBELL, in("eax") command, options(nostack, preserves_flags)) };
 }
 
 fn errors(times: u32) -> anyhow::Result<()> {
