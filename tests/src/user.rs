@@ -16,6 +16,12 @@ use crate::{
 /// The first thing that a VM does after a fork: it writes its index here. Nothing listens.
 const ANSWER_PORT: u16 = 0x501;
 
+/// What a guest is told that is to write to memory.
+pub const REWRITE: u8 = b'w';
+
+/// What a guest is told that is not.
+pub const ANSWER: u8 = b'a';
+
 /// Where the guest keeps its order, and its stack below.
 const ORDER: u64 = 0x30_0000;
 
@@ -42,7 +48,8 @@ const SELECTORS: u32 = 0x0023_0010;
 /// What a guest is asked to do: dirty memory, fork, and what its children do then.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Order {
-    /// How many children.
+    /// How many children. With none, the VM waits for one more byte, and then does what a child would: where that is [`REWRITE`], it
+    /// writes to memory first. So it can be brought to life again by others than `host-vmm`.
     pub count: u32,
     /// Pages that each VM writes to before it forks.
     pub dirty_pages: u32,
@@ -134,6 +141,8 @@ global_asm!(
     "    call user_wait",
     "    mov ecx, [rbp + 4]",
     "    call user_dirty",
+    "    cmp dword ptr [rbp], 0",
+    "    je 50f",
     "    inc r15",
     "    mov [rbx + {request}], r15",
     "    mov eax, [rbp]",
@@ -171,6 +180,20 @@ global_asm!(
     "    mov eax, 0x34",
     "    out dx, al",
     "    jmp 41b",
+    "50: mov edx, 0x3fd", // no fork
+    "    in al, dx",
+    "    test al, 1",
+    "    jz 50b",
+    "    mov edx, 0x3f8",
+    "    in al, dx",
+    "    inc r15",
+    "    xor ecx, ecx",
+    "    cmp al, {rewrite}",
+    "    cmove ecx, [rbp + 8]",
+    "    call user_dirty",
+    "    mov edi, 1",
+    "    call user_line",
+    "    jmp 40b",
     "user_wait:", // until R13 units of the TSC have passed
     "    call user_tsc",
     "    add r13, rax",
@@ -223,6 +246,7 @@ global_asm!(
     flags = const USER_FLAGS,
     order = const ORDER,
     order_bytes = const Order::BYTES,
+    rewrite = const REWRITE,
     data = const DATA,
     answer = const ANSWER_PORT,
     doorbell = const DOORBELL,

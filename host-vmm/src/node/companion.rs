@@ -183,7 +183,8 @@ fn accompany(
 /// Makes pages ready beside the guest. Without them it is only slower.
 fn prefetch(machine: &Machine, working_set: WorkingSet) {
     let mapping = Arc::clone(lock(&machine.memory).mapping());
-    let started = threads::background("prefetch", move || {
+    // As important as the guest, which it saves more work than it does.
+    let started = thread::Builder::new().name("prefetch".into()).spawn(move || {
         if let Err(error) = working_set.fill(&mapping) {
             tracing::warn!(error = chain(&error), "a working set can't be made ready");
         }

@@ -16,6 +16,7 @@ use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 
+mod firecracker;
 mod floor;
 mod measure;
 mod plot;
@@ -38,6 +39,9 @@ struct Cli {
     /// Only the figures of one group.
     #[arg(long, value_name = "GROUP")]
     only: Option<measure::Group>,
+    /// Restore the same guest with this Firecracker binary too, in turn with forks.
+    #[arg(long, value_name = "PATH")]
+    firecracker: Option<PathBuf>,
     /// Folder for table, JSON and plots.
     #[arg(long, value_name = "DIR", default_value = "target/bench")]
     out: PathBuf,
@@ -66,7 +70,7 @@ fn run(cli: &Cli) -> Result<()> {
         println!("{} {}", all_ran.as_secs_f64(), all_ended.as_secs_f64());
         return Ok(());
     }
-    let mut bench = Bench::new(cli.quick, Progress::new())?;
+    let mut bench = Bench::new(cli.quick, cli.firecracker.clone(), Progress::new())?;
     bench.run(cli.only)?;
     let figures = bench.figures();
     print!("{}", table::table(&figures));

@@ -1,12 +1,14 @@
 //! What is measured, one group after another.
 
+use std::path::PathBuf;
+
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 use kvm_ioctls::Kvm;
-use vmfork_tests::user::Order;
+use vmfork_tests::user::{ANSWER, Order, REWRITE};
 
 use crate::{
-    Progress, floor, floor_many, rest,
+    Progress, firecracker, floor, floor_many, rest,
     session::{Outcome, Session, Shape},
     stats::{Figure, Samples},
 };
@@ -43,15 +45,16 @@ pub(crate) enum Group {
 #[derive(Debug)]
 pub(crate) struct Bench {
     quick: bool,
+    firecracker: Option<PathBuf>,
     progress: Progress,
     kvm: Kvm,
     samples: Samples,
 }
 
 impl Bench {
-    pub(crate) fn new(quick: bool, progress: Progress) -> Result<Self> {
+    pub(crate) fn new(quick: bool, firecracker: Option<PathBuf>, progress: Progress) -> Result<Self> {
         let kvm = Kvm::new().context("can't open /dev/kvm, on which the bench runs")?;
-        Ok(Self { quick, progress, kvm, samples: Samples::default() })
+        Ok(Self { quick, firecracker, progress, kvm, samples: Samples::default() })
     }
 
     /// Measures one group, or everything; what takes long and is no main figure, only where it need not be quick.
@@ -178,9 +181,9 @@ impl Bench {
         Ok(())
     }
 
-    /// A child that writes to 16 MiB that its parent has written to before: with the pages made ready for it, and without.
+    /// A child that writes to 16 MiB of its image: with the pages made ready for it, and without.
     fn working_set(&mut self) -> Result<()> {
-        let order = Order { count: 1, dirty_pages: 16 * MIB, rewrite_pages: 16 * MIB, ..Order::default() };
+        let order = Order { count: 1, rewrite_pages: 16 * MIB, ..Order::default() };
         let sessions = [("fork.ws16m", true), ("fork.ws16m.cold", false)].map(|(name, prefetch)| {
             let mut session = Session::start(&Shape { prefetch, ..Shape::new("512M", 1) })?;
             // The first child is the one from which the platform learns.
@@ -190,12 +193,19 @@ impl Bench {
         let mut sessions: Vec<(&str, Session)> = sessions.into_iter().collect::<Result<_>>()?;
         let repeats = self.repeats(200, 8);
         self.progress.begin("16 MiB rewritten by a child", repeats);
+        let firecracker =
+            self.firecracker.clone().map(|program| firecracker::Snapshot::new(&program, order)).transpose()?;
         for _ in 0..repeats {
             for (name, session) in &mut sessions {
                 let outcome = session.carry_out(order)?;
                 let child = &outcome.children[0];
                 let line_ns = child.line_ns.context("a child that printed no line")?;
                 self.samples.add_ns(name, line_ns.saturating_sub(child.rung_ns));
+            }
+            if let Some(snapshot) = &firecracker {
+                for (name, told) in [("firecracker.spawn", ANSWER), ("firecracker.ws16m", REWRITE)] {
+                    self.samples.add(name, "us", snapshot.restore(told)?.as_secs_f64() * 1e6);
+                }
             }
             self.progress.step();
         }

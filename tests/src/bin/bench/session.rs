@@ -112,7 +112,7 @@ impl Session {
                     let resumed_ns = steps.last().map_or(0, |(_, _, end_ns)| *end_ns);
                     outcome.forks.push(Fork { pause_ns: resumed_ns.saturating_sub(rung_ns), steps });
                     forks_left -= 1;
-                    if order.depth > 0 && event["parent"]["generation"] == 0 {
+                    if (order.depth > 0 || order.rewrite_pages > 0) && event["parent"]["generation"] == 0 {
                         // It would take a processor from its offspring.
                         kill(self.node, Signal::SIGSTOP)?;
                     }

@@ -13,6 +13,8 @@ const RATIOS: &[(&str, &str)] = &[
     ("fork.dirty.64m", "floor.copy.64m"),
     ("fork.dirty.512m", "floor.copy.512m"),
     ("fork.ws16m", "fork.ws16m.cold"),
+    ("firecracker.spawn", "fork.child.512m"),
+    ("firecracker.ws16m", "fork.ws16m"),
     ("fork.thousand", "floor.thousand"),
 ];
 
