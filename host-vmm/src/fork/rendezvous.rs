@@ -58,9 +58,24 @@ const ABORTED: u32 = 3;
 /// Set in the arrivals where one child will not come.
 const FAILED: u32 = 1 << 31;
 
-/// How long a side looks at a word by itself before it sleeps until it is woken, where a processor is free for that: waking up costs
-/// 50 us, and most waits are shorter than this.
-const SPIN: Duration = Duration::from_micros(400);
+/// How a side looks at a word by itself before it sleeps until it is woken, where a processor is free for that: waking up costs 50 us.
+#[derive(Debug, Clone, Copy)]
+struct Spin {
+    /// For how long: most waits are shorter.
+    limit: Duration,
+    /// Whether others that wait for this processor may have it meanwhile. If they are not those that this side waits for, they may keep it
+    /// for milliseconds.
+    yields: bool,
+}
+
+/// For the state: platform and parent have work to do before, perhaps on this processor.
+const FOR_STATE: Spin = Spin { limit: Duration::from_micros(400), yields: true };
+
+/// For the arrivals: children restore themselves.
+const FOR_ARRIVALS: Spin = Spin { limit: Duration::from_micros(250), yields: false };
+
+/// For the commit: it follows at once.
+const FOR_COMMIT: Spin = Spin { limit: Duration::from_micros(60), yields: false };
 
 /// How often a side that sleeps looks whether those that could wake it are still there.
 const LOOK_AROUND: Duration = Duration::from_millis(500);
@@ -94,7 +109,7 @@ pub struct Rendezvous {
     mapping: Mapping,
     file: File,
     /// Whether a processor is free to look at words.
-    spin: bool,
+    spins: bool,
 }
 
 impl Rendezvous {
@@ -126,19 +141,19 @@ impl Rendezvous {
     fn map(file: File) -> Result<Self, Error> {
         let mapping = Mapping::reserve(BYTES)?;
         mapping.map_shared(&file)?;
-        Ok(Self { mapping, file, spin: false })
+        Ok(Self { mapping, file, spins: false })
     }
 
     /// Says that `count` children meet here. Where there is a processor for each side, they look at words for a while before they sleep.
     #[must_use]
     pub fn with_children(mut self, count: u32) -> Self {
-        self.spin = usize::try_from(count).is_ok_and(|count| count < threads::processors());
+        self.spins = usize::try_from(count).is_ok_and(|count| count < threads::processors());
         self
     }
 
     /// Whether there is a processor for each side.
     pub fn spins(&self) -> bool {
-        self.spin
+        self.spins
     }
 
     /// The file that the other sides open.
@@ -169,7 +184,7 @@ impl Rendezvous {
     /// # Errors
     /// [`Error::Aborted`], or [`Error::Gone`] once `is_alone` says so.
     pub fn wait_state(&self, is_alone: impl Fn() -> bool) -> Result<Vec<u8>, Error> {
-        match self.wait(PHASE, |phase| phase != OPEN, None, is_alone)? {
+        match self.wait(PHASE, |phase| phase != OPEN, FOR_STATE, None, is_alone)? {
             PUBLISHED | COMMITTED => {}
             _ => return Err(Error::Aborted),
         }
@@ -207,7 +222,7 @@ impl Rendezvous {
     /// [`Error::ChildFailed`], or [`Error::Gone`] after `limit`, or once `is_alone` says so.
     pub fn wait_arrivals(&self, count: u32, limit: Duration, is_alone: impl Fn() -> bool) -> Result<(), Error> {
         let there = |arrivals| arrivals & FAILED != 0 || arrivals >= count;
-        let arrivals = self.wait(ARRIVALS, there, Some(limit), is_alone)?;
+        let arrivals = self.wait(ARRIVALS, there, FOR_ARRIVALS, Some(limit), is_alone)?;
         if arrivals & FAILED == 0 { Ok(()) } else { Err(Error::ChildFailed) }
     }
 
@@ -235,7 +250,7 @@ impl Rendezvous {
     /// # Errors
     /// [`Error::Aborted`], or [`Error::Gone`] once `is_alone` says so.
     pub fn wait_commit(&self, is_alone: impl Fn() -> bool) -> Result<(), Error> {
-        match self.wait(PHASE, |phase| phase != PUBLISHED, None, is_alone)? {
+        match self.wait(PHASE, |phase| phase != PUBLISHED, FOR_COMMIT, None, is_alone)? {
             COMMITTED => Ok(()),
             _ => Err(Error::Aborted),
         }
@@ -258,18 +273,18 @@ impl Rendezvous {
         &self,
         at: usize,
         is_right: impl Fn(u32) -> bool,
+        spin: Spin,
         limit: Option<Duration>,
         is_alone: impl Fn() -> bool,
     ) -> Result<u32, Error> {
         let word = self.word(at)?;
         let started = Instant::now();
-        while self.spin && started.elapsed() < SPIN {
+        while self.spins && started.elapsed() < spin.limit {
             let value = word.load(Ordering::Acquire);
             if is_right(value) {
                 return Ok(value);
             }
-            // Whoever this side waits for may have to run on this processor.
-            thread::yield_now();
+            if spin.yields { thread::yield_now() } else { std::hint::spin_loop() }
         }
         loop {
             let value = word.load(Ordering::Acquire);
