@@ -19,7 +19,7 @@ use nix::{
     libc,
     sys::{
         memfd::{MFdFlags, memfd_create},
-        mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous, munmap},
+        mman::{MRemapFlags, MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous, mremap, munmap},
         wait::wait,
     },
     unistd::{ForkResult, fork, ftruncate},
@@ -31,21 +31,33 @@ use crate::REST;
 const TABLES: usize = 0x1000;
 const CODE: usize = 0x20_0000;
 
+/// A private view of an image.
+pub(crate) const PRIVATE: MapFlags = MapFlags::MAP_PRIVATE.union(MapFlags::MAP_NORESERVE);
+
 /// Where the guest finds its control page.
 const CONTROL: u64 = 0xd000_0000;
 
 /// `mov eax, [rsi]; mov edx, 0x501; out dx, eax; jmp` to the start: what a guest does when its fork returns.
 const INSTRUCTIONS: [u8; 10] = [0x8b, 0x06, 0xba, 0x01, 0x05, 0x00, 0x00, 0xef, 0xeb, 0xf6];
 
+/// Where it begins to write to ECX pages from RDI on, before it does that.
+const WRITING: usize = CODE - WRITE.len();
+
+/// `mov [rdi], al; add rdi, 4096; dec ecx; jnz` to the start.
+const WRITE: [u8; 13] = [0x88, 0x07, 0x48, 0x81, 0xc7, 0x00, 0x10, 0x00, 0x00, 0xff, 0xc9, 0x75, 0xf3];
+
+/// Memory that it writes to.
+const DATA: usize = 4 << 20;
+
 /// A mapped range; unmapped on drop.
 #[derive(Debug)]
-struct Range {
+pub(crate) struct Range {
     start: NonNull<libc::c_void>,
     bytes: usize,
 }
 
 impl Range {
-    fn reserve(bytes: usize) -> Result<Self> {
+    pub(crate) fn reserve(bytes: usize) -> Result<Self> {
         let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
         let length = bytes.try_into().context("an empty range")?;
         // SAFETY: a new mapping at an address that the kernel chooses touches no existing one.
@@ -54,11 +66,20 @@ impl Range {
     }
 
     /// Maps a file over all of it.
-    fn map(&self, file: &OwnedFd, flags: MapFlags) -> Result<()> {
+    pub(crate) fn map(&self, file: &OwnedFd, flags: MapFlags) -> Result<()> {
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         let (address, length) = (self.start.addr(), self.bytes.try_into()?);
         // SAFETY: the range is this value's own, and no Rust object lies in it.
         unsafe { mmap(Some(address), length, protection, flags | MapFlags::MAP_FIXED, file.as_fd(), 0) }?;
+        Ok(())
+    }
+
+    /// Moves what is mapped here to another range, of the same size.
+    pub(crate) fn move_to(&self, other: &Self) -> Result<()> {
+        assert_eq!(self.bytes, other.bytes, "ranges of one size");
+        let flags = MRemapFlags::MREMAP_MAYMOVE | MRemapFlags::MREMAP_FIXED;
+        // SAFETY: both ranges are their owners' own, and no Rust object lies in either.
+        unsafe { mremap(self.start, self.bytes, other.bytes, flags, Some(other.start)) }?;
         Ok(())
     }
 
@@ -83,8 +104,8 @@ impl Drop for Range {
 /// An image of a guest at CPL 3 that is about to write a port, all of its memory resident.
 #[derive(Debug)]
 pub(crate) struct Image {
-    file: OwnedFd,
-    bytes: usize,
+    pub(crate) file: OwnedFd,
+    pub(crate) bytes: usize,
 }
 
 impl Image {
@@ -105,23 +126,33 @@ impl Image {
             range.write(TABLES + 0x3000 + 8 * page, &entry(3 << 30 | page << 21, 0x87));
         }
         range.write(CODE, &INSTRUCTIONS);
+        range.write(WRITING, &WRITE);
         Ok(Self { file, bytes })
     }
 }
 
 /// A VM that stands ready to become a copy of an image, as near to its first run as a VM can be: made in the order that costs no
-/// waiting (memory slots before the interrupt controllers, no PIT), and its memory's addresses left empty.
+/// waiting (memory slots before the interrupt controllers, no PIT).
 #[derive(Debug)]
 pub(crate) struct Shell {
     vcpu: VcpuFd,
     _vm: VmFd,
     fresh: kvm_sregs,
-    memory: Range,
+    pub(crate) memory: Range,
     control: Range,
 }
 
+/// What is at the addresses of a ready shell's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Addresses {
+    /// Nothing: as `host-vmm` has it.
+    Empty,
+    /// A mapping that nobody may access, which the image's takes the place of.
+    Reserved,
+}
+
 impl Shell {
-    pub(crate) fn new(kvm: &Kvm, bytes: usize) -> Result<Self> {
+    pub(crate) fn new(kvm: &Kvm, bytes: usize, addresses: Addresses) -> Result<Self> {
         let vm = kvm.create_vm()?;
         let memory = Range::reserve(bytes)?;
         let control = Range::reserve(4096)?;
@@ -142,34 +173,64 @@ impl Shell {
         vcpu.set_cpuid2(&kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?)?;
         let fresh = vcpu.get_sregs()?;
         let shell = Self { vcpu, _vm: vm, fresh, memory, control };
-        // SAFETY: the range is this value's own, and no Rust object lies in it.
-        unsafe { munmap(shell.memory.start, shell.memory.bytes) }?;
+        if addresses == Addresses::Empty {
+            // SAFETY: the range is this value's own, and no Rust object lies in it.
+            unsafe { munmap(shell.memory.start, shell.memory.bytes) }?;
+        }
         Ok(shell)
     }
 
     /// Runs `out 0x80, al` in the control page, in real mode.
-    fn warm_up(&mut self) -> Result<()> {
+    pub(crate) fn warm_up(&mut self) -> Result<()> {
         self.control.write(0, &[0xe6, 0x80]);
         let mut system = self.fresh;
         system.cs.base = CONTROL;
         self.vcpu.set_sregs(&system)?;
         self.vcpu.set_regs(&kvm_regs { rflags: 2, ..Default::default() })?;
         ensure!(matches!(self.vcpu.run()?, VcpuExit::IoOut(0x80, _)), "the floor's shell does not run");
-        self.vcpu.set_kvm_immediate_exit(1);
-        ensure!(self.vcpu.run().is_err(), "the floor's shell does not stop");
-        self.vcpu.set_kvm_immediate_exit(0);
-        Ok(())
+        self.complete_exit()
     }
 
     /// The straight way from an image to the guest's first port write.
     pub(crate) fn launch(&mut self, image: &Image) -> Result<()> {
-        self.memory.map(&image.file, MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE)?;
+        self.memory.map(&image.file, PRIVATE)?;
+        self.begin(CODE, 0)?;
+        self.run()
+    }
+
+    /// Makes it the image's own VM, which writes to the file itself, and has it write to so many bytes.
+    pub(crate) fn write(&mut self, image: &Image, bytes: usize) -> Result<()> {
+        self.memory.map(&image.file, MapFlags::MAP_SHARED)?;
+        self.begin(WRITING, u64::try_from(bytes)? / 4096)?;
+        self.run()
+    }
+
+    fn begin(&self, at: usize, pages: u64) -> Result<()> {
         self.vcpu.set_sregs(&user_mode(self.fresh))?;
-        self.vcpu.set_regs(&kvm_regs { rip: CODE as u64, rsi: CONTROL, rflags: 0x3002, ..Default::default() })?;
+        let (rip, rcx, rdi) = (at as u64, pages, DATA as u64);
+        Ok(self.vcpu.set_regs(&kvm_regs { rip, rcx, rdi, rsi: CONTROL, rflags: 0x3002, ..Default::default() })?)
+    }
+
+    /// Runs on, to the next port write.
+    pub(crate) fn run(&mut self) -> Result<()> {
         match self.vcpu.run()? {
             VcpuExit::IoOut(0x501, _) => Ok(()),
             other => bail!("the floor's guest did {other:?}"),
         }
+    }
+
+    /// Completes the last exit, as it is done before registers are read.
+    pub(crate) fn complete_exit(&mut self) -> Result<()> {
+        self.vcpu.set_kvm_immediate_exit(1);
+        ensure!(self.vcpu.run().is_err(), "the floor's guest does not stop");
+        self.vcpu.set_kvm_immediate_exit(0);
+        Ok(())
+    }
+
+    /// Goes on where another one was stopped.
+    pub(crate) fn take_over(&self, other: &Self) -> Result<()> {
+        self.vcpu.set_sregs(&other.vcpu.get_sregs()?)?;
+        Ok(self.vcpu.set_regs(&other.vcpu.get_regs()?)?)
     }
 }
 
@@ -197,9 +258,9 @@ fn user_mode(mut fresh: kvm_sregs) -> kvm_sregs {
 }
 
 /// Makes a shell and launches a child in it: how long each took.
-pub(crate) fn child(kvm: &Kvm, image: &Image) -> Result<(Duration, Duration)> {
+pub(crate) fn child(kvm: &Kvm, image: &Image, addresses: Addresses) -> Result<(Duration, Duration)> {
     let started = Instant::now();
-    let mut shell = Shell::new(kvm, image.bytes)?;
+    let mut shell = Shell::new(kvm, image.bytes, addresses)?;
     let made = started.elapsed();
     shell.warm_up()?;
     // A shell that stands ready has waited, as the others have.
@@ -256,7 +317,7 @@ pub(crate) fn many(count: usize, mem_bytes: usize) -> Result<(Duration, Duration
 /// Makes a VM and runs it. The VM lives as long as the process.
 fn launch_alone(image: &Image) -> Result<()> {
     let kvm = Kvm::new()?;
-    let mut shell = Shell::new(&kvm, image.bytes)?;
+    let mut shell = Shell::new(&kvm, image.bytes, Addresses::Empty)?;
     shell.launch(image)?;
     std::mem::forget(shell);
     Ok(())

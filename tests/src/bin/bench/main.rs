@@ -22,6 +22,7 @@ mod measure;
 mod plot;
 mod session;
 mod stats;
+mod switch;
 mod table;
 
 use measure::Bench;

@@ -8,9 +8,12 @@ use kvm_ioctls::Kvm;
 use vmfork_tests::user::{ANSWER, Order, REWRITE};
 
 use crate::{
-    Progress, firecracker, floor, floor_many, rest,
+    Progress, firecracker,
+    floor::{self, Addresses},
+    floor_many, rest,
     session::{Outcome, Session, Shape},
     stats::{Figure, Samples},
+    switch::{Way, switch},
 };
 
 /// Pages in a MiB.
@@ -27,6 +30,8 @@ const THOUSAND: u32 = 1000;
 pub(crate) enum Group {
     /// One child, by memory size.
     Memory,
+    /// Ways in which a booted VM goes on after its first fork.
+    Switch,
     /// Forks of forks.
     Generations,
     /// Parents that have written to much.
@@ -71,6 +76,7 @@ impl Bench {
     fn measure(&mut self, group: Group) -> Result<()> {
         match group {
             Group::Memory => self.memory_sizes(),
+            Group::Switch => self.switches(),
             Group::Generations => self.generations(),
             Group::Dirty => self.dirty_sets(),
             Group::WorkingSet => self.working_set(),
@@ -96,7 +102,7 @@ impl Bench {
         let sizes = SIZES.iter().filter(|(mem, _)| !self.quick || *mem != "2G");
         let sessions = sizes.map(|&(mem, name)| Ok((name, Session::start(&Shape::new(mem, 1))?)));
         let mut sessions: Vec<(&str, Session)> = sessions.collect::<Result<_>>()?;
-        let repeats = self.repeats(200, 50);
+        let repeats = self.repeats(200, 40);
         self.progress.begin("one child, by memory size", repeats);
         // The first fork is the one in which a booted VM's memory becomes an image: once in a VM's life.
         for (name, session) in &mut sessions {
@@ -104,9 +110,13 @@ impl Bench {
             self.samples.add_ns(&format!("fork.first.pause.{name}"), first.forks[0].pause_ns);
         }
         for _ in 0..repeats {
-            let (made, launched) = floor::child(&self.kvm, &image)?;
-            self.samples.add("vm.new", "us", made.as_secs_f64() * 1e6);
-            self.samples.add("floor.child.512m", "us", launched.as_secs_f64() * 1e6);
+            for (name, addresses) in
+                [("floor.child.512m", Addresses::Empty), ("floor.child.over.512m", Addresses::Reserved)]
+            {
+                let (made, launched) = floor::child(&self.kvm, &image, addresses)?;
+                self.samples.add("vm.new", "us", made.as_secs_f64() * 1e6);
+                self.samples.add(name, "us", launched.as_secs_f64() * 1e6);
+            }
             for (name, session) in &mut sessions {
                 let outcome = session.carry_out(Order { count: 1, ..Order::default() })?;
                 self.samples.add_ns(&format!("fork.child.{name}"), outcome.children[0].latency_ns());
@@ -118,6 +128,24 @@ impl Bench {
             self.progress.step();
         }
         end_all(sessions.into_iter().map(|(_, session)| session))
+    }
+
+    /// The straight ways for a VM of 512 MiB of which it has written to a part.
+    fn switches(&mut self) -> Result<()> {
+        let written: &[usize] = if self.quick { &[64] } else { &[16, 64, 500] };
+        let image = floor::Image::new(512 << 20)?;
+        let repeats = self.repeats(200, 5);
+        self.progress.begin("ways to switch a parent", repeats);
+        for _ in 0..repeats {
+            for &mib in written {
+                for way in Way::ALL {
+                    let took = switch(&self.kvm, way, &image, mib << 20)?;
+                    self.samples.add(&format!("switch.{}.{mib}m", way.name()), "us", took.as_secs_f64() * 1e6);
+                }
+            }
+            self.progress.step();
+        }
+        Ok(())
     }
 
     /// Where the time of a fork goes, on both sides.
@@ -214,12 +242,12 @@ impl Bench {
 
     /// Several children of one fork, with a ready shell for each.
     fn children(&mut self) -> Result<()> {
-        let counts: &[u32] = if self.quick { &[4] } else { &[2, 4, 16, 64] };
+        let counts: &[u32] = if self.quick { &[1, 4] } else { &[1, 2, 4, 16, 64, 256] };
         for &count in counts {
             let mut session = Session::start(&Shape::new("512M", usize::try_from(count)?))?;
             let order = Order { count, ..Order::default() };
             session.carry_out(order)?;
-            let repeats = self.repeats(200, 10);
+            let repeats = if count > 16 { self.repeats(40, 5) } else { self.repeats(200, 8) };
             self.progress.begin(&format!("{count} children"), repeats);
             for _ in 0..repeats {
                 let outcome = session.carry_out(order)?;

@@ -9,6 +9,7 @@ const RATIOS: &[(&str, &str)] = &[
     ("fork.child.512m", "floor.child.512m"),
     ("fork.child.8g", "fork.child.128m"),
     ("fork.pause.8g", "fork.pause.128m"),
+    ("switch.over.64m", "switch.spare.64m"),
     ("fork.gen16", "fork.gen2"),
     ("fork.dirty.64m", "floor.copy.64m"),
     ("fork.dirty.512m", "floor.copy.512m"),
