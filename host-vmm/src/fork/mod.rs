@@ -40,12 +40,12 @@ use crate::{
     error::chain,
     kvm::{self, Vcpu},
     machine::{self, FirstExit, GateError, LeftBehind, Machine, MachineState, Stopped, Successor},
-    memory::{self, PageMap},
+    memory,
     sync::lock,
     wire::{NodeLink, Report, Step, link},
 };
 use children::Met;
-use supplies::{Supplies, Supply};
+use supplies::Supplies;
 use timeline::Timeline;
 
 /// Why a fork was refused or failed.
@@ -137,7 +137,6 @@ pub struct Served {
 pub struct Remains {
     count: u32,
     met: Met,
-    page_map: PageMap,
     left_behind: Option<LeftBehind>,
 }
 
@@ -175,8 +174,8 @@ impl Engine {
 
     /// Clears away what a fork has left behind.
     pub fn clear_away(&self, remains: Remains) {
-        let Remains { met, page_map, left_behind, .. } = remains;
-        drop((met, page_map));
+        let Remains { met, left_behind, .. } = remains;
+        drop(met);
         if let Some(left_behind) = left_behind {
             left_behind.clear_away(&self.machine);
         }
@@ -227,13 +226,13 @@ impl Engine {
         };
         let mut view = lock(&machine.memory);
         let fault = timeline.fault();
-        let (plan, page_map, mut children) = timeline.step(Step::Place, || {
+        let (plan, mut children) = timeline.step(Step::Place, || {
             let mut supply = self.supplies.take()?;
             let plan = view.plan(&supply.delta);
             let bell = supply.take_bell(&plan);
-            let Supply { rendezvous, page_map, .. } = supply;
+            let rendezvous = supply.rendezvous;
             let children = children::place(&self.link, &replies, &order, rendezvous, plan.files(), bell, fault)?;
-            Ok((plan, page_map, children))
+            Ok((plan, children))
         })?;
         let stopped = timeline.step(Step::Quiesce, || Ok(machine.gate.stop_others(vcpu.id())?))?;
         timeline.step(Step::Complete, || vcpu.complete_exit().map_err(Error::Complete))?;
@@ -241,7 +240,7 @@ impl Engine {
         let state = timeline.step(Step::Capture, || capture(machine, vcpu, &stopped, &devices))?;
         children.wake()?;
         let files = plan.files().to_vec();
-        let image = timeline.step(Step::Freeze, || Ok(view.freeze(plan, &page_map)?))?;
+        let image = timeline.step(Step::Freeze, || Ok(view.freeze(plan, &machine.workshop.page_map)?))?;
         timeline.step(Step::HandOver, || children.hand_over(&capsule::pack(&state, &image, &files)?))?;
         let successor = timeline.step(Step::Restore, || match view.own_file() {
             Some(_) => Ok(Some(Successor::prepare(machine, &state, &image)?)),
@@ -255,7 +254,7 @@ impl Engine {
             signal.give(machine)?;
             drop((devices, stopped));
             self.forks.store(true, Ordering::Relaxed);
-            Ok(Remains { count: order.count, met, page_map, left_behind })
+            Ok(Remains { count: order.count, met, left_behind })
         })
     }
 }

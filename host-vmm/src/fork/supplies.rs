@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     machine::Machine,
-    memory::{self, PageMap, Plan},
+    memory::{self, Plan},
     sync::lock,
     wire::{NodeLink, ToPlatform},
 };
@@ -25,8 +25,6 @@ pub(super) struct Supply {
     pub(super) rendezvous: Rendezvous,
     /// An empty file for the pages that the parent has written to.
     pub(super) delta: Arc<File>,
-    /// The page map in which they are found.
-    pub(super) page_map: PageMap,
     /// Where the platform knows of it.
     announced: Option<Announced>,
 }
@@ -41,7 +39,7 @@ struct Announced {
 impl Supply {
     fn make() -> Result<Self, rendezvous::Error> {
         let (rendezvous, delta) = (Rendezvous::new()?, Arc::new(memory::delta_file()?));
-        Ok(Self { rendezvous, delta, page_map: PageMap::open()?, announced: None })
+        Ok(Self { rendezvous, delta, announced: None })
     }
 
     /// Tells the platform what the next fork will come with.

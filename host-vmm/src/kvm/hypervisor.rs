@@ -37,6 +37,26 @@ pub struct Model {
     pub tsc_deadline_timer: bool,
 }
 
+/// A host on which VMs are built.
+#[derive(Debug)]
+pub struct Host {
+    /// Its KVM.
+    pub hypervisor: Hypervisor,
+    /// What it gives to a vCPU.
+    pub model: Model,
+}
+
+impl Host {
+    /// This one.
+    ///
+    /// # Errors
+    /// As [`Hypervisor::open`], or [`Error::Call`].
+    pub fn open() -> Result<Self, Error> {
+        let hypervisor = Hypervisor::open()?;
+        Ok(Self { model: hypervisor.model()?, hypervisor })
+    }
+}
+
 impl Hypervisor {
     /// Opens /dev/kvm, and checks its version and capabilities.
     ///
@@ -75,7 +95,7 @@ impl Hypervisor {
     ///
     /// # Errors
     /// [`Error::Call`].
-    pub fn model(&self) -> Result<Model, Error> {
+    fn model(&self) -> Result<Model, Error> {
         Ok(Model {
             cpuid: self.supported_cpuid()?,
             msrs: self.msr_indices()?,

@@ -17,7 +17,7 @@ mod vcpu_state;
 mod vm;
 
 pub use exit::Exit;
-pub use hypervisor::{Hypervisor, Model};
+pub use hypervisor::{Host, Hypervisor, Model};
 pub use kick::Kicker;
 pub use kvm_bindings::{
     kvm_cpuid_entry2 as CpuidEntry, kvm_regs as Registers, kvm_segment as Segment, kvm_sregs as SystemRegisters,

@@ -15,7 +15,7 @@ pub use exits::{Exits, FirstExit};
 pub use gate::{End, Gate, GateError, Stopped};
 pub use identity::{VmIdentity, new_id};
 pub use run::run;
-pub use shell::{Config, Error, Shell, Unnamed};
+pub use shell::{Config, Error, Shell, Unnamed, Workshop};
 pub use successor::{LeftBehind, Spare, Successor};
 
 use crate::{
@@ -28,6 +28,8 @@ use crate::{
 /// A VM without its vCPUs, which belong to the threads that run them.
 #[derive(Debug)]
 pub struct Machine {
+    /// What it was built with.
+    pub workshop: Arc<Workshop>,
     /// What it was built as.
     pub config: Config,
     /// KVM's part.

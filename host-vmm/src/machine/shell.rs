@@ -16,8 +16,8 @@ use crate::{
     },
     boot::{self, Payload},
     devices::{self, ControlPage, Devices, DevicesState},
-    kvm::{self, CurrentVm, Hypervisor, Model, Time, Vcpu, VcpuId, Vm},
-    memory::{self, Image, Mapping, View},
+    kvm::{self, CurrentVm, Host, Time, Vcpu, VcpuId, Vm},
+    memory::{self, Image, Mapping, PageMap, View},
 };
 
 /// `out 0x80, al`: to a port at which nothing happens.
@@ -52,9 +52,29 @@ pub enum Error {
     Mismatch(&'static str),
 }
 
+/// What machines are built with in this process. It is opened once: a node can open nothing later.
+#[derive(Debug)]
+pub struct Workshop {
+    /// The host.
+    pub host: Arc<Host>,
+    /// In which it is found what VMs have written to.
+    pub page_map: PageMap,
+}
+
+impl Workshop {
+    /// The one of this process.
+    ///
+    /// # Errors
+    /// [`Error::Memory`].
+    pub fn open(host: Arc<Host>) -> Result<Self, Error> {
+        Ok(Self { host, page_map: PageMap::open()? })
+    }
+}
+
 /// A machine without content: everything that takes long to make is made, and it can become a booted VM or a copy.
 #[derive(Debug)]
 pub struct Shell {
+    workshop: Arc<Workshop>,
     config: Config,
     vm: Vm,
     vcpus: Vec<Vcpu>,
@@ -63,12 +83,12 @@ pub struct Shell {
 }
 
 impl Shell {
-    /// Builds one. `host` is a host's model, read from `hypervisor`.
+    /// Builds one.
     ///
     /// # Errors
     /// [`Error`]: whatever could not be made.
-    pub fn build(hypervisor: &Hypervisor, host: &Model, config: Config) -> Result<Self, Error> {
-        Self::build_around(hypervisor, host, config, ControlPage::new()?)
+    pub fn build(workshop: &Arc<Workshop>, config: Config) -> Result<Self, Error> {
+        Self::build_around(workshop, config, ControlPage::new()?)
     }
 
     /// Does beforehand, where there is time, what would make its launch take longer.
@@ -87,20 +107,14 @@ impl Shell {
     /// # Errors
     /// [`Error`]: whatever could not be made.
     pub fn build_spare(machine: &Machine) -> Result<Self, Error> {
-        let hypervisor = Hypervisor::open()?;
-        let model = hypervisor.model()?;
-        let mut spare = Self::build_around(&hypervisor, &model, machine.config, machine.control_page.clone())?;
+        let mut spare = Self::build_around(&machine.workshop, machine.config, machine.control_page.clone())?;
         spare.settle()?;
         Ok(spare)
     }
 
     /// Makes the VM, its memory slots, its interrupt controllers and its vCPUs, in the order that costs no waiting (see [`Vm::map`]).
-    fn build_around(
-        hypervisor: &Hypervisor,
-        host: &Model,
-        config: Config,
-        control_page: ControlPage,
-    ) -> Result<Self, Error> {
+    fn build_around(workshop: &Arc<Workshop>, config: Config, control_page: ControlPage) -> Result<Self, Error> {
+        let Host { hypervisor, model } = &*workshop.host;
         let bytes = usize::try_from(config.ram_bytes).map_err(|_| Error::Mismatch("the memory is too large"))?;
         let mapping = Arc::new(Mapping::reserve(bytes)?);
         let mut vm = hypervisor.create_vm()?;
@@ -110,14 +124,14 @@ impl Shell {
         }
         vm.create_irqchip()?;
         vm.enable_hypercall()?;
-        let shape = cpuid::Shape { vcpus: config.vcpus, tsc_deadline_timer: host.tsc_deadline_timer };
+        let shape = cpuid::Shape { vcpus: config.vcpus, tsc_deadline_timer: model.tsc_deadline_timer };
         let vcpus = (0..config.vcpus).map(VcpuId).map(|id| {
             let mut vcpu = vm.create_vcpu(id)?;
-            vcpu.set_model(cpuid::for_vcpu(&host.cpuid, shape, id), &host.msrs)?;
+            vcpu.set_model(cpuid::for_vcpu(&model.cpuid, shape, id), &model.msrs)?;
             Ok(vcpu)
         });
         let vcpus = vcpus.collect::<Result<_, kvm::Error>>()?;
-        Ok(Self { config, vm, vcpus, mapping, control_page })
+        Ok(Self { workshop: Arc::clone(workshop), config, vm, vcpus, mapping, control_page })
     }
 
     fn settle(&mut self) -> Result<(), Error> {
@@ -137,7 +151,7 @@ impl Shell {
     /// # Errors
     /// [`Error`]: whatever does not fit.
     pub fn boot(self, payload: &mut Payload, prealloc: bool, console: File) -> Result<Unnamed, Error> {
-        let Self { config, vm, vcpus, mapping, control_page } = self;
+        let Self { workshop, config, vm, vcpus, mapping, control_page } = self;
         let memory = View::own(mapping)?;
         if prealloc {
             memory.mapping().populate(0, memory.mapping().bytes())?;
@@ -150,7 +164,7 @@ impl Shell {
         }
         let vm = Arc::new(CurrentVm::new(vm));
         let devices = Devices::new(&vm, console);
-        Ok(Unnamed { config, vm, memory, control_page, devices, vcpus })
+        Ok(Unnamed { workshop, config, vm, memory, control_page, devices, vcpus })
     }
 
     /// Makes it a machine that goes on where `state` and `image` were captured.
@@ -158,11 +172,11 @@ impl Shell {
     /// # Errors
     /// [`Error`]: whatever does not take its state.
     pub fn restore(self, state: &MachineState, image: Arc<Image>, console: File) -> Result<Unnamed, Error> {
-        let (control_page, config) = (self.control_page.clone(), self.config);
+        let (workshop, control_page, config) = (Arc::clone(&self.workshop), self.control_page.clone(), self.config);
         let Restored { vm, vcpus, memory } = self.take_state(state, image, Time::FromCapture)?;
         let vm = Arc::new(CurrentVm::new(vm));
         let devices = Devices::restore(&state.devices, &vm, console)?;
-        Ok(Unnamed { config, vm, memory, control_page, devices, vcpus })
+        Ok(Unnamed { workshop, config, vm, memory, control_page, devices, vcpus })
     }
 
     /// Brings VM, vCPUs and memory to where `state` and `image` were captured.
@@ -197,6 +211,7 @@ pub(super) struct Restored {
 #[derive(Debug)]
 #[must_use]
 pub struct Unnamed {
+    workshop: Arc<Workshop>,
     config: Config,
     vm: Arc<CurrentVm>,
     memory: View,
@@ -208,8 +223,9 @@ pub struct Unnamed {
 impl Unnamed {
     /// Says which VM it is.
     pub fn name(self, identity: VmIdentity) -> Built {
-        let Self { config, vm, memory, control_page, devices, vcpus } = self;
+        let Self { workshop, config, vm, memory, control_page, devices, vcpus } = self;
         let machine = Machine {
+            workshop,
             config,
             vm,
             memory: Mutex::new(memory),

@@ -17,7 +17,7 @@ use crate::{
     error::chain,
     fork::{Engine, Served, rendezvous::Rendezvous},
     machine::{End, FirstExit, Machine},
-    memory::{PageMap, WorkingSet},
+    memory::WorkingSet,
     sync::lock,
     threads,
     wire::{NodeLink, Prefetch, Step, Timing, ToNode, ToPlatform, link},
@@ -201,7 +201,7 @@ fn record(machine: &Machine, link: &NodeLink) -> Result<(), link::Error> {
         thread::sleep(RECORD_INTERVAL);
     }
     let mapping = Arc::clone(lock(&machine.memory).mapping());
-    match PageMap::open().and_then(|page_map| page_map.dirty_runs(&mapping)) {
+    match machine.workshop.page_map.dirty_runs(&mapping) {
         Ok(runs) => link.send(&ToPlatform::Touched(WorkingSet::new(&runs)), &[]),
         Err(error) => {
             tracing::warn!(error = chain(&error), "a working set can't be recorded");

@@ -13,6 +13,7 @@ use anyhow::{Context, bail};
 mod companion;
 mod pages;
 mod rehearsal;
+mod sandbox;
 pub mod zygote;
 
 use crate::{
@@ -20,8 +21,8 @@ use crate::{
     descriptors,
     error::chain,
     fork::{Child, Engine, Meeting, Signal, Standby},
-    kvm::{Hypervisor, Model, Vcpu},
-    machine::{self, Config, Machine, Shell, VmIdentity},
+    kvm::{Host, Vcpu},
+    machine::{self, Config, Machine, Shell, VmIdentity, Workshop},
     wire::{CopyOrder, NodeLink, Step, ToNode, ToPlatform, link},
 };
 use companion::{Companion, Launch};
@@ -42,19 +43,14 @@ struct Ready {
 ///
 /// # Errors
 /// Where the platform is gone, or breaks the protocol.
-pub fn run(
-    hypervisor: &Hypervisor,
-    model: &Model,
-    config: Config,
-    link: NodeLink,
-    console: File,
-) -> anyhow::Result<()> {
+pub fn run(host: &Arc<Host>, config: Config, link: NodeLink, console: File) -> anyhow::Result<()> {
     // The image of a late generation has a file for each of its layers.
     descriptors::make_room(&link, DESCRIPTORS)?;
     let link = Arc::new(link);
+    let workshop = confine_with_workshop(host);
     let (replies_in, replies) = mpsc::channel();
     let companion = Companion::start(&link, replies_in)?;
-    let ready = match become_something(hypervisor, model, config, &link, console) {
+    let ready = match workshop.and_then(|workshop| become_something(&workshop, config, &link, console)) {
         Ok(ready) => ready,
         // Nobody has an order for this shell any more.
         Err(_) if link.is_closed() => return Ok(()),
@@ -71,15 +67,16 @@ pub fn run(
     }
 }
 
+/// Opens what the node will need, and confines it: from here on, and with all threads to come.
+fn confine_with_workshop(host: &Arc<Host>) -> anyhow::Result<Arc<Workshop>> {
+    let workshop = Workshop::open(Arc::clone(host))?;
+    sandbox::enter().context("can't confine the node")?;
+    Ok(Arc::new(workshop))
+}
+
 /// Builds the shell, waits for its order, and carries it out.
-fn become_something(
-    hypervisor: &Hypervisor,
-    model: &Model,
-    config: Config,
-    link: &NodeLink,
-    console: File,
-) -> anyhow::Result<Ready> {
-    let mut shell = Shell::build(hypervisor, model, config)?;
+fn become_something(workshop: &Arc<Workshop>, config: Config, link: &NodeLink, console: File) -> anyhow::Result<Ready> {
+    let mut shell = Shell::build(workshop, config)?;
     // Where its order is there already, there is no time for this.
     if !link.is_readable() {
         shell.warm_up()?;

@@ -7,6 +7,7 @@ use std::{
     fs::File,
     os::fd::{AsFd, FromRawFd, OwnedFd},
     process,
+    sync::Arc,
 };
 
 use anyhow::{Context, bail};
@@ -25,7 +26,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use super::{pages::Pages, run};
 use crate::{
     error::chain,
-    kvm::{Hypervisor, Model},
+    kvm::Host,
     machine::Config,
     threads,
     wire::{LINK_FD, Link, NodeLink, Spawn, Spawned, link},
@@ -47,7 +48,7 @@ pub fn main() -> anyhow::Result<()> {
     threads::processors();
     threads::share_one_heap();
     let pages = Pages::of_this_process().context("can't read this process's mappings")?;
-    let host = Hypervisor::open().and_then(|hypervisor| Ok((hypervisor.model()?, hypervisor)));
+    let host = Host::open().map(Arc::new);
     let ends = SigSet::from(Signal::SIGCHLD);
     ends.thread_block().context("can't block SIGCHLD")?;
     let ends = SignalFd::with_flags(&ends, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
@@ -68,7 +69,7 @@ pub fn main() -> anyhow::Result<()> {
                 Err(link::Error::Closed) => return Ok(()),
                 other => other?,
             };
-            let (model, hypervisor) = match &host {
+            let host = match &host {
                 Ok(host) => host,
                 Err(error) => {
                     connection.send(&Spawned::Failed(chain(error)), &[])?;
@@ -80,7 +81,7 @@ pub fn main() -> anyhow::Result<()> {
                 Spawning::Node(order) => {
                     pages.touch();
                     drop((connection, ends));
-                    process::exit(run_node(hypervisor, model, order));
+                    process::exit(run_node(host, order));
                 }
             }
         }
@@ -140,9 +141,9 @@ fn reap(ends: &SignalFd) -> anyhow::Result<()> {
     }
 }
 
-fn run_node(hypervisor: &Hypervisor, model: &Model, order: NodeOrder) -> i32 {
+fn run_node(host: &Arc<Host>, order: NodeOrder) -> i32 {
     let NodeOrder { config, link, console } = order;
-    match run(hypervisor, model, config, link, console) {
+    match run(host, config, link, console) {
         Ok(()) => 0,
         Err(error) => {
             tracing::error!("a node failed: {error:#}");

@@ -134,7 +134,8 @@ impl Bench {
     fn switches(&mut self) -> Result<()> {
         let written: &[usize] = if self.quick { &[64] } else { &[16, 64, 500] };
         let image = floor::Image::new(512 << 20)?;
-        let repeats = self.repeats(200, 5);
+        // The guest takes seconds to write to most of its memory.
+        let repeats = self.repeats(20, 5);
         self.progress.begin("ways to switch a parent", repeats);
         for _ in 0..repeats {
             for &mib in written {
