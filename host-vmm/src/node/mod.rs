@@ -70,7 +70,7 @@ pub fn run(host: &Arc<Host>, config: Config, link: NodeLink, console: File) -> a
 /// Opens what the node will need, and confines it: from here on, and with all threads to come.
 fn confine_with_workshop(host: &Arc<Host>) -> anyhow::Result<Arc<Workshop>> {
     let workshop = Workshop::open(Arc::clone(host))?;
-    sandbox::enter().context("can't confine the node")?;
+    sandbox::close().context("can't confine the node")?;
     Ok(Arc::new(workshop))
 }
 

@@ -23,7 +23,7 @@ use nix::{
 };
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-use super::{pages::Pages, run};
+use super::{pages::Pages, run, sandbox};
 use crate::{
     error::chain,
     kvm::Host,
@@ -53,6 +53,7 @@ pub fn main() -> anyhow::Result<()> {
     ends.thread_block().context("can't block SIGCHLD")?;
     let ends = SignalFd::with_flags(&ends, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
         .context("can't watch for the end of nodes")?;
+    sandbox::enter().context("can't confine the zygote")?;
     loop {
         let mut fds =
             [PollFd::new(connection.as_fd(), PollFlags::POLLIN), PollFd::new(ends.as_fd(), PollFlags::POLLIN)];
