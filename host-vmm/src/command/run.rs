@@ -33,8 +33,9 @@ const SIGNALLED: u8 = 128;
 /// The VMs were not stopped from outside.
 const NOT_STOPPED: u8 = u8::MAX;
 
-/// Files that a platform has open for each VM: its connection, its console, its process, its log.
-const FILES_PER_VM: usize = 4;
+/// Files that a platform has open for each VM: its connection, its console, its process, its log, and what its next fork will come with,
+/// which is more for a late generation.
+const FILES_PER_VM: usize = 10;
 
 /// Files that it has room for in any case.
 const MIN_FILES: u64 = 256;
@@ -107,7 +108,7 @@ fn block_signals() -> anyhow::Result<SigSet> {
 fn make_room(max_vms: usize) -> anyhow::Result<()> {
     let limit = descriptors::raise_limit().context("can't raise the limit of open files")?;
     let wanted = max_vms.saturating_mul(FILES_PER_VM) as u64;
-    descriptors::make_room(&stdin(), wanted.clamp(MIN_FILES, limit)).context("can't make room for open files")
+    descriptors::make_room(&stdin(), wanted.max(MIN_FILES).min(limit)).context("can't make room for open files")
 }
 
 fn stop_on_signal(platform: &Arc<Platform>, stopped: &Arc<AtomicU8>, signals: SigSet) -> anyhow::Result<()> {

@@ -43,7 +43,7 @@ pub(super) struct Met {
 }
 
 /// Has the platform choose where the children go, and start to launch them there. `files` are those of the image to come; where there is
-/// a bell, the platform has all of them.
+/// a bell, the platform has them already.
 pub(super) fn place<'a>(
     link: &'a NodeLink,
     replies: &'a Replies,
@@ -57,9 +57,9 @@ pub(super) fn place<'a>(
     let announced = bell.is_some();
     let fork =
         ToPlatform::Fork { count: order.count, vm_type: order.vm_type.clone(), seq: order.seq, announced, fault };
-    let files = std::iter::once(rendezvous.file()).chain(files.iter().map(AsRef::as_ref));
-    let files = files.filter(|_| !announced).map(AsFd::as_fd);
-    link.send(&fork, &files.collect::<Vec<_>>())?;
+    let image = if announced { &[] } else { files };
+    let files = std::iter::once(rendezvous.file()).chain(image.iter().map(AsRef::as_ref));
+    link.send(&fork, &files.map(AsFd::as_fd).collect::<Vec<_>>())?;
     Ok(Children { link, replies, rendezvous: Some(rendezvous), count: order.count, bell })
 }
 

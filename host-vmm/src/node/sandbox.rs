@@ -10,6 +10,10 @@
 use std::{collections::BTreeMap, process};
 
 use libc::{c_int, c_long};
+use rustix::{
+    io::Errno,
+    thread::{CapabilitySet, CapabilitySets, set_capabilities},
+};
 use seccompiler::{
     BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen as Length, SeccompCmpOp as Compare, SeccompCondition,
     SeccompFilter, SeccompRule, TargetArch,
@@ -20,6 +24,8 @@ use seccompiler::{
 pub(super) enum Error {
     #[error("the rules for system calls make no filter")]
     Rules(#[from] BackendError),
+    #[error("privileges can't be given up")]
+    Privileges(#[from] Errno),
     #[error("this kernel takes no filter for system calls (CONFIG_SECCOMP_FILTER)")]
     Apply(#[from] seccompiler::Error),
 }
@@ -28,16 +34,12 @@ pub(super) enum Error {
 const ALLOWED: &[c_long] = &[
     // Memory.
     libc::SYS_brk,
-    libc::SYS_madvise,
-    libc::SYS_memfd_create,
     libc::SYS_mremap,
     libc::SYS_munmap,
     // Descriptors.
     libc::SYS_close,
-    libc::SYS_dup,
     libc::SYS_eventfd2,
     libc::SYS_fallocate,
-    libc::SYS_fcntl,
     libc::SYS_fstat,
     libc::SYS_ftruncate,
     libc::SYS_lseek,
@@ -59,7 +61,6 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_clock_nanosleep,
     libc::SYS_exit,
     libc::SYS_exit_group,
-    libc::SYS_futex,
     libc::SYS_getpid,
     libc::SYS_getrandom,
     libc::SYS_gettid,
@@ -78,6 +79,15 @@ const ALLOWED: &[c_long] = &[
 /// Calls that a node has no use for, once it has opened what it needs.
 const OF_THE_START: &[c_long] = &[libc::SYS_openat, libc::SYS_pidfd_open, libc::SYS_wait4];
 
+/// What may be done to a descriptor: nothing that makes it send signals to whoever uses the other end.
+const FCNTL: &[c_int] = &[libc::F_ADD_SEALS, libc::F_DUPFD_CLOEXEC, libc::F_GETFD, libc::F_GET_SEALS];
+
+/// What may be said of memory: nothing that makes a page of it unusable for others who share it.
+const ADVICE: &[c_int] = &[libc::MADV_DONTNEED, libc::MADV_FREE, libc::MADV_POPULATE_READ, libc::MADV_POPULATE_WRITE];
+
+/// What may be done to a word that is shared, with any flags: nothing that makes another's wake-up fail.
+const FUTEX: &[c_int] = &[libc::FUTEX_WAIT, libc::FUTEX_WAKE, libc::FUTEX_WAIT_BITSET];
+
 /// What comes of a call that is not allowed.
 const MISSING: SeccompAction = SeccompAction::Errno(libc::ENOSYS.cast_unsigned());
 
@@ -88,11 +98,13 @@ const IOCTL_TYPE: u64 = 0xff00;
 /// PAGEMAP_SCAN (linux/fs.h).
 const PAGEMAP_SCAN: u64 = 0xc060_6610;
 
-/// Confines the calling thread, and all that come from it, to what nodes and their zygote do.
+/// Confines the calling thread, and all that come from it, to what nodes and their zygote do, and takes all privileges from them.
 ///
 /// # Errors
 /// [`Error`].
 pub(super) fn enter() -> Result<(), Error> {
+    let none = CapabilitySet::empty();
+    set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })?;
     Ok(seccompiler::apply_filter(&allowed()?)?)
 }
 
@@ -108,6 +120,18 @@ fn allowed() -> Result<BpfProgram, BackendError> {
     let calls = ALLOWED.iter().chain(OF_THE_START);
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = calls.map(|call| (*call, Vec::new())).collect();
     let flag = |flag: c_int| u64::from(flag.cast_unsigned());
+    let any_of = |index, values: &[c_int]| {
+        values.iter().map(|value| argument(index, Compare::Eq, flag(*value))).collect::<Result<Vec<_>, _>>()
+    };
+    rules.insert(libc::SYS_fcntl, any_of(1, FCNTL)?);
+    rules.insert(libc::SYS_madvise, any_of(2, ADVICE)?);
+    rules.insert(libc::SYS_prctl, any_of(0, &[libc::PR_SET_NAME, libc::PR_SET_SECCOMP, libc::PR_SET_NO_NEW_PRIVS])?);
+    let operation = flag(libc::FUTEX_CMD_MASK);
+    let futex = FUTEX.iter().map(|futex| argument(1, Compare::MaskedEq(operation), flag(*futex)));
+    rules.insert(libc::SYS_futex, futex.collect::<Result<_, _>>()?);
+    // No huge pages: they come in sizes that a file's own may not fit, and out of a small stock.
+    let huge = u64::from(libc::MFD_HUGETLB);
+    rules.insert(libc::SYS_memfd_create, vec![argument(1, Compare::MaskedEq(huge), 0)?]);
     let not_code = || argument(2, Compare::MaskedEq(flag(libc::PROT_EXEC)), 0);
     rules.insert(libc::SYS_mmap, vec![not_code()?]);
     rules.insert(libc::SYS_mprotect, vec![not_code()?]);
@@ -115,9 +139,6 @@ fn allowed() -> Result<BpfProgram, BackendError> {
     rules.insert(libc::SYS_ioctl, vec![kvm, argument(1, Compare::Eq, PAGEMAP_SCAN)?]);
     // The C library comes to this call when clone3, whose flags no filter can see, is not there.
     rules.insert(libc::SYS_clone, Vec::new());
-    let confine = [libc::PR_SET_NAME, libc::PR_SET_SECCOMP, libc::PR_SET_NO_NEW_PRIVS];
-    let confine = confine.map(|operation| argument(0, Compare::Eq, flag(operation)));
-    rules.insert(libc::SYS_prctl, confine.into_iter().collect::<Result<_, _>>()?);
     rules.insert(libc::SYS_sched_setattr, vec![argument(0, Compare::Eq, 0)?]);
     rules.insert(libc::SYS_seccomp, Vec::new());
     rules.insert(libc::SYS_tgkill, Vec::new());
@@ -167,6 +188,9 @@ mod tests {
             is_missing("opening a file", File::open("/dev/null"));
             is_missing("making a socket", UnixStream::pair());
             is_missing("making a process", Command::new("/bin/true").status());
+            // SAFETY: the descriptor is not open, and the call has no other effect than on what it stands for.
+            let owned = unsafe { libc::fcntl(-1, libc::F_SETOWN, 1) };
+            is_missing("another's signals", (owned == 0).then_some(()).ok_or_else(io::Error::last_os_error));
             // SAFETY: signal 0 is none.
             let signalled = unsafe { libc::syscall(libc::SYS_tgkill, 1, 1, 0) };
             is_missing("a signal to another", (signalled == 0).then_some(()).ok_or_else(io::Error::last_os_error));

@@ -3,7 +3,7 @@
 use std::{
     fs::File,
     os::fd::{AsFd, BorrowedFd},
-    sync::{Arc, Condvar, Mutex, OnceLock, PoisonError},
+    sync::{Arc, Condvar, Mutex, PoisonError},
     thread,
     time::{Duration, Instant},
 };
@@ -31,6 +31,9 @@ const HEAD_START: Duration = Duration::from_millis(1);
 
 /// How long copies of an image may take until they are ready to run.
 const LAUNCH_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long children may take to run that may.
+const COMMITTED_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// What a parent asks for.
 #[derive(Debug)]
@@ -85,10 +88,10 @@ pub(super) struct Launch<'a> {
 }
 
 /// A fork whose children are not all certain to stay yet.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Fork {
-    /// Where parent and children meet: opened when the children have their orders.
-    rendezvous: OnceLock<Rendezvous>,
+    /// Where parent and children meet, until all of them run.
+    rendezvous: Mutex<Option<Arc<Rendezvous>>>,
     /// What is kept of it once it is certain.
     keeping: Mutex<Option<Keeping>>,
     state: Mutex<State>,
@@ -131,8 +134,9 @@ impl Fork {
         order: &Order,
         place: Place,
     ) -> Result<Arc<Self>, Error> {
-        let Place { files, rendezvous, standby } = place;
-        let fork = Arc::new(Self::default());
+        let Place { files, rendezvous, mut standby } = place;
+        let open = || open_rendezvous(files.first());
+        let fork = Self::meeting_in(Arc::new(rendezvous.map_or_else(open, Ok)?));
         let launch = Launch {
             config: original.config,
             original: original.vm,
@@ -142,32 +146,34 @@ impl Fork {
             fault: order.fault,
             learned: original.learned,
         };
-        let launched = platform.place(original, order).and_then(|()| fork.launch(platform, launch, &files, standby));
-        let mut files = files.into_iter();
-        let file = files.next().ok_or(Error::NoRendezvous)?;
-        fork.meet_in(rendezvous.map_or_else(|| Rendezvous::open(file), Ok)?)?;
-        if platform.images.wants(&order.vm_type) {
-            *lock(&fork.keeping) = Some(Keeping::new(launch, files.collect()));
-        }
+        let launched = platform.place(original, order).and_then(|()| {
+            if platform.images.wants(&order.vm_type) {
+                let image = files.iter().skip(1).map(File::try_clone).collect::<Result<_, _>>();
+                *lock(&fork.keeping) = Some(Keeping::new(launch, image.map_err(Error::Start)?));
+            }
+            fork.launch(platform, launch, &files, standby.take())
+        });
         let served = launched.and_then(|nodes| {
             // The children are at work. What serves them can wait, and should not take the processor away from them.
             thread::sleep(HEAD_START);
             nodes.into_iter().try_for_each(Node::serve)
         });
         if let Err(error) = served {
-            fork.fail(error.code(), chain(&error))?;
+            fork.fail(error.code(), chain(&error));
         }
+        // One that was not needed may be awake already: it is ended, which takes longer than the parent should wait.
+        drop(standby);
         Ok(fork)
     }
 
-    /// Says where parent and children meet.
-    fn meet_in(&self, rendezvous: Rendezvous) -> Result<&Rendezvous, Error> {
-        let rendezvous = self.rendezvous.get_or_init(|| rendezvous);
-        // Of a child that has died before, nobody was told.
-        if lock(&self.state).failure.is_some() {
-            rendezvous.fail()?;
-        }
-        Ok(rendezvous)
+    /// One without children yet, whose sides meet there.
+    fn meeting_in(rendezvous: Arc<Rendezvous>) -> Arc<Self> {
+        Arc::new(Self {
+            rendezvous: Mutex::new(Some(rendezvous)),
+            keeping: Mutex::default(),
+            state: Mutex::default(),
+            changed: Condvar::new(),
+        })
     }
 
     /// Launches copies without their parent, from its image: `state`, and `files` with its memory.
@@ -180,13 +186,12 @@ impl Fork {
         state: &[u8],
         files: &[File],
     ) -> Result<Vec<VmIdentity>, Error> {
-        let fork = Arc::new(Self::default());
-        let rendezvous = Rendezvous::new()?;
+        let rendezvous = Arc::new(Rendezvous::new()?);
+        let fork = Self::meeting_in(Arc::clone(&rendezvous));
         rendezvous.publish(state)?;
         let file = rendezvous.file().try_clone().map_err(Error::Start)?;
         let files: Vec<&File> = std::iter::once(&file).chain(files).collect();
         let launched = fork.launch(platform, launch, &files, None);
-        let rendezvous = fork.meet_in(rendezvous)?;
         let copies = launched.and_then(|nodes| {
             let copies = nodes.iter().map(|node| node.identity().clone()).collect();
             nodes.into_iter().try_for_each(Node::serve)?;
@@ -196,7 +201,7 @@ impl Fork {
         });
         copies.map_err(|error| match fork.abort() {
             // A copy's own reason says more than that there is one.
-            Ok((_, why)) if matches!(error, Error::Rendezvous(_)) => Error::Spawn(why),
+            (_, why) if matches!(error, Error::Rendezvous(_)) => Error::Spawn(why),
             _ => error,
         })
     }
@@ -260,7 +265,8 @@ impl Fork {
             node.teach(learned);
         }
         let name = order.identity.name.clone();
-        let sent = node.link().send(&ToNode::Copy(order), files);
+        // A shell that stands by may have been kept from reading.
+        let sent = node.link().try_send(&ToNode::Copy(order), files);
         sent.map_err(|source| Error::Node { name, source })?;
         Ok(node)
     }
@@ -272,30 +278,45 @@ impl Fork {
     }
 
     /// Says that it can't succeed. The parent calls it off then.
-    pub(super) fn fail(&self, code: ErrorCode, why: String) -> Result<(), Error> {
+    pub(super) fn fail(&self, code: ErrorCode, why: String) {
         lock(&self.state).failure.get_or_insert((code, why));
-        self.rendezvous.get().map_or(Ok(()), |rendezvous| Ok(rendezvous.fail()?))
+        if let Some(rendezvous) = self.rendezvous() {
+            tell_failure(&rendezvous);
+        }
     }
 
     /// Says that nothing is left of a child that has not run.
     pub(super) fn child_gone(&self, why: &str) {
-        if let Err(error) = self.fail(ErrorCode::Launch, why.to_owned()) {
-            tracing::error!(error = chain(&error), "a parent can't be told of a child that died");
-        }
+        self.fail(ErrorCode::Launch, why.to_owned());
         lock(&self.state).left -= 1;
         self.changed.notify_all();
     }
 
-    /// Says that a child runs: then all will.
-    pub(super) fn child_runs(&self, platform: &Platform) {
+    /// Says that the child at the other end of `link` runs: then all will.
+    pub(super) fn child_runs(&self, platform: &Platform, link: &Arc<PlatformLink>) {
         let keeping = lock(&self.keeping).take();
-        if let (Some(keeping), Some(rendezvous)) = (keeping, self.rendezvous.get())
-            && let Err(error) = platform.keep(keeping, rendezvous)
+        if let (Some(keeping), Some(rendezvous)) = (keeping, self.rendezvous())
+            && let Err(error) = platform.keep(keeping, &rendezvous)
         {
             tracing::warn!(error = chain(&error), "an image is not kept");
         }
-        lock(&self.state).left -= 1;
+        let mut state = lock(&self.state);
+        // Nothing that anybody says of the fork touches it any more.
+        state.children.retain(|child| !Arc::ptr_eq(child, link));
+        state.left -= 1;
+        if state.left == 0 {
+            *lock(&self.rendezvous) = None;
+        }
         self.changed.notify_all();
+    }
+
+    fn rendezvous(&self) -> Option<Arc<Rendezvous>> {
+        lock(&self.rendezvous).clone()
+    }
+
+    /// Whether it can't succeed.
+    pub(super) fn has_failed(&self) -> bool {
+        lock(&self.state).failure.is_some()
     }
 
     /// Whether each of its children runs: nothing more can come of it.
@@ -304,19 +325,42 @@ impl Fork {
         state.left == 0 && state.failure.is_none()
     }
 
-    /// Ends the children, unless they run, waits until nothing is left of them, and says why it had to come to that.
-    pub(super) fn abort(&self) -> Result<(ErrorCode, String), Error> {
-        if self.rendezvous.get().map_or(Ok(true), Rendezvous::abort)? {
-            let mut state = lock(&self.state);
-            for link in std::mem::take(&mut state.children) {
-                link.shut_down();
+    /// Ends the children that do not run, waits until nothing is left of them, and says why it had to come to that.
+    ///
+    /// Parent and children may write anything into the rendezvous at any time. Where it says that the children run, they have a while to
+    /// say so themselves.
+    pub(super) fn abort(&self) -> (ErrorCode, String) {
+        let committed = self.rendezvous().is_some_and(|rendezvous| match rendezvous.abort() {
+            Ok(aborted) => !aborted,
+            Err(error) => {
+                tracing::warn!(error = chain(&error), "a fork can't be called off where its sides meet");
+                false
             }
-            while state.left > 0 {
-                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-            }
+        });
+        let mut state = lock(&self.state);
+        if committed {
+            let waited = self.changed.wait_timeout_while(state, COMMITTED_TIMEOUT, |state| state.left > 0);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
-        let failure = lock(&self.state).failure.take();
-        Ok(failure.unwrap_or((ErrorCode::Launch, "the parent has called it off".to_owned())))
+        for link in std::mem::take(&mut state.children) {
+            link.shut_down();
+        }
+        while state.left > 0 {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.failure.take().unwrap_or((ErrorCode::Launch, "the parent has called it off".to_owned()))
+    }
+}
+
+/// Opens the rendezvous that a node has sent.
+pub(super) fn open_rendezvous(file: Option<&File>) -> Result<Rendezvous, Error> {
+    Ok(Rendezvous::open(file.ok_or(Error::NoRendezvous)?.try_clone().map_err(Error::Start)?)?)
+}
+
+/// Tells a parent that there will be no children. One that has made this impossible waits for nothing until it is tired of it.
+fn tell_failure(rendezvous: &Rendezvous) {
+    if let Err(error) = rendezvous.fail() {
+        tracing::warn!(error = chain(&error), "a parent can't be told of a fork's failure");
     }
 }
 

@@ -2,16 +2,18 @@
 
 use std::{
     fs::File,
+    os::fd::AsFd,
     sync::{Arc, mpsc},
     thread,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmfork_abi::ErrorCode;
 
 use super::{
     Error, Event, Platform,
-    fork::{Fork, Order, Original, Place},
+    fork::{Fork, Order, Original, Place, open_rendezvous},
     limits::Recent,
     pool::Standby,
     prefetch::Learned,
@@ -29,6 +31,9 @@ use crate::{
 
 /// Stack of a thread that serves a node, in bytes: there may be a thousand of them.
 const STACK_BYTES: usize = 128 << 10;
+
+/// How long a VM waits for another shell that stands by, where no fork has come of the last one.
+const LENT_AGAIN: Duration = Duration::from_secs(1);
 
 /// Who waits for a VM to run.
 #[derive(Debug)]
@@ -64,6 +69,8 @@ pub(super) struct Node {
     awaited: Awaited,
     /// What its next fork will come with, where it has told.
     announced: Option<Announced>,
+    /// When it got a shell that stands by, until a fork has come of it.
+    lent: Option<Instant>,
     /// The fork of this VM that is under way.
     fork: Option<Arc<Fork>>,
     /// Its forks within the last second.
@@ -103,6 +110,7 @@ impl Node {
             config,
             awaited,
             announced: None,
+            lent: None,
             fork: None,
             recent: Recent::default(),
             learned: Arc::default(),
@@ -152,6 +160,7 @@ impl Node {
     /// Serves the next message, and says whether more may come.
     fn serve_one(&mut self) -> Result<bool, Error> {
         let failed = |source| Error::Node { name: self.identity.name.clone(), source };
+        self.await_message().map_err(failed)?;
         let (message, files) = self.link.receive().map_err(failed)?;
         match message {
             ToPlatform::Ready => {}
@@ -164,11 +173,12 @@ impl Node {
                 self.platform.events.write(&Event::Launched { vm: &self.identity, seq, steps: &steps });
                 self.platform.trace.side(self.pid(), "child", Arguments { seq, code: 0 }, &steps);
             }
-            ToPlatform::Announce => self.announced(files)?,
+            ToPlatform::Announce => self.announced(files),
             ToPlatform::Fork { count, vm_type, seq, announced, fault } => {
                 // A fork before this one that is neither certain nor called off was forgotten by the node, and not by its children.
-                let forgotten = self.fork.take().filter(|fork| !fork.is_over());
-                forgotten.map_or(Ok(()), |forgotten| forgotten.abort().map(drop))?;
+                if let Some(forgotten) = self.fork.take().filter(|fork| !fork.is_over()) {
+                    forgotten.abort();
+                }
                 let order = Order { count, vm_type, seq, fault };
                 let place = match self.announced.take_if(|_| announced) {
                     Some(Announced { rendezvous, files, standby }) => {
@@ -179,7 +189,11 @@ impl Node {
                 let learned = &self.learned;
                 let mut original =
                     Original { vm: &self.identity, config: self.config, recent: &mut self.recent, learned };
-                self.fork = Some(Fork::begin(&self.platform, &mut original, &order, place)?);
+                let fork = Fork::begin(&self.platform, &mut original, &order, place)?;
+                if !fork.has_failed() {
+                    self.lent = None;
+                }
+                self.fork = Some(fork);
             }
             ToPlatform::Touched(working_set) => {
                 let unexpected = || failed(link::Error::Unexpected("Touched".into()));
@@ -188,7 +202,7 @@ impl Node {
             }
             ToPlatform::Abort => {
                 let fork = self.fork.take().ok_or_else(|| failed(link::Error::Unexpected("Abort".into())))?;
-                let (code, why) = fork.abort()?;
+                let (code, why) = fork.abort();
                 self.link.send(&ToNode::Aborted { code: code.number(), why }, &[]).map_err(failed)?;
             }
             ToPlatform::Report(report) => {
@@ -201,19 +215,43 @@ impl Node {
         Ok(true)
     }
 
-    /// Has a shell stand by for the next fork, where there is one to spare.
-    fn announced(&mut self, mut files: Vec<File>) -> Result<(), Error> {
+    /// Waits for a message, or the end of the process: its end of the connection may live on elsewhere.
+    fn await_message(&self) -> Result<(), link::Error> {
+        let process = self.process.as_ref().ok_or(link::Error::Closed)?;
+        let mut fds =
+            [PollFd::new(self.link.as_fd(), PollFlags::POLLIN), PollFd::new(process.as_fd(), PollFlags::POLLIN)];
+        while poll(&mut fds, PollTimeout::NONE) == Err(nix::Error::EINTR) {}
+        if fds[0].any().unwrap_or(true) { Ok(()) } else { Err(link::Error::Closed) }
+    }
+
+    /// Has a shell stand by for the next fork, where there is one to spare. Without one, and without what was announced, that fork takes
+    /// longer, or fails.
+    fn announced(&mut self, mut files: Vec<File>) {
         // There is time for this now, and there may be none when the next one comes.
         self.fork.take_if(|fork| fork.is_over());
-        let before = self.announced.take().and_then(|announced| announced.standby);
-        let standby = before.or_else(|| self.platform.pool.take_standby(self.config));
-        let standby = standby.filter(|standby| standby.brief(&files));
-        self.platform.pool.refill();
+        let standby = self.announced.take().and_then(|announced| announced.standby);
         // The bell is for the two others.
-        drop(files.drain(..files.len().min(1)));
-        let rendezvous = files.first().ok_or(Error::NoRendezvous)?.try_clone().map_err(Error::Start)?;
-        self.announced = Some(Announced { rendezvous: Rendezvous::open(rendezvous)?, files, standby });
-        Ok(())
+        let rendezvous = match open_rendezvous(files.get(1)) {
+            Ok(rendezvous) => rendezvous,
+            Err(error) => {
+                tracing::warn!(vm = self.identity.name, error = chain(&error), "a fork is not prepared for");
+                return;
+            }
+        };
+        let standby = standby.or_else(|| self.take_standby()).filter(|standby| standby.brief(&files));
+        self.platform.pool.refill();
+        files.remove(0);
+        self.announced = Some(Announced { rendezvous, files, standby });
+    }
+
+    /// A shell that no fork has come of is not replaced at once: whoever asks for too much gets no further ones for it.
+    fn take_standby(&mut self) -> Option<Standby> {
+        if self.lent.is_some_and(|lent| lent.elapsed() < LENT_AGAIN) {
+            return None;
+        }
+        let standby = self.platform.pool.take_standby(self.config)?;
+        self.lent = Some(Instant::now());
+        Some(standby)
     }
 
     fn pid(&self) -> u32 {
@@ -230,7 +268,7 @@ impl Node {
             self.platform.consoles.add(&self.identity, console)?;
         }
         match std::mem::replace(&mut self.awaited, Awaited::Nobody) {
-            Awaited::Fork(fork) => fork.child_runs(&self.platform),
+            Awaited::Fork(fork) => fork.child_runs(&self.platform, &self.link),
             // One who has gone away does not wait.
             Awaited::Caller(caller) => drop(caller.send(Ok(()))),
             Awaited::Nobody => {}
@@ -241,11 +279,7 @@ impl Node {
     fn has_failed(&mut self, why: String) {
         let name = self.identity.name.clone();
         match &self.awaited {
-            Awaited::Fork(fork) => {
-                if let Err(error) = fork.fail(ErrorCode::Launch, format!("{name} can't be launched: {why}")) {
-                    tracing::error!(error = chain(&error), "a parent can't be told of a child that failed");
-                }
-            }
+            Awaited::Fork(fork) => fork.fail(ErrorCode::Launch, format!("{name} can't be launched: {why}")),
             Awaited::Caller(caller) => drop(caller.send(Err(Error::Launch { name, why }))),
             Awaited::Nobody => tracing::error!(vm = name, why, "a VM that runs says that it can't be launched"),
         }
@@ -255,11 +289,10 @@ impl Node {
 impl Drop for Node {
     /// Ends the node, and then says so: with the last one, the platform comes to its end.
     fn drop(&mut self) {
-        if let Some(fork) = self.fork.take()
-            && let Err(error) = fork.abort()
-        {
-            tracing::error!(error = chain(&error), "the children of a VM that has died can't be ended");
+        if let Some(fork) = self.fork.take().filter(|fork| !fork.is_over()) {
+            fork.abort();
         }
+        drop(self.announced.take());
         drop(self.process.take());
         match &self.awaited {
             Awaited::Fork(fork) => fork.child_gone(&format!("the node of {} died", self.identity.name)),

@@ -75,7 +75,7 @@ impl Standby {
     /// Tells it what that fork will come with, and says whether it could be told.
     pub(super) fn brief(&self, files: &[File]) -> bool {
         let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
-        self.shell.link.send(&ToNode::StandBy, &files).is_ok()
+        self.shell.link.try_send(&ToNode::StandBy, &files).is_ok()
     }
 
     /// The shell, unless it has died meanwhile.
@@ -107,13 +107,15 @@ impl Pool {
     /// Takes a ready shell that is to stand by for one VM, where there is one to spare: there may be as many of them as shells that stand
     /// ready for everybody.
     pub(super) fn take_standby(&self, config: Config) -> Option<Standby> {
-        let counted = Arc::clone(&lock(&self.shelves).by_shape.get(&config)?.standing_by);
-        // The shelf's own, and this one.
-        if Arc::strong_count(&counted) - 2 >= self.ready {
+        let mut shelves = lock(&self.shelves);
+        let shelf = shelves.by_shape.get_mut(&config)?;
+        // One of them is the shelf's own.
+        if Arc::strong_count(&shelf.standing_by) > self.ready {
             return None;
         }
-        let shell = self.take_ready(config, 1).pop()?;
-        Some(Standby { shell, _counted: counted })
+        let built = shelf.shells.iter().position(|shell| matches!(look_at(shell), Look::Built))?;
+        let shell = shelf.shells.remove(built);
+        Some(Standby { shell, _counted: Arc::clone(&shelf.standing_by) })
     }
 
     fn take_ready(&self, config: Config, count: usize) -> Vec<Shell> {

@@ -75,18 +75,30 @@ impl<S: Serialize, R: DeserializeOwned> Link<S, R> {
         Self { socket, kinds: PhantomData }
     }
 
-    /// Sends a message with files.
+    /// Sends a message with files, and waits for room if there is none.
     ///
     /// # Errors
     /// [`Error::Closed`] or [`Error::Io`].
     pub fn send(&self, message: &S, files: &[BorrowedFd<'_>]) -> Result<(), Error> {
+        self.send_with(message, files, MsgFlags::empty())
+    }
+
+    /// Sends a message to somebody who may not read his messages.
+    ///
+    /// # Errors
+    /// [`Error::Closed`], or [`Error::Io`], also where there is no room for it.
+    pub fn try_send(&self, message: &S, files: &[BorrowedFd<'_>]) -> Result<(), Error> {
+        self.send_with(message, files, MsgFlags::MSG_DONTWAIT)
+    }
+
+    fn send_with(&self, message: &S, files: &[BorrowedFd<'_>], flags: MsgFlags) -> Result<(), Error> {
         let bytes = codec::encode(message).map_err(Error::Malformed)?;
         let files: Vec<RawFd> = files.iter().map(AsRawFd::as_raw_fd).collect();
         let rights = [ControlMessage::ScmRights(&files)];
         let control = if files.is_empty() { &[] } else { &rights[..] };
+        let flags = flags | MsgFlags::MSG_NOSIGNAL;
         loop {
-            match sendmsg::<()>(self.socket.as_raw_fd(), &[IoSlice::new(&bytes)], control, MsgFlags::MSG_NOSIGNAL, None)
-            {
+            match sendmsg::<()>(self.socket.as_raw_fd(), &[IoSlice::new(&bytes)], control, flags, None) {
                 Ok(_) => return Ok(()),
                 Err(nix::Error::EINTR) => {}
                 Err(nix::Error::EPIPE | nix::Error::ECONNRESET) => return Err(Error::Closed),

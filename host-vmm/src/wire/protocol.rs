@@ -107,7 +107,7 @@ pub enum ToPlatform {
     Touched(WorkingSet),
     /// What the next fork of this VM will come with. Files: a bell, the rendezvous, then those of the image.
     Announce,
-    /// Launch copies of this VM. Files: the rendezvous, then those of the image; none where they were announced.
+    /// Launch copies of this VM. Files: the rendezvous, then those of the image, unless they were announced.
     Fork {
         /// How many.
         count: u32,
