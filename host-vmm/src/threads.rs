@@ -12,6 +12,12 @@ pub(crate) fn processors() -> usize {
     *PROCESSORS.get_or_init(|| thread::available_parallelism().map_or(1, usize::from))
 }
 
+/// Number of the processor on which the calling thread runs, or one that there is not.
+pub(crate) fn current_processor() -> u32 {
+    // SAFETY: the call touches no memory of this process.
+    unsafe { libc::sched_getcpu() }.cast_unsigned()
+}
+
 /// Has all threads allocate from one heap. With a heap for each, as glibc does it, a thread that allocates little costs 40 us more to
 /// start, and 20 KiB.
 pub(crate) fn share_one_heap() {

@@ -54,6 +54,7 @@ pub(super) fn place<'a>(
     fault: Option<Step>,
 ) -> Result<Children<'a>, Error> {
     let rendezvous = rendezvous.with_children(order.count);
+    rendezvous.occupy()?;
     let announced = bell.is_some();
     let fork =
         ToPlatform::Fork { count: order.count, vm_type: order.vm_type.clone(), seq: order.seq, announced, fault };

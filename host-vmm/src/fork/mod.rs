@@ -36,6 +36,7 @@ pub use standby::{Meeting, Standby};
 use crate::{
     capsule,
     clock::monotonic_ns,
+    descriptors,
     devices::Paused,
     error::chain,
     kvm::{self, Vcpu},
@@ -47,6 +48,9 @@ use crate::{
 use children::Met;
 use supplies::Supplies;
 use timeline::Timeline;
+
+/// Descriptors that a VM that forks has room for.
+const DESCRIPTORS: u64 = 256;
 
 /// Why a fork was refused or failed.
 #[derive(Debug, thiserror::Error)]
@@ -165,6 +169,10 @@ impl Engine {
 
     /// Makes what the next fork will use up, where there is time for it. Without it, that fork takes longer.
     pub fn get_ready(&self) {
+        // The image of a late generation has a file for each of its layers.
+        if let Err(error) = descriptors::make_room(&*self.link, DESCRIPTORS) {
+            tracing::warn!(%error, "there is no room for the files of the next fork");
+        }
         let forks = self.forks.load(Ordering::Relaxed);
         if let Err(error) = self.supplies.restock(&self.machine, &self.link, forks) {
             tracing::warn!(error = chain(&error), "can't get ready for the next fork");

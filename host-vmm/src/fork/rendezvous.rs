@@ -39,6 +39,7 @@ use crate::{
 const PHASE: usize = 0;
 const ARRIVALS: usize = 64;
 const LENGTH: usize = 128;
+const PARENT_CPU: usize = 192;
 
 /// Offset of the state.
 const STATE: usize = 4096;
@@ -66,16 +67,18 @@ struct Spin {
     /// Whether others that wait for this processor may have it meanwhile. If they are not those that this side waits for, they may keep it
     /// for milliseconds.
     yields: bool,
+    /// Whether this is for processors only on which the parent does not run.
+    beside_parent: bool,
 }
 
-/// For the state: platform and parent have work to do before, perhaps on this processor.
-const FOR_STATE: Spin = Spin { limit: Duration::from_micros(400), yields: true };
+/// For the state: platform and parent have work to do before.
+const FOR_STATE: Spin = Spin { limit: Duration::from_micros(400), yields: true, beside_parent: true };
 
 /// For the arrivals: children restore themselves.
-const FOR_ARRIVALS: Spin = Spin { limit: Duration::from_micros(250), yields: false };
+const FOR_ARRIVALS: Spin = Spin { limit: Duration::from_micros(250), yields: false, beside_parent: false };
 
 /// For the commit: it follows at once.
-const FOR_COMMIT: Spin = Spin { limit: Duration::from_micros(60), yields: false };
+const FOR_COMMIT: Spin = Spin { limit: Duration::from_micros(60), yields: false, beside_parent: true };
 
 /// How often a side that sleeps looks whether those that could wake it are still there.
 const LOOK_AROUND: Duration = Duration::from_millis(500);
@@ -163,6 +166,16 @@ impl Rendezvous {
 
     fn word(&self, at: usize) -> Result<&AtomicU32, Error> {
         Ok(self.mapping.word(at)?)
+    }
+
+    /// Says on which processor the parent runs: whoever finds himself there too sleeps, instead of taking it from the parent. When he is
+    /// woken, Linux finds him another one, if there is one; it does not move a thread that runs.
+    ///
+    /// # Errors
+    /// As [`Rendezvous::arrive`].
+    pub fn occupy(&self) -> Result<(), Error> {
+        self.word(PARENT_CPU)?.store(threads::current_processor(), Ordering::Relaxed);
+        Ok(())
     }
 
     /// Gives the children their state. To be called once.
@@ -279,7 +292,9 @@ impl Rendezvous {
     ) -> Result<u32, Error> {
         let word = self.word(at)?;
         let started = Instant::now();
-        while self.spins && started.elapsed() < spin.limit {
+        let parent_cpu = self.word(PARENT_CPU)?;
+        let is_parents = || spin.beside_parent && parent_cpu.load(Ordering::Relaxed) == threads::current_processor();
+        while self.spins && started.elapsed() < spin.limit && !is_parents() {
             let value = word.load(Ordering::Acquire);
             if is_right(value) {
                 return Ok(value);

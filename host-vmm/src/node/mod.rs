@@ -18,7 +18,6 @@ pub mod zygote;
 
 use crate::{
     boot::Payload,
-    descriptors,
     error::chain,
     fork::{Child, Engine, Meeting, Signal, Standby},
     kvm::{Host, Vcpu},
@@ -26,9 +25,6 @@ use crate::{
     wire::{CopyOrder, NodeLink, Step, ToNode, ToPlatform, link},
 };
 use companion::{Companion, Launch};
-
-/// Descriptors that a node has room for from its start.
-const DESCRIPTORS: u64 = 256;
 
 /// A machine that may run.
 struct Ready {
@@ -44,8 +40,6 @@ struct Ready {
 /// # Errors
 /// Where the platform is gone, or breaks the protocol.
 pub fn run(host: &Arc<Host>, config: Config, link: NodeLink, console: File) -> anyhow::Result<()> {
-    // The image of a late generation has a file for each of its layers.
-    descriptors::make_room(&link, DESCRIPTORS)?;
     let link = Arc::new(link);
     let workshop = confine_with_workshop(host);
     let (replies_in, replies) = mpsc::channel();

@@ -23,14 +23,17 @@ use nix::{
 };
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-use super::{pages::Pages, run, sandbox};
+use super::{pages::Pages, rehearsal, run, sandbox};
 use crate::{
     error::chain,
     kvm::Host,
-    machine::Config,
+    machine::{Config, Shell, Workshop},
     threads,
     wire::{LINK_FD, Link, NodeLink, Spawn, Spawned, link},
 };
+
+/// Memory of the machine that is built for practice.
+const PRACTICE_BYTES: u64 = 16 << 20;
 
 /// The zygote's end of its connection.
 type Connection = Link<Spawned, Spawn>;
@@ -47,8 +50,11 @@ pub fn main() -> anyhow::Result<()> {
     // What all nodes ask for is found out once.
     threads::processors();
     threads::share_one_heap();
-    let pages = Pages::of_this_process().context("can't read this process's mappings")?;
     let host = Host::open().map(Arc::new);
+    if let Err(error) = host.as_ref().map_or(Ok(()), practise) {
+        tracing::debug!("the zygote did not practise what nodes do, which takes each of them longer: {error:#}");
+    }
+    let pages = Pages::of_this_process().context("can't read this process's mappings")?;
     let ends = SigSet::from(Signal::SIGCHLD);
     ends.thread_block().context("can't block SIGCHLD")?;
     let ends = SignalFd::with_flags(&ends, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
@@ -87,6 +93,14 @@ pub fn main() -> anyhow::Result<()> {
             }
         }
     }
+}
+
+/// Does what nodes do until they run, so that it is known which pages that takes.
+fn practise(host: &Arc<Host>) -> anyhow::Result<()> {
+    let workshop = Arc::new(Workshop::open(Arc::clone(host))?);
+    let mut shell = Shell::build(&workshop, Config { ram_bytes: PRACTICE_BYTES, vcpus: 1 })?;
+    shell.warm_up()?;
+    Ok(rehearsal::rehearse(&shell)?)
 }
 
 /// What a node has from its start.
