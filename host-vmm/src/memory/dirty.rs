@@ -99,7 +99,7 @@ fn scan(page_map: &File, mapping: &Mapping) -> nix::Result<Vec<Run>> {
         size: size_of::<abi::ScanArguments>() as u64,
         start: first,
         end,
-        regions: regions.as_mut_ptr().addr() as u64,
+        regions: regions.as_mut_ptr().expose_provenance() as u64,
         regions_len: CHUNK_RUNS as u64,
         category_inverted: abi::PAGE_IS_FILE,
         category_mask: abi::PAGE_IS_FILE,

@@ -2,7 +2,8 @@
 //!
 //! Whoever breaks out of a guest finds himself in a process that can open no file, make no socket and no process, run no other program,
 //! map nothing as code, and signal nobody else. It has what the platform gave it: its memory, its VM, a pipe for its console, and
-//! its connection. Any other call fails as one that this kernel does not have.
+//! its connection. Any other call fails as one that this kernel does not have. What a filter can't keep from him: to find out whether a file
+//! exists, to write to the log that all nodes share, and to take memory, which a control group has to bound.
 //!
 //! There are two filters. All that nodes and their zygote do is allowed by one that the zygote sets up for itself, once, and that nodes
 //! inherit: to set it up takes 300 us. What only the zygote does, or a node only at its start, a short one takes away from each node.

@@ -190,10 +190,10 @@ impl Platform {
     pub(super) fn keep(&self, keeping: Keeping, rendezvous: &Rendezvous) -> Result<(), Error> {
         // It is there. A node that says otherwise is not waited for.
         let state = rendezvous.wait_state(|| true)?;
-        // For as long as there are copies to come, shells of its shape stand ready.
-        self.pool.add_user(keeping.config);
         let Keeping { vm_type, original, config, seq, files, learned } = keeping;
         let (id, created_ns) = (new_id().map_err(Error::Id)?, wall_clock_ns());
+        // For as long as there are copies to come, shells of its shape stand ready.
+        self.pool.add_user(config);
         let capsule = Capsule { id, created_ns, vm_type, original, config, seq, state, files };
         self.let_go(self.images.add(Image { capsule, learned }));
         Ok(())

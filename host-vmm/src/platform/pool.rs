@@ -32,6 +32,9 @@ const REFILL_DELAY: Duration = Duration::from_millis(10);
 /// How long a shape's shells are kept while nobody asks for them.
 const IDLE: Duration = Duration::from_secs(60);
 
+/// How often it is looked for shells that have died.
+const CHECK: Duration = Duration::from_secs(5);
+
 /// How long the pool waits after shells could not be made.
 const RETRY_DELAY: Duration = Duration::from_secs(5);
 
@@ -179,10 +182,11 @@ impl Pool {
         if shelves.closed {
             return Ok(None);
         }
-        let mut surplus = Vec::new();
+        let (mut surplus, mut dead) = (Vec::new(), Vec::new());
         let mut due = None;
-        let mut next = IDLE;
+        let mut next = CHECK;
         for (config, shelf) in &mut shelves.by_shape {
+            dead.extend(shelf.shells.extract_if(.., |shell| shell.link.is_closed()));
             let wanted = shelf.wanted(self.ready, now);
             surplus.extend(shelf.shells.drain(wanted.min(shelf.shells.len())..));
             if shelf.shells.len() == wanted {
@@ -196,6 +200,7 @@ impl Pool {
         shelves.by_shape.retain(|_, shelf| shelf.users > 0);
         drop(shelves);
         drop(surplus);
+        dead.iter().for_each(tell_why);
         if let Some((config, missing)) = due {
             let shells = self.zygote.spawn(config, missing)?;
             let mut shelves = lock(&self.shelves);
