@@ -166,6 +166,21 @@ fn taken(running: &Running, node: u32) -> Taken {
     (nodes, descriptors(running.pid()), descriptors(node), mappings(node))
 }
 
+/// What is taken once nothing happens any more after forks, and the next one is announced, with its file for what is written to.
+fn at_rest(running: &Running, node: u32) -> Taken {
+    let deadline = Instant::now() + PATIENCE;
+    let (mut last, mut equal) = (taken(running, node), 0);
+    while equal < 10 {
+        assert!(Instant::now() < deadline, "no rest: {last:?}");
+        thread::sleep(Duration::from_millis(100));
+        let now = taken(running, node);
+        let is_announced = now.1.keys().any(|name| name.contains("vm-delta"));
+        equal = if is_announced && now == last { equal + 1 } else { 0 };
+        last = now;
+    }
+    last
+}
+
 #[test]
 fn thousands_of_forks_leave_nothing_behind() {
     let forks = env::var("VMFORK_TEST_FORKS").map_or(FORKS, |forks| forks.parse().expect("a number of forks"));
@@ -177,8 +192,7 @@ fn thousands_of_forks_leave_nothing_behind() {
     for _ in 0..8 {
         assert_eq!(carry_out(&mut running, order, |_| {})["code"], 0);
     }
-    thread::sleep(Duration::from_secs(1));
-    let before = taken(&running, node);
+    let before = at_rest(&running, node);
     for number in 0..forks {
         let report = carry_out(&mut running, order, |_| {});
         assert_eq!(report["code"], 0, "fork {number}: {report}");
@@ -195,8 +209,7 @@ fn whoever_is_killed_in_the_middle_of_a_fork_the_parent_goes_on() {
     let node = running.node("vm").expect("a node");
     let order = Order { count: 2, ..Order::default() };
     assert_eq!(carry_out(&mut running, order, |_| {})["code"], 0);
-    thread::sleep(Duration::from_secs(1));
-    let before = taken(&running, node);
+    let before = at_rest(&running, node);
     let mut failed = 0;
     for round in 0..rounds {
         // Any moment of a fork, and of the pool's work.
