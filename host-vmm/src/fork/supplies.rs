@@ -42,6 +42,14 @@ impl Supply {
         Ok(Self { rendezvous, delta, announced: None })
     }
 
+    /// Makes one with the pages that most forks need.
+    fn make_warm() -> Result<Self, Error> {
+        let supply = Self::make()?;
+        supply.rendezvous.warm_up()?;
+        memory::warm_up_delta(&supply.delta)?;
+        Ok(supply)
+    }
+
     /// Tells the platform what the next fork will come with.
     fn announce(&mut self, plan: &Plan, link: &NodeLink) -> Result<(), Error> {
         let bell = Bell::new()?;
@@ -52,11 +60,16 @@ impl Supply {
         Ok(())
     }
 
-    /// The bell of the shell that stands by, where what was announced is what `plan` has: the memory may have become an image since.
+    /// Whether what was announced is what `plan` has: the memory may have become an image since.
+    fn is_announced(&self, plan: &Plan) -> bool {
+        let files = |files: &[Arc<File>]| files.iter().map(Arc::as_ptr).collect::<Vec<_>>();
+        self.announced.as_ref().is_some_and(|announced| files(&announced.files) == files(plan.files()))
+    }
+
+    /// The bell of the shell that stands by for `plan`, if one may.
     pub(super) fn take_bell(&mut self, plan: &Plan) -> Option<Bell> {
-        let announced = self.announced.take()?;
-        let same = announced.files.iter().map(Arc::as_ptr).eq(plan.files().iter().map(Arc::as_ptr));
-        same.then_some(announced.bell)
+        let is_announced = self.is_announced(plan);
+        self.announced.take().filter(|_| is_announced).map(|announced| announced.bell)
     }
 }
 
@@ -71,17 +84,18 @@ impl Supplies {
         ready.map_or_else(Supply::make, Ok)
     }
 
-    /// Makes one, unless there is one. Where `announces`, a shell is to stand by for the fork that takes it.
+    /// Has one there. Where `announces`, a shell is to stand by for the fork that takes it.
     pub(super) fn restock(&self, machine: &Machine, link: &NodeLink, announces: bool) -> Result<(), Error> {
-        if lock(&self.0).is_some() {
-            return Ok(());
-        }
-        let mut supply = Supply::make()?;
-        supply.rendezvous.warm_up()?;
-        memory::warm_up_delta(&supply.delta)?;
+        let stocked = lock(&self.0).take();
+        let mut supply = match stocked {
+            Some(supply) => supply,
+            None => Supply::make_warm()?,
+        };
         if announces {
             let plan = lock(&machine.memory).plan(&supply.delta);
-            supply.announce(&plan, link)?;
+            if !supply.is_announced(&plan) {
+                supply.announce(&plan, link)?;
+            }
         }
         *lock(&self.0) = Some(supply);
         Ok(())
