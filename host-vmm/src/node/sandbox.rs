@@ -166,7 +166,7 @@ mod tests {
     use std::{
         fs::File,
         io,
-        os::unix::net::UnixStream,
+        os::unix::{net::UnixStream, process::CommandExt},
         process::Command,
         sync::{Arc, Mutex},
         thread,
@@ -189,7 +189,13 @@ mod tests {
             close().unwrap();
             is_missing("opening a file", File::open("/dev/null"));
             is_missing("making a socket", UnixStream::pair());
-            is_missing("making a process", Command::new("/bin/true").status());
+            // SAFETY: a copy that there should not be ends at once.
+            let forked = unsafe { libc::fork() };
+            if forked == 0 {
+                process::exit(1);
+            }
+            is_missing("making a process", (forked > 0).then_some(()).ok_or_else(io::Error::last_os_error));
+            is_missing("running a program", Err::<(), _>(Command::new("/bin/true").exec()));
             // SAFETY: the descriptor is not open, and the call has no other effect than on what it stands for.
             let owned = unsafe { libc::fcntl(-1, libc::F_SETOWN, 1) };
             is_missing("another's signals", (owned == 0).then_some(()).ok_or_else(io::Error::last_os_error));

@@ -220,8 +220,18 @@ impl Node {
         let process = self.process.as_ref().ok_or(link::Error::Closed)?;
         let mut fds =
             [PollFd::new(self.link.as_fd(), PollFlags::POLLIN), PollFd::new(process.as_fd(), PollFlags::POLLIN)];
-        while poll(&mut fds, PollTimeout::NONE) == Err(nix::Error::EINTR) {}
-        if fds[0].any().unwrap_or(true) { Ok(()) } else { Err(link::Error::Closed) }
+        loop {
+            match poll(&mut fds, PollTimeout::NONE) {
+                Ok(_) if fds[0].any().unwrap_or(true) => return Ok(()),
+                Ok(_) => return Err(link::Error::Closed),
+                Err(nix::Error::EINTR) => {}
+                // Whoever receives waits too; only an end that nobody tells is not seen then.
+                Err(errno) => {
+                    tracing::warn!(%errno, vm = self.identity.name, "a node's process can't be watched");
+                    return Ok(());
+                }
+            }
+        }
     }
 
     /// Has a shell stand by for the next fork, where there is one to spare. Without one, and without what was announced, that fork takes
