@@ -6,6 +6,12 @@ use std::{
     thread::{self, JoinHandle},
 };
 
+use rustix::{
+    io::Errno,
+    process::Pid,
+    thread::{CpuSet, sched_getaffinity, sched_setaffinity},
+};
+
 /// Number of processors that this process may use, as it was when it was first asked for: finding out takes 100 us.
 pub(crate) fn processors() -> usize {
     static PROCESSORS: OnceLock<usize> = OnceLock::new();
@@ -16,6 +22,39 @@ pub(crate) fn processors() -> usize {
 pub(crate) fn current_processor() -> u32 {
     // SAFETY: the call touches no memory of this process.
     unsafe { libc::sched_getcpu() }.cast_unsigned()
+}
+
+/// The processors that this process may use, as it was when they were first asked for.
+fn all() -> io::Result<CpuSet> {
+    static ALL: OnceLock<CpuSet> = OnceLock::new();
+    if let Some(all) = ALL.get() {
+        return Ok(*all);
+    }
+    let all = sched_getaffinity(None)?;
+    Ok(*ALL.get_or_init(|| all))
+}
+
+/// Keeps a thread off one processor, if there are others (sched_setaffinity): the calling one, or the first one of another process.
+///
+/// Linux wakes a thread up where it has slept, or where it was woken from, and moves none that waits for its turn before its next tick: what
+/// is woken up for a busy VM, on its processor, takes that from it, or comes up to 4 ms late (measured, with another processor idle).
+///
+/// # Errors
+/// Where the system refuses it, or the process is gone.
+pub(crate) fn keep_off(process: Option<u32>, processor: u32) -> io::Result<()> {
+    let mut others = all()?;
+    let processor = usize::try_from(processor).ok().filter(|processor| *processor < CpuSet::MAX_CPU);
+    let Some(processor) = processor.filter(|_| others.count() > 1) else { return Ok(()) };
+    others.unset(processor);
+    let process = process.map(|process| i32::try_from(process).ok().and_then(Pid::from_raw).ok_or(Errno::INVAL));
+    Ok(sched_setaffinity(process.transpose()?, &others)?)
+}
+
+/// Lets the calling thread use all processors again.
+pub(crate) fn use_all_processors() {
+    if let Err(error) = all().and_then(|all| Ok(sched_setaffinity(None, &all)?)) {
+        tracing::warn!(%error, "a thread may not use all processors");
+    }
 }
 
 /// Has all threads allocate from one heap. With a heap for each, as glibc does it, a thread that allocates little costs 40 us more to
@@ -44,15 +83,20 @@ pub(crate) fn background<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> io::Result<JoinHandle<T>> {
     thread::Builder::new().name(name.to_owned()).spawn(|| {
-        if let Err(error) = step_back() {
-            tracing::debug!(%error, "a background thread stays as important as others");
-        }
+        step_back();
         work()
     })
 }
 
-/// Makes the calling thread one that others come before (sched_setattr).
-fn step_back() -> io::Result<()> {
+/// Makes the calling thread, and those that it starts, background threads. There is no way back.
+pub(crate) fn step_back() {
+    if let Err(error) = set_background() {
+        tracing::debug!(%error, "a background thread stays as important as others");
+    }
+}
+
+/// Lets others come before the calling thread (sched_setattr).
+fn set_background() -> io::Result<()> {
     let attributes = libc::sched_attr {
         size: u32::try_from(size_of::<libc::sched_attr>()).map_err(io::Error::other)?,
         sched_policy: u32::try_from(libc::SCHED_BATCH).map_err(io::Error::other)?,

@@ -12,6 +12,7 @@ use crate::{
     capsule,
     kvm::Vcpu,
     machine::{self, Machine, Shell},
+    threads,
     wire::{CopyOrder, Prefetch, Step, Timing, link},
 };
 
@@ -98,6 +99,8 @@ fn meet(
         let (machine, vcpus) = unnamed.name(order.identity.clone());
         let signal = Signal::to_child(&machine, order.seq)?;
         rendezvous.arrive(order.identity.count)?;
+        // The platform has kept it off the parent's until now. While the parent takes note, there is time for this.
+        threads::use_all_processors();
         rendezvous.wait_commit(&is_alone)?;
         Ok((machine, vcpus, signal, order))
     })?;

@@ -178,6 +178,12 @@ impl Rendezvous {
         Ok(())
     }
 
+    /// The processor on which the parent runs, as far as it has told, where each side is to have one for itself.
+    pub fn parents_processor(&self) -> Option<u32> {
+        let processor = self.word(PARENT_CPU).ok().filter(|_| self.spins)?;
+        Some(processor.load(Ordering::Relaxed))
+    }
+
     /// Gives the children their state. To be called once.
     ///
     /// # Errors

@@ -55,6 +55,8 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_sendmsg,
     libc::SYS_shutdown,
     libc::SYS_statx,
+    libc::SYS_timerfd_create,
+    libc::SYS_timerfd_settime,
     libc::SYS_write,
     libc::SYS_writev,
     // Threads, signals and time.
@@ -141,7 +143,9 @@ fn allowed() -> Result<BpfProgram, BackendError> {
     rules.insert(libc::SYS_ioctl, vec![kvm, argument(1, Compare::Eq, PAGEMAP_SCAN)?]);
     // The C library comes to this call when clone3, whose flags no filter can see, is not there.
     rules.insert(libc::SYS_clone, Vec::new());
-    rules.insert(libc::SYS_sched_setattr, vec![argument(0, Compare::Eq, 0)?]);
+    let of_this_thread = || argument(0, Compare::Eq, 0);
+    rules.insert(libc::SYS_sched_setaffinity, vec![of_this_thread()?]);
+    rules.insert(libc::SYS_sched_setattr, vec![of_this_thread()?]);
     rules.insert(libc::SYS_seccomp, Vec::new());
     rules.insert(libc::SYS_tgkill, Vec::new());
     SeccompFilter::new(rules, MISSING, SeccompAction::Allow, TargetArch::x86_64)?.try_into()

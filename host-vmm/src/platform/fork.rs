@@ -136,7 +136,8 @@ impl Fork {
     ) -> Result<Arc<Self>, Error> {
         let Place { files, rendezvous, mut standby } = place;
         let open = || open_rendezvous(files.first());
-        let fork = Self::meeting_in(Arc::new(rendezvous.map_or_else(open, Ok)?));
+        let rendezvous = rendezvous.map_or_else(open, Ok)?.with_children(order.count);
+        let fork = Self::meeting_in(Arc::new(rendezvous));
         let launch = Launch {
             config: original.config,
             original: original.vm,
@@ -259,6 +260,9 @@ impl Fork {
         learned: &Arc<Learned>,
         files: &[BorrowedFd<'_>],
     ) -> Result<Node, Error> {
+        if let Some(processor) = self.parents_processor() {
+            shell.process.keep_off(processor);
+        }
         let mut node = Node::new(platform, shell, order.identity.clone(), Awaited::Fork(Arc::clone(self)))?;
         self.add(node.link());
         if matches!(order.working_set, Prefetch::Record) {
@@ -312,6 +316,11 @@ impl Fork {
 
     fn rendezvous(&self) -> Option<Arc<Rendezvous>> {
         lock(&self.rendezvous).clone()
+    }
+
+    /// The processor on which the parent runs, where its children are to be elsewhere.
+    pub(super) fn parents_processor(&self) -> Option<u32> {
+        self.rendezvous()?.parents_processor()
     }
 
     /// Whether it can't succeed.

@@ -26,6 +26,7 @@ use crate::{
     fork::rendezvous::Rendezvous,
     machine::{Config, End, VmIdentity},
     sync::lock,
+    threads,
     wire::{PlatformLink, ToNode, ToPlatform, link},
 };
 
@@ -193,6 +194,7 @@ impl Node {
                 if !fork.has_failed() {
                     self.lent = None;
                 }
+                self.make_way(&fork);
                 self.fork = Some(fork);
             }
             ToPlatform::Touched(working_set) => {
@@ -213,6 +215,16 @@ impl Node {
             ToPlatform::Ended(end) => self.end = Some(end),
         }
         Ok(true)
+    }
+
+    /// Has this thread, which is woken up for the next fork, take the processor from nobody then: a VM that forks is where it was when it
+    /// forked before, as a rule.
+    fn make_way(&self, fork: &Fork) {
+        if let Some(processor) = fork.parents_processor()
+            && let Err(error) = threads::keep_off(None, processor)
+        {
+            tracing::debug!(%error, vm = self.identity.name, processor, "a thread can't be kept off a processor");
+        }
     }
 
     /// Waits for a message, or the end of the process: its end of the connection may live on elsewhere.

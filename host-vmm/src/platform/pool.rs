@@ -9,7 +9,6 @@ use std::{
     fs::File,
     os::fd::AsFd,
     sync::{Arc, Condvar, Mutex, PoisonError, Weak},
-    thread,
     time::{Duration, Instant},
 };
 
@@ -23,6 +22,7 @@ use crate::{
     error::chain,
     machine::Config,
     sync::lock,
+    threads,
     wire::{ToNode, ToPlatform},
 };
 
@@ -96,7 +96,7 @@ impl Pool {
     /// Starts the thread that fills it.
     pub(super) fn fill_in_background(platform: &Arc<Platform>) -> Result<(), Error> {
         let platform = Arc::downgrade(platform);
-        thread::Builder::new().name("pool".into()).spawn(move || fill(&platform)).map_err(Error::Start)?;
+        threads::background("pool", move || fill(&platform)).map_err(Error::Start)?;
         Ok(())
     }
 

@@ -23,6 +23,7 @@ use super::Error;
 use crate::{
     machine::Config,
     sync::lock,
+    threads,
     wire::{LINK_FD, PlatformLink, Spawn, Spawned, ZygoteLink},
 };
 
@@ -41,6 +42,13 @@ impl Process {
     /// Its number.
     pub(super) fn pid(&self) -> u32 {
         self.pid
+    }
+
+    /// Has its first thread leave a processor to others, until that thread itself decides otherwise.
+    pub(super) fn keep_off(&self, processor: u32) {
+        if let Err(error) = threads::keep_off(Some(self.pid), processor) {
+            tracing::debug!(%error, pid = self.pid, processor, "a node can't be kept off a processor");
+        }
     }
 }
 
