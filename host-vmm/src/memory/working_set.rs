@@ -14,6 +14,9 @@ const MAX_RUNS: usize = 2048;
 /// Most pages of a working set, 64 MiB: nobody knows whether a copy will use them all.
 const MAX_PAGES: u64 = 16 * 1024;
 
+/// Fewest pages of one that is filled: starting a thread for it, beside the guest, takes as long as the faults that it saves.
+const MIN_PAGES: u64 = 16;
+
 /// Pages that are made at once.
 const PAGES_AT_ONCE: u64 = 64;
 
@@ -35,8 +38,16 @@ impl WorkingSet {
 
     /// Whether it is no larger than one may be: it comes from a process in which a guest runs.
     pub fn is_valid(&self) -> bool {
-        let pages = self.0.iter().try_fold(0u64, |sum, (_, pages)| sum.checked_add(*pages));
-        self.0.len() <= MAX_RUNS && pages.is_some_and(|pages| pages <= MAX_PAGES)
+        self.0.len() <= MAX_RUNS && self.pages().is_some_and(|pages| pages <= MAX_PAGES)
+    }
+
+    /// Whether it is large enough for a thread to be started for it.
+    pub fn is_worthwhile(&self) -> bool {
+        self.pages().is_none_or(|pages| pages >= MIN_PAGES)
+    }
+
+    fn pages(&self) -> Option<u64> {
+        self.0.iter().try_fold(0u64, |sum, (_, pages)| sum.checked_add(*pages))
     }
 
     /// Makes the pages, in a private view.
@@ -77,6 +88,7 @@ mod tests {
         assert!(!WorkingSet(vec![(0, MAX_PAGES + 1)]).is_valid());
         assert!(!WorkingSet(vec![(0, u64::MAX), (0, 2)]).is_valid());
         assert!(!WorkingSet(vec![(0, 1); MAX_RUNS + 1]).is_valid());
+        assert!(one.is_worthwhile() && !WorkingSet(vec![(0, 1); 15]).is_worthwhile());
     }
 
     #[test]

@@ -7,12 +7,13 @@ use std::{
     io,
     sync::{
         Arc, Mutex,
-        mpsc::{self, RecvError, RecvTimeoutError},
+        mpsc::{self, TryRecvError},
     },
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
+use super::alarm::Alarm;
 use crate::{
     error::chain,
     fork::{Engine, Served, rendezvous::Rendezvous},
@@ -29,7 +30,7 @@ const INPUT_RETRY: Duration = Duration::from_millis(5);
 /// How long a VM that shows no sign of life is waited for until its fork is reported without one.
 const FIRST_EXIT_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How long a copy is left alone, unless it comes to an exit before.
+/// How long a VM is left alone after a fork, before anything is told of it.
 const HEAD_START: Duration = Duration::from_millis(2);
 
 /// How long a copy that prints nothing is watched for what it writes to, and how often it is looked at.
@@ -72,6 +73,7 @@ enum News {
 #[derive(Debug)]
 pub(super) struct Companion {
     news: mpsc::SyncSender<News>,
+    alarm: Arc<Alarm>,
     thread: JoinHandle<()>,
 }
 
@@ -80,6 +82,39 @@ pub(super) struct Companion {
 pub(super) struct Reporter {
     companion: Companion,
     failures: Mutex<Failures>,
+}
+
+/// What the companion has been told.
+#[derive(Debug)]
+struct Mailbox {
+    receiver: mpsc::Receiver<News>,
+    alarm: Arc<Alarm>,
+}
+
+impl Mailbox {
+    /// Waits for the next news; `None` where there will be none any more. Where nothing has come for a while, `when_calm` is called.
+    fn next(&mut self, when_calm: impl FnOnce()) -> Option<News> {
+        let mut when_calm = Some(when_calm);
+        loop {
+            match self.receiver.try_recv() {
+                Ok(news) => return Some(news),
+                Err(TryRecvError::Disconnected) => return None,
+                Err(TryRecvError::Empty) => {}
+            }
+            match self.alarm.wait(when_calm.is_some().then_some(CALM)) {
+                Ok(true) => {}
+                Ok(false) => {
+                    if let Some(when_calm) = when_calm.take() {
+                        when_calm();
+                    }
+                }
+                Err(error) => {
+                    tracing::error!(%error, "the thread that speaks with the platform can't wait");
+                    return None;
+                }
+            }
+        }
+    }
 }
 
 /// Failed forks: a guest that rings without end must fill neither memory nor logs.
@@ -110,20 +145,26 @@ impl Failures {
 impl Companion {
     /// Starts it. What the platform answers to forks will go to `replies`.
     pub(super) fn start(link: &Arc<NodeLink>, replies: mpsc::Sender<ToNode>) -> io::Result<Self> {
-        let (news, heard) = mpsc::sync_channel(QUEUE);
-        let link = Arc::clone(link);
-        let thread = threads::background("companion", move || {
-            // A shell that ends without having become anything drops its end.
-            if let Ok(News::Begun { machine, engine, launch }) = heard.recv() {
-                accompany(&machine, &engine, launch, &link, replies, &heard);
+        let (sender, receiver) = mpsc::sync_channel(QUEUE);
+        let alarm = Arc::new(Alarm::new()?);
+        let (link, mut mailbox) = (Arc::clone(link), Mailbox { receiver, alarm: Arc::clone(&alarm) });
+        let thread = thread::Builder::new().name("companion".into()).spawn(move || {
+            // A shell that ends without having become anything ends this thread too.
+            if let Some(News::Begun { machine, engine, launch }) = mailbox.next(|| {}) {
+                accompany(&machine, &engine, launch, &link, replies, &mut mailbox);
             }
         })?;
-        Ok(Self { news, thread })
+        Ok(Self { news: sender, alarm, thread })
     }
 
     /// Says that the machine runs.
     pub(super) fn begin(self, machine: Arc<Machine>, engine: Arc<Engine>, launch: Option<Launch>) -> Reporter {
+        // A guest that may soon need pages has no time to lose, and one that is booted has time.
+        let is_left_alone = launch.as_ref().is_some_and(|launch| !matches!(launch.working_set, Prefetch::Fill(_)));
         self.tell(News::Begun { machine, engine, launch });
+        if !is_left_alone {
+            self.alarm.ring();
+        }
         Reporter { companion: self, failures: Mutex::default() }
     }
 
@@ -131,6 +172,7 @@ impl Companion {
         if self.news.send(news).is_err() {
             tracing::warn!("the thread that speaks with the platform is gone: a fork is not reported");
         }
+        self.alarm.set(HEAD_START);
     }
 }
 
@@ -146,8 +188,9 @@ impl Reporter {
 
     /// Waits until all of it is told. A VM that has ended has come to an exit, so that this does not take long.
     pub(super) fn finish(self) {
-        let Companion { news, thread } = self.companion;
+        let Companion { news, alarm, thread } = self.companion;
         drop(news);
+        alarm.ring();
         if thread.join().is_err() {
             tracing::error!("the thread that speaks with the platform panicked");
         }
@@ -160,37 +203,30 @@ fn accompany(
     launch: Option<Launch>,
     link: &Arc<NodeLink>,
     replies: mpsc::Sender<ToNode>,
-    news: &mpsc::Receiver<News>,
+    mailbox: &mut Mailbox,
 ) {
-    if let Some(launch) = &launch {
-        if let Prefetch::Fill(working_set) = &launch.working_set {
-            prefetch(machine, working_set.clone());
-        }
-        // A copy comes first. What is told of it can wait for a moment.
-        launch.first_exit.wait(HEAD_START);
-    }
     let told = link.send(&ToPlatform::Running, &[]);
     if let Err(error) = listen(machine, link, replies) {
         machine.gate.end(End::Broken(format!("can't start a thread: {error}")));
     }
+    if let Some(Launch { working_set: Prefetch::Fill(working_set), .. }) = &launch {
+        // As important as the guest, which it saves more work than it does.
+        prefetch(machine, working_set);
+    }
+    threads::step_back();
     let told = told.and_then(|()| launch.map_or(Ok(()), |launch| report_launch(machine, launch, link)));
-    if let Err(error) = told.and_then(|()| report_forks(engine, link, news)) {
+    if let Err(error) = told.and_then(|()| report_forks(engine, link, mailbox)) {
         tracing::debug!(error = chain(&error), "the platform is gone");
         machine.gate.end(End::Orphaned);
     }
 }
 
-/// Makes pages ready beside the guest. Without them it is only slower.
-fn prefetch(machine: &Machine, working_set: WorkingSet) {
+/// Makes pages ready beside the guest. Without them it is only slower. No thread may be started meanwhile: both would wait for each other
+/// again and again, to change what is mapped or to look at it, and the guest with them.
+fn prefetch(machine: &Machine, working_set: &WorkingSet) {
     let mapping = Arc::clone(lock(&machine.memory).mapping());
-    // As important as the guest, which it saves more work than it does.
-    let started = thread::Builder::new().name("prefetch".into()).spawn(move || {
-        if let Err(error) = working_set.fill(&mapping) {
-            tracing::warn!(error = chain(&error), "a working set can't be made ready");
-        }
-    });
-    if let Err(error) = started {
-        tracing::warn!(%error, "can't start a thread to make a working set ready");
+    if let Err(error) = working_set.fill(&mapping) {
+        tracing::warn!(error = chain(&error), "a working set can't be made ready");
     }
 }
 
@@ -219,16 +255,9 @@ fn report_launch(machine: &Machine, launch: Launch, link: &NodeLink) -> Result<(
 }
 
 /// Reports each fork, once the VM has come to its first exit after it, clears up, and gets ready for the next one when there is time.
-fn report_forks(engine: &Engine, link: &NodeLink, news: &mpsc::Receiver<News>) -> Result<(), link::Error> {
+fn report_forks(engine: &Engine, link: &NodeLink, mailbox: &mut Mailbox) -> Result<(), link::Error> {
     loop {
-        let heard = news.recv_timeout(CALM).or_else(|error| match error {
-            RecvTimeoutError::Timeout => {
-                engine.get_ready();
-                news.recv()
-            }
-            RecvTimeoutError::Disconnected => Err(RecvError),
-        });
-        let Ok(News::Served(served)) = heard else { return Ok(()) };
+        let Some(News::Served(served)) = mailbox.next(|| engine.get_ready()) else { return Ok(()) };
         let Served { mut report, first_exit, remains } = served;
         add_first_run(&mut report.steps, &first_exit);
         link.send(&ToPlatform::Report(report), &[])?;

@@ -10,6 +10,7 @@ use std::{
 
 use anyhow::{Context, bail};
 
+mod alarm;
 mod companion;
 mod pages;
 mod rehearsal;

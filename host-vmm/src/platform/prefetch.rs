@@ -23,8 +23,9 @@ impl Learned {
         let mut known = lock(&self.0);
         let again = known.forks.is_multiple_of(RECORD_EVERY);
         known.forks += 1;
-        match &known.working_set {
-            None => (Prefetch::Record, Prefetch::None),
+        match known.working_set.as_ref().filter(|working_set| working_set.is_worthwhile()) {
+            None if again || known.working_set.is_none() => (Prefetch::Record, Prefetch::None),
+            None => (Prefetch::None, Prefetch::None),
             Some(working_set) if again => (Prefetch::Record, Prefetch::Fill(working_set.clone())),
             Some(working_set) => (Prefetch::Fill(working_set.clone()), Prefetch::Fill(working_set.clone())),
         }
@@ -47,7 +48,12 @@ mod tests {
         for _ in 0..3 {
             assert!(matches!(learned.next_fork(), (Prefetch::Record, Prefetch::None)));
         }
-        let working_set = WorkingSet::new(&[Run { page: 3, pages: 4, file_page: 0 }]);
+        let set = |pages| WorkingSet::new(&[Run { page: 3, pages, file_page: 0 }]);
+        learned.learn(set(4));
+        let forks: Vec<_> = (0..2 * RECORD_EVERY).map(|_| learned.next_fork()).collect();
+        assert_eq!(forks.iter().filter(|(first, _)| matches!(first, Prefetch::Record)).count(), 2);
+        assert!(forks.iter().all(|(_, others)| matches!(others, Prefetch::None)));
+        let working_set = set(400);
         learned.learn(working_set.clone());
         let forks: Vec<_> = (0..2 * RECORD_EVERY).map(|_| learned.next_fork()).collect();
         let recording = forks.iter().filter(|(first, _)| matches!(first, Prefetch::Record)).count();
