@@ -177,7 +177,9 @@ impl Engine {
         if let Err(error) = self.supplies.restock(&self.machine, &self.link, forks) {
             tracing::warn!(error = chain(&error), "can't get ready for the next fork");
         }
-        self.machine.prepare_spare();
+        if lock(&self.machine.memory).own_file().is_some() {
+            self.machine.spare.prepare(&self.machine);
+        }
     }
 
     /// Clears away what a fork has left behind.
@@ -248,11 +250,19 @@ impl Engine {
         let state = timeline.step(Step::Capture, || capture(machine, vcpu, &stopped, &devices))?;
         children.wake()?;
         let files = plan.files().to_vec();
-        let image = timeline.step(Step::Freeze, || Ok(view.freeze(plan, &machine.workshop.page_map)?))?;
+        let (image, leaves) = timeline.step(Step::Freeze, || {
+            let changes = view.changes(&machine.workshop.page_map)?;
+            let leaves = changes.are_many();
+            if leaves {
+                // Where there is none yet, it is being built while memory is copied.
+                machine.spare.prepare(machine);
+            }
+            Ok((view.freeze(plan, changes)?, leaves))
+        })?;
         timeline.step(Step::HandOver, || children.hand_over(&capsule::pack(&state, &image, &files)?))?;
-        let successor = timeline.step(Step::Restore, || match view.own_file() {
-            Some(_) => Ok(Some(Successor::prepare(machine, &state, &image)?)),
-            None => Ok(None),
+        let successor = timeline.step(Step::Restore, || {
+            let successor = leaves.then(|| Successor::prepare(machine, &state, &image));
+            Ok(successor.transpose()?)
         })?;
         timeline.step(Step::Launch, || children.wait())?;
         let signal = timeline.step(Step::Signal, || Signal::to_parent(machine, &order).map_err(Error::Signal))?;

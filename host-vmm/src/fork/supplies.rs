@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     machine::Machine,
-    memory::{self, Plan},
+    memory::{Delta, Plan},
     sync::lock,
     wire::{NodeLink, ToPlatform},
 };
@@ -23,8 +23,8 @@ use crate::{
 pub(super) struct Supply {
     /// Where parent and children meet.
     pub(super) rendezvous: Rendezvous,
-    /// An empty file for the pages that the parent has written to.
-    pub(super) delta: Arc<File>,
+    /// For the pages that the parent has written to.
+    pub(super) delta: Delta,
     /// Where the platform knows of it.
     announced: Option<Announced>,
 }
@@ -38,15 +38,14 @@ struct Announced {
 
 impl Supply {
     fn make() -> Result<Self, rendezvous::Error> {
-        let (rendezvous, delta) = (Rendezvous::new()?, Arc::new(memory::delta_file()?));
-        Ok(Self { rendezvous, delta, announced: None })
+        Ok(Self { rendezvous: Rendezvous::new()?, delta: Delta::new()?, announced: None })
     }
 
     /// Makes one with the pages that most forks need.
     fn make_warm() -> Result<Self, Error> {
         let supply = Self::make()?;
         supply.rendezvous.warm_up()?;
-        memory::warm_up_delta(&supply.delta)?;
+        supply.delta.warm_up()?;
         Ok(supply)
     }
 

@@ -22,7 +22,6 @@ use crate::{
     devices::{ControlPage, Devices, DevicesState},
     kvm::{CurrentVm, Vcpu, VcpuState, VmState},
     memory::View,
-    sync::lock,
 };
 
 /// A VM without its vCPUs, which belong to the threads that run them.
@@ -42,21 +41,12 @@ pub struct Machine {
     pub devices: Devices,
     /// What stops the vCPUs, and ends them.
     pub gate: Gate,
-    /// Where it goes on when its memory becomes an image for the first time.
+    /// Where it goes on as a view of its own image.
     pub spare: Spare,
     /// When it shows a sign of life.
     pub exits: Exits,
     /// Who the VM is; changes when it becomes a parent.
     pub identity: Mutex<VmIdentity>,
-}
-
-impl Machine {
-    /// Begins to build the spare VM that its next fork needs, if it needs one and has none.
-    pub fn prepare_spare(self: &Arc<Self>) {
-        if lock(&self.memory).own_file().is_some() {
-            self.spare.prepare(self);
-        }
-    }
 }
 
 /// A machine and its vCPUs, lowest first.

@@ -137,14 +137,12 @@ impl Image {
         Ok((lowest, upper.map(|extent| extent.run).collect()))
     }
 
-    /// This image with one more layer over it.
+    /// This image with more layers over it.
     ///
     /// # Errors
     /// As [`Image::new`].
-    pub fn with_layer(&self, layer: Layer) -> Result<Self, Error> {
-        let mut layers = self.layers.clone();
-        layers.push(Arc::new(layer));
-        Self::new(self.pages, layers)
+    pub fn with_layers(&self, layers: Vec<Layer>) -> Result<Self, Error> {
+        Self::new(self.pages, self.layers.iter().cloned().chain(layers.into_iter().map(Arc::new)).collect())
     }
 
     /// Size of the guest's memory in pages.

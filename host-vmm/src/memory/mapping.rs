@@ -165,24 +165,6 @@ impl Mapping {
         touch(start..start + bytes, Access::Write)
     }
 
-    /// Copies bytes from another mapping. Of the source, all must be mapped, and nobody may write to it meanwhile.
-    ///
-    /// The target's pages are made first (MADV_POPULATE_WRITE): where there is no memory left for them, that is an error, and not a signal.
-    ///
-    /// # Errors
-    /// [`Error::Invalid`] where a range is not within its mapping, [`Error::Map`] where there is no memory for it.
-    pub fn copy_from(&self, at: usize, source: &Self, source_at: usize, bytes: usize) -> Result<(), Error> {
-        self.populate(at, bytes)?;
-        source.check(source_at, bytes)?;
-        // SAFETY: the address lies within the mapping, as `populate` has checked.
-        let target = unsafe { self.start().byte_add(at) };
-        // SAFETY: likewise, as just checked.
-        let origin = unsafe { source.start().byte_add(source_at) };
-        // SAFETY: both ranges are mapped, and lie in different mappings, which never overlap. No Rust reference to either exists.
-        unsafe { origin.copy_to_nonoverlapping(target, bytes) };
-        Ok(())
-    }
-
     /// Writes bytes of this mapping to a file. All of them must be mapped, and nobody may write to them meanwhile.
     ///
     /// # Errors

@@ -34,7 +34,7 @@ pub use dirty::PageMap;
 pub use image::{Extent, Image, Layer, MAX_EXTENTS, MAX_LAYERS, Run};
 pub use mapping::{Access, Mapping, touch};
 pub use memfd::{check_unresizable, is_immutable, seal, sealed, unresizable, unsealed};
-pub use view::{Plan, View, delta_file, warm_up_delta};
+pub use view::{Changes, Delta, Plan, View};
 pub use working_set::WorkingSet;
 
 /// What can go wrong with guest memory.

@@ -16,11 +16,16 @@ const DELTA_NAME: &str = "vm-delta";
 /// Pages that any VM writes to.
 const FEW_PAGES: u64 = 4;
 
-/// Dirty memory in bytes for which one more thread is worth its start, and the mapping that it needs.
-const BYTES_PER_WORKER: usize = 4 << 20;
+/// Dirty pages for which one more thread is worth its start.
+const PAGES_PER_WORKER: u64 = 1024;
 
-/// Longest piece of it that is copied at once, in bytes.
-const PIECE_BYTES: usize = 256 << 10;
+/// Most files of a delta: each is a layer of the images to come, and a descriptor on the way to each copy.
+const MAX_DELTA_FILES: usize = 4;
+
+/// Dirty memory in bytes from which on a VM goes on as a view of the image that it was copied to: what it does not write to again is not
+/// copied again at its next fork, and takes no memory twice. To bring a VM elsewhere takes as long as copying 1 MiB, and each page that it does
+/// write to again costs it a fault.
+const MUCH_BYTES: u64 = 8 << 20;
 
 /// A VM's memory: one address range, and what it shows.
 #[derive(Debug)]
@@ -41,7 +46,7 @@ enum Backing {
 #[derive(Debug)]
 pub struct Plan {
     files: Vec<Arc<File>>,
-    delta: Option<Arc<File>>,
+    delta: Vec<Arc<File>>,
 }
 
 impl Plan {
@@ -49,6 +54,35 @@ impl Plan {
     pub fn files(&self) -> &[Arc<File>] {
         &self.files
     }
+}
+
+/// What a VM has changed since its memory was an image.
+#[derive(Debug)]
+pub enum Changes {
+    /// All: its memory was no image yet.
+    Whole,
+    /// What an image consists of that shows it: so many pages of this VM's memory, over those of another image.
+    Over {
+        /// The image below.
+        footing: Image,
+        /// The pages, packed in the file of a layer to come.
+        runs: Vec<Run>,
+    },
+}
+
+impl Changes {
+    /// Whether the VM should go on as a view of the image that is made of them.
+    pub fn are_many(&self) -> bool {
+        match self {
+            Self::Whole => true,
+            Self::Over { runs, .. } => pages(runs) * PAGE_BYTES >= MUCH_BYTES,
+        }
+    }
+}
+
+/// How many pages packed runs have.
+fn pages(runs: &[Run]) -> u64 {
+    runs.last().map_or(0, |run| run.file_page + run.pages)
 }
 
 impl View {
@@ -91,123 +125,125 @@ impl View {
         }
     }
 
-    /// Names the files that an image made now will consist of. `delta` is the one for pages that the VM has written to, if there are any.
-    pub fn plan(&self, delta: &Arc<File>) -> Plan {
+    /// Names the files that an image made now will consist of. `delta` are those for pages that the VM has written to, if there are any.
+    pub fn plan(&self, delta: &Delta) -> Plan {
         match &self.backing {
-            Backing::Own(file) => Plan { files: vec![Arc::clone(file)], delta: None },
+            Backing::Own(file) => Plan { files: vec![Arc::clone(file)], delta: Vec::new() },
             Backing::Image(image) => {
-                let layers = image.layers().iter().map(|layer| Arc::clone(&layer.file));
-                let files = layers.chain([Arc::clone(delta)]).collect();
-                Plan { files, delta: Some(Arc::clone(delta)) }
+                let layers = image.layers().iter().map(|layer| &layer.file);
+                Plan { files: layers.chain(&delta.0).map(Arc::clone).collect(), delta: delta.0.clone() }
             }
         }
     }
 
-    /// Makes an image of the memory as it is now. The VM must be stopped.
+    /// What the VM has changed since it was mapped. It must be stopped.
     ///
     /// # Errors
-    /// [`Error`]: the VM may go on as if nothing had happened.
-    pub fn freeze(&self, plan: Plan, page_map: &PageMap) -> Result<Arc<Image>, Error> {
-        match &self.backing {
-            Backing::Own(file) => {
-                let pages = self.mapping.bytes() as u64 / PAGE_BYTES;
-                memfd::seal_future(RAM_NAME, file)?;
-                Ok(Arc::new(Image::new(pages, vec![Arc::new(Layer::whole(Arc::clone(file), pages))])?))
-            }
-            Backing::Image(image) => {
-                let Some(delta) = plan.delta else { return Ok(Arc::clone(image)) };
-                Ok(Arc::new(self.with_delta(image, delta, page_map)?))
-            }
-        }
-    }
-
-    /// `image` with the pages that this VM has written since it was mapped.
-    fn with_delta(&self, image: &Image, file: Arc<File>, page_map: &PageMap) -> Result<Image, Error> {
+    /// [`Error::PageMap`].
+    pub fn changes(&self, page_map: &PageMap) -> Result<Changes, Error> {
+        let Backing::Image(image) = &self.backing else { return Ok(Changes::Whole) };
         let dirty = page_map.dirty_runs(&self.mapping)?;
         if dirty.is_empty() {
-            return Ok(image.clone());
+            return Ok(Changes::Over { footing: Image::clone(image), runs: dirty });
         }
         let (footing, upper) = image.footing()?;
         let runs = dirty::join_for(&footing, dirty::union(&dirty, &upper));
-        let pages = runs.last().map_or(0, |run| run.file_page + run.pages);
-        self.copy_out(&runs, to_usize(pages * PAGE_BYTES)?, &file)?;
-        memfd::seal(DELTA_NAME, &file)?;
-        footing.with_layer(Layer { file, runs })
+        Ok(Changes::Over { footing, runs })
     }
 
-    /// Writes runs of this memory to a file of `bytes` bytes.
-    fn copy_out(&self, runs: &[Run], bytes: usize, file: &File) -> Result<(), Error> {
-        let workers = threads::processors().min(bytes / BYTES_PER_WORKER);
-        if workers > 1 { self.copy_on(workers, runs, bytes, file) } else { self.write_out(runs, file) }
+    /// Makes an image of the memory as it is now, with these changes. The VM must still be stopped.
+    ///
+    /// # Errors
+    /// [`Error`]: the VM may go on as if nothing had happened.
+    pub fn freeze(&self, plan: Plan, changes: Changes) -> Result<Arc<Image>, Error> {
+        let image = match (&self.backing, changes) {
+            (Backing::Own(file), _) => {
+                let pages = self.mapping.bytes() as u64 / PAGE_BYTES;
+                memfd::seal_future(RAM_NAME, file)?;
+                Image::new(pages, vec![Arc::new(Layer::whole(Arc::clone(file), pages))])?
+            }
+            (_, Changes::Over { footing, runs }) if !runs.is_empty() => {
+                footing.with_layers(self.copy_out(&runs, plan.delta)?)?
+            }
+            (Backing::Image(image), _) => return Ok(Arc::clone(image)),
+        };
+        Ok(Arc::new(image))
     }
 
-    fn write_out(&self, runs: &[Run], file: &File) -> Result<(), Error> {
-        runs.iter().try_for_each(|run| {
-            let (at, bytes) = (to_usize(run.page * PAGE_BYTES)?, to_usize(run.pages * PAGE_BYTES)?);
-            self.mapping.write_to(at, bytes, file, run.file_page * PAGE_BYTES)
-        })
-    }
-
-    /// Copies on several processors. They need a mapping for that: a file takes one write at a time.
-    fn copy_on(&self, workers: usize, runs: &[Run], bytes: usize, file: &File) -> Result<(), Error> {
-        let target = Mapping::reserve(bytes)?;
-        file.set_len(bytes as u64).map_err(|source| Error::File {
-            operation: "grow",
-            name: DELTA_NAME.to_owned(),
-            source,
-        })?;
-        target.map_shared(file)?;
-        let pieces = pieces(runs)?;
-        let copy = |piece: &Piece| target.copy_from(piece.to, &self.mapping, piece.from, piece.bytes);
+    /// Writes runs of this memory to layers in these files: to one where they are few; else on several processors, each to a file of its own,
+    /// since a file takes one write at a time.
+    fn copy_out(&self, runs: &[Run], files: Vec<Arc<File>>) -> Result<Vec<Layer>, Error> {
+        let most = usize::try_from(pages(runs) / PAGES_PER_WORKER).unwrap_or(usize::MAX);
+        let workers = files.len().min(most).max(1);
+        let layers: Vec<Layer> =
+            files.into_iter().zip(shares(runs, workers)).map(|(file, runs)| Layer { file, runs }).collect();
         thread::scope(|scope| {
-            let mut shares = pieces.chunks(pieces.len().div_ceil(workers));
-            let own = shares.next().unwrap_or_default();
-            let others: Vec<_> = shares.map(|share| scope.spawn(move || share.iter().try_for_each(copy))).collect();
-            let done = own.iter().try_for_each(copy);
+            let Some((own, others)) = layers.split_first() else { return Ok(()) };
+            let others: Vec<_> = others.iter().map(|layer| scope.spawn(|| self.write_out(layer))).collect();
+            let done = self.write_out(own);
             others.into_iter().fold(done, |done, other| done.and(other.join().unwrap_or(Err(Error::Worker))))
+        })?;
+        Ok(layers)
+    }
+
+    fn write_out(&self, layer: &Layer) -> Result<(), Error> {
+        for run in &layer.runs {
+            let (at, bytes) = (to_usize(run.page * PAGE_BYTES)?, to_usize(run.pages * PAGE_BYTES)?);
+            self.mapping.write_to(at, bytes, &layer.file, run.file_page * PAGE_BYTES)?;
+        }
+        memfd::seal_future(DELTA_NAME, &layer.file)
+    }
+}
+
+/// The runs in so many shares of one size, or fewer, each packed in a file of its own.
+fn shares(runs: &[Run], count: usize) -> Vec<Vec<Run>> {
+    let most_pages = pages(runs).div_ceil(u64::try_from(count.max(1)).unwrap_or(1));
+    let (mut shares, mut share, mut taken_pages) = (Vec::with_capacity(count), Vec::new(), 0);
+    for run in runs {
+        let (mut page, end) = (run.page, run.end());
+        while page < end {
+            let pages = (end - page).min(most_pages - taken_pages);
+            share.push(Run { page, pages, file_page: taken_pages });
+            (page, taken_pages) = (page + pages, taken_pages + pages);
+            if taken_pages == most_pages {
+                shares.push(std::mem::take(&mut share));
+                taken_pages = 0;
+            }
+        }
+    }
+    if !share.is_empty() {
+        shares.push(share);
+    }
+    shares
+}
+
+/// Empty files for the pages that a VM has written to: one for each processor that may copy them.
+#[derive(Debug)]
+pub struct Delta(Vec<Arc<File>>);
+
+impl Delta {
+    /// New ones.
+    ///
+    /// # Errors
+    /// [`Error::File`].
+    pub fn new() -> Result<Self, Error> {
+        let files = threads::processors().min(MAX_DELTA_FILES);
+        (0..files).map(|_| memfd::unsealed(DELTA_NAME, 0).map(Arc::new)).collect::<Result<_, _>>().map(Self)
+    }
+
+    /// Takes the memory from the host that is needed for the few pages that any VM writes to before it forks (fallocate). The files stay
+    /// empty.
+    ///
+    /// # Errors
+    /// [`Error::File`].
+    pub fn warm_up(&self) -> Result<(), Error> {
+        let Some(first) = self.0.first() else { return Ok(()) };
+        fallocate(first, FallocateFlags::KEEP_SIZE, 0, FEW_PAGES * PAGE_BYTES).map_err(|errno| Error::File {
+            operation: "take memory for",
+            name: DELTA_NAME.to_owned(),
+            source: errno.into(),
         })
     }
-}
-
-/// A piece of memory that is copied at once.
-#[derive(Debug)]
-struct Piece {
-    from: usize,
-    to: usize,
-    bytes: usize,
-}
-
-/// The runs in pieces, none of them long, so that they can be shared out evenly.
-fn pieces(runs: &[Run]) -> Result<Vec<Piece>, Error> {
-    let mut pieces = Vec::with_capacity(runs.len());
-    for run in runs {
-        let (from, to) = (to_usize(run.page * PAGE_BYTES)?, to_usize(run.file_page * PAGE_BYTES)?);
-        let bytes = to_usize(run.pages * PAGE_BYTES)?;
-        let steps = (0..bytes).step_by(PIECE_BYTES);
-        pieces.extend(steps.map(|at| Piece { from: from + at, to: to + at, bytes: PIECE_BYTES.min(bytes - at) }));
-    }
-    Ok(pieces)
-}
-
-/// An empty file for the pages that a VM has written to.
-///
-/// # Errors
-/// [`Error::File`].
-pub fn delta_file() -> Result<File, Error> {
-    memfd::unsealed(DELTA_NAME, 0)
-}
-
-/// Takes the memory from the host that such a file needs for the few pages that any VM writes to before it forks (fallocate). It stays
-/// empty.
-///
-/// # Errors
-/// [`Error::File`].
-pub fn warm_up_delta(delta: &File) -> Result<(), Error> {
-    fallocate(delta, FallocateFlags::KEEP_SIZE, 0, FEW_PAGES * PAGE_BYTES).map_err(|errno| Error::File {
-        operation: "take memory for",
-        name: DELTA_NAME.to_owned(),
-        source: errno.into(),
-    })
 }
 
 fn to_usize(bytes: u64) -> Result<usize, Error> {

@@ -31,7 +31,8 @@ fn reserved() -> Arc<Mapping> {
 }
 
 fn freeze(view: &View) -> Arc<Image> {
-    view.freeze(view.plan(&Arc::new(delta_file().unwrap())), &PageMap::open().unwrap()).unwrap()
+    let changes = view.changes(&PageMap::open().unwrap()).unwrap();
+    view.freeze(view.plan(&Delta::new().unwrap()), changes).unwrap()
 }
 
 /// A parent whose memory is still its own goes on as a view of the image, as its child does.
@@ -113,6 +114,58 @@ fn a_failed_freeze_leaves_the_file_the_vms_own() {
     let mut stored = [0];
     view.own_file().unwrap().read_exact_at(&mut stored, 5 * 4096).unwrap();
     assert_eq!(stored, [9]);
+}
+
+proptest! {
+    /// As long a memory as there are pages in the shares: each page comes once, in order, packed, and no share is larger than the others.
+    #[test]
+    fn shares_are_fair_and_complete(lengths in proptest::collection::vec(1..20u64, 0..20), count in 1..6usize) {
+        let mut runs: Vec<Run> = Vec::new();
+        for pages in lengths {
+            let (page, file_page) = runs.last().map_or((0, 0), |run| (run.end() + 1, run.file_page + run.pages));
+            runs.push(Run { page, pages, file_page });
+        }
+        let all = |runs: &[Run]| runs.iter().flat_map(|run| run.page..run.end()).collect::<Vec<_>>();
+        let shares = shares(&runs, count);
+        prop_assert_eq!(shares.iter().flat_map(|share| all(share)).collect::<Vec<_>>(), all(&runs));
+        prop_assert!(shares.len() <= count);
+        let most = all(&runs).len().div_ceil(count);
+        for share in shares {
+            prop_assert!(pages(&share) <= u64::try_from(most).unwrap());
+            let packed = share.iter().try_fold(0, |at, run| (run.file_page == at).then_some(at + run.pages));
+            prop_assert_eq!(packed, Some(pages(&share)));
+        }
+    }
+}
+
+#[test]
+fn much_is_copied_to_several_files_and_then_no_more() {
+    const PAGES: usize = 4096;
+    let page_map = PageMap::open().unwrap();
+    let reserved = || Arc::new(Mapping::reserve(PAGES * PAGE).unwrap());
+    let first = View::own(reserved()).unwrap();
+    let changes = first.changes(&page_map).unwrap();
+    assert!(changes.are_many());
+    let image = first.freeze(first.plan(&Delta::new().unwrap()), changes).unwrap();
+    let view = View::of_image(image, reserved()).unwrap();
+    // All but every fifth page, each with content of its own.
+    let dirty: Vec<usize> = (0..PAGES).filter(|page| page % 50 >= 10).collect();
+    for page in &dirty {
+        view.mapping().write(page * PAGE, &u64::try_from(page + 1).unwrap().to_le_bytes()).unwrap();
+    }
+    let changes = view.changes(&page_map).unwrap();
+    assert!(changes.are_many());
+    let image = view.freeze(view.plan(&Delta::new().unwrap()), changes).unwrap();
+    assert_eq!(image.layers().len(), 1 + threads::processors().min(3));
+    let next = View::of_image(image, reserved()).unwrap();
+    for page in 0..PAGES {
+        let mut word = [0; 8];
+        next.mapping().read(page * PAGE, &mut word).unwrap();
+        let expected = if dirty.contains(&page) { u64::try_from(page + 1).unwrap() } else { 0 };
+        assert_eq!(u64::from_le_bytes(word), expected, "page {page}");
+    }
+    let changes = next.changes(&page_map).unwrap();
+    assert!(!changes.are_many() && matches!(changes, Changes::Over { runs, .. } if runs.is_empty()));
 }
 
 #[test]

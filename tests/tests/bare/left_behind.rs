@@ -203,6 +203,24 @@ fn thousands_of_forks_leave_nothing_behind() {
 }
 
 #[test]
+fn what_a_fork_has_copied_is_not_the_parents_own_any_more() {
+    let (mut running, _kernel) = start_forker("1");
+    let private_bytes = |running: &Running| {
+        let vms: Value = serde_json::from_str(&running.ask(&["ps", "--json"]).expect("a list")).expect("JSON");
+        let vms = vms["vms"].as_array().expect("an array");
+        let vm = vms.iter().find(|vm| vm["name"] == "vm").expect("the parent");
+        vm["memory"]["private_bytes"].as_u64().expect("a size")
+    };
+    let before = private_bytes(&running);
+    let order = Order { count: 1, dirty_pages: 4096, ..Order::default() };
+    for _ in 0..3 {
+        assert_eq!(carry_out(&mut running, order, |_| {})["code"], 0);
+    }
+    // It has written to 16 MiB before each of these forks.
+    become_equal(|| private_bytes(&running) < before + (4 << 20), || true);
+}
+
+#[test]
 fn whoever_is_killed_in_the_middle_of_a_fork_the_parent_goes_on() {
     let rounds = if assets::in_lab() { 20 } else { 100 };
     let (mut running, _kernel) = start_forker("3");

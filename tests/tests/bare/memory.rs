@@ -100,3 +100,27 @@ fn eight_generations_of_random_writes_are_as_a_model_says() {
     }
     assert_eq!(ended.code, Some(0));
 }
+
+/// 9 MiB that a parent has written to are copied to the image of its second fork, of which it goes on as a view; and so once more.
+#[test]
+fn a_parent_goes_on_right_after_much_was_copied() {
+    const PAGES: u32 = 2304;
+    let page = |number: u32| 0x40_0000 + u64::from(number) * 4096;
+    let shown = [0, 1, 500, 1151, 1152, 2303];
+    let print = |script: Script| shown.iter().fold(script, |script, number| script.print(page(*number)));
+    let in_child = |script: Script| script.only_if(control(ROLE), Role::Child.number(), print(Script::new()).off());
+    let mut script = in_child(Script::new().request(1, "first", 1).ring());
+    for number in 0..PAGES {
+        script = script.store(page(number), number + 1);
+    }
+    script = in_child(script.request(2, "second", 1).ring());
+    script = script.store(page(1), 0x1111).store(page(2303), 0x2303);
+    script = in_child(script.request(3, "third", 1).ring());
+    script = script.store(page(0), 0xbad);
+    let ended = run(&print(script).off());
+    assert_eq!(printed(&ended, "first.1"), [0; 6]);
+    assert_eq!(printed(&ended, "second.2"), shown.map(|number| number + 1));
+    assert_eq!(printed(&ended, "third.3"), [1, 0x1111, 501, 1152, 1153, 0x2303]);
+    assert_eq!(printed(&ended, "vm"), [0xbad, 0x1111, 501, 1152, 1153, 0x2303]);
+    assert_eq!(ended.code, Some(0));
+}
