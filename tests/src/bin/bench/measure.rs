@@ -214,7 +214,7 @@ impl Bench {
     fn working_set(&mut self) -> Result<()> {
         let order = Order { count: 1, rewrite_pages: 16 * MIB, ..Order::default() };
         let sessions = [("fork.ws16m", true), ("fork.ws16m.cold", false)].map(|(name, prefetch)| {
-            let mut session = Session::start(&Shape { prefetch, ..Shape::new("512M", 1) })?;
+            let mut session = Session::start(&Shape { prefetch, yields: true, ..Shape::new("512M", 1) })?;
             // The first child is the one from which the platform learns.
             session.carry_out(order)?;
             Ok((name, session))

@@ -4,6 +4,7 @@ use std::{collections::HashMap, thread, time::Duration};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::{
+    libc,
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
@@ -27,12 +28,14 @@ pub(crate) struct Shape {
     pub(crate) ready: usize,
     /// Whether children get pages ready that others have written to.
     pub(crate) prefetch: bool,
+    /// Whether the booted VM leaves the processors to its offspring: it has nothing to do, but can't sleep.
+    pub(crate) yields: bool,
 }
 
 impl Shape {
     /// One vCPU, and all that speeds a fork up.
     pub(crate) fn new(mem: &'static str, ready: usize) -> Self {
-        Self { mem, cpus: 1, ready, prefetch: true }
+        Self { mem, cpus: 1, ready, prefetch: true, yields: false }
     }
 }
 
@@ -85,6 +88,9 @@ impl Session {
         let mut running = vmm.start()?;
         running.wait_for_line("00000001").context("the bare guest does not start")?;
         let node = Pid::from_raw(running.node("vm")?.cast_signed());
+        if shape.yields {
+            leave_processors_to_others(node)?;
+        }
         thread::sleep(REST);
         kill(node, Signal::SIGSTOP)?;
         Ok(Self { running, node, _kernel: kernel })
@@ -112,7 +118,7 @@ impl Session {
                     let resumed_ns = steps.last().map_or(0, |(_, _, end_ns)| *end_ns);
                     outcome.forks.push(Fork { pause_ns: resumed_ns.saturating_sub(rung_ns), steps });
                     forks_left -= 1;
-                    if (order.depth > 0 || order.rewrite_pages > 0) && event["parent"]["generation"] == 0 {
+                    if order.depth > 0 && event["parent"]["generation"] == 0 {
                         // It would take a processor from its offspring.
                         kill(self.node, Signal::SIGSTOP)?;
                     }
@@ -150,6 +156,15 @@ impl Session {
         self.running.end()?;
         Ok(started.elapsed())
     }
+}
+
+/// Has the first vCPU of a node run only where nobody else wants to (SCHED_IDLE).
+fn leave_processors_to_others(node: Pid) -> Result<()> {
+    let parameters = libc::sched_param { sched_priority: 0 };
+    // SAFETY: the call reads one struct that lives across it.
+    let result = unsafe { libc::sched_setscheduler(node.as_raw(), libc::SCHED_IDLE, &raw const parameters) };
+    ensure!(result == 0, "a vCPU can't be made unimportant: {}", std::io::Error::last_os_error());
+    Ok(())
 }
 
 impl Child {
