@@ -74,9 +74,11 @@ fn needed(line: &str) -> Option<(Range<usize>, Access)> {
     let (range, access, name) = (words.next()?, words.next()?, words.nth(3)?);
     let (start, end) = range.split_once('-')?;
     let range = usize::from_str_radix(start, 16).ok()?..usize::from_str_radix(end, 16).ok()?;
+    // A memory file is a guest's.
+    let is_of_program = name.starts_with('/') && !name.starts_with("/memfd:");
     match access {
-        "r-xp" | "r--p" if name.starts_with('/') => Some((range, Access::Read)),
-        "rw-p" if name.starts_with('/') || name == "[heap]" => Some((range, Access::Write)),
+        "r-xp" | "r--p" if is_of_program => Some((range, Access::Read)),
+        "rw-p" if is_of_program || name == "[heap]" => Some((range, Access::Write)),
         "rw-p" if name == "[stack]" => {
             Some((range.end.saturating_sub(STACK_BYTES).max(range.start)..range.end, Access::Write))
         }
@@ -94,9 +96,13 @@ mod tests {
         assert_eq!(needed(code), Some((0x7f00_0000_1000..0x7f00_0000_3000, Access::Read)));
         let stack = "7ffc00000000-7ffc00021000 rw-p 00000000 00:00 0 [stack]";
         assert_eq!(needed(stack), Some((0x7ffc_0001_1000..0x7ffc_0002_1000, Access::Write)));
-        for other in
-            ["", "7f00-7f01 rw-p 00000000 00:00 0", "7f00-7f01 r-xp 00000000 00:00 0 [vdso]", "x-y r-xp 0 0 0 /x"]
-        {
+        for other in [
+            "",
+            "7f00-7f01 rw-p 00000000 00:00 0",
+            "7f00-7f01 rw-p 00000000 00:01 5 /memfd:vm-ram (deleted)",
+            "7f00-7f01 r-xp 00000000 00:00 0 [vdso]",
+            "x-y r-xp 0 0 0 /x",
+        ] {
             assert_eq!(needed(other), None);
         }
     }
