@@ -123,6 +123,19 @@ impl Standby {
         }
     }
 
+    /// The lowest layer of the image to come.
+    pub fn lowest_layer(&self) -> Option<&Arc<File>> {
+        self.meeting.files.first()
+    }
+
+    /// Whether the parent rings, or something comes from the platform.
+    pub fn is_called(&self, platform: &impl AsFd) -> bool {
+        let mut fds =
+            [PollFd::new(platform.as_fd(), PollFlags::POLLIN), PollFd::new(self.bell.as_fd(), PollFlags::POLLIN)];
+        // Whoever can't look waits as if there was something.
+        poll(&mut fds, PollTimeout::ZERO) != Ok(0)
+    }
+
     /// What it stands by for: one child, or more for which there are processors.
     pub fn into_meeting(self) -> Meeting {
         self.meeting
@@ -145,7 +158,9 @@ mod tests {
         let (bell, rendezvous) = (Bell::new().unwrap(), Rendezvous::new().unwrap());
         let standby = Standby::open(files(&bell, &rendezvous)).unwrap();
         let (platform, mut other_side) = UnixStream::pair().unwrap();
+        assert!(!standby.is_called(&platform));
         bell.ring().unwrap();
+        assert!(standby.is_called(&platform));
         assert!(standby.wait(&platform).unwrap());
         other_side.write_all(b"!").unwrap();
         assert!(!standby.wait(&platform).unwrap());

@@ -17,7 +17,7 @@ use crate::{
     boot::{self, Payload},
     devices::{self, ControlPage, Devices, DevicesState},
     kvm::{self, CurrentVm, Host, Time, Vcpu, VcpuId, Vm},
-    memory::{self, Image, Mapping, PageMap, View},
+    memory::{self, Ground, Image, Mapping, PageMap, View, WorkingSet},
 };
 
 /// `out 0x80, al`: to a port at which nothing happens.
@@ -78,7 +78,8 @@ pub struct Shell {
     config: Config,
     vm: Vm,
     vcpus: Vec<Vcpu>,
-    mapping: Arc<Mapping>,
+    /// Where its memory will be.
+    ground: Ground,
     control_page: ControlPage,
 }
 
@@ -131,7 +132,22 @@ impl Shell {
             Ok(vcpu)
         });
         let vcpus = vcpus.collect::<Result<_, kvm::Error>>()?;
-        Ok(Self { workshop: Arc::clone(workshop), config, vm, vcpus, mapping, control_page })
+        Ok(Self { workshop: Arc::clone(workshop), config, vm, vcpus, ground: mapping.into(), control_page })
+    }
+
+    /// Maps the lowest layer of the image that it is likely to become a copy of, and makes the pages ready that such copies write to first,
+    /// for as long as `goes_on` says so.
+    ///
+    /// # Errors
+    /// [`Error::Memory`]: the shell is as good as before.
+    pub fn prepare_memory(
+        &mut self,
+        lowest: &Arc<File>,
+        working_set: &WorkingSet,
+        goes_on: impl Fn() -> bool,
+    ) -> Result<(), Error> {
+        self.ground.lay(lowest)?;
+        Ok(self.ground.fill(working_set, goes_on)?)
     }
 
     fn settle(&mut self) -> Result<(), Error> {
@@ -151,8 +167,8 @@ impl Shell {
     /// # Errors
     /// [`Error`]: whatever does not fit.
     pub fn boot(self, payload: &mut Payload, prealloc: bool, console: File) -> Result<Unnamed, Error> {
-        let Self { workshop, config, vm, vcpus, mapping, control_page } = self;
-        let memory = View::own(mapping)?;
+        let Self { workshop, config, vm, vcpus, ground, control_page } = self;
+        let memory = View::own(ground.into_mapping())?;
         if prealloc {
             memory.mapping().populate(0, memory.mapping().bytes())?;
         }
@@ -190,7 +206,7 @@ impl Shell {
         if state.vcpus.len() != self.vcpus.len() {
             return Err(Error::Mismatch("the number of vCPUs differs"));
         }
-        let memory = View::of_image(image, self.mapping)?;
+        let memory = View::of_image(image, self.ground)?;
         self.vm.restore(&state.vm, time)?;
         for (vcpu, state) in self.vcpus.iter_mut().zip(&state.vcpus) {
             vcpu.restore(state, time)?;

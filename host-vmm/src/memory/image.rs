@@ -4,7 +4,7 @@ use std::{fs::File, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Error, Mapping};
+use super::{Error, Ground};
 use crate::arch::layout::{MAX_RAM_BYTES, PAGE_BYTES};
 
 /// Most pieces that an image may consist of: each costs every VM that maps it a mapping, of which Linux allows a process
@@ -160,18 +160,14 @@ impl Image {
         &self.extents
     }
 
-    /// Maps the image over all of `mapping` as a private view.
+    /// Maps the image over all of the ground as a private view.
     ///
     /// # Errors
     /// [`Error::Map`] where a piece can't be mapped.
-    pub fn map_private(&self, mapping: &Mapping) -> Result<(), Error> {
-        for Extent { layer, run } in &self.extents {
-            let bytes =
-                |pages: u64| usize::try_from(pages * PAGE_BYTES).map_err(|_| Error::Invalid("memory too large"));
-            let file = &self.layers[*layer].file;
-            mapping.map_private(bytes(run.page)?, bytes(run.pages)?, file, run.file_page * PAGE_BYTES)?;
-        }
-        Ok(())
+    pub(super) fn map_private(&self, ground: &Ground) -> Result<(), Error> {
+        self.extents.iter().try_for_each(|Extent { layer, run }| {
+            ground.map(run.page, run.pages, &self.layers[*layer].file, run.file_page)
+        })
     }
 }
 

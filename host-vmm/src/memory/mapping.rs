@@ -42,6 +42,9 @@ const UNMAPPED_AT_ONCE: usize = 2 << 20;
 /// For how long others may map something then. Without it they get no turn for milliseconds (measured).
 const INTERLUDE: Duration = Duration::from_micros(50);
 
+/// A private view of a file.
+const PRIVATE: MapFlags = MapFlags::MAP_PRIVATE.union(MapFlags::MAP_NORESERVE);
+
 /// Bytes that are copied at once.
 const WORD: usize = size_of::<u64>();
 
@@ -96,7 +99,7 @@ impl Mapping {
     /// # Errors
     /// [`Error::Map`] where mmap fails.
     pub fn map_shared(&self, file: &File) -> Result<(), Error> {
-        self.map(0, self.bytes, file.as_fd(), 0, MapFlags::MAP_SHARED)
+        self.map(0, self.bytes, file.as_fd(), 0, MapFlags::MAP_SHARED | MapFlags::MAP_FIXED_NOREPLACE)
     }
 
     /// Maps `bytes` bytes of `file` from `file_offset` at `at`, where nothing is mapped yet, private: a page is copied when it is first
@@ -105,7 +108,15 @@ impl Mapping {
     /// # Errors
     /// [`Error::Map`] where mmap fails, [`Error::Invalid`] where the piece is not within the range.
     pub fn map_private(&self, at: usize, bytes: usize, file: &File, file_offset: u64) -> Result<(), Error> {
-        self.map(at, bytes, file.as_fd(), file_offset, MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE)
+        self.map(at, bytes, file.as_fd(), file_offset, PRIVATE | MapFlags::MAP_FIXED_NOREPLACE)
+    }
+
+    /// As [`Mapping::map_private`], but takes the place of what is mapped there.
+    ///
+    /// # Errors
+    /// As there.
+    pub(super) fn map_over(&self, at: usize, bytes: usize, file: &File, file_offset: u64) -> Result<(), Error> {
+        self.map(at, bytes, file.as_fd(), file_offset, PRIVATE | MapFlags::MAP_FIXED)
     }
 
     /// Copies bytes out of the mapping, each read once. All of the range must be mapped.
@@ -225,9 +236,8 @@ impl Mapping {
         let offset = off_t::try_from(offset).map_err(|_| fail(nix::Error::EOVERFLOW))?;
         let address = NonZeroUsize::new(self.start.as_ptr() as usize + at);
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        // SAFETY: MAP_FIXED_NOREPLACE touches no existing mapping; the piece is within this value's own range (checked above).
-        unsafe { mmap(address, length, protection, flags | MapFlags::MAP_FIXED_NOREPLACE, fd, offset) }
-            .map_err(fail)?;
+        // SAFETY: the piece is within this value's own range (checked above), in which there is no Rust object.
+        unsafe { mmap(address, length, protection, flags, fd, offset) }.map_err(fail)?;
         Ok(())
     }
 }

@@ -53,11 +53,18 @@ pub fn unresizable(name: &str, bytes: u64) -> Result<File, Error> {
 /// # Errors
 /// [`Error::Invalid`] where it is otherwise, [`Error::File`] where it is no memory file.
 pub fn check_unresizable(file: &File, bytes: u64) -> Result<(), Error> {
-    let length = file.metadata().map_err(look_at_failed)?.len();
-    if length != bytes || !seals(file)?.contains(SealFlag::F_SEAL_SHRINK) {
+    if length(file)? != bytes || !seals(file)?.contains(SealFlag::F_SEAL_SHRINK) {
         return Err(Error::Invalid("a shared file has another size, or does not keep it"));
     }
     Ok(())
+}
+
+/// Size of a memory file in bytes.
+///
+/// # Errors
+/// [`Error::File`] where it can't be looked at.
+pub(super) fn length(file: &File) -> Result<u64, Error> {
+    Ok(file.metadata().map_err(look_at_failed)?.len())
 }
 
 /// Whether nobody can shrink or newly write the file any more.

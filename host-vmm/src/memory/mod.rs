@@ -18,12 +18,17 @@
 //! A freshly booted VM's memory is a memfd mapped shared, so its pages are in the file already. Freezing it forbids everybody to map
 //! the file writable again; the parent goes on as a private view of it, in another address range, and what it has left is taken down
 //! ([`machine::Successor`](crate::machine::Successor)): nothing is copied. A VM that is a private view already needs no switch: its
-//! dirty pages are written into a delta layer, which its children map over the rest. Where there are many layers already, the next one
-//! takes in all but the lowest: no chain of forks is too long.
+//! dirty pages are written into a delta, which its children map over the rest. Where there are many layers already, the next one
+//! takes in all but the lowest: no chain of forks is too long. A VM that has had much copied goes on as a view of the new image, as its
+//! children do.
+//!
+//! A shell that stands by for a fork maps the lowest layer of the image to come, and makes the pages its own that copies write to first
+//! ([`Ground`], [`WorkingSet`]).
 
 use std::io;
 
 pub mod dirty;
+mod ground;
 mod image;
 mod mapping;
 mod memfd;
@@ -31,6 +36,7 @@ mod view;
 mod working_set;
 
 pub use dirty::PageMap;
+pub use ground::Ground;
 pub use image::{Extent, Image, Layer, MAX_EXTENTS, MAX_LAYERS, Run};
 pub use mapping::{Access, Mapping, touch};
 pub use memfd::{check_unresizable, is_immutable, seal, sealed, unresizable, unsealed};

@@ -4,7 +4,7 @@ use std::{fs::File, sync::Arc, thread};
 
 use rustix::fs::{FallocateFlags, fallocate};
 
-use super::{Error, Image, Layer, Mapping, PageMap, Run, dirty, memfd};
+use super::{Error, Ground, Image, Layer, Mapping, PageMap, Run, dirty, memfd};
 use crate::{arch::layout::PAGE_BYTES, threads};
 
 /// Name of a booted VM's memory file, as `/proc` shows it.
@@ -96,13 +96,14 @@ impl View {
         Ok(Self { mapping, backing: Backing::Own(Arc::new(file)) })
     }
 
-    /// A private view of an image, in `mapping`.
+    /// A private view of an image, on this ground.
     ///
     /// # Errors
     /// [`Error::Map`] where a piece of it can't be mapped.
-    pub fn of_image(image: Arc<Image>, mapping: Arc<Mapping>) -> Result<Self, Error> {
-        image.map_private(&mapping)?;
-        Ok(Self { mapping, backing: Backing::Image(image) })
+    pub fn of_image(image: Arc<Image>, ground: impl Into<Ground>) -> Result<Self, Error> {
+        let ground = ground.into();
+        image.map_private(&ground)?;
+        Ok(Self { mapping: ground.into_mapping(), backing: Backing::Image(image) })
     }
 
     /// Takes it down without holding others up, if nobody else has its address range.

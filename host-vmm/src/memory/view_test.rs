@@ -165,7 +165,7 @@ fn much_is_copied_to_several_files_and_then_no_more() {
         assert_eq!(u64::from_le_bytes(word), expected, "page {page}");
     }
     let changes = next.changes(&page_map).unwrap();
-    assert!(!changes.are_many() && matches!(changes, Changes::Over { runs, .. } if runs.is_empty()));
+    assert!(!changes.are_many() && matches!(&changes, Changes::Over { runs, .. } if runs.is_empty()), "{changes:?}");
 }
 
 #[test]

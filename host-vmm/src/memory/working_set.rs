@@ -50,11 +50,11 @@ impl WorkingSet {
         self.0.iter().try_fold(0u64, |sum, (_, pages)| sum.checked_add(*pages))
     }
 
-    /// Makes the pages, in a private view.
+    /// Makes the pages, in a private view, for as long as `goes_on` says so.
     ///
     /// # Errors
     /// [`Error::Invalid`] where they are not all within the mapping, [`Error::Map`] where there is no memory for them.
-    pub fn fill(&self, mapping: &Mapping) -> Result<(), Error> {
+    pub fn fill(&self, mapping: &Mapping, goes_on: impl Fn() -> bool) -> Result<(), Error> {
         let bytes = |pages: u64| {
             let bytes = pages.checked_mul(PAGE_BYTES).and_then(|bytes| usize::try_from(bytes).ok());
             bytes.ok_or(Error::Invalid("a working set reaches out of the memory"))
@@ -62,6 +62,9 @@ impl WorkingSet {
         for &(first, pages) in &self.0 {
             // Piece by piece, so that the guest's own faults come in between.
             for at in (0..pages).step_by(usize::try_from(PAGES_AT_ONCE).unwrap_or(1)) {
+                if !goes_on() {
+                    return Ok(());
+                }
                 mapping.populate(bytes(first.saturating_add(at))?, bytes(PAGES_AT_ONCE.min(pages - at))?)?;
             }
         }
@@ -96,14 +99,14 @@ mod tests {
         let file = memory::sealed("test", &[7; 200 * 4096]).unwrap();
         let mapping = Mapping::reserve(200 * 4096).unwrap();
         mapping.map_private(0, 200 * 4096, &file, 0).unwrap();
-        WorkingSet(vec![(3, 2), (10, 130)]).fill(&mapping).unwrap();
+        WorkingSet(vec![(3, 2), (10, 130)]).fill(&mapping, || true).unwrap();
         let own = PageMap::open().unwrap().dirty_runs(&mapping).unwrap();
         assert_eq!(own.iter().map(|run| (run.page, run.pages)).collect::<Vec<_>>(), [(3, 2), (10, 130)]);
         let mut byte = [0];
         mapping.read(10 * 4096, &mut byte).unwrap();
         assert_eq!(byte, [7]);
         for beyond in [(199, 2), (200, 1), (u64::MAX, 1), (1, u64::MAX)] {
-            assert!(WorkingSet(vec![beyond]).fill(&mapping).is_err());
+            assert!(WorkingSet(vec![beyond]).fill(&mapping, || true).is_err());
         }
     }
 }

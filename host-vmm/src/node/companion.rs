@@ -225,7 +225,7 @@ fn accompany(
 /// again and again, to change what is mapped or to look at it, and the guest with them.
 fn prefetch(machine: &Machine, working_set: &WorkingSet) {
     let mapping = Arc::clone(lock(&machine.memory).mapping());
-    if let Err(error) = working_set.fill(&mapping) {
+    if let Err(error) = working_set.fill(&mapping, || machine.gate.ended().is_none()) {
         tracing::warn!(error = chain(&error), "a working set can't be made ready");
     }
 }

@@ -80,7 +80,7 @@ fn become_something(workshop: &Arc<Workshop>, config: Config, link: &NodeLink, c
         }
     }
     link.send(&ToPlatform::Ready, &[])?;
-    match await_call(link)? {
+    match await_call(link, &mut shell)? {
         Call::Boot { mut payload, identity, prealloc, faults } => {
             let (machine, vcpus) = shell.boot(&mut payload, prealloc, console)?.name(identity);
             Signal::to_booted(&machine)?.give(&machine)?;
@@ -112,7 +112,7 @@ enum Call {
 }
 
 /// Waits until the shell is called: by the platform, or, while it stands by, by a parent.
-fn await_call(link: &NodeLink) -> anyhow::Result<Call> {
+fn await_call(link: &NodeLink, shell: &mut Shell) -> anyhow::Result<Call> {
     let mut standby: Option<Standby> = None;
     loop {
         match standby {
@@ -123,7 +123,15 @@ fn await_call(link: &NodeLink) -> anyhow::Result<Call> {
         }
         let (message, files) = link.receive().context("no order from the platform")?;
         match message {
-            ToNode::StandBy => standby = Some(Standby::open(files)?),
+            ToNode::StandBy { working_set } => {
+                let opened = Standby::open(files)?;
+                if let (Some(lowest), Some(working_set)) = (opened.lowest_layer(), working_set)
+                    && let Err(error) = shell.prepare_memory(lowest, &working_set, || !opened.is_called(link))
+                {
+                    tracing::debug!(error = chain(&error), "a shell's memory is not made ready");
+                }
+                standby = Some(opened);
+            }
             ToNode::Boot { identity, cmdline, prealloc, faults } => {
                 let mut files = files.into_iter();
                 let kernel = files.next().context("the order to boot came without a kernel")?;

@@ -260,7 +260,8 @@ impl Node {
                 return;
             }
         };
-        let standby = standby.or_else(|| self.take_standby()).filter(|standby| standby.brief(&files));
+        let working_set = if self.platform.prefetches { self.learned.of_next_fork() } else { None };
+        let standby = standby.or_else(|| self.take_standby()).filter(|standby| standby.brief(&files, working_set));
         self.platform.pool.refill();
         files.remove(0);
         self.announced = Some(Announced { rendezvous, files, standby });

@@ -21,6 +21,7 @@ use super::{
 use crate::{
     error::chain,
     machine::Config,
+    memory::WorkingSet,
     sync::lock,
     threads,
     wire::{ToNode, ToPlatform},
@@ -75,10 +76,10 @@ pub(super) struct Standby {
 }
 
 impl Standby {
-    /// Tells it what that fork will come with, and says whether it could be told.
-    pub(super) fn brief(&self, files: &[File]) -> bool {
+    /// Tells it what that fork will come with, and what its first copy is likely to write to; says whether it could be told.
+    pub(super) fn brief(&self, files: &[File], working_set: Option<WorkingSet>) -> bool {
         let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
-        self.shell.link.try_send(&ToNode::StandBy, &files).is_ok()
+        self.shell.link.try_send(&ToNode::StandBy { working_set }, &files).is_ok()
     }
 
     /// The shell, unless it has died meanwhile.

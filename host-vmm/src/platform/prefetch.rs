@@ -31,6 +31,13 @@ impl Learned {
         }
     }
 
+    /// What the first child of the next fork will write to, where it is not to tell that itself.
+    pub(super) fn of_next_fork(&self) -> Option<WorkingSet> {
+        let known = lock(&self.0);
+        let is_recorded = known.forks.is_multiple_of(RECORD_EVERY);
+        known.working_set.clone().filter(|working_set| !is_recorded && working_set.is_worthwhile())
+    }
+
     /// Takes in what a child has told.
     pub(super) fn learn(&self, working_set: WorkingSet) {
         lock(&self.0).working_set = Some(working_set);
@@ -55,7 +62,10 @@ mod tests {
         assert!(forks.iter().all(|(_, others)| matches!(others, Prefetch::None)));
         let working_set = set(400);
         learned.learn(working_set.clone());
-        let forks: Vec<_> = (0..2 * RECORD_EVERY).map(|_| learned.next_fork()).collect();
+        let forks: Vec<_> = (0..2 * RECORD_EVERY).map(|_| (learned.of_next_fork(), learned.next_fork())).collect();
+        // Nothing is made ready for a child that is to tell what it writes to.
+        assert!(forks.iter().all(|(ready, (first, _))| ready.is_none() == matches!(first, Prefetch::Record)));
+        let forks: Vec<_> = forks.into_iter().map(|(_, fork)| fork).collect();
         let recording = forks.iter().filter(|(first, _)| matches!(first, Prefetch::Record)).count();
         assert_eq!(recording, 2);
         assert!(forks.iter().all(|(_, others)| matches!(others, Prefetch::Fill(set) if *set == working_set)));

@@ -73,7 +73,10 @@ pub enum ToNode {
         faults: Vec<Step>,
     },
     /// Stand by for the next fork of a certain VM. Files: the bell, the rendezvous, then those of the image.
-    StandBy,
+    StandBy {
+        /// What its copies write to first: to be made ready meanwhile.
+        working_set: Option<WorkingSet>,
+    },
     /// Become a copy. Files: the rendezvous, then those of the image; none for a shell that stands by for this fork.
     Copy(CopyOrder),
     /// Input for the console.

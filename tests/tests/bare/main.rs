@@ -11,6 +11,7 @@ use vmfork_tests::{
 
 mod left_behind;
 mod memory;
+mod prefetch;
 
 use left_behind::become_equal;
 
