@@ -4,15 +4,18 @@ use std::{
     fs::File,
     io::{self, IoSlice, IoSliceMut},
     marker::PhantomData,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+    mem::MaybeUninit,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
-use nix::{
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use rustix::{
     cmsg_space,
-    poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::socket::{
-        AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, Shutdown, SockFlag, SockType, recv, recvmsg,
-        sendmsg, shutdown, socketpair,
+    io::Errno,
+    net::{
+        AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+        SendAncillaryMessage, SendFlags, Shutdown, SocketFlags, SocketType, recv, recvmsg, sendmsg, shutdown,
+        socketpair,
     },
 };
 use serde::{Serialize, de::DeserializeOwned};
@@ -65,7 +68,7 @@ impl<S: Serialize, R: DeserializeOwned> Link<S, R> {
     /// # Errors
     /// [`Error::Io`].
     pub fn pair() -> Result<(Self, OwnedFd), Error> {
-        let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+        let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
             .map_err(|errno| Error::Io { operation: "make a socket pair", source: errno.into() })?;
         Ok((Self::new(ours), theirs))
     }
@@ -80,7 +83,7 @@ impl<S: Serialize, R: DeserializeOwned> Link<S, R> {
     /// # Errors
     /// [`Error::Closed`] or [`Error::Io`].
     pub fn send(&self, message: &S, files: &[BorrowedFd<'_>]) -> Result<(), Error> {
-        self.send_with(message, files, MsgFlags::empty())
+        self.send_with(message, files, SendFlags::empty())
     }
 
     /// Sends a message to somebody who may not read his messages.
@@ -88,20 +91,21 @@ impl<S: Serialize, R: DeserializeOwned> Link<S, R> {
     /// # Errors
     /// [`Error::Closed`], or [`Error::Io`], also where there is no room for it.
     pub fn try_send(&self, message: &S, files: &[BorrowedFd<'_>]) -> Result<(), Error> {
-        self.send_with(message, files, MsgFlags::MSG_DONTWAIT)
+        self.send_with(message, files, SendFlags::DONTWAIT)
     }
 
-    fn send_with(&self, message: &S, files: &[BorrowedFd<'_>], flags: MsgFlags) -> Result<(), Error> {
+    fn send_with(&self, message: &S, files: &[BorrowedFd<'_>], flags: SendFlags) -> Result<(), Error> {
         let bytes = codec::encode(message).map_err(Error::Malformed)?;
-        let files: Vec<RawFd> = files.iter().map(AsRawFd::as_raw_fd).collect();
-        let rights = [ControlMessage::ScmRights(&files)];
-        let control = if files.is_empty() { &[] } else { &rights[..] };
-        let flags = flags | MsgFlags::MSG_NOSIGNAL;
+        let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MAX_FILES))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !files.is_empty() && !control.push(SendAncillaryMessage::ScmRights(files)) {
+            return Err(Error::Truncated);
+        }
         loop {
-            match sendmsg::<()>(self.socket.as_raw_fd(), &[IoSlice::new(&bytes)], control, flags, None) {
+            match sendmsg(&self.socket, &[IoSlice::new(&bytes)], &mut control, flags | SendFlags::NOSIGNAL) {
                 Ok(_) => return Ok(()),
-                Err(nix::Error::EINTR) => {}
-                Err(nix::Error::EPIPE | nix::Error::ECONNRESET) => return Err(Error::Closed),
+                Err(Errno::INTR) => {}
+                Err(Errno::PIPE | Errno::CONNRESET) => return Err(Error::Closed),
                 Err(errno) => return Err(Error::Io { operation: "send", source: errno.into() }),
             }
         }
@@ -110,19 +114,21 @@ impl<S: Serialize, R: DeserializeOwned> Link<S, R> {
     /// Waits for a message, and the files that came with it.
     ///
     /// # Errors
-    /// [`Error`].
+    /// [`Error`]. Files that came with a message that is not taken are closed.
     pub fn receive(&self) -> Result<(R, Vec<File>), Error> {
         let length = self.wait_length()?;
         let mut bytes = vec![0; length];
-        let mut control = cmsg_space!([RawFd; MAX_FILES]);
-        let mut buffers = [IoSliceMut::new(&mut bytes)];
-        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+        let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MAX_FILES))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
         // It is there: this does not wait.
-        let message = recvmsg::<()>(self.socket.as_raw_fd(), &mut buffers, Some(&mut control), flags);
+        let message = recvmsg(&self.socket, &mut [IoSliceMut::new(&mut bytes)], &mut control, RecvFlags::CMSG_CLOEXEC);
         let message = message.map_err(receive_failed)?;
-        let truncated = message.flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC);
-        let files = take_files(message.cmsgs().map_err(|_| Error::Truncated)?);
-        if truncated || message.bytes != length {
+        let rights = control.drain().filter_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(files) => Some(files),
+            _ => None,
+        });
+        let files = rights.flatten().map(File::from).collect();
+        if message.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC) || message.bytes != length {
             return Err(Error::Truncated);
         }
         Ok((codec::decode(&bytes).map_err(Error::Malformed)?, files))
@@ -131,13 +137,12 @@ impl<S: Serialize, R: DeserializeOwned> Link<S, R> {
     /// Waits for a message, leaves it where it is, and says how long it is: most are short, and a buffer for the longest costs tens of
     /// microseconds to clear.
     fn wait_length(&self) -> Result<usize, Error> {
-        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_TRUNC;
         loop {
-            return match recv(self.socket.as_raw_fd(), &mut [], flags) {
-                Ok(0) => Err(Error::Closed),
-                Ok(length) if length > MAX_BYTES => Err(Error::Truncated),
-                Ok(length) => Ok(length),
-                Err(nix::Error::EINTR) => continue,
+            return match recv(&self.socket, &mut [0; 0], RecvFlags::PEEK | RecvFlags::TRUNC) {
+                Ok((_, 0)) => Err(Error::Closed),
+                Ok((_, length)) if length > MAX_BYTES => Err(Error::Truncated),
+                Ok((_, length)) => Ok(length),
+                Err(Errno::INTR) => continue,
                 Err(errno) => Err(receive_failed(errno)),
             };
         }
@@ -146,7 +151,7 @@ impl<S: Serialize, R: DeserializeOwned> Link<S, R> {
     /// Breaks the connection: whoever waits on either side learns that it is closed.
     pub fn shut_down(&self) {
         // The only failure is that the other side is gone already.
-        if let Err(errno) = shutdown(self.socket.as_raw_fd(), Shutdown::Both) {
+        if let Err(errno) = shutdown(&self.socket, Shutdown::Both) {
             tracing::debug!(%errno, "a connection was broken before it was shut down");
         }
     }
@@ -171,20 +176,11 @@ impl<S, R> AsFd for Link<S, R> {
     }
 }
 
-fn receive_failed(errno: nix::Error) -> Error {
+fn receive_failed(errno: Errno) -> Error {
     match errno {
-        nix::Error::ECONNRESET => Error::Closed,
+        Errno::CONNRESET => Error::Closed,
         errno => Error::Io { operation: "receive", source: errno.into() },
     }
-}
-
-fn take_files(messages: impl Iterator<Item = ControlMessageOwned>) -> Vec<File> {
-    let rights = messages.filter_map(|message| match message {
-        ControlMessageOwned::ScmRights(files) => Some(files),
-        _ => None,
-    });
-    // SAFETY: the kernel has just made these descriptors for this process, and nobody else knows them.
-    rights.flatten().map(|fd| File::from(unsafe { OwnedFd::from_raw_fd(fd) })).collect()
 }
 
 #[cfg(test)]
@@ -207,6 +203,24 @@ mod tests {
         assert_eq!(&content, b"inside");
         theirs.send(&7, &[]).unwrap();
         assert_eq!(ours.receive().unwrap().0, 7);
+    }
+
+    #[test]
+    fn files_that_are_not_taken_are_closed() {
+        let (ours, theirs) = Link::<u32, String>::pair().unwrap();
+        let theirs = Link::<u32, u32>::new(theirs);
+        let (reader, writer) = std::io::pipe().unwrap();
+        theirs.send(&u32::MAX, &[writer.as_fd()]).unwrap();
+        drop(writer);
+        assert!(matches!(ours.receive(), Err(Error::Malformed(_))));
+        // Nobody has the other end any more.
+        assert_eq!(std::io::read_to_string(reader).unwrap(), "");
+        let (reader, writer) = std::io::pipe().unwrap();
+        theirs.send(&0, &vec![writer.as_fd(); MAX_FILES]).unwrap();
+        assert!(theirs.send(&0, &vec![writer.as_fd(); MAX_FILES + 1]).is_err());
+        drop(writer);
+        drop(ours.receive());
+        assert_eq!(std::io::read_to_string(reader).unwrap(), "");
     }
 
     #[test]
