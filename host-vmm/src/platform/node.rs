@@ -27,11 +27,15 @@ use crate::{
     machine::{Config, End, VmIdentity},
     sync::lock,
     threads,
-    wire::{PlatformLink, ToNode, ToPlatform, link},
+    wire::{PlatformLink, ToNode, ToPlatform, is_timeline, link},
 };
 
 /// Stack of a thread that serves a node, in bytes: there may be a thousand of them.
 const STACK_BYTES: usize = 128 << 10;
+
+/// Most messages of one node that are taken within a second: several times as many as the fastest guest makes its node send. A node that
+/// somebody has broken out into must fill neither files nor a processor.
+const MESSAGES_PER_SECOND: u32 = 4096;
 
 /// How long a VM waits for another shell that stands by, where no fork has come of the last one.
 const LENT_AGAIN: Duration = Duration::from_secs(1);
@@ -72,6 +76,8 @@ pub(super) struct Node {
     announced: Option<Announced>,
     /// When it got a shell that stands by, until a fork has come of it.
     lent: Option<Instant>,
+    /// How many messages it has sent.
+    pace: Pace,
     /// The fork of this VM that is under way.
     fork: Option<Arc<Fork>>,
     /// Its forks within the last second.
@@ -112,6 +118,7 @@ impl Node {
             awaited,
             announced: None,
             lent: None,
+            pace: Pace::default(),
             fork: None,
             recent: Recent::default(),
             learned: Arc::default(),
@@ -145,6 +152,8 @@ impl Node {
     }
 
     fn serve_until_its_end(mut self) {
+        // Whoever has started this thread may be kept off one.
+        threads::use_all_processors();
         let why = loop {
             match self.serve_one() {
                 Ok(true) => {}
@@ -163,6 +172,9 @@ impl Node {
         let failed = |source| Error::Node { name: self.identity.name.clone(), source };
         self.await_message().map_err(failed)?;
         let (message, files) = self.link.receive().map_err(failed)?;
+        if let Some(wait) = self.pace.enter(Instant::now()) {
+            thread::sleep(wait);
+        }
         match message {
             ToPlatform::Ready => {}
             ToPlatform::Running => self.runs()?,
@@ -171,6 +183,9 @@ impl Node {
                 return Ok(false);
             }
             ToPlatform::Launched { seq, steps } => {
+                if !is_timeline(&steps) {
+                    return Err(failed(link::Error::Unexpected("Launched".into())));
+                }
                 self.platform.events.write(&Event::Launched { vm: &self.identity, seq, steps: &steps });
                 self.platform.trace.side(self.pid(), "child", Arguments { seq, code: 0 }, &steps);
             }
@@ -208,6 +223,9 @@ impl Node {
                 self.link.send(&ToNode::Aborted { code: code.number(), why }, &[]).map_err(failed)?;
             }
             ToPlatform::Report(report) => {
+                if !report.is_valid() {
+                    return Err(failed(link::Error::Unexpected("Report".into())));
+                }
                 self.platform.events.write(&Event::Forked { parent: &self.identity, report: &report });
                 let arguments = Arguments { seq: report.seq, code: report.code };
                 self.platform.trace.side(self.pid(), "fork", arguments, &report.steps);
@@ -309,6 +327,27 @@ impl Node {
     }
 }
 
+/// How fast a node sends.
+#[derive(Debug, Default)]
+struct Pace {
+    /// Since when messages are counted.
+    since: Option<Instant>,
+    messages: u32,
+}
+
+impl Pace {
+    /// Counts a message, and says how long the next ones have to wait, if they have to.
+    fn enter(&mut self, now: Instant) -> Option<Duration> {
+        const SECOND: Duration = Duration::from_secs(1);
+        let passed = self.since.map_or(SECOND, |since| now.duration_since(since));
+        if passed >= SECOND {
+            (self.since, self.messages) = (Some(now), 0);
+        }
+        self.messages += 1;
+        (self.messages > MESSAGES_PER_SECOND).then(|| SECOND.saturating_sub(passed))
+    }
+}
+
 impl Drop for Node {
     /// Ends the node, and then says so: with the last one, the platform comes to its end.
     fn drop(&mut self) {
@@ -329,5 +368,19 @@ impl Drop for Node {
         }
         self.platform.pool.remove_user(self.config);
         self.platform.registry.leave(self.identity.id);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_sends_too_much_waits_for_the_next_second() {
+        let (mut pace, start) = (Pace::default(), Instant::now());
+        assert!((0..MESSAGES_PER_SECOND).all(|_| pace.enter(start).is_none()));
+        let later = start + Duration::from_millis(400);
+        assert_eq!(pace.enter(later), Some(Duration::from_millis(600)));
+        assert_eq!(pace.enter(start + Duration::from_secs(1)), None);
     }
 }

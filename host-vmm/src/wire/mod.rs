@@ -6,7 +6,7 @@ mod report;
 
 pub use link::Link;
 pub use protocol::{CopyOrder, Prefetch, Spawn, Spawned, ToNode, ToPlatform};
-pub use report::{Report, Step, Timing};
+pub use report::{Report, Step, Timing, is_timeline};
 
 /// Descriptor of the zygote's end of its connection, from its start.
 pub const LINK_FD: i32 = 3;

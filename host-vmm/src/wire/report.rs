@@ -80,6 +80,14 @@ impl FromStr for Step {
     }
 }
 
+/// Longest reason for a failure in bytes.
+const MAX_WHY_BYTES: usize = 4096;
+
+/// Whether these may be the steps of one side of a fork: they come from a process in which a guest runs.
+pub fn is_timeline(steps: &[Timing]) -> bool {
+    steps.len() <= Step::ALL.len()
+}
+
 /// A step, and when it began and ended: CLOCK_MONOTONIC of this host, in nanoseconds.
 pub type Timing = (Step, u64, u64);
 
@@ -102,4 +110,33 @@ pub struct Report {
     pub untold: u64,
     /// The parent's steps.
     pub steps: Vec<Timing>,
+}
+
+impl Report {
+    /// Whether it is no longer than one may be: it comes from a process in which a guest runs.
+    pub fn is_valid(&self) -> bool {
+        is_timeline(&self.steps) && self.why.as_ref().is_none_or(|why| why.len() <= MAX_WHY_BYTES)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_has_its_length() {
+        let report = |steps, why: usize| Report {
+            seq: 1,
+            count: 0,
+            code: 0,
+            why: Some("x".repeat(why)),
+            rung_ns: 0,
+            pause_ns: 0,
+            untold: 0,
+            steps: vec![(Step::Place, 0, 0); steps],
+        };
+        assert!(report(Step::ALL.len(), MAX_WHY_BYTES).is_valid());
+        assert!(!report(Step::ALL.len() + 1, 0).is_valid());
+        assert!(!report(0, MAX_WHY_BYTES + 1).is_valid());
+    }
 }
