@@ -41,7 +41,7 @@ use crate::{
     error::chain,
     kvm::{self, Vcpu},
     machine::{self, FirstExit, GateError, LeftBehind, Machine, MachineState, Stopped, Successor},
-    memory,
+    memory::{self, Changes, Onward},
     sync::lock,
     wire::{NodeLink, Report, Step, link},
 };
@@ -154,6 +154,8 @@ pub struct Engine {
     replies: Mutex<Replies>,
     /// Whether the VM is one that forks.
     forks: AtomicBool,
+    /// Whether something is still there that the VM has left behind.
+    is_clearing: AtomicBool,
     /// Steps at which the next forks are to fail, one for each.
     faults: Mutex<VecDeque<Step>>,
 }
@@ -164,7 +166,8 @@ impl Engine {
         let (supplies, replies, faults) = (Supplies::default(), Mutex::new(replies), Mutex::new(faults.into()));
         // Copies are made to work, and booted VMs to be copied.
         let forks = AtomicBool::new(lock(&machine.identity).generation == 0);
-        Self { machine, link, supplies, replies, forks, faults }
+        let is_clearing = AtomicBool::new(false);
+        Self { machine, link, supplies, replies, forks, is_clearing, faults }
     }
 
     /// Makes what the next fork will use up, where there is time for it. Without it, that fork takes longer.
@@ -188,6 +191,16 @@ impl Engine {
         drop(met);
         if let Some(left_behind) = left_behind {
             left_behind.clear_away(&self.machine);
+            self.is_clearing.store(false, Ordering::Relaxed);
+        }
+    }
+
+    /// Where the VM goes on after a fork with these changes. It leaves no more behind while there is something to clear away: a guest that
+    /// forks as fast as it can would take ever more memory.
+    fn onward(&self, changes: &Changes) -> Onward {
+        match changes.onward() {
+            Onward::Prefer if self.is_clearing.load(Ordering::Relaxed) => Onward::Stay,
+            onward => onward,
         }
     }
 
@@ -250,25 +263,33 @@ impl Engine {
         let state = timeline.step(Step::Capture, || capture(machine, vcpu, &stopped, &devices))?;
         children.wake()?;
         let files = plan.files().to_vec();
-        let (image, leaves) = timeline.step(Step::Freeze, || {
+        let (image, onward) = timeline.step(Step::Freeze, || {
             let changes = view.changes(&machine.workshop.page_map)?;
-            let leaves = changes.are_many();
-            if leaves {
-                // Where there is none yet, it is being built while memory is copied.
+            let onward = self.onward(&changes);
+            if onward != Onward::Stay {
+                // Where there is no spare VM yet, it is being built while memory is copied.
                 machine.spare.prepare(machine);
             }
-            Ok((view.freeze(plan, changes)?, leaves))
+            self.supplies.note_copied(changes.copied_pages());
+            Ok((view.freeze(plan, changes)?, onward))
         })?;
         timeline.step(Step::HandOver, || children.hand_over(&capsule::pack(&state, &image, &files)?))?;
         let successor = timeline.step(Step::Restore, || {
-            let successor = leaves.then(|| Successor::prepare(machine, &state, &image));
-            Ok(successor.transpose()?)
+            let successor = (onward != Onward::Stay).then(|| Successor::prepare(machine, &state, &image));
+            match successor {
+                Some(Err(error)) if onward == Onward::Prefer => {
+                    tracing::warn!(error = chain(&error), "a VM whose memory was copied keeps it");
+                    Ok(None)
+                }
+                successor => Ok(successor.transpose()?),
+            }
         })?;
         timeline.step(Step::Launch, || children.wait())?;
         let signal = timeline.step(Step::Signal, || Signal::to_parent(machine, &order).map_err(Error::Signal))?;
         let met = timeline.step(Step::Commit, || children.commit())?;
         timeline.step(Step::Thaw, || {
             let left_behind = successor.map(|successor| successor.take_over(machine, &mut view, vcpu, &stopped));
+            self.is_clearing.fetch_or(left_behind.is_some(), Ordering::Relaxed);
             signal.give(machine)?;
             drop((devices, stopped));
             self.forks.store(true, Ordering::Relaxed);

@@ -8,7 +8,7 @@ use std::{fs::File, io, os::fd::AsRawFd, os::unix::fs::FileExt};
 
 use nix::errno::Errno;
 
-use super::{Error, Image, MAX_EXTENTS, Mapping, Run};
+use super::{Error, Image, MAX_DELTA_FILES, MAX_EXTENTS, Mapping, Run};
 use crate::arch::layout::PAGE_BYTES;
 
 const PRESENT: u64 = 1 << 63;
@@ -150,8 +150,8 @@ fn is_dirty(entry: u64) -> bool {
 
 /// Joins runs across short gaps, and across longer ones until an image of `base` and these has few enough pieces to be mapped.
 pub fn join_for(base: &Image, mut runs: Vec<Run>) -> Vec<Run> {
-    // Each run adds at most two pieces: itself, and the rest of the one that it cuts in two.
-    let room = MAX_EXTENTS.saturating_sub(base.extents().len()) / 2;
+    // Each run adds at most two pieces: itself, and the rest of the one that it cuts in two. Where the next file begins, a run is cut too.
+    let room = MAX_EXTENTS.saturating_sub(base.extents().len() + MAX_DELTA_FILES) / 2;
     let mut gap = SHORT_GAP_PAGES;
     runs = join(&runs, gap);
     while runs.len() > room.max(1) {

@@ -13,13 +13,15 @@ use crate::arch::layout::PAGE_BYTES;
 #[derive(Debug)]
 pub struct Ground {
     mapping: Arc<Mapping>,
+    /// Whether anything may be mapped.
+    is_laid: bool,
     file: Option<Arc<File>>,
 }
 
 impl From<Arc<Mapping>> for Ground {
     /// A range in which nothing is mapped.
     fn from(mapping: Arc<Mapping>) -> Self {
-        Self { mapping, file: None }
+        Self { mapping, is_laid: false, file: None }
     }
 }
 
@@ -33,10 +35,12 @@ impl Ground {
             return Ok(());
         }
         let bytes = self.mapping.bytes();
-        // A page behind the file's end would be a SIGBUS.
-        if memfd::length(lowest)? < bytes as u64 || !memfd::is_immutable(lowest)? {
+        // A page behind the file's end would be a SIGBUS. In this order: once it is sealed, it keeps its length.
+        if !memfd::is_immutable(lowest)? || memfd::length(lowest)? < bytes as u64 {
             return Err(Error::Invalid("the lowest layer can change, or does not cover the memory"));
         }
+        // Where it can't be mapped, nobody knows what is there.
+        (self.is_laid, self.file) = (true, None);
         self.mapping.map_over(0, bytes, lowest, 0)?;
         self.file = Some(Arc::clone(lowest));
         Ok(())
@@ -61,8 +65,8 @@ impl Ground {
         };
         match &self.file {
             Some(ground) if Arc::ptr_eq(ground, file) && page == file_page => Ok(()),
-            Some(_) => self.mapping.map_over(bytes(page)?, bytes(pages)?, file, file_page * PAGE_BYTES),
-            None => self.mapping.map_private(bytes(page)?, bytes(pages)?, file, file_page * PAGE_BYTES),
+            _ if self.is_laid => self.mapping.map_over(bytes(page)?, bytes(pages)?, file, file_page * PAGE_BYTES),
+            _ => self.mapping.map_private(bytes(page)?, bytes(pages)?, file, file_page * PAGE_BYTES),
         }
     }
 

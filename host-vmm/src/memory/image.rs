@@ -17,6 +17,9 @@ pub const MAX_LAYERS: usize = 200;
 /// From so many layers on, the next one takes in all that lie over the lowest one: each costs every VM a descriptor on its way.
 const MANY_LAYERS: usize = 32;
 
+/// Pages that may be held and not show, 4 MiB, whatever the size of an image.
+const FEW_PAGES: u64 = 1024;
+
 /// From so many pieces on, likewise.
 const MANY_EXTENTS: usize = MAX_EXTENTS / 2;
 
@@ -124,25 +127,37 @@ impl Image {
     }
 
     /// What the next layer over this image is to lie on, and the pages that it has to hold beside its own. That is this image and none; and
-    /// once this image has grown long, its lowest layer, and all that lie over it.
+    /// once this image has grown long, or much of its layers does not show, its lowest layer, and all that lie over it.
     ///
     /// # Errors
     /// As [`Image::new`].
     pub fn footing(&self) -> Result<(Self, Vec<Run>), Error> {
-        if self.layers.len() < MANY_LAYERS && self.extents.len() < MANY_EXTENTS {
+        let upper = || self.extents.iter().filter(|extent| extent.layer > 0).map(|extent| extent.run);
+        let showing_pages: u64 = upper().map(|run| run.pages).sum();
+        let held_pages: u64 = self.layers.iter().skip(1).flat_map(|layer| &layer.runs).map(|run| run.pages).sum();
+        let is_wasteful = held_pages > 2 * showing_pages + FEW_PAGES;
+        if self.layers.len() < MANY_LAYERS && self.extents.len() < MANY_EXTENTS && !is_wasteful {
             return Ok((self.clone(), Vec::new()));
         }
         let lowest = Self::new(self.pages, self.layers[..1].to_vec())?;
-        let upper = self.extents.iter().filter(|extent| extent.layer > 0);
-        Ok((lowest, upper.map(|extent| extent.run).collect()))
+        Ok((lowest, upper().collect()))
     }
 
-    /// This image with more layers over it.
+    /// This image with more layers over it. Layers of which nothing shows any more are left out, but for the lowest one.
     ///
     /// # Errors
     /// As [`Image::new`].
     pub fn with_layers(&self, layers: Vec<Layer>) -> Result<Self, Error> {
-        Self::new(self.pages, self.layers.iter().cloned().chain(layers.into_iter().map(Arc::new)).collect())
+        let layers: Vec<_> = self.layers.iter().cloned().chain(layers.into_iter().map(Arc::new)).collect();
+        let image = Self::new(self.pages, layers)?;
+        let mut shows = vec![false; image.layers.len()];
+        shows[0] = true;
+        image.extents.iter().for_each(|extent| shows[extent.layer] = true);
+        if shows.iter().all(|shows| *shows) {
+            return Ok(image);
+        }
+        let showing = image.layers.into_iter().zip(shows).filter_map(|(layer, shows)| shows.then_some(layer));
+        Self::new(self.pages, showing.collect())
     }
 
     /// Size of the guest's memory in pages.
@@ -247,6 +262,44 @@ mod tests {
                 .collect();
             prop_assert_eq!(shown, model);
         }
+    }
+
+    fn owned(runs: Vec<Run>) -> Vec<Layer> {
+        vec![Arc::into_inner(layer(runs)).unwrap()]
+    }
+
+    #[test]
+    fn a_layer_that_does_not_show_any_more_is_let_go() {
+        let run = |page, pages| vec![Run { page, pages, file_page: 0 }];
+        let lowest = Image::new(PAGES, vec![layer(run(0, PAGES))]).unwrap();
+        let one = lowest.with_layers(owned(run(3, 4))).unwrap();
+        assert_eq!(one.layers().len(), 2);
+        // Some of it still shows, then nothing.
+        let two = one.with_layers(owned(run(4, 10))).unwrap();
+        assert_eq!(two.layers().len(), 3);
+        let three = two.with_layers(owned(run(3, 1))).unwrap();
+        assert_eq!(three.layers().len(), 3);
+        // The lowest one stays: it is what others are laid on.
+        let all = three.with_layers(owned(run(0, PAGES))).unwrap();
+        assert_eq!(all.layers().len(), 2);
+        assert!(Arc::ptr_eq(&all.layers()[0], &lowest.layers()[0]));
+    }
+
+    #[test]
+    fn what_mostly_does_not_show_is_folded() {
+        const MANY: u64 = 4 * FEW_PAGES;
+        let file = || Arc::new(crate::memory::unsealed("test", MANY * PAGE_BYTES).unwrap());
+        let part = |page, pages| vec![Layer { file: file(), runs: vec![Run { page, pages, file_page: 0 }] }];
+        let mut image = Image::new(MANY, vec![Arc::new(Layer::whole(file(), MANY))]).unwrap();
+        // Each hides all of the one before it but a page.
+        for page in 0..3 {
+            assert_eq!(image.footing().unwrap().1, []);
+            image = image.with_layers(part(page, MANY - 10)).unwrap();
+        }
+        image = image.with_layers(part(3, MANY - 10)).unwrap();
+        let (footing, upper) = image.footing().unwrap();
+        assert_eq!(footing.layers().len(), 1);
+        assert_eq!(upper.iter().map(|run| run.pages).sum::<u64>(), MANY - 7);
     }
 
     #[test]

@@ -53,7 +53,8 @@ pub fn unresizable(name: &str, bytes: u64) -> Result<File, Error> {
 /// # Errors
 /// [`Error::Invalid`] where it is otherwise, [`Error::File`] where it is no memory file.
 pub fn check_unresizable(file: &File, bytes: u64) -> Result<(), Error> {
-    if length(file)? != bytes || !seals(file)?.contains(SealFlag::F_SEAL_SHRINK) {
+    // In this order: once it is sealed, what is found is what stays.
+    if !seals(file)?.contains(SealFlag::F_SEAL_SHRINK) || length(file)? != bytes {
         return Err(Error::Invalid("a shared file has another size, or does not keep it"));
     }
     Ok(())

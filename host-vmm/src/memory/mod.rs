@@ -40,8 +40,10 @@ pub use ground::Ground;
 pub use image::{Extent, Image, Layer, MAX_EXTENTS, MAX_LAYERS, Run};
 pub use mapping::{Access, Mapping, touch};
 pub use memfd::{check_unresizable, is_immutable, seal, sealed, unresizable, unsealed};
-pub use view::{Changes, Delta, Plan, View};
+pub use view::{Changes, Delta, Onward, Plan, View};
 pub use working_set::WorkingSet;
+
+use view::MAX_DELTA_FILES;
 
 /// What can go wrong with guest memory.
 #[derive(Debug, thiserror::Error)]
