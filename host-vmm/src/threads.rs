@@ -24,13 +24,18 @@ pub(crate) fn current_processor() -> u32 {
     unsafe { libc::sched_getcpu() }.cast_unsigned()
 }
 
-/// The processors that this process may use, as it was when they were first asked for.
+/// The processors that this process may use, for as long as it lives: what it was started with, or, where that was all of its control group's,
+/// whatever that will have.
 fn all() -> io::Result<CpuSet> {
     static ALL: OnceLock<CpuSet> = OnceLock::new();
     if let Some(all) = ALL.get() {
         return Ok(*all);
     }
-    let all = sched_getaffinity(None)?;
+    let (inherited, mut any) = (sched_getaffinity(None)?, CpuSet::new());
+    (0..CpuSet::MAX_CPU).for_each(|processor| any.set(processor));
+    sched_setaffinity(None, &any)?;
+    let all = if sched_getaffinity(None)? == inherited { any } else { inherited };
+    sched_setaffinity(None, &all)?;
     Ok(*ALL.get_or_init(|| all))
 }
 
@@ -44,10 +49,14 @@ fn all() -> io::Result<CpuSet> {
 pub(crate) fn keep_off(process: Option<u32>, processor: u32) -> io::Result<()> {
     let mut others = all()?;
     let processor = usize::try_from(processor).ok().filter(|processor| *processor < CpuSet::MAX_CPU);
-    let Some(processor) = processor.filter(|_| others.count() > 1) else { return Ok(()) };
+    let Some(processor) = processor.filter(|_| processors() > 1) else { return Ok(()) };
     others.unset(processor);
     let process = process.map(|process| i32::try_from(process).ok().and_then(Pid::from_raw).ok_or(Errno::INVAL));
-    Ok(sched_setaffinity(process.transpose()?, &others)?)
+    match sched_setaffinity(process.transpose()?, &others) {
+        // There are no others any more.
+        Err(Errno::INVAL) => Ok(()),
+        result => Ok(result?),
+    }
 }
 
 /// Lets the calling thread use all processors again.
@@ -90,20 +99,27 @@ pub(crate) fn background<T: Send + 'static>(
 
 /// Makes the calling thread, and those that it starts, background threads. There is no way back.
 pub(crate) fn step_back() {
-    if let Err(error) = set_background() {
+    if let Err(error) = schedule(libc::SCHED_BATCH, NICENESS, TURN_NS) {
         tracing::debug!(%error, "a background thread stays as important as others");
     }
 }
 
-/// Lets others come before the calling thread (sched_setattr).
-fn set_background() -> io::Result<()> {
+/// Makes the calling thread as important as any: it may have been started by one in the background.
+pub(crate) fn step_forward() {
+    if let Err(error) = schedule(libc::SCHED_OTHER, 0, 0) {
+        tracing::warn!(%error, "a thread stays in the background");
+    }
+}
+
+/// Says how the calling thread is scheduled (sched_setattr).
+fn schedule(policy: libc::c_int, niceness: i32, turn_ns: u64) -> io::Result<()> {
     let attributes = libc::sched_attr {
         size: u32::try_from(size_of::<libc::sched_attr>()).map_err(io::Error::other)?,
-        sched_policy: u32::try_from(libc::SCHED_BATCH).map_err(io::Error::other)?,
+        sched_policy: u32::try_from(policy).map_err(io::Error::other)?,
         sched_flags: 0,
-        sched_nice: NICENESS,
+        sched_nice: niceness,
         sched_priority: 0,
-        sched_runtime: TURN_NS,
+        sched_runtime: turn_ns,
         sched_deadline: 0,
         sched_period: 0,
     };

@@ -50,6 +50,7 @@ pub fn main() -> anyhow::Result<()> {
     // What all nodes ask for is found out once.
     threads::processors();
     threads::use_all_processors();
+    threads::step_forward();
     threads::share_one_heap();
     let host = Host::open().map(Arc::new);
     if let Err(error) = host.as_ref().map_or(Ok(()), practise) {

@@ -115,6 +115,8 @@ impl Running {
     }
 
     fn start() -> Result<Self, Error> {
+        // Nodes inherit what this thread may use.
+        threads::use_all_processors();
         let (link, theirs) = ZygoteLink::pair().map_err(Error::Zygote)?;
         let mut command = Command::new("/proc/self/exe");
         // A group of its own: what a terminal's keys send is for the platform.
