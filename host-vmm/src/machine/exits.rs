@@ -20,16 +20,29 @@ pub struct Exits {
 /// The exit that was watched for.
 #[derive(Debug, Default)]
 pub struct FirstExit {
-    at_ns: Mutex<Option<u64>>,
+    seen: Mutex<Seen>,
     changed: Condvar,
+}
+
+/// What is known of an exit.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+enum Seen {
+    #[default]
+    NotYet,
+    At(u64),
+    /// Nobody watches for it any more.
+    GivenUp,
 }
 
 impl Exits {
     /// Watches for the next exit. One that was watched for before and has not come yet is given up.
     pub fn watch(&self) -> Arc<FirstExit> {
         let exit = Arc::new(FirstExit::default());
-        *lock(&self.awaited) = Some(Arc::clone(&exit));
+        let given_up = lock(&self.awaited).replace(Arc::clone(&exit));
         self.armed.store(true, Ordering::Release);
+        if let Some(given_up) = given_up {
+            given_up.tell(Seen::GivenUp);
+        }
         exit
     }
 
@@ -39,17 +52,24 @@ impl Exits {
             && self.armed.swap(false, Ordering::Acquire)
             && let Some(exit) = lock(&self.awaited).take()
         {
-            *lock(&exit.at_ns) = Some(monotonic_ns());
-            exit.changed.notify_all();
+            exit.tell(Seen::At(monotonic_ns()));
         }
     }
 }
 
 impl FirstExit {
-    /// Waits for it, up to `limit`: CLOCK_MONOTONIC in nanoseconds.
+    fn tell(&self, seen: Seen) {
+        *lock(&self.seen) = seen;
+        self.changed.notify_all();
+    }
+
+    /// Waits for it, up to `limit`: CLOCK_MONOTONIC in nanoseconds. One that was given up is not waited for.
     pub fn wait(&self, limit: Duration) -> Option<u64> {
-        let at_ns = self.changed.wait_timeout_while(lock(&self.at_ns), limit, |at_ns| at_ns.is_none());
-        *at_ns.unwrap_or_else(PoisonError::into_inner).0
+        let seen = self.changed.wait_timeout_while(lock(&self.seen), limit, |seen| *seen == Seen::NotYet);
+        match *seen.unwrap_or_else(PoisonError::into_inner).0 {
+            Seen::At(at_ns) => Some(at_ns),
+            Seen::NotYet | Seen::GivenUp => None,
+        }
     }
 }
 
@@ -71,5 +91,9 @@ mod tests {
         exits.happened();
         assert_eq!(first.wait(Duration::ZERO), at_ns);
         assert!(second.wait(Duration::ZERO) >= at_ns);
+        let (third, fourth) = (exits.watch(), exits.watch());
+        assert_eq!(third.wait(Duration::MAX), None);
+        exits.happened();
+        assert!(fourth.wait(Duration::ZERO) >= at_ns);
     }
 }
