@@ -71,6 +71,7 @@ fn run(cli: &Cli) -> Result<()> {
         println!("{} {}", all_ran.as_secs_f64(), all_ended.as_secs_f64());
         return Ok(());
     }
+    floor::keep_no_memory();
     let mut bench = Bench::new(cli.quick, cli.firecracker.clone(), Progress::new())?;
     bench.run(cli.only)?;
     let figures = bench.figures();

@@ -198,8 +198,9 @@ impl Bench {
             self.progress.begin(&format!("{mib} MiB dirty"), repeats);
             for _ in 0..repeats {
                 if mib > 0 {
-                    let copied = floor::copy(usize::try_from(mib)? << 20)?;
+                    let (copied, again) = floor::copy(usize::try_from(mib)? << 20)?;
                     self.samples.add(&format!("floor.copy.{mib}m"), "us", copied.as_secs_f64() * 1e6);
+                    self.samples.add(&format!("floor.memcpy.{mib}m"), "us", again.as_secs_f64() * 1e6);
                 }
                 let outcome = session.carry_out(order)?;
                 self.samples.add_ns(&format!("fork.dirty.{mib}m"), outcome.children[0].latency_ns());

@@ -12,6 +12,7 @@ const RATIOS: &[(&str, &str)] = &[
     ("switch.over.64m", "switch.spare.64m"),
     ("fork.gen16", "fork.gen2"),
     ("fork.dirty.64m", "floor.copy.64m"),
+    ("fork.dirty.64m", "floor.memcpy.64m"),
     ("fork.dirty.512m", "floor.copy.512m"),
     ("fork.ws16m", "fork.ws16m.cold"),
     ("firecracker.spawn", "fork.child.512m"),
