@@ -6,6 +6,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::{
     platform::{Keep, Limit},
+    units,
     wire::Step,
 };
 
@@ -214,21 +215,10 @@ pub struct Check {
     pub json: bool,
 }
 
-/// A number, which may have K, M or G behind it.
-pub(crate) fn size(text: &str) -> Option<u64> {
-    let (digits, shift) = match text.char_indices().last() {
-        Some((at, 'K' | 'k')) => (&text[..at], 10),
-        Some((at, 'M' | 'm')) => (&text[..at], 20),
-        Some((at, 'G' | 'g')) => (&text[..at], 30),
-        _ => (text, 0),
-    };
-    digits.parse::<u64>().ok()?.checked_mul(1 << shift)
-}
-
 /// Parses a memory size such as `512M`.
 fn memory_size(text: &str) -> Result<u64, String> {
     use crate::arch::layout::{MAX_RAM_BYTES, MIN_RAM_BYTES, PAGE_BYTES};
-    let bytes = size(text).ok_or("not a size: give bytes, or a number with K, M or G")?;
+    let bytes = units::size(text).ok_or("not a size: give bytes, or a number with K, M or G")?;
     let bytes = Some(bytes).filter(|bytes| (MIN_RAM_BYTES..=MAX_RAM_BYTES).contains(bytes));
     let bytes = bytes.ok_or_else(|| format!("must be from {}M to {}G", MIN_RAM_BYTES >> 20, MAX_RAM_BYTES >> 30))?;
     if bytes % PAGE_BYTES == 0 { Ok(bytes) } else { Err("must be a multiple of 4096 bytes".to_owned()) }

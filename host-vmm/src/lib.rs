@@ -50,4 +50,5 @@ pub mod node;
 pub mod platform;
 mod sync;
 mod threads;
+mod units;
 pub mod wire;

@@ -10,6 +10,7 @@ use std::{
 use vmfork_abi::{ErrorCode, is_vm_type};
 
 use super::Error;
+use crate::units;
 
 /// Stands for all types in `--limit`.
 const ALL_TYPES: &str = "*";
@@ -76,7 +77,7 @@ impl FromStr for Limit {
             let found = Limited::ALL.iter().find(|(known, _)| *known == name);
             let names = || Limited::ALL.map(|(name, _)| name).join(", ");
             let (_, limited) = found.ok_or_else(|| format!("{name:?} can't be limited; what can be: {}", names()))?;
-            let value = crate::cli::size(value).ok_or_else(|| format!("{value:?} is no number"))?;
+            let value = units::size(value).ok_or_else(|| format!("{value:?} is no number"))?;
             most.insert(*limited, value);
         }
         Ok(Self { vm_type: vm_type.to_owned(), most })
