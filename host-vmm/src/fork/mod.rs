@@ -270,7 +270,6 @@ impl Engine {
                 // Where there is no spare VM yet, it is being built while memory is copied.
                 machine.spare.prepare(machine);
             }
-            self.supplies.note_copied(changes.copied_pages());
             Ok((view.freeze(plan, changes)?, onward))
         })?;
         timeline.step(Step::HandOver, || children.hand_over(&capsule::pack(&state, &image, &files)?))?;

@@ -3,10 +3,7 @@
 use std::{
     fs::File,
     os::fd::AsFd,
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, Mutex},
 };
 
 use super::{
@@ -44,11 +41,11 @@ impl Supply {
         Ok(Self { rendezvous: Rendezvous::new()?, delta: Delta::new()?, announced: None })
     }
 
-    /// Makes one with the memory that most forks need, and `pages` of the parent's.
-    fn make_warm(pages: u64) -> Result<Self, Error> {
+    /// Makes one with the pages that most forks need.
+    fn make_warm() -> Result<Self, Error> {
         let supply = Self::make()?;
         supply.rendezvous.warm_up()?;
-        supply.delta.warm_up(pages)?;
+        supply.delta.warm_up()?;
         Ok(supply)
     }
 
@@ -77,30 +74,21 @@ impl Supply {
 
 /// A supply for the next fork of one VM.
 #[derive(Debug, Default)]
-pub(super) struct Supplies {
-    ready: Mutex<Option<Supply>>,
-    /// How many pages of the VM were copied at its last fork: as many as are likely to be at the next one.
-    copied_pages: AtomicU64,
-}
+pub(super) struct Supplies(Mutex<Option<Supply>>);
 
 impl Supplies {
     /// Takes it. One that is not there is made at once.
     pub(super) fn take(&self) -> Result<Supply, rendezvous::Error> {
-        let ready = lock(&self.ready).take();
+        let ready = lock(&self.0).take();
         ready.map_or_else(Supply::make, Ok)
-    }
-
-    /// Says how many pages of the VM a fork copies.
-    pub(super) fn note_copied(&self, pages: u64) {
-        self.copied_pages.store(pages, Ordering::Relaxed);
     }
 
     /// Has one there. Where `announces`, a shell is to stand by for the fork that takes it.
     pub(super) fn restock(&self, machine: &Machine, link: &NodeLink, announces: bool) -> Result<(), Error> {
-        let stocked = lock(&self.ready).take();
+        let stocked = lock(&self.0).take();
         let mut supply = match stocked {
             Some(supply) => supply,
-            None => Supply::make_warm(self.copied_pages.load(Ordering::Relaxed))?,
+            None => Supply::make_warm()?,
         };
         if announces {
             let plan = lock(&machine.memory).plan(&supply.delta);
@@ -108,7 +96,7 @@ impl Supplies {
                 supply.announce(&plan, link)?;
             }
         }
-        *lock(&self.ready) = Some(supply);
+        *lock(&self.0) = Some(supply);
         Ok(())
     }
 }

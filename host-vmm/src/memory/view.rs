@@ -16,9 +16,6 @@ const DELTA_NAME: &str = "vm-delta";
 /// Pages that any VM writes to.
 const FEW_PAGES: u64 = 4;
 
-/// Most pages for which memory is taken before they are copied.
-const MOST_PAGES: u64 = 16 * 1024;
-
 /// Dirty pages for which one more thread is worth its start.
 const PAGES_PER_WORKER: u64 = 1024;
 
@@ -91,14 +88,6 @@ impl Changes {
             Self::Whole => Onward::Leave,
             Self::Over { runs, .. } if pages(runs) * PAGE_BYTES >= MUCH_BYTES => Onward::Prefer,
             Self::Over { .. } => Onward::Stay,
-        }
-    }
-
-    /// How many pages are to be copied.
-    pub fn copied_pages(&self) -> u64 {
-        match self {
-            Self::Whole => 0,
-            Self::Over { runs, .. } => pages(runs),
         }
     }
 }
@@ -197,7 +186,8 @@ impl View {
     /// Writes runs of this memory to layers in these files: to one where they are few; else on several processors, each to a file of its own,
     /// since a file takes one write at a time.
     fn copy_out(&self, runs: &[Run], files: Vec<Arc<File>>) -> Result<Vec<Layer>, Error> {
-        let workers = workers(pages(runs), files.len());
+        let most = usize::try_from(pages(runs) / PAGES_PER_WORKER).unwrap_or(usize::MAX);
+        let workers = files.len().min(most).max(1);
         let layers: Vec<Layer> =
             files.into_iter().zip(shares(runs, workers)).map(|(file, runs)| Layer { file, runs }).collect();
         thread::scope(|scope| {
@@ -216,11 +206,6 @@ impl View {
         }
         memfd::seal_future(DELTA_NAME, &layer.file)
     }
-}
-
-/// How many of so many files, and threads, are used for so many pages.
-fn workers(pages: u64, files: usize) -> usize {
-    files.min(usize::try_from(pages / PAGES_PER_WORKER).unwrap_or(usize::MAX)).max(1)
 }
 
 /// The runs in so many shares of one size, or fewer, each packed in a file of its own.
@@ -259,21 +244,17 @@ impl Delta {
         (0..files).map(|_| memfd::unsealed(DELTA_NAME, 0).map(Arc::new)).collect::<Result<_, _>>().map(Self)
     }
 
-    /// Takes memory from the host for as many pages as are likely to be copied (fallocate), up to 64 MiB: taking it takes three times as long
-    /// as copying. The files stay empty.
+    /// Takes the memory from the host that is needed for the few pages that any VM writes to before it forks (fallocate). The files stay
+    /// empty.
     ///
     /// # Errors
     /// [`Error::File`].
-    pub fn warm_up(&self, pages: u64) -> Result<(), Error> {
-        let pages = pages.clamp(FEW_PAGES, MOST_PAGES);
-        let workers = workers(pages, self.0.len());
-        let share = pages.div_ceil(u64::try_from(workers).unwrap_or(1)) * PAGE_BYTES;
-        self.0.iter().take(workers).try_for_each(|file| {
-            fallocate(file, FallocateFlags::KEEP_SIZE, 0, share).map_err(|errno| Error::File {
-                operation: "take memory for",
-                name: DELTA_NAME.to_owned(),
-                source: errno.into(),
-            })
+    pub fn warm_up(&self) -> Result<(), Error> {
+        let Some(first) = self.0.first() else { return Ok(()) };
+        fallocate(first, FallocateFlags::KEEP_SIZE, 0, FEW_PAGES * PAGE_BYTES).map_err(|errno| Error::File {
+            operation: "take memory for",
+            name: DELTA_NAME.to_owned(),
+            source: errno.into(),
         })
     }
 }

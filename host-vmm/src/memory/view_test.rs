@@ -155,9 +155,7 @@ fn much_is_copied_to_several_files_and_then_no_more() {
     }
     let changes = view.changes(&page_map).unwrap();
     assert_eq!(changes.onward(), Onward::Prefer);
-    let delta = Delta::new().unwrap();
-    delta.warm_up(changes.copied_pages() / 2).unwrap();
-    let image = view.freeze(view.plan(&delta), changes).unwrap();
+    let image = view.freeze(view.plan(&Delta::new().unwrap()), changes).unwrap();
     assert_eq!(image.layers().len(), 1 + threads::processors().min(3));
     let next = View::of_image(image, reserved()).unwrap();
     for page in 0..PAGES {
@@ -167,7 +165,8 @@ fn much_is_copied_to_several_files_and_then_no_more() {
         assert_eq!(u64::from_le_bytes(word), expected, "page {page}");
     }
     let changes = next.changes(&page_map).unwrap();
-    assert_eq!((changes.onward(), changes.copied_pages()), (Onward::Stay, 0));
+    assert_eq!(changes.onward(), Onward::Stay);
+    assert!(matches!(changes, Changes::Over { runs, .. } if runs.is_empty()));
 }
 
 #[test]
