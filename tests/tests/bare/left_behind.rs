@@ -211,13 +211,16 @@ fn what_a_fork_has_copied_is_not_the_parents_own_any_more() {
         let vm = vms.iter().find(|vm| vm["name"] == "vm").expect("the parent");
         vm["memory"]["private_bytes"].as_u64().expect("a size")
     };
-    let before = private_bytes(&running);
     let order = Order { count: 1, dirty_pages: 4096, ..Order::default() };
-    for _ in 0..3 {
+    // The first one is another matter: all that a booted VM has becomes an image.
+    assert_eq!(carry_out(&mut running, order, |_| {})["code"], 0);
+    let given_up = (0..20).any(|_| {
         assert_eq!(carry_out(&mut running, order, |_| {})["code"], 0);
-    }
-    // It has written to 16 MiB before each of these forks.
-    become_equal(|| private_bytes(&running) < before + (4 << 20), || true);
+        // It has written to 16 MiB. Where the last fork's are still being cleared away, it keeps them.
+        thread::sleep(Duration::from_millis(300));
+        private_bytes(&running) < 8 << 20
+    });
+    assert!(given_up);
 }
 
 #[test]
