@@ -188,7 +188,7 @@ impl Bench {
     fn dirty_sets(&mut self) -> Result<()> {
         let sets: &[u32] = if self.quick { &[0, 64] } else { &[0, 1, 16, 64, 256, 512] };
         for &mib in sets {
-            let repeats = if mib > 64 { self.repeats(40, 5) } else { self.repeats(200, 8) };
+            let repeats = self.repeats(200, if mib > 64 { 5 } else { 8 });
             let mut session = Session::start(&Shape::new("1G", 1))?;
             let order = Order { count: 1, dirty_pages: mib * MIB, ..Order::default() };
             // The first fork makes it a private view, and after the second one all of the set is its own.
@@ -249,7 +249,7 @@ impl Bench {
             let mut session = Session::start(&Shape::new("512M", usize::try_from(count)?))?;
             let order = Order { count, ..Order::default() };
             session.carry_out(order)?;
-            let repeats = if count > 16 { self.repeats(40, 5) } else { self.repeats(200, 8) };
+            let repeats = self.repeats(200, if count > 16 { 5 } else { 8 });
             self.progress.begin(&format!("{count} children"), repeats);
             for _ in 0..repeats {
                 let outcome = session.carry_out(order)?;
@@ -285,7 +285,7 @@ impl Bench {
 
     /// A thousand children of one fork with no shell ready, in turn with a thousand VMs that nobody manages.
     fn thousand(&mut self) -> Result<()> {
-        let repeats = self.repeats(20, 2);
+        let repeats = self.repeats(200, 2);
         self.progress.begin("a thousand children", repeats);
         for _ in 0..repeats {
             rest();
