@@ -11,33 +11,49 @@ use vmfork_tests::{
 const PAGES: u32 = 1024;
 const BYTES: u64 = PAGES as u64 * 4096;
 
+/// How much of guests' memory a process has for itself, in bytes.
 fn private_bytes(pid: u32) -> u64 {
-    let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
-    let line = rollup.lines().find_map(|line| line.strip_prefix("Private_Dirty:"));
-    line.map_or(0, |line| line.trim().trim_end_matches(" kB").parse::<u64>().expect("a size") << 10)
+    let maps = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap_or_default();
+    let mut is_guests = false;
+    let mut bytes = 0;
+    for line in maps.lines() {
+        match line.split_once(':') {
+            // The first line of a mapping has its name, and those that follow begin with words.
+            Some((word, value)) if word.chars().all(|letter| letter.is_ascii_alphabetic() || letter == '_') => {
+                if is_guests && word == "Private_Dirty" {
+                    bytes += value.trim().trim_end_matches(" kB").parse::<u64>().expect("a size") << 10;
+                }
+            }
+            _ => is_guests = line.contains("/memfd:vm-ram"),
+        }
+    }
+    bytes
 }
 
-/// Has copies write to much, one after another, up to `most` of them: how many it takes until a node other than the booted VM's has as much
-/// memory of its own, while none of them is there.
+/// Has copies write to much, one after another, up to `most` of them: how many it takes until a shell has as much of their memory.
 fn copies_until_ready(options: &[&str], most: usize) -> Option<usize> {
     let kernel = user::kernel();
     let vmm = Vmm::kernel(kernel.path()).option("--mem", "64M").option("--ready", "1");
     let mut running = options.iter().fold(vmm, |vmm, option| vmm.flag(option)).start().expect("host-vmm starts");
     running.wait_for_line("00000001").expect("a guest that takes orders");
-    let vm = running.node("vm").expect("a node");
+    let mut vms = BTreeSet::from([running.node("vm").expect("a node")]);
     (0..most).find(|_| {
         let order = Order { count: 1, rewrite_pages: PAGES, ..Order::default() };
         running.type_bytes(&order.to_bytes()).expect("a guest that takes orders");
-        let mut awaited = BTreeSet::from(["forked", "ended"]);
-        let both = |event: &serde_json::Value| {
-            awaited.remove(event["event"].as_str().expect("a kind of event"));
+        let mut awaited = BTreeSet::from(["forked", "started", "ended"]);
+        let all = |event: &serde_json::Value| {
+            let kind = event["event"].as_str().expect("a kind of event");
+            if kind == "started" {
+                vms.insert(event["pid"].as_u64().expect("a process").try_into().expect("its number"));
+            }
+            awaited.remove(kind);
             awaited.is_empty().then_some(())
         };
-        running.wait_for("a fork, and the child's end", both).expect("a fork, and the child's end");
+        running.wait_for("a fork, a child, and its end", all).expect("a fork, a child, and its end");
         // On a machine with nothing else to do, it takes 50 ms.
         thread::sleep(Duration::from_millis(300));
-        let mut others = running.nodes().expect("processes").into_iter().filter(|pid| *pid != vm);
-        others.any(|pid| private_bytes(pid) >= BYTES)
+        let mut nodes = running.nodes().expect("processes").into_iter();
+        nodes.any(|pid| !vms.contains(&pid) && private_bytes(pid) >= BYTES)
     })
 }
 
