@@ -37,7 +37,7 @@ const STACK_BYTES: usize = 128 << 10;
 /// somebody has broken out into must fill neither files nor a processor.
 const MESSAGES_PER_SECOND: u32 = 4096;
 
-/// How long a VM waits for another shell that stands by, where no fork has come of the last one.
+/// How long a VM waits for another shell that stands by, where no fork has come of the last one, or where there was none to spare.
 const LENT_AGAIN: Duration = Duration::from_secs(1);
 
 /// Who waits for a VM to run.
@@ -55,10 +55,18 @@ pub(super) enum Awaited {
 #[derive(Debug)]
 struct Announced {
     rendezvous: Rendezvous,
-    /// The rendezvous, then those of the image.
+    /// The bell, the rendezvous, then those of the image.
     files: Vec<File>,
     /// The shell that has them.
     standby: Option<Standby>,
+}
+
+impl Announced {
+    /// Where the fork takes place that was announced: the bell was for parent and shell alone.
+    fn into_place(self) -> Place {
+        let files = self.files.into_iter().skip(1).collect();
+        Place { files, rendezvous: Some(self.rendezvous), standby: self.standby.and_then(Standby::into_shell) }
+    }
 }
 
 /// A node with its VM. Dropping it ends both.
@@ -170,7 +178,10 @@ impl Node {
     /// Serves the next message, and says whether more may come.
     fn serve_one(&mut self) -> Result<bool, Error> {
         let failed = |source| Error::Node { name: self.identity.name.clone(), source };
-        self.await_message().map_err(failed)?;
+        if !self.await_message().map_err(failed)? {
+            self.have_one_stand_by();
+            return Ok(true);
+        }
         let (message, files) = self.link.receive().map_err(failed)?;
         if let Some(wait) = self.pace.enter(Instant::now()) {
             thread::sleep(wait);
@@ -196,12 +207,8 @@ impl Node {
                     forgotten.abort();
                 }
                 let order = Order { count, vm_type, seq, fault };
-                let place = match self.announced.take_if(|_| announced) {
-                    Some(Announced { rendezvous, files, standby }) => {
-                        Place { files, rendezvous: Some(rendezvous), standby: standby.and_then(Standby::into_shell) }
-                    }
-                    None => Place { files, rendezvous: None, standby: None },
-                };
+                let here = Place { files, rendezvous: None, standby: None };
+                let place = self.announced.take_if(|_| announced).map_or(here, Announced::into_place);
                 let learned = &self.learned;
                 let mut original =
                     Original { vm: &self.identity, config: self.config, recent: &mut self.recent, learned };
@@ -245,28 +252,32 @@ impl Node {
         }
     }
 
-    /// Waits for a message, or the end of the process: its end of the connection may live on elsewhere.
-    fn await_message(&self) -> Result<(), link::Error> {
+    /// Waits for a message, or the end of the process: its end of the connection may live on elsewhere. Where no shell stands by for a
+    /// fork that is announced, it waits no longer than until there may be one, and says whether there is a message.
+    fn await_message(&self) -> Result<bool, link::Error> {
         let process = self.process.as_ref().ok_or(link::Error::Closed)?;
         let mut fds =
             [PollFd::new(self.link.as_fd(), PollFlags::POLLIN), PollFd::new(process.as_fd(), PollFlags::POLLIN)];
+        let lacks_one = self.announced.as_ref().is_some_and(|announced| announced.standby.is_none());
+        let limit = (lacks_one && self.platform.pool.has_standbys()).then_some(LENT_AGAIN);
+        let limit = limit.and_then(|limit| PollTimeout::try_from(limit).ok()).unwrap_or(PollTimeout::NONE);
         loop {
-            match poll(&mut fds, PollTimeout::NONE) {
-                Ok(_) if fds[0].any().unwrap_or(true) => return Ok(()),
+            match poll(&mut fds, limit) {
+                Ok(0) => return Ok(false),
+                Ok(_) if fds[0].any().unwrap_or(true) => return Ok(true),
                 Ok(_) => return Err(link::Error::Closed),
                 Err(nix::Error::EINTR) => {}
                 // Whoever receives waits too; only an end that nobody tells is not seen then.
                 Err(errno) => {
                     tracing::warn!(%errno, vm = self.identity.name, "a node's process can't be watched");
-                    return Ok(());
+                    return Ok(true);
                 }
             }
         }
     }
 
-    /// Has a shell stand by for the next fork, where there is one to spare. Without one, and without what was announced, that fork takes
-    /// longer, or fails.
-    fn announced(&mut self, mut files: Vec<File>) {
+    /// Takes in what the next fork will come with. Without it, that fork takes longer.
+    fn announced(&mut self, files: Vec<File>) {
         // There is time for this now, and there may be none when the next one comes.
         self.fork.take_if(|fork| fork.is_over());
         let standby = self.announced.take().and_then(|announced| announced.standby);
@@ -278,11 +289,26 @@ impl Node {
                 return;
             }
         };
-        let working_set = if self.platform.prefetches { self.learned.of_next_fork() } else { None };
-        let standby = standby.or_else(|| self.take_standby()).filter(|standby| standby.brief(&files, working_set));
-        self.platform.pool.refill();
-        files.remove(0);
+        let standby = standby.filter(|standby| self.brief(standby, &files));
         self.announced = Some(Announced { rendezvous, files, standby });
+        self.have_one_stand_by();
+    }
+
+    /// Has a shell stand by for the fork that is announced, where there is one to spare.
+    fn have_one_stand_by(&mut self) {
+        if self.announced.as_ref().is_none_or(|announced| announced.standby.is_some()) {
+            return;
+        }
+        let Some(standby) = self.take_standby() else { return };
+        if let Some(mut announced) = self.announced.take() {
+            announced.standby = Some(standby).filter(|standby| self.brief(standby, &announced.files));
+            self.announced = Some(announced);
+        }
+        self.platform.pool.refill();
+    }
+
+    fn brief(&self, standby: &Standby, files: &[File]) -> bool {
+        standby.brief(files, if self.platform.prefetches { self.learned.of_next_fork() } else { None })
     }
 
     /// A shell that no fork has come of is not replaced at once: whoever asks for too much gets no further ones for it.

@@ -108,6 +108,11 @@ impl Pool {
         if ready.is_empty() { self.zygote.spawn(config, count.min(BATCH)) } else { Ok(ready) }
     }
 
+    /// Whether shells may stand by for single VMs.
+    pub(super) fn has_standbys(&self) -> bool {
+        self.ready > 0
+    }
+
     /// Takes a ready shell that is to stand by for one VM, where there is one to spare: there may be as many of them as shells that stand
     /// ready for everybody.
     pub(super) fn take_standby(&self, config: Config) -> Option<Standby> {

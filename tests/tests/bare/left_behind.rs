@@ -87,7 +87,7 @@ fn a_failure_at_any_step_leaves_nothing_behind() {
     // Each of the two gets ready for its next fork in the background.
     become_equal(|| (descriptors(node), mappings(node)), || (descriptors(idle_node), mappings(idle_node)));
     become_equal(|| descriptors(running.pid()), || descriptors(idle.pid()));
-    assert_eq!(running.nodes().expect("processes"), [node]);
+    become_equal(|| running.nodes().expect("processes"), || vec![node]);
     running.signal(Signal::SIGTERM).expect("a signal");
     let ended = running.end().expect("host-vmm ends");
     let expected = (1..).zip(STEPS).flat_map(|(mark, (_, code))| [Status::Failed.number(), code.number(), mark]);
@@ -108,7 +108,8 @@ fn nodes_that_are_killed_take_nothing_with_them() {
         let gone = |event: &serde_json::Value| (event["event"] == "ended" && event["name"] == name).then_some(());
         running.wait_for("its end", gone).expect("an end");
     }
-    assert_eq!(running.nodes().expect("processes").len(), 2);
+    // A process that has ended is there until the zygote has taken note.
+    become_equal(|| running.nodes().expect("processes").len(), || 2);
     for name in ["web.1", "web.3"] {
         end(running.node(name).expect("a node")).expect("a node to kill");
     }
@@ -166,8 +167,9 @@ fn taken(running: &Running, node: u32) -> Taken {
     (nodes, descriptors(running.pid()), descriptors(node), mappings(node))
 }
 
-/// What is taken once nothing happens any more after forks, and the next one is announced, with its file for what is written to.
-fn at_rest(running: &Running, node: u32) -> Taken {
+/// What is taken once nothing happens any more after forks: the next one is announced, with its file for what is written to, a shell stands
+/// by for it, and `ready` more are there.
+fn at_rest(running: &Running, node: u32, ready: usize) -> Taken {
     let deadline = Instant::now() + PATIENCE;
     let (mut last, mut equal) = (taken(running, node), 0);
     while equal < 10 {
@@ -175,7 +177,7 @@ fn at_rest(running: &Running, node: u32) -> Taken {
         thread::sleep(Duration::from_millis(100));
         let now = taken(running, node);
         let is_announced = now.1.keys().any(|name| name.contains("vm-delta"));
-        equal = if is_announced && now == last { equal + 1 } else { 0 };
+        equal = if is_announced && now.0 == 1 + ready + 1 && now == last { equal + 1 } else { 0 };
         last = now;
     }
     last
@@ -192,7 +194,7 @@ fn thousands_of_forks_leave_nothing_behind() {
     for _ in 0..8 {
         assert_eq!(carry_out(&mut running, order, |_| {})["code"], 0);
     }
-    let before = at_rest(&running, node);
+    let before = at_rest(&running, node, 2);
     for number in 0..forks {
         let report = carry_out(&mut running, order, |_| {});
         assert_eq!(report["code"], 0, "fork {number}: {report}");
@@ -230,7 +232,7 @@ fn whoever_is_killed_in_the_middle_of_a_fork_the_parent_goes_on() {
     let node = running.node("vm").expect("a node");
     let order = Order { count: 2, ..Order::default() };
     assert_eq!(carry_out(&mut running, order, |_| {})["code"], 0);
-    let before = at_rest(&running, node);
+    let before = at_rest(&running, node, 3);
     let mut failed = 0;
     for round in 0..rounds {
         // Any moment of a fork, and of the pool's work.
