@@ -24,6 +24,7 @@
 //! - [`cli`], [`command`]: what an operator can ask for.
 //! - [`platform`]: the process that keeps shells ready, launches the children of forks in them, and watches and ends nodes.
 //! - [`api`]: how an operator asks a platform what there is.
+//! - [`cluster`]: several platforms as one.
 //! - [`node`]: the process that holds one VM, from ready shell to its end; all are forked from the [zygote](node::zygote).
 //! - [`wire`]: what these two say to each other.
 //! - [`machine`]: one VM, built, run, stopped and saved; from [`boot`] for a new one.
@@ -38,6 +39,7 @@ pub mod boot;
 pub mod capsule;
 pub mod cli;
 mod clock;
+pub mod cluster;
 pub mod command;
 mod descriptors;
 pub mod devices;
