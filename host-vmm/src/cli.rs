@@ -33,6 +33,8 @@ pub enum Command {
     Image(Image),
     /// Launch copies of an image that a platform keeps.
     Spawn(Spawn),
+    /// Make the certificates by which the platforms of a cluster know each other.
+    Cert(Cert),
     /// Find out whether guests can run here, and what to do where they can't.
     Check(Check),
     /// Start nodes (itself started by the platform, not by people).
@@ -45,6 +47,9 @@ Exit codes: how the booted VM ended. 0 it was powered off, or Ctrl-A x; 3 it was
 failed; 2 wrong usage; 129, 130, 131, 143 host-vmm got SIGHUP, SIGINT, SIGQUIT, SIGTERM.
 
 On a terminal, keys go to the booted VM; Ctrl-A x ends all VMs, Ctrl-A Ctrl-A is one Ctrl-A.";
+
+/// Folder for certificates where none is named.
+const CERTIFICATES: &str = "host-vmm.certs";
 
 /// Options of `run`.
 #[derive(Debug, Args)]
@@ -205,6 +210,46 @@ pub struct Spawn {
     /// Print one JSON object.
     #[arg(long)]
     pub json: bool,
+}
+
+/// Options of `cert`.
+#[derive(Debug, Args)]
+pub struct Cert {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: CertCommand,
+}
+
+/// What can be done with certificates.
+#[derive(Debug, Subcommand)]
+pub enum CertCommand {
+    /// Make the cluster's own CA: ca.pem, its certificate, and ca.key, by which certificates are issued.
+    Init {
+        /// Folder for the cluster's files.
+        #[arg(long, value_name = "DIR", default_value = CERTIFICATES)]
+        dir: PathBuf,
+        /// Replace a CA that is there. What it has issued is of no use then.
+        #[arg(long)]
+        force: bool,
+    },
+    /// Issue a certificate, and a key for it: NAME.pem and NAME.key.
+    Issue {
+        /// The platform's name, or the operator's.
+        #[arg(value_parser = vm_name)]
+        name: String,
+        /// Folder with the CA's files.
+        #[arg(long, value_name = "DIR", default_value = CERTIFICATES)]
+        dir: PathBuf,
+        /// It is for an operator, who asks platforms, and is not asked.
+        #[arg(long)]
+        operator: bool,
+        /// For how many days.
+        #[arg(long, value_name = "N", default_value_t = 365, value_parser = clap::value_parser!(u32).range(1..=3650))]
+        days: u32,
+        /// Replace a certificate and key that are there.
+        #[arg(long)]
+        force: bool,
+    },
 }
 
 /// Options of `check`.

@@ -18,6 +18,7 @@ fn main() -> ExitCode {
         Command::Tree(options) => command::tree(&options),
         Command::Image(options) => command::image(&options.command),
         Command::Spawn(options) => command::spawn(&options),
+        Command::Cert(options) => command::cert(&options.command),
         Command::Check(options) => command::check(&options),
         Command::Zygote => node::zygote::main().map(|()| ExitCode::SUCCESS),
     };
