@@ -37,6 +37,8 @@ pub enum Command {
     Cert(Cert),
     /// Find out whether guests can run here, and what to do where they can't.
     Check(Check),
+    /// Print what guests can be shown of this host's CPU; or, of hosts whose profiles are in files, what they have in common.
+    CpuProfile(CpuProfile),
     /// Start nodes (itself started by the platform, not by people).
     #[command(hide = true)]
     Zygote,
@@ -258,6 +260,14 @@ pub struct Check {
     /// Print one JSON object.
     #[arg(long)]
     pub json: bool,
+}
+
+/// Options of `cpu-profile`.
+#[derive(Debug, Args)]
+pub struct CpuProfile {
+    /// Profiles that this command has printed on other hosts.
+    #[arg(value_name = "FILE")]
+    pub files: Vec<PathBuf>,
 }
 
 /// Parses a memory size such as `512M`.

@@ -20,6 +20,7 @@ fn main() -> ExitCode {
         Command::Spawn(options) => command::spawn(&options),
         Command::Cert(options) => command::cert(&options.command),
         Command::Check(options) => command::check(&options),
+        Command::CpuProfile(options) => command::cpu_profile(&options),
         Command::Zygote => node::zygote::main().map(|()| ExitCode::SUCCESS),
     };
     result.unwrap_or_else(|error| {
