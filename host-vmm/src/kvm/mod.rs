@@ -20,7 +20,8 @@ pub use exit::Exit;
 pub use hypervisor::{Host, Hypervisor, Model};
 pub use kick::Kicker;
 pub use kvm_bindings::{
-    kvm_cpuid_entry2 as CpuidEntry, kvm_regs as Registers, kvm_segment as Segment, kvm_sregs as SystemRegisters,
+    KVM_MAX_CPUID_ENTRIES as MAX_CPUID_LEAVES, kvm_cpuid_entry2 as CpuidEntry, kvm_regs as Registers,
+    kvm_segment as Segment, kvm_sregs as SystemRegisters,
 };
 pub use vcpu::Vcpu;
 pub use vcpu_state::{Msr, Time, VcpuState};

@@ -6,7 +6,7 @@ use kvm_bindings::{CpuId, Msrs};
 use kvm_ioctls::VcpuFd;
 
 use super::{CpuidEntry, Error, Exit, Kicker, Msr, Registers, SystemRegisters, VcpuId, VcpuState};
-use crate::arch::layout::Gpa;
+use crate::arch::{features, layout::Gpa, leaf};
 
 /// Most registers for one KVM_GET_MSRS or KVM_SET_MSRS; the kernel's own limit is 256.
 const MSR_CHUNK: usize = 200;
@@ -51,13 +51,16 @@ impl Vcpu {
         &self.kicker
     }
 
-    /// Makes this a processor that shows `cpuid`, and whose state includes those of `msr_indices` that it has.
+    /// Makes this a processor that shows `cpuid`, and whose state includes those of `msr_indices` that it has. One that only describes the
+    /// CPU, and of which a guest can't know, is none of them: KVM lets it be read nevertheless, but perhaps not be written.
     ///
     /// # Errors
     /// [`Error::VcpuCall`] or [`Error::Unfit`].
     pub fn set_model(&mut self, cpuid: Vec<CpuidEntry>, msr_indices: &[u32]) -> Result<(), Error> {
+        let leaves = leaf::leaves(&cpuid);
         self.set_cpuid(cpuid)?;
-        self.msrs = self.readable_msrs(msr_indices)?;
+        let shown = msr_indices.iter().copied().filter(|index| features::is_msr_shown(*index, &leaves));
+        self.msrs = self.readable_msrs(&shown.collect::<Vec<_>>())?;
         Ok(())
     }
 
@@ -158,8 +161,18 @@ impl Vcpu {
         }
     }
 
+    /// Has the time-stamp counter count at `khz` (KVM_SET_TSC_KHZ): as fast as on the host where a guest was captured, which has measured it
+    /// there. Comes before [`Vcpu::restore`], since what that writes into the counter is in its own units. Within KVM's tolerance (250 ppm) nothing
+    /// changes but what kvmclock tells.
+    ///
+    /// # Errors
+    /// [`Error::VcpuCall`], as where this host can't scale the counter ([`Model::tsc_scaling`](super::Model::tsc_scaling)) and counts otherwise.
+    pub fn set_tsc_khz(&self, khz: u32) -> Result<(), Error> {
+        self.fd.set_tsc_khz(khz).map_err(self.call("KVM_SET_TSC_KHZ"))
+    }
+
     /// Those of `indices` that this vCPU has, as it turns out by reading them.
-    fn readable_msrs(&self, indices: &[u32]) -> Result<Vec<u32>, Error> {
+    pub(super) fn readable_msrs(&self, indices: &[u32]) -> Result<Vec<u32>, Error> {
         let mut readable = Vec::with_capacity(indices.len());
         let mut rest = indices;
         while !rest.is_empty() {

@@ -1,6 +1,6 @@
 //! All of a vCPU's state, and the order in which it is read and written.
 
-use std::arch::x86_64::_rdtsc;
+use std::{arch::x86_64::_rdtsc, borrow::Cow};
 
 use kvm_bindings::{
     Xsave, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
@@ -60,6 +60,30 @@ pub struct VcpuState {
     events: kvm_vcpu_events,
 }
 
+impl VcpuState {
+    /// What CPUID shows.
+    pub fn cpuid(&self) -> &[CpuidEntry] {
+        &self.cpuid
+    }
+
+    /// The model-specific registers, in the order in which they are read.
+    pub fn msrs(&self) -> &[Msr] {
+        &self.msrs
+    }
+
+    /// XCR0: the components of the state that the guest has switched on; `None` on a host without XSAVE.
+    pub fn xcr0(&self) -> Option<u64> {
+        let kvm_xcrs { nr_xcrs, xcrs, .. } = self.xcrs?;
+        let count = usize::try_from(nr_xcrs).unwrap_or(usize::MAX);
+        xcrs.iter().take(count).find(|register| register.xcr == 0).map(|register| register.value)
+    }
+
+    /// Size of the XSAVE area in bytes.
+    pub fn xsave_bytes(&self) -> usize {
+        size_of_val(self.xsave.as_slice())
+    }
+}
+
 impl Vcpu {
     /// Reads the state. The last exit must be complete.
     ///
@@ -110,12 +134,15 @@ impl Vcpu {
     /// # Errors
     /// The first call that fails: none is swallowed.
     pub fn restore(&mut self, state: &VcpuState, time: Time) -> Result<(), Error> {
-        let fresh = self.fresh.take();
-        let holds = |same: &dyn Fn(&VcpuState) -> bool| fresh.as_deref().is_some_and(same);
+        let mut fresh = self.fresh.take();
         if state.cpuid != self.cpuid {
             self.set_cpuid(state.cpuid.clone())?;
+            // What registers hold by themselves depends on it.
+            fresh = None;
         }
-        self.msrs = state.msrs.iter().map(|msr| msr.index).collect();
+        let holds = |same: &dyn Fn(&VcpuState) -> bool| fresh.as_deref().is_some_and(same);
+        let msrs = self.own_msrs(&state.msrs, fresh.as_deref())?;
+        self.msrs = indices(&msrs).collect();
         let fd = &self.fd;
         if !holds(&|fresh| fresh.mp_state == state.mp_state) {
             fd.set_mp_state(state.mp_state).map_err(self.call("KVM_SET_MP_STATE"))?;
@@ -134,7 +161,7 @@ impl Vcpu {
         if !holds(&|fresh| fresh.lapic == state.lapic) {
             fd.set_lapic(&state.lapic).map_err(self.call("KVM_SET_LAPIC"))?;
         }
-        self.restore_msrs(state, fresh.as_deref(), time)?;
+        self.restore_msrs(&msrs, state.host_tsc, fresh.as_deref(), time)?;
         // Writing the registers has dropped what was pending; a vCPU on which nothing is pending has nothing to be told.
         if !holds(&|fresh| fresh.events == state.events) {
             fd.set_vcpu_events(&state.events).map_err(self.call("KVM_SET_VCPU_EVENTS"))?;
@@ -193,12 +220,11 @@ impl Vcpu {
 
     /// Writes the registers whose value is not a fresh vCPU's. Of those that only describe the CPU, many can't be written, and need
     /// not be.
-    fn restore_msrs(&self, state: &VcpuState, fresh: Option<&VcpuState>, time: Time) -> Result<(), Error> {
-        let registers = || state.msrs.iter().map(|msr| msr.index);
-        let known = fresh.filter(|fresh| fresh.msrs.iter().map(|msr| msr.index).eq(registers()));
+    fn restore_msrs(&self, saved: &[Msr], saved_tsc: u64, fresh: Option<&VcpuState>, time: Time) -> Result<(), Error> {
+        let known = fresh.filter(|fresh| indices(&fresh.msrs).eq(indices(saved)));
         let read = if known.is_none() { self.read_msrs(&self.msrs)? } else { Vec::new() };
         let held = known.map_or(&read, |fresh| &fresh.msrs);
-        let changed = state.msrs.iter().zip(held).filter(|(saved, held)| saved != held).map(|(saved, _)| *saved);
+        let changed = saved.iter().zip(held).filter(|(saved, held)| saved != held).map(|(saved, _)| *saved);
         let mut changed: Vec<Msr> = changed.collect();
         changed.sort_by_key(|msr| match msr.index {
             TSC => 0,
@@ -208,14 +234,32 @@ impl Vcpu {
         if let (Time::Onward, Some(tsc)) = (time, changed.iter_mut().find(|msr| msr.index == TSC)) {
             // KVM gives vCPUs whose counters are written within a second one and the same offset (kernel source,
             // kvm_synchronize_tsc), so that they agree, whatever the time between these calls.
-            tsc.value = tsc.value.wrapping_add(host_tsc().wrapping_sub(state.host_tsc));
+            tsc.value = tsc.value.wrapping_add(host_tsc().wrapping_sub(saved_tsc));
         }
         self.write_msrs(&changed)
+    }
+
+    /// Those registers of a state that this vCPU has. One that it lacks, and that is zero in the state, holds nothing: KVM lets registers
+    /// be read as zero that a vCPU can't use, by its CPUID, and other hosts have other ones (kernel source, kvm_do_msr_access).
+    fn own_msrs<'s>(&self, saved: &'s [Msr], fresh: Option<&VcpuState>) -> Result<Cow<'s, [Msr]>, Error> {
+        if fresh.is_some_and(|fresh| indices(&fresh.msrs).eq(indices(saved))) {
+            return Ok(Cow::Borrowed(saved));
+        }
+        let own = self.readable_msrs(&indices(saved).collect::<Vec<_>>())?;
+        let (own, lacking): (Vec<Msr>, Vec<Msr>) = saved.iter().partition(|msr| own.contains(&msr.index));
+        match lacking.iter().find(|msr| msr.value != 0) {
+            Some(msr) => Err(Error::Msr { vcpu: self.id, access: "write", index: msr.index }),
+            None => Ok(Cow::Owned(own)),
+        }
     }
 
     fn unfit(&self, what: &'static str) -> Error {
         Error::Unfit { vcpu: self.id, what }
     }
+}
+
+fn indices(msrs: &[Msr]) -> impl Iterator<Item = u32> {
+    msrs.iter().map(|msr| msr.index)
 }
 
 /// This host's time-stamp counter.

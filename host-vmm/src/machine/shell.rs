@@ -128,7 +128,7 @@ impl Shell {
         let shape = cpuid::Shape { vcpus: config.vcpus, tsc_deadline_timer: model.tsc_deadline_timer };
         let vcpus = (0..config.vcpus).map(VcpuId).map(|id| {
             let mut vcpu = vm.create_vcpu(id)?;
-            vcpu.set_model(cpuid::for_vcpu(&model.cpuid, shape, id), &model.msrs)?;
+            vcpu.set_model(cpuid::for_vcpu(&model.shown, shape, id), &model.msrs)?;
             Ok(vcpu)
         });
         let vcpus = vcpus.collect::<Result<_, kvm::Error>>()?;
