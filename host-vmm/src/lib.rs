@@ -29,7 +29,7 @@
 //! - [`wire`]: what these two say to each other.
 //! - [`machine`]: one VM, built, run, stopped and saved; from [`boot`] for a new one.
 //! - [`fork`]: VM_fork, a line a step; [`fork::rendezvous`] is where parent and children meet; a [`fork::Standby`] may wait for it.
-//! - [`capsule`]: a captured VM as bytes, beside the files of its memory.
+//! - [`capsule`]: a captured VM as bytes, beside the files of its memory; [`capsule::compat`] says whether a platform can run it.
 //! - [`memory`]: immutable images, and private views of them.
 //! - [`devices`], [`kvm`], [`arch`]: what a machine consists of.
 

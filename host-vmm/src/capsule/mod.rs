@@ -5,8 +5,11 @@ use std::{borrow::Cow, fs::File, sync::Arc};
 use serde::{Deserialize, Serialize};
 
 pub mod codec;
+pub mod compat;
+mod difference;
 pub mod file;
 
+pub use difference::{Difference, Incompatible};
 pub use file::Capsule;
 
 use crate::{

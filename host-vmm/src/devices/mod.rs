@@ -23,6 +23,9 @@ use crate::{
 };
 use power::PowerEvent;
 
+/// Devices whose state, or whose interface, a guest takes with it, and their versions.
+pub const VERSIONS: &[(&str, u32)] = &[("control-page", vmfork_abi::ABI_VERSION), ("serial", serial::VERSION)];
+
 /// Ports of the serial console behind its first one.
 const SERIAL_LAST_PORT: u16 = SERIAL_PORT + 7;
 

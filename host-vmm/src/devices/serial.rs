@@ -44,6 +44,9 @@ pub struct Serial {
     has_output: bool,
 }
 
+/// Version of the state: another one with each change of [`SerialState`].
+pub(super) const VERSION: u32 = 1;
+
 /// All registers of the console, and the input that the guest has not read yet.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SerialState {

@@ -84,6 +84,28 @@ impl VcpuState {
     }
 }
 
+#[cfg(test)]
+impl VcpuState {
+    /// A state that holds nothing but this.
+    pub(crate) fn sample(cpuid: Vec<CpuidEntry>, msrs: Vec<Msr>, xcr0: u64, xsave_bytes: usize) -> Self {
+        let mut xcrs = kvm_xcrs { nr_xcrs: 1, ..Default::default() };
+        xcrs.xcrs[0].value = xcr0;
+        Self {
+            host_tsc: 0,
+            cpuid,
+            mp_state: kvm_mp_state::default(),
+            regs: kvm_regs::default(),
+            sregs: kvm_sregs::default(),
+            xcrs: Some(xcrs),
+            xsave: vec![0; xsave_bytes / size_of::<u32>()],
+            debugregs: kvm_debugregs::default(),
+            lapic: kvm_lapic_state::default(),
+            msrs,
+            events: kvm_vcpu_events::default(),
+        }
+    }
+}
+
 impl Vcpu {
     /// Reads the state. The last exit must be complete.
     ///

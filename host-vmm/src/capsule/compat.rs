@@ -1,0 +1,288 @@
+//! Whether a platform can run a captured VM: what the VM needs, what the platform has, and how they differ.
+//!
+//! A guest has looked at its CPU once, when it booted. What it was shown then has to be there wherever it goes on: it will use it without asking
+//! again. So a platform checks the [`Requirements`] that came with a capsule against what it can [`Offer`] before it builds anything,
+//! and tells all differences at once, so that whoever plans a cluster need not find them one by one.
+//!
+//! More than a guest was shown is no difference. What only describes the CPU (its model, its caches, its topology) is not compared.
+//!
+//! The requirements are the word of whoever sent them. One who lies gets an error of KVM's later, or a guest that fails: his own.
+
+use std::ops::RangeInclusive;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Difference, Incompatible};
+use crate::{
+    arch::{
+        cpuid::{self, Shape},
+        features::{self, ARCH_CAPABILITIES_MSR, ARCH_FLAWS, Kind, NUMBERS},
+        layout::PAGE_BYTES,
+        leaf::{self, Leaf, Register, Word},
+        xstate,
+    },
+    devices,
+    kvm::{MAX_CPUID_LEAVES, Model, VcpuId, VcpuState},
+    machine::MachineState,
+};
+
+/// Version of the state in a capsule: another one with each change of [`MachineState`], of guest-physical addresses, or of the interface
+/// between VMMs.
+pub const STATE_VERSION: u32 = 1;
+
+/// Versions of the state that this program can restore.
+pub const READABLE_STATE_VERSIONS: RangeInclusive<u32> = STATE_VERSION..=STATE_VERSION;
+
+/// How far frequencies of time-stamp counters may be apart, in millionths: what KVM itself takes for the same one (kernel source,
+/// tsc_tolerance_ppm), half of what NTP can correct. A guest's clock then drifts by no more than that until it is disciplined.
+const TSC_TOLERANCE_PPM: u64 = 250;
+
+/// Most registers that a state has: KVM's two lists have at most 256 each.
+const MAX_MSRS: usize = 512;
+
+/// Most devices, and most capabilities.
+const MAX_NAMES: usize = 64;
+
+/// Longest name of one in bytes.
+const MAX_NAME_BYTES: usize = 64;
+
+/// What a captured VM needs of the platform that is to run it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Needs")]
+pub struct Requirements(Needs);
+
+/// Its content, which is checked before it becomes requirements.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Needs {
+    /// What CPUID has shown on vCPU 0. The others differ in topology alone.
+    leaves: Vec<Leaf>,
+    /// XCR0 of all vCPUs: the components of the state that are in use.
+    xcr0: u64,
+    /// Size of each vCPU's XSAVE area in bytes.
+    xsave_bytes: u64,
+    /// IA32_ARCH_CAPABILITIES, where the guest could read it.
+    arch_capabilities: Option<u64>,
+    /// The model-specific registers that hold something.
+    msrs: Vec<u32>,
+    /// Frequency of the guest's time-stamp counter in kHz.
+    tsc_khz: Option<u32>,
+    /// Capabilities of KVM that the guest, or its state, uses; those that every platform needs are not among them.
+    capabilities: Vec<String>,
+    /// Size of a page in bytes.
+    page_bytes: u64,
+    /// The devices, and the version of each one's state.
+    devices: Vec<(String, u32)>,
+    /// Version of the state as a whole.
+    state_version: u32,
+}
+
+/// Why requirements are none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("no VM has such requirements: {0}")]
+pub struct Invalid(&'static str);
+
+impl TryFrom<Needs> for Requirements {
+    type Error = Invalid;
+
+    fn try_from(needs: Needs) -> Result<Self, Invalid> {
+        let is_name = |name: &str| {
+            let is_letter = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_');
+            (1..=MAX_NAME_BYTES).contains(&name.len()) && name.bytes().all(is_letter)
+        };
+        let names = || needs.capabilities.iter().chain(needs.devices.iter().map(|(name, _)| name));
+        if needs.leaves.len() > MAX_CPUID_LEAVES || needs.msrs.len() > MAX_MSRS {
+            return Err(Invalid("too many leaves of CPUID or registers"));
+        }
+        if needs.capabilities.len() > MAX_NAMES || needs.devices.len() > MAX_NAMES {
+            return Err(Invalid("too many capabilities or devices"));
+        }
+        if !names().all(|name| is_name(name)) {
+            return Err(Invalid("a capability or device has no proper name"));
+        }
+        Ok(Self(needs))
+    }
+}
+
+impl Requirements {
+    /// Those of a machine that was captured on a host of this model. `tsc_khz` is the frequency of its guest's time-stamp counter: the model's,
+    /// unless it was given another one.
+    ///
+    /// A register that is zero in the state needs nothing: KVM lets registers be read as zero that the guest can't use.
+    pub fn of(state: &MachineState, model: &Model, tsc_khz: Option<u32>) -> Self {
+        Self::of_vcpus(&state.vcpus, model, tsc_khz)
+    }
+
+    fn of_vcpus(vcpus: &[VcpuState], model: &Model, tsc_khz: Option<u32>) -> Self {
+        let registers = || vcpus.iter().flat_map(|vcpu| vcpu.msrs());
+        let mut msrs: Vec<u32> = registers().filter(|msr| msr.value != 0).map(|msr| msr.index).collect();
+        msrs.sort_unstable();
+        msrs.dedup();
+        let leaves = vcpus.first().map(|vcpu| leaf::leaves(vcpu.cpuid())).unwrap_or_default();
+        let is_shown = features::is_msr_shown(ARCH_CAPABILITIES_MSR, &leaves);
+        let arch_capabilities = registers().find(|msr| is_shown && msr.index == ARCH_CAPABILITIES_MSR);
+        Self(Needs {
+            xcr0: vcpus.iter().filter_map(VcpuState::xcr0).fold(0, |all, xcr0| all | xcr0),
+            xsave_bytes: vcpus.first().map_or(0, |vcpu| vcpu.xsave_bytes() as u64),
+            arch_capabilities: arch_capabilities.map(|msr| msr.value),
+            leaves,
+            msrs,
+            tsc_khz,
+            capabilities: model.capabilities.iter().map(|&name| name.to_owned()).collect(),
+            page_bytes: PAGE_BYTES,
+            devices: devices::VERSIONS.iter().map(|&(name, version)| (name.to_owned(), version)).collect(),
+            state_version: STATE_VERSION,
+        })
+    }
+
+    /// Frequency of the guest's time-stamp counter in kHz, where it is known.
+    pub fn tsc_khz(&self) -> Option<u32> {
+        self.0.tsc_khz
+    }
+}
+
+/// What a platform has for VMs that come to it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Offer {
+    /// What CPUID can show on a vCPU, whatever profile the platform's own guests have.
+    leaves: Vec<Leaf>,
+    xsave_bytes: u64,
+    arch_capabilities: u64,
+    /// Sorted.
+    msrs: Vec<u32>,
+    tsc_khz: Option<u32>,
+    tsc_scaling: bool,
+    capabilities: Vec<String>,
+    page_bytes: u64,
+    /// The devices, and the versions of each one's state that can be restored.
+    devices: Vec<(String, RangeInclusive<u32>)>,
+    state_versions: RangeInclusive<u32>,
+}
+
+impl Offer {
+    /// That of a host of this model.
+    pub fn of(model: &Model) -> Self {
+        let shape = Shape { vcpus: 1, tsc_deadline_timer: model.tsc_deadline_timer };
+        Self {
+            leaves: leaf::leaves(&cpuid::for_vcpu(&model.cpuid, shape, VcpuId(0))),
+            xsave_bytes: model.xsave_bytes as u64,
+            arch_capabilities: model.arch_capabilities,
+            msrs: model.msrs.clone(),
+            tsc_khz: model.tsc_khz,
+            tsc_scaling: model.tsc_scaling,
+            capabilities: model.capabilities.iter().map(|&name| name.to_owned()).collect(),
+            page_bytes: PAGE_BYTES,
+            devices: devices::VERSIONS.iter().map(|&(name, version)| (name.to_owned(), version..=version)).collect(),
+            state_versions: READABLE_STATE_VERSIONS,
+        }
+    }
+}
+
+/// Checks whether a platform can run a VM.
+///
+/// # Errors
+/// [`Incompatible`], with every difference.
+pub fn check(requirements: &Requirements, offer: &Offer) -> Result<(), Incompatible> {
+    let needs = &requirements.0;
+    let mut differences = Vec::new();
+    differences.extend(vendor(needs, offer));
+    differences.extend(missing_features(needs, offer));
+    differences.extend(arch_capabilities(needs, offer));
+    differences.extend(numbers(needs, offer));
+    differences.extend(unknown_leaves(needs, offer));
+    differences.extend(components(needs, offer));
+    differences.extend(registers(needs, offer));
+    differences.extend(versions_and_sizes(needs, offer));
+    if differences.is_empty() { Ok(()) } else { Err(Incompatible(differences)) }
+}
+
+fn vendor(needs: &Needs, offer: &Offer) -> Option<Difference> {
+    let (needed, offered) = (leaf::vendor(&needs.leaves), leaf::vendor(&offer.leaves));
+    (needed != offered).then_some(Difference::Vendor { needed, offered })
+}
+
+/// Features that the guest was shown, and components of the state that it uses.
+fn missing_features(needs: &Needs, offer: &Offer) -> impl Iterator<Item = Difference> {
+    let in_use = move |word: Word| match (word.function, word.index, word.register) {
+        (xstate::FUNCTION, 0, Register::Eax) => needs.xcr0,
+        (xstate::FUNCTION, 0, Register::Edx) => needs.xcr0 >> u32::BITS,
+        _ => 0,
+    };
+    features::words().flat_map(move |word| {
+        let used = u32::try_from(in_use(word) & u64::from(u32::MAX)).unwrap_or(u32::MAX);
+        let needed = leaf::word(&needs.leaves, word) | used;
+        features::of(word, needed & !leaf::word(&offer.leaves, word)).map(Difference::Feature)
+    })
+}
+
+/// What the guest relies on by IA32_ARCH_CAPABILITIES: that the CPU has what it says, and no flaw that it does not tell of.
+fn arch_capabilities(needs: &Needs, offer: &Offer) -> impl Iterator<Item = Difference> {
+    let promised = |value: u64| value ^ ARCH_FLAWS;
+    let broken = needs.arch_capabilities.map_or(0, |needed| promised(needed) & !promised(offer.arch_capabilities));
+    (0..u64::BITS).filter(move |bit| broken >> bit & 1 != 0).map(Difference::ArchCapability)
+}
+
+fn numbers(needs: &Needs, offer: &Offer) -> impl Iterator<Item = Difference> {
+    NUMBERS.iter().filter_map(move |number| {
+        let (needed, offered) = (number.shown(&needs.leaves), number.shown(&offer.leaves));
+        (needed > offered).then_some(Difference::Number { name: number.name, needed, offered })
+    })
+}
+
+/// Leaves that hold something of which this program does not know what it is: they have to be the same.
+fn unknown_leaves(needs: &Needs, offer: &Offer) -> impl Iterator<Item = Difference> {
+    let is_seen = move |leaf: &&Leaf| leaf::find(&needs.leaves, leaf.function, leaf.index) == Some(*leaf);
+    let unknown =
+        needs.leaves.iter().filter(is_seen).filter(|leaf| matches!(features::kind(leaf), Kind::Unknown | Kind::Tiles));
+    let differ = unknown.filter(move |leaf| {
+        let offered = leaf::find(&offer.leaves, leaf.function, leaf.index).map_or([0; 4], |leaf| leaf.registers);
+        leaf.registers != [0; 4] && leaf.registers != offered
+    });
+    differ.map(|&Leaf { function, index, .. }| Difference::Leaf { function, index })
+}
+
+/// Components of the state that are there on both sides, but not alike. Those that are missing are missing features.
+fn components(needs: &Needs, offer: &Offer) -> impl Iterator<Item = Difference> {
+    let both = xstate::shown(&needs.leaves) & xstate::shown(&offer.leaves);
+    let differ = xstate::numbers(both).filter_map(move |number| {
+        let [needed, offered] = [&needs.leaves, &offer.leaves].map(|leaves| xstate::component(leaves, number));
+        (needed != offered).then_some(Difference::Component { number, needed, offered })
+    });
+    let (needed, offered) = (needs.xsave_bytes, offer.xsave_bytes);
+    differ.chain((needed != offered).then_some(Difference::XsaveArea { needed, offered }))
+}
+
+/// Registers that hold something, and the frequency of the one that counts time.
+fn registers(needs: &Needs, offer: &Offer) -> impl Iterator<Item = Difference> {
+    let missing = needs.msrs.iter().filter(move |index| offer.msrs.binary_search(index).is_err());
+    let (needed, offered) = (needs.tsc_khz, offer.tsc_khz);
+    let same = match (needed, offered) {
+        (Some(_), _) if offer.tsc_scaling => true,
+        (Some(needed), Some(offered)) => is_same_frequency(needed, offered),
+        _ => false,
+    };
+    missing.map(|index| Difference::Msr(*index)).chain((!same).then_some(Difference::Tsc { needed, offered }))
+}
+
+/// Whether a guest that counts on `needed` kHz can do with `offered`.
+fn is_same_frequency(needed: u32, offered: u32) -> bool {
+    u64::from(needed.abs_diff(offered)) * 1_000_000 <= u64::from(needed) * TSC_TOLERANCE_PPM
+}
+
+/// Capabilities, pages, devices, and the state as a whole.
+fn versions_and_sizes(needs: &Needs, offer: &Offer) -> impl Iterator<Item = Difference> {
+    let capabilities = needs.capabilities.iter().filter(move |name| !offer.capabilities.contains(name));
+    let devices = needs.devices.iter().filter_map(move |(name, needed)| {
+        let offered = offer.devices.iter().find(|(known, _)| known == name).map(|(_, versions)| versions.clone());
+        let fits = offered.as_ref().is_some_and(|versions| versions.contains(needed));
+        (!fits).then(|| Difference::Device { name: name.clone(), needed: *needed, offered })
+    });
+    let (needed, offered) = (needs.page_bytes, offer.page_bytes);
+    let pages = (needed != offered).then_some(Difference::PageSize { needed, offered });
+    let (needed, offered) = (needs.state_version, offer.state_versions.clone());
+    let state = (!offered.contains(&needed)).then_some(Difference::StateVersion { needed, offered });
+    capabilities.cloned().map(Difference::Capability).chain(devices).chain(pages).chain(state)
+}
+
+#[cfg(test)]
+#[path = "compat_test.rs"]
+mod tests;
