@@ -1,10 +1,12 @@
 //! The command line: types only.
 
-use std::path::PathBuf;
+use std::{fs, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand};
 
 use crate::{
+    arch::profile::{Profile, Subset},
+    error::chain,
     platform::{Keep, Limit},
     units,
     wire::Step,
@@ -37,11 +39,12 @@ pub enum Command {
     Cert(Cert),
     /// Find out whether guests can run here, and what to do where they can't.
     Check(Check),
-    /// Print what guests can be shown of this host's CPU; or, of hosts whose profiles are in files, what they have in common.
+    /// Print what guests can be shown of this host's CPU; or, of hosts whose profiles are in files, what they have in common: a profile for
+    /// `host-vmm run --cpu-profile`.
     CpuProfile(CpuProfile),
     /// Start nodes (itself started by the platform, not by people).
     #[command(hide = true)]
-    Zygote,
+    Zygote(Zygote),
 }
 
 const EXIT_CODES: &str = "\
@@ -105,6 +108,10 @@ pub struct Run {
     /// that number take longer.
     #[arg(long, value_name = "N", default_value_t = 4)]
     pub ready: usize,
+    /// CPU that guests are shown: all of this host's (host), what a level of x86-64 has (x86-64-v2, x86-64-v3, x86-64-v4), or what a file
+    /// says that `host-vmm cpu-profile` has printed. A guest can go on on each host that has what it was shown.
+    #[arg(long, value_name = "NAME|FILE", default_value = "host", value_parser = cpu_profile)]
+    pub cpu_profile: Profile,
     /// Make no pages ready for a child beforehand that the first child of its parent has written to before its first output.
     #[arg(long)]
     pub no_prefetch: bool,
@@ -270,6 +277,29 @@ pub struct CpuProfile {
     pub files: Vec<PathBuf>,
 }
 
+/// Options of `zygote`.
+#[derive(Debug, Args)]
+pub struct Zygote {
+    /// CPU that guests are shown: a name, or the text of a file. The platform has it in the environment, where it can be long.
+    #[arg(long, env = Zygote::CPU_PROFILE, default_value = "host")]
+    pub cpu_profile: Profile,
+}
+
+impl Zygote {
+    /// The variable of the environment that holds its profile.
+    pub const CPU_PROFILE: &str = "HOST_VMM_ZYGOTE_CPU_PROFILE";
+}
+
+/// Takes a CPU profile by its name, or out of a file.
+fn cpu_profile(text: &str) -> Result<Profile, String> {
+    if let Some(profile) = Profile::named(text) {
+        return Ok(profile);
+    }
+    let names = || Profile::names().collect::<Vec<_>>().join(", ");
+    let file = fs::read_to_string(text).map_err(|error| format!("neither {} nor a file: {error}", names()))?;
+    Subset::from_json(&file).map(Profile::Common).map_err(|error| chain(&error))
+}
+
 /// Parses a memory size such as `512M`.
 fn memory_size(text: &str) -> Result<u64, String> {
     use crate::arch::layout::{MAX_RAM_BYTES, MIN_RAM_BYTES, PAGE_BYTES};
@@ -297,6 +327,18 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_cpu_profile_has_a_name_or_a_file() {
+        assert_eq!(cpu_profile("host"), Ok(Profile::Host));
+        let text = Subset::of_host(&[]).to_json().unwrap();
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(file.path(), text).unwrap();
+        assert_eq!(cpu_profile(file.path().to_str().unwrap()), Ok(Profile::Common(Subset::of_host(&[]))));
+        fs::write(file.path(), "{}").unwrap();
+        assert!(cpu_profile(file.path().to_str().unwrap()).unwrap_err().starts_with("this is no CPU profile: "));
+        assert!(cpu_profile("x86-64-v9").unwrap_err().starts_with("neither host, x86-64-v2"));
     }
 
     #[test]

@@ -21,7 +21,7 @@ fn main() -> ExitCode {
         Command::Cert(options) => command::cert(&options.command),
         Command::Check(options) => command::check(&options),
         Command::CpuProfile(options) => command::cpu_profile(&options),
-        Command::Zygote => node::zygote::main().map(|()| ExitCode::SUCCESS),
+        Command::Zygote(options) => node::zygote::main(&options.cpu_profile).map(|()| ExitCode::SUCCESS),
     };
     result.unwrap_or_else(|error| {
         eprintln!("host-vmm: {error:#}");

@@ -12,6 +12,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
+    str::FromStr,
 };
 
 use serde::{Deserialize, Serialize};
@@ -102,6 +103,17 @@ impl Profile {
         std::iter::once(Self::HOST).chain(Level::ALL.map(Level::name))
     }
 
+    /// This as text, for another process of this program.
+    ///
+    /// # Errors
+    /// [`Error::Form`].
+    pub fn to_text(&self) -> Result<String, Error> {
+        match self {
+            Self::Common(subset) => subset.to_json(),
+            other => Ok(other.to_string()),
+        }
+    }
+
     /// What is left of the leaves that KVM supports.
     ///
     /// # Errors
@@ -131,6 +143,15 @@ impl fmt::Display for Profile {
             Self::Level(level) => level.fmt(f),
             Self::Common(_) => f.write_str("of the file"),
         }
+    }
+}
+
+impl FromStr for Profile {
+    type Err = Error;
+
+    /// The profile of this name, or the one that is the text of a file.
+    fn from_str(text: &str) -> Result<Self, Error> {
+        Self::named(text).map_or_else(|| Subset::from_json(text).map(Self::Common), Ok)
     }
 }
 

@@ -34,6 +34,10 @@ fn all_names_are_those_of_features() {
         assert_eq!(Profile::named(name).unwrap().to_string(), name);
     }
     assert_eq!(Profile::named("x86-64-v5"), None);
+    let common = Profile::Common(Subset::of_host(&entries(&everything())));
+    for profile in [Profile::Host, Profile::Level(Level::V3), common] {
+        assert_eq!(profile.to_text().unwrap().parse::<Profile>().unwrap(), profile);
+    }
 }
 
 #[test]

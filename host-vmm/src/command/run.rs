@@ -16,7 +16,10 @@ use anyhow::Context;
 use nix::sys::signal::{SigSet, Signal};
 
 use crate::{
-    api, cli, descriptors,
+    api,
+    arch::profile::Profile,
+    cli, descriptors,
+    kvm::Hypervisor,
     machine::{Config, End},
     platform::{Boot, ConsoleInput, Platform, Settings, Terminal, read_keys},
 };
@@ -64,6 +67,7 @@ pub fn run(options: cli::Run) -> anyhow::Result<ExitCode> {
         trace: options.trace.as_deref().map(create).transpose()?,
         max_vms: options.max_vms,
         ready: options.ready,
+        cpu_profile: check_profile(&options.cpu_profile)?,
         prefetches: !options.no_prefetch,
         limits: options.limits,
         keep: options.keep,
@@ -86,6 +90,14 @@ pub fn run(options: cli::Run) -> anyhow::Result<ExitCode> {
     drop(server);
     drop(terminal);
     Ok(exit_code(stopped.load(Ordering::SeqCst), end))
+}
+
+/// The profile as text. Where it does not fit this host, that is told before anything is started.
+fn check_profile(profile: &Profile) -> anyhow::Result<String> {
+    if *profile != Profile::Host {
+        profile.apply(&Hypervisor::open()?.supported_cpuid()?)?;
+    }
+    Ok(profile.to_text()?)
 }
 
 /// Serves the API. Where nobody has named a socket for it, the VM runs without it too.

@@ -25,7 +25,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::{pages::Pages, rehearsal, run, sandbox};
 use crate::{
-    error::chain,
+    arch::profile::Profile,
     kvm::Host,
     machine::{Config, Shell, Workshop},
     threads,
@@ -38,12 +38,12 @@ const PRACTICE_BYTES: u64 = 16 << 20;
 /// The zygote's end of its connection.
 type Connection = Link<Spawned, Spawn>;
 
-/// Starts nodes until the platform goes away.
+/// Starts nodes until the platform goes away. Their guests are shown what `profile` leaves of this host's CPU.
 ///
 /// # Errors
 /// Where there is no platform at descriptor [`LINK_FD`], or it breaks the protocol. Where KVM can't be used, whoever asks for a node is
 /// told so.
-pub fn main() -> anyhow::Result<()> {
+pub fn main(profile: &Profile) -> anyhow::Result<()> {
     // SAFETY: the platform starts this process with its end of the connection there; nothing else has used the descriptor yet.
     let socket = unsafe { OwnedFd::from_raw_fd(LINK_FD) };
     let connection = Connection::new(socket);
@@ -52,7 +52,7 @@ pub fn main() -> anyhow::Result<()> {
     threads::use_all_processors();
     threads::step_forward();
     threads::share_one_heap();
-    let host = Host::open().map(Arc::new);
+    let host = open_host(profile).map(Arc::new);
     if let Err(error) = host.as_ref().map_or(Ok(()), practise) {
         tracing::debug!("the zygote did not practise what nodes do, which takes each of them longer: {error:#}");
     }
@@ -81,7 +81,7 @@ pub fn main() -> anyhow::Result<()> {
             let host = match &host {
                 Ok(host) => host,
                 Err(error) => {
-                    connection.send(&Spawned::Failed(chain(error)), &[])?;
+                    connection.send(&Spawned::Failed(format!("{error:#}")), &[])?;
                     continue;
                 }
             };
@@ -95,6 +95,12 @@ pub fn main() -> anyhow::Result<()> {
             }
         }
     }
+}
+
+fn open_host(profile: &Profile) -> anyhow::Result<Host> {
+    let mut host = Host::open()?;
+    host.model.shown = profile.apply(&host.model.cpuid)?;
+    Ok(host)
 }
 
 /// Does what nodes do until they run, so that it is known which pages that takes.

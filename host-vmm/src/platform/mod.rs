@@ -58,6 +58,8 @@ pub struct Settings {
     pub max_vms: usize,
     /// How many shells of each shape to keep ready.
     pub ready: usize,
+    /// CPU that guests are shown, as [`Profile::to_text`](crate::arch::profile::Profile::to_text) has it.
+    pub cpu_profile: String,
     /// Whether copies make pages ready that others before them have written to.
     pub prefetches: bool,
     /// What VMs may do.
@@ -215,7 +217,7 @@ impl Platform {
         let consoles = Consoles::new(settings.log_dir, Arc::clone(&events))?;
         let platform = Arc::new(Self {
             registry: Registry::default(),
-            pool: Pool::new(settings.ready),
+            pool: Pool::new(settings.ready, settings.cpu_profile),
             consoles,
             events,
             trace: Trace::new(settings.trace)?,

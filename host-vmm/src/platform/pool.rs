@@ -89,9 +89,9 @@ impl Standby {
 }
 
 impl Pool {
-    /// An empty pool that is to keep `ready` shells of each shape.
-    pub(super) fn new(ready: usize) -> Self {
-        Self { zygote: Zygote::default(), ready, shelves: Mutex::default(), changed: Condvar::new() }
+    /// An empty pool that is to keep `ready` shells of each shape, with this CPU profile.
+    pub(super) fn new(ready: usize, cpu_profile: String) -> Self {
+        Self { zygote: Zygote::new(cpu_profile), ready, shelves: Mutex::default(), changed: Condvar::new() }
     }
 
     /// Starts the thread that fills it.

@@ -21,6 +21,7 @@ use rustix::process::{Signal, pidfd_send_signal};
 
 use super::Error;
 use crate::{
+    cli,
     machine::Config,
     sync::lock,
     threads,
@@ -81,8 +82,12 @@ pub(super) struct Shell {
 }
 
 /// The zygote. It is started when the first node is, and again when it is gone.
-#[derive(Debug, Default)]
-pub(super) struct Zygote(Mutex<Option<Running>>);
+#[derive(Debug)]
+pub(super) struct Zygote {
+    /// The CPU profile, as text.
+    cpu_profile: String,
+    running: Mutex<Option<Running>>,
+}
 
 #[derive(Debug)]
 struct Running {
@@ -91,10 +96,16 @@ struct Running {
 }
 
 impl Zygote {
+    /// One that is yet to be started.
+    pub(super) fn new(cpu_profile: String) -> Self {
+        Self { cpu_profile, running: Mutex::default() }
+    }
+
     /// Starts nodes, all at once.
     pub(super) fn spawn(&self, config: Config, count: usize) -> Result<Vec<Shell>, Error> {
-        let mut zygote = lock(&self.0);
-        let result = Running::get(&mut zygote).and_then(|running| running.spawn(config, count));
+        let mut zygote = lock(&self.running);
+        let running = Running::get(&mut zygote, &self.cpu_profile);
+        let result = running.and_then(|running| running.spawn(config, count));
         if matches!(result, Err(Error::Zygote(_))) {
             // The next one who needs it starts another.
             *zygote = None;
@@ -104,23 +115,24 @@ impl Zygote {
 }
 
 impl Running {
-    fn get(zygote: &mut Option<Self>) -> Result<&mut Self, Error> {
+    fn get<'z>(zygote: &'z mut Option<Self>, cpu_profile: &str) -> Result<&'z mut Self, Error> {
         if zygote.as_ref().is_some_and(|running| running.link.is_closed()) {
             *zygote = None;
         }
         match zygote {
             Some(running) => Ok(running),
-            None => Ok(zygote.insert(Self::start()?)),
+            None => Ok(zygote.insert(Self::start(cpu_profile)?)),
         }
     }
 
-    fn start() -> Result<Self, Error> {
+    fn start(cpu_profile: &str) -> Result<Self, Error> {
         // Nodes inherit what this thread may use.
         threads::use_all_processors();
         let (link, theirs) = ZygoteLink::pair().map_err(Error::Zygote)?;
         let mut command = Command::new("/proc/self/exe");
         // A group of its own: what a terminal's keys send is for the platform.
-        command.arg("zygote").stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
+        command.arg("zygote").env(cli::Zygote::CPU_PROFILE, cpu_profile);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
         let mapping = FdMapping { parent_fd: theirs, child_fd: LINK_FD };
         command.fd_mappings(vec![mapping]).map_err(|error| Error::Start(io::Error::other(error)))?;
         let process = command.spawn().map_err(Error::Start)?;
