@@ -1,5 +1,6 @@
 //! Several platforms as one: who they are, what they have to do, and where copies of VMs go.
 
 pub mod certificates;
+pub mod member;
 pub mod peer;
 pub mod tls;
