@@ -4,4 +4,5 @@ pub mod certificates;
 pub mod load;
 pub mod member;
 pub mod peer;
+pub mod placement;
 pub mod tls;
