@@ -40,6 +40,9 @@ pub enum Error {
         /// The version.
         version: String,
     },
+    /// There is no such package.
+    #[error("the host's Debian mirror has no package {0}")]
+    Unknown(String),
     /// A package file is not what it should be.
     #[error("{} has the SHA-256 {found}, but should have {expected}: remove it and try again", path.display())]
     Hash {
@@ -109,6 +112,20 @@ impl Packages {
             let chosen = self.apt.install(names)?;
             chosen.iter().map(|(package, version)| self.check(&self.listed(package, version)?)).collect()
         })
+    }
+
+    /// The best version of the package `name`, downloaded, without what it depends on.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unknown`], or another where apt can't download it, or the cache can't be written.
+    pub fn alone(&self, name: &str) -> Result<Deb, Error> {
+        let unknown = || Error::Unknown(name.into());
+        let found = self.remembered(&format!("{name}-alone"), || {
+            let best = self.records(name)?.into_iter().next().ok_or_else(unknown)?;
+            Ok::<_, Error>(vec![self.download(&best)?])
+        })?;
+        found.into_iter().next().ok_or_else(unknown)
     }
 
     /// Unpacks `deb`, once, and returns the directory that holds its files.

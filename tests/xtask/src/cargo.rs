@@ -2,7 +2,7 @@
 
 use std::env;
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
@@ -72,7 +72,12 @@ impl Executables {
 
 /// Runs cargo with its output shown.
 pub(crate) fn run(arguments: &[&str]) -> Result<()> {
-    let status = command(arguments).status().context("can't run cargo")?;
+    run_with(arguments, None)
+}
+
+/// Runs cargo with its output shown, and with a variable in its environment that names a file.
+pub(crate) fn run_with(arguments: &[&str], variable: Option<(&str, &Path)>) -> Result<()> {
+    let status = command(arguments).envs(variable).status().context("can't run cargo")?;
     if !status.success() {
         bail!("`cargo {}` failed: {status}", arguments.join(" "));
     }

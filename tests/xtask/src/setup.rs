@@ -3,13 +3,21 @@
 use std::env;
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
+use initramfs::packages::Packages;
+
+use crate::cargo::Workspace;
 
 /// Debian's package of QEMU, and the program in it that is the lab.
 const QEMU_PACKAGE: &str = "qemu-system-x86";
 pub(crate) const QEMU: &str = "qemu-system-x86_64";
+
+/// Debian's package of etcd, and the program in it that platforms of a cluster find each other by.
+const ETCD_PACKAGE: &str = "etcd-server";
+const ETCD: &str = "etcd";
 
 /// Makes sure that everything is there that this machine is sure to need.
 pub(crate) fn run() -> Result<()> {
@@ -41,14 +49,34 @@ pub(crate) fn qemu() -> Result<()> {
     Ok(())
 }
 
+/// The etcd for tests: this machine's own, or else Debian's, which is unpacked and not installed: an installed one is a service that runs.
+pub(crate) fn etcd(workspace: &Workspace) -> Result<PathBuf> {
+    if let Some(own) = find(ETCD) {
+        return Ok(own);
+    }
+    let packages = Packages::open(&workspace.target.join("vmfork-cache"))?;
+    // It needs no more of what it depends on than this machine has: the others are for its service.
+    let deb = packages.alone(ETCD_PACKAGE)?;
+    let program = packages.unpack(&deb)?.join("usr/bin").join(ETCD);
+    if !program.is_file() {
+        bail!("{ETCD_PACKAGE} {} has no {}", deb.version, program.display());
+    }
+    Ok(program)
+}
+
 /// Why /dev/kvm can't be used at all, if so.
 pub(crate) fn kvm_error() -> Option<std::io::Error> {
     File::options().read(true).write(true).open("/dev/kvm").err()
 }
 
 fn is_installed(program: &str) -> bool {
+    find(program).is_some()
+}
+
+/// Where a program is that is installed.
+fn find(program: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
-    env::split_paths(&path).any(|dir| dir.join(program).is_file())
+    env::split_paths(&path).map(|dir| dir.join(program)).find(|path| path.is_file())
 }
 
 fn is_root() -> Result<bool> {

@@ -28,9 +28,13 @@ fn run_steps(steps: &mut Steps, arguments: &cli::Test) -> Result<()> {
     steps.run("clippy", || cargo::run(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
     let programs = steps.run("build", Executables::programs)?;
     let tests = steps.run("build of the tests", Executables::tests)?;
+    let etcd = steps.quiet("setup of etcd", || setup::etcd(&workspace));
+    let etcd =
+        etcd.inspect_err(|error| eprintln!("xtask: SKIPPED on this machine: tests with an etcd. {error:#}")).ok();
     steps.run("unit tests", || {
         let others = ["test", "--release", "--workspace", "--exclude=vmfork-tests", "--"];
-        cargo::run(&[&others, filter.as_slice()].concat())?;
+        let etcd = etcd.as_deref().map(|program| ("VMFORK_ETCD", program));
+        cargo::run_with(&[&others, filter.as_slice()].concat(), etcd)?;
         let own = ["test", "--release", "--package=vmfork-tests", "--lib", "--bins", "--"];
         cargo::run(&[&own, filter.as_slice()].concat())
     })?;
