@@ -60,6 +60,7 @@ extern "C" {
 #define VMFORK_REFUSED_RATE 15
 #define VMFORK_REFUSED_GENERATION 16
 #define VMFORK_REFUSED_MEMORY 17
+#define VMFORK_REFUSED_INCOMPLETE 18
 
 /* A fork as one VM saw it. */
 struct vmfork_fork_t {

@@ -3,7 +3,8 @@
 use std::ffi::OsString;
 
 use clap::builder::RangedU64ValueParser;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use vmfork::Placement;
 use vmfork_abi::{MAX_CHILDREN, VM_TYPE_BYTES, is_vm_type};
 
 /// Forks the VM that this runs in.
@@ -47,6 +48,10 @@ pub(crate) struct ForkArguments {
     #[arg(long = "type", value_name = "TYPE", default_value = "worker", value_parser = vm_type)]
     pub(crate) vm_type: String,
 
+    /// Where the children are to run: on this VM's platform, on others, or wherever the VMM chooses.
+    #[arg(long = "where", value_name = "PLACE", value_enum, default_value_t)]
+    pub(crate) place: Place,
+
     /// Print one JSON object on one line.
     #[arg(long)]
     pub(crate) json: bool,
@@ -55,6 +60,25 @@ pub(crate) struct ForkArguments {
     /// VMFORK_PARENT_ID, VMFORK_NAME and VMFORK_TYPE in its environment.
     #[arg(last = true, value_name = "CMD")]
     pub(crate) command: Vec<OsString>,
+}
+
+/// Where children are to run.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Place {
+    Local,
+    Remote,
+    #[default]
+    Any,
+}
+
+impl From<Place> for Placement {
+    fn from(place: Place) -> Self {
+        match place {
+            Place::Local => Self::Local,
+            Place::Remote => Self::Remote,
+            Place::Any => Self::Any,
+        }
+    }
 }
 
 fn count() -> RangedU64ValueParser<u32> {
@@ -93,6 +117,8 @@ mod tests {
         let default = fork(&[]).unwrap();
         assert_eq!((default.count, default.vm_type.as_str(), default.json), (1, "worker", false));
         assert!(default.command.is_empty());
+        assert_eq!(default.place, Place::Any);
+        assert_eq!(fork(&["--where", "remote"]).unwrap().place, Place::Remote);
         let told = fork(&["--count", "4", "--type", "web", "--json", "--", "sh", "-c", "true"]).unwrap();
         assert_eq!((told.count, told.vm_type.as_str(), told.json), (4, "web", true));
         assert_eq!(told.command, ["sh", "-c", "true"]);

@@ -50,7 +50,7 @@ pub use identity::IdentityError;
 pub use lock::LockError;
 pub use outcome::{Fork, OutcomeError};
 pub use privilege::PrivilegeError;
-pub use request::{ForkRequest, RequestError};
+pub use request::{ForkRequest, Placement, RequestError};
 pub use vmfork_abi::cpuid::Interface;
 pub use vmfork_abi::{ErrorCode, Role};
 pub use vmm::{OpenError, Vmm};

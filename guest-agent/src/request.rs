@@ -1,12 +1,35 @@
 //! What a caller asks for.
 
-use vmfork_abi::{MAX_CHILDREN, Request, VM_TYPE_BYTES, is_vm_type, pad_text};
+use vmfork_abi::{MAX_CHILDREN, Request, VM_TYPE_BYTES, flags, is_vm_type, pad_text};
 
-/// A fork to ask for: how many children, and of which VM type.
+/// A fork to ask for: how many children, of which VM type, and where.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ForkRequest {
     vm_type: [u8; VM_TYPE_BYTES],
     count: u32,
+    placement: Placement,
+}
+
+/// Where the copies of a fork are to run.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Placement {
+    /// Wherever the VMM chooses.
+    #[default]
+    Any,
+    /// On the platform of their parent.
+    Local,
+    /// On others.
+    Remote,
+}
+
+impl Placement {
+    fn flags(self) -> u32 {
+        match self {
+            Self::Any => 0,
+            Self::Local => flags::LOCAL,
+            Self::Remote => flags::REMOTE,
+        }
+    }
 }
 
 /// Why no VMM would take the request.
@@ -39,12 +62,19 @@ impl ForkRequest {
         if !(1..=MAX_CHILDREN).contains(&count) {
             return Err(RequestError::Count { count });
         }
-        Ok(Self { vm_type, count })
+        Ok(Self { vm_type, count, placement: Placement::Any })
+    }
+
+    /// The same fork, with its copies where `placement` says.
+    #[must_use]
+    pub fn placed(self, placement: Placement) -> Self {
+        Self { placement, ..self }
     }
 
     /// The request as the control page takes it, under the number `seq`.
     pub(crate) fn numbered(&self, seq: u64) -> Request {
-        Request { seq, count: self.count, vm_type: self.vm_type, ..Request::default() }
+        let Self { vm_type, count, placement } = *self;
+        Request { seq, count, vm_type, flags: placement.flags(), ..Request::default() }
     }
 }
 
@@ -57,6 +87,8 @@ mod tests {
         let request = ForkRequest::new("web", 4).unwrap().numbered(7);
         assert_eq!((request.seq, request.count, request.flags), (7, 4, 0));
         assert_eq!(vmfork_abi::padded_text(&request.vm_type), Some("web"));
+        let request = ForkRequest::new("web", 4).unwrap().placed(Placement::Remote).numbered(7);
+        assert_eq!(request.flags, flags::REMOTE);
     }
 
     #[test]

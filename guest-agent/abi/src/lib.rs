@@ -11,6 +11,7 @@
 
 pub mod cpuid;
 pub mod doorbell;
+pub mod flags;
 mod page;
 mod status;
 

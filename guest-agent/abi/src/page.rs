@@ -130,7 +130,7 @@ part! {
         0 seq: u64,
         /// How many children, from 1 to [`MAX_CHILDREN`](crate::MAX_CHILDREN).
         8 count: u32,
-        /// Zero: no flag is defined.
+        /// [`flags`](crate::flags); zero where the VMM is to choose where the copies run.
         12 flags: u32,
         /// The kind of worker, NUL-padded, as [`is_vm_type`](crate::is_vm_type) allows.
         16 vm_type: [u8; VM_TYPE_BYTES],

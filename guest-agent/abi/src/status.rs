@@ -93,6 +93,8 @@ numbered! {
         Generation = 16, "the operator allows no further generation";
         /// The operator allows less memory to VMs of this type.
         Memory = 17, "the operator allows less memory";
+        /// The VM is a clone whose memory has not come as a whole yet.
+        Incomplete = 18, "the VM's memory has not come as a whole yet";
     }
 }
 

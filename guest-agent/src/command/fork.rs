@@ -27,6 +27,7 @@ struct Failure {
 
 pub(crate) fn run(arguments: &ForkArguments) -> Result<ExitCode, CommandError> {
     let request = ForkRequest::new(&arguments.vm_type, arguments.count).map_err(CommandError::Request)?;
+    let request = request.placed(arguments.place.into());
     drain_terminals().map_err(CommandError::Drain)?;
     let fork = match vmfork::fork(&request) {
         Ok(fork) => fork,
