@@ -2,10 +2,12 @@
 
 use std::{fs, path::PathBuf};
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, builder::TypedValueParser};
+use uuid::Uuid;
 
 use crate::{
     arch::profile::{Profile, Subset},
+    cluster::placement::Where,
     error::chain,
     platform::{Keep, Limit},
     units,
@@ -27,6 +29,8 @@ pub enum Command {
     /// Boot a VM, and run it and its children until all have ended.
     #[command(after_help = EXIT_CODES)]
     Run(Box<Run>),
+    /// Be a platform of a cluster, until a signal comes.
+    Serve(Serve),
     /// List the VMs of a platform.
     Ps(Ps),
     /// Draw which VM of a platform comes from which.
@@ -35,6 +39,12 @@ pub enum Command {
     Image(Image),
     /// Launch copies of an image that a platform keeps.
     Spawn(Spawn),
+    /// Launch copies of an image on another platform.
+    Clone(Clone),
+    /// List the platforms that one knows.
+    Platforms(Platforms),
+    /// Tell where copies of a VM would go.
+    Place(Place),
     /// Make the certificates by which the platforms of a cluster know each other.
     Cert(Cert),
     /// Find out whether guests can run here, and what to do where they can't.
@@ -89,6 +99,9 @@ pub struct Run {
     /// Write the timeline of each fork, of parent and children, to FILE, which ui.perfetto.dev opens.
     #[arg(long, value_name = "FILE")]
     pub trace: Option<PathBuf>,
+    /// Be a platform of a cluster too, which is set up by this file. It says what other options say otherwise.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["log_dir", "events", "trace", "max_vms", "limits", "keep", "ready", "no_prefetch"])]
+    pub config: Option<PathBuf>,
     /// Answer `host-vmm ps` and others on this socket, instead of one in the folder for this user's sockets.
     #[arg(long, value_name = "SOCKET")]
     pub api: Option<PathBuf>,
@@ -118,6 +131,14 @@ pub struct Run {
     /// For tests: let the booted VM's forks fail, one for each step that is named, in order.
     #[arg(long, value_name = "STEP", value_delimiter = ',', hide = true)]
     pub inject_fault: Vec<Step>,
+}
+
+/// Options of `serve`.
+#[derive(Debug, Args)]
+pub struct Serve {
+    /// How the platform is set up, in TOML.
+    #[arg(long, value_name = "FILE")]
+    pub config: PathBuf,
 }
 
 /// Which platform is asked.
@@ -184,6 +205,19 @@ pub enum ImageCommand {
         id: String,
         /// The file; one that is there is replaced.
         file: PathBuf,
+        /// Make the file smaller (zstd), which takes longer.
+        #[arg(long)]
+        compress: bool,
+    },
+    /// Show what a file says of the image that it holds, as a JSON object. No platform is needed.
+    Inspect {
+        /// The file.
+        file: PathBuf,
+    },
+    /// Read all of a file, and say whether it is as it was written. No platform is needed.
+    Verify {
+        /// The file.
+        file: PathBuf,
     },
     /// Keep the one that a file holds, and print its ID.
     Load {
@@ -214,9 +248,75 @@ pub struct Spawn {
     #[arg(long, value_name = "ID")]
     pub image: String,
     /// How many copies.
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=i64::from(vmfork_abi::MAX_CHILDREN)))]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = copies())]
     pub count: u32,
     /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of `clone`.
+#[derive(Debug, Args)]
+pub struct Clone {
+    /// The platform that has the image.
+    #[command(flatten)]
+    pub platform: Platform,
+    /// The image's ID, or how that begins.
+    #[arg(long, value_name = "ID")]
+    pub image: String,
+    /// Name of the platform where the copies are to run; CLUSTER/NAME where several clusters have one of that name.
+    #[arg(long, value_name = "PLATFORM")]
+    pub to: String,
+    /// Let the copies run before all of their memory has come. They depend on this platform until it has.
+    #[arg(long)]
+    pub lazy: bool,
+    /// How many copies.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = copies())]
+    pub count: u32,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of `platforms`.
+#[derive(Debug, Args)]
+pub struct Platforms {
+    /// The platform that is asked.
+    #[command(flatten)]
+    pub platform: Platform,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of `place`.
+#[derive(Debug, Args)]
+pub struct Place {
+    /// The platform from which the copies would come.
+    #[command(flatten)]
+    pub platform: Platform,
+    /// Their type.
+    #[arg(long = "type", value_name = "TYPE", default_value = "worker", value_parser = vm_name)]
+    pub vm_type: String,
+    /// How many.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = copies())]
+    pub count: u32,
+    /// Memory of each: bytes, or with K, M or G.
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = memory_size)]
+    pub mem: u64,
+    /// vCPUs of each.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
+    pub cpus: u8,
+    /// Where the guest wants them.
+    #[arg(long = "where", value_name = "PLACE", default_value = "any", value_enum)]
+    pub location: Where,
+    /// ID of their image: platforms that have it already are better suited.
+    #[arg(long, value_name = "ID")]
+    pub image: Option<Uuid>,
+    /// Print what speaks for each platform, and what against it.
+    #[arg(long)]
+    pub explain: bool,
+    /// Print that as one JSON object.
     #[arg(long)]
     pub json: bool,
 }
@@ -275,6 +375,11 @@ pub struct CpuProfile {
     /// Profiles that this command has printed on other hosts.
     #[arg(value_name = "FILE")]
     pub files: Vec<PathBuf>,
+}
+
+/// Parses how many copies are wanted.
+fn copies() -> impl TypedValueParser<Value = u32> {
+    clap::value_parser!(u32).range(1..=i64::from(vmfork_abi::MAX_CHILDREN))
 }
 
 /// Options of `zygote`.

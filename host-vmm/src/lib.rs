@@ -23,7 +23,7 @@
 //!
 //! - [`cli`], [`command`]: what an operator can ask for.
 //! - [`platform`]: the process that keeps shells ready, launches the children of forks in them, and watches and ends nodes.
-//! - [`api`]: how an operator asks a platform what there is.
+//! - [`api`]: how operators, and other platforms, ask a platform.
 //! - [`cluster`]: several platforms as one.
 //! - [`node`]: the process that holds one VM, from ready shell to its end; all are forked from the [zygote](node::zygote).
 //! - [`wire`]: what these two say to each other.

@@ -14,10 +14,14 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let result = match Cli::parse().command {
         Command::Run(options) => command::run(*options),
+        Command::Serve(options) => command::serve(&options),
         Command::Ps(options) => command::ps(&options),
         Command::Tree(options) => command::tree(&options),
         Command::Image(options) => command::image(&options.command),
         Command::Spawn(options) => command::spawn(&options),
+        Command::Clone(options) => command::clone(&options),
+        Command::Platforms(options) => command::platforms(&options),
+        Command::Place(options) => command::place(&options),
         Command::Cert(options) => command::cert(&options.command),
         Command::Check(options) => command::check(&options),
         Command::CpuProfile(options) => command::cpu_profile(&options),

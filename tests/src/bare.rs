@@ -44,6 +44,8 @@ global_asm!(
     "    je 70f",
     "    cmp eax, 8",
     "    je 80f",
+    "    cmp eax, 9",
+    "    je 95f",
     "3:  hlt",
     "    jmp 3b",
     "10: mov [rbx], ecx", // store 4 bytes
@@ -98,6 +100,13 @@ global_asm!(
     "    imul rcx, rcx, 24",
     "    add rbp, rcx",
     "    jmp 2b",
+    "95: mov edx, 0x3fd", // wait for a byte of input
+    "96: in al, dx",
+    "    test al, 1",
+    "    jz 96b",
+    "    mov edx, 0x3f8",
+    "    in al, dx",
+    "    jmp 2b",
     "90: mov ecx, 8", // print EDI in hexadecimal, and a new line
     "91: rol edi, 4",
     "    mov eax, edi",
@@ -137,6 +146,11 @@ impl Script {
     fn step(mut self, what: u64, first: u64, second: u64) -> Self {
         self.steps.push([what, first, second]);
         self
+    }
+
+    /// Waits until something is typed at the console.
+    pub fn wait_for_input(self) -> Self {
+        self.step(9, 0, 0)
     }
 
     /// Stores four bytes in memory.

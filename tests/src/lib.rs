@@ -4,14 +4,18 @@
 //! - [`bare`]: a guest without an operating system, that does what a test writes down.
 //! - [`user`]: a guest without an operating system that runs at CPL 3, for the bench, and for tests of many forks.
 //! - [`faults`]: the steps of a fork that can be made to fail.
+//! - [`cluster`]: several platforms on one host.
 //! - [`process`]: what a process has of the host's resources.
+//! - [`proxy`]: a way between two platforms on which things go wrong.
 //!
 //! The Linux guests' side is the program `test-guest`; the demo is the program `demo`.
 
 pub mod assets;
 pub mod bare;
+pub mod cluster;
 mod elf;
 pub mod faults;
 pub mod process;
+pub mod proxy;
 pub mod user;
 pub mod vmm;

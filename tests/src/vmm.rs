@@ -30,18 +30,32 @@ pub const PATIENCE: Duration = Duration::from_secs(180);
 /// Name of the socket of each platform's API.
 const SOCKET: &str = "api.sock";
 
-/// A `host-vmm run` that is about to start.
-#[derive(Debug)]
+/// A `host-vmm` that is about to start.
+#[derive(Debug, Default)]
 pub struct Vmm {
-    kernel: PathBuf,
+    /// What is booted; `None` for a platform without a VM of its own.
+    kernel: Option<PathBuf>,
     arguments: Vec<String>,
     cmdline: String,
+    /// How it is a platform of a cluster, in TOML.
+    config: Option<String>,
 }
 
 impl Vmm {
     /// Boots this kernel.
     pub fn kernel(kernel: &Path) -> Self {
-        Self { kernel: kernel.to_owned(), arguments: Vec::new(), cmdline: String::new() }
+        Self { kernel: Some(kernel.to_owned()), ..Self::default() }
+    }
+
+    /// Boots nothing: `host-vmm serve`.
+    pub fn serve(config: &str) -> Self {
+        Self::default().config(config)
+    }
+
+    /// Makes it a platform of a cluster.
+    #[must_use]
+    pub fn config(self, config: &str) -> Self {
+        Self { config: Some(config.to_owned()), ..self }
     }
 
     /// Boots Linux with an image, and runs a program with arguments in it.
@@ -85,17 +99,22 @@ impl Vmm {
         let fifo = folder.path().join("events");
         mkfifo(&fifo, Mode::S_IRUSR | Mode::S_IWUSR)?;
         let host_vmm = assets::path("bin/host-vmm");
-        let mut process = Command::new(&host_vmm)
-            .arg("run")
-            .arg("--kernel")
-            .arg(&self.kernel)
-            .arg("--events")
-            .arg(&fifo)
-            .arg("--log-dir")
-            .arg(folder.path().join("logs"))
-            .arg("--api")
-            .arg(folder.path().join(SOCKET))
-            .args(["--cmdline", &self.cmdline])
+        let mut command = Command::new(&host_vmm);
+        command.arg(if self.kernel.is_some() { "run" } else { "serve" });
+        if let Some(kernel) = &self.kernel {
+            command.arg("--kernel").arg(kernel).args(["--cmdline", &self.cmdline]);
+        }
+        let logs = folder.path().join("logs");
+        if let Some(config) = &self.config {
+            let file = folder.path().join("platform.toml");
+            let config = format!("events = \"events\"\nlog_dir = \"logs\"\napi = \"{SOCKET}\"\n{config}");
+            std::fs::write(&file, config)?;
+            command.arg("--config").arg(file);
+        } else {
+            command.arg("--events").arg(&fifo).arg("--log-dir").arg(logs);
+            command.arg("--api").arg(folder.path().join(SOCKET));
+        }
+        let mut process = command
             .args(&self.arguments)
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
@@ -117,7 +136,7 @@ impl Vmm {
     }
 }
 
-/// A `host-vmm run`. Dropping it ends it.
+/// A `host-vmm`. Dropping it ends it.
 #[derive(Debug)]
 pub struct Running {
     process: Child,

@@ -9,6 +9,12 @@
 //! | `POST /v1/images/ID/save`, with a [`Place`] | nothing |
 //! | `POST /v1/images`, with a [`Place`] | [`Image`] |
 //! | `POST /v1/images/ID/spawn`, with a [`Spawn`] | [`Spawned`] |
+//! | `POST /v1/images/ID/clone`, with a [`CloneWish`] | [`Spawned`] |
+//! | `GET /v1/transfers` | an array of [`Transfer`] |
+//! | `GET /v1/platform` | a [`Member`](crate::cluster::member::Member) |
+//! | `GET /v1/platforms` | [`Platforms`] |
+//! | `POST /v1/place`, with a [`Wish`](crate::cluster::placement::Wish) | an [`Explanation`](crate::cluster::placement::Explanation) |
+//! | `/v1/clones/ID` | see [`clone`](crate::cluster::clone) |
 //!
 //! An ID may be cut short, for as long as it stands for one image only. What fails is told as a [`Failure`].
 
@@ -25,7 +31,9 @@ use uuid::Uuid;
 pub mod client;
 mod server;
 
-pub use server::{Server, serve};
+pub use server::{Network, ServeError, Server, serve};
+
+use crate::cluster::member::Member;
 
 /// The VMs of a platform.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -131,6 +139,9 @@ pub struct Image {
 pub struct Place {
     /// A file of the platform's host, from the root on.
     pub path: PathBuf,
+    /// Whether the file is to be small.
+    #[serde(default)]
+    pub compress: bool,
 }
 
 /// A wish for copies.
@@ -148,12 +159,60 @@ pub struct Spawned {
 }
 
 /// One copy.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Copied {
     /// Its ID.
     pub id: Uuid,
     /// Its name.
     pub name: String,
+}
+
+/// A wish for copies on another platform.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct CloneWish {
+    /// Name of the platform, or CLUSTER/NAME.
+    pub to: String,
+    /// How many.
+    pub count: u32,
+    /// Whether they are to run before all of their memory has come.
+    #[serde(default)]
+    pub lazy: bool,
+}
+
+/// A clone that is being sent.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Transfer {
+    /// Its ID.
+    pub id: Uuid,
+    /// ID of the image.
+    pub image: Uuid,
+    /// Where it is sent.
+    pub to: String,
+    /// Bytes of memory that are to be sent; 0 before that is known.
+    pub wanted_bytes: u64,
+    /// Bytes of memory that were sent.
+    pub sent_bytes: u64,
+    /// Bytes of memory that need not be sent, since the target has them.
+    pub spared_bytes: u64,
+}
+
+/// A platform as another one knows it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Platform {
+    /// What it says of itself.
+    #[serde(flatten)]
+    pub member: Member,
+    /// How long ago that was, in milliseconds; 0 for the one that is asked.
+    pub age_ms: u64,
+}
+
+/// The platforms that one knows.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Platforms {
+    /// The one that is asked comes first.
+    pub platforms: Vec<Platform>,
+    /// Whether others take it for gone: it gets no VMs from them then.
+    pub partitioned: bool,
 }
 
 /// Why something was not done.

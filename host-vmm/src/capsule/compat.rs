@@ -22,7 +22,7 @@ use crate::{
         xstate,
     },
     devices,
-    kvm::{MAX_CPUID_LEAVES, Model, VcpuId, VcpuState},
+    kvm::{CpuidEntry, MAX_CPUID_LEAVES, Model, VcpuId, VcpuState},
     machine::MachineState,
 };
 
@@ -104,15 +104,14 @@ impl TryFrom<Needs> for Requirements {
 }
 
 impl Requirements {
-    /// Those of a machine that was captured on a host of this model. `tsc_khz` is the frequency of its guest's time-stamp counter: the model's,
-    /// unless it was given another one.
+    /// Those of a captured machine.
     ///
     /// A register that is zero in the state needs nothing: KVM lets registers be read as zero that the guest can't use.
-    pub fn of(state: &MachineState, model: &Model, tsc_khz: Option<u32>) -> Self {
-        Self::of_vcpus(&state.vcpus, model, tsc_khz)
+    pub fn of(state: &MachineState) -> Self {
+        Self::of_vcpus(&state.vcpus, &state.capabilities, state.tsc_khz)
     }
 
-    fn of_vcpus(vcpus: &[VcpuState], model: &Model, tsc_khz: Option<u32>) -> Self {
+    fn of_vcpus(vcpus: &[VcpuState], capabilities: &[String], tsc_khz: Option<u32>) -> Self {
         let registers = || vcpus.iter().flat_map(|vcpu| vcpu.msrs());
         let mut msrs: Vec<u32> = registers().filter(|msr| msr.value != 0).map(|msr| msr.index).collect();
         msrs.sort_unstable();
@@ -127,7 +126,7 @@ impl Requirements {
             leaves,
             msrs,
             tsc_khz,
-            capabilities: model.capabilities.iter().map(|&name| name.to_owned()).collect(),
+            capabilities: capabilities.to_vec(),
             page_bytes: PAGE_BYTES,
             devices: devices::VERSIONS.iter().map(|&(name, version)| (name.to_owned(), version)).collect(),
             state_version: STATE_VERSION,
@@ -141,10 +140,13 @@ impl Requirements {
 }
 
 /// What a platform has for VMs that come to it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Offer {
     /// What CPUID can show on a vCPU, whatever profile the platform's own guests have.
     leaves: Vec<Leaf>,
+    /// What the platform's own guests are shown, before it is made for a certain vCPU.
+    shown: Vec<CpuidEntry>,
+    tsc_deadline_timer: bool,
     xsave_bytes: u64,
     arch_capabilities: u64,
     /// Sorted.
@@ -164,16 +166,25 @@ impl Offer {
         let shape = Shape { vcpus: 1, tsc_deadline_timer: model.tsc_deadline_timer };
         Self {
             leaves: leaf::leaves(&cpuid::for_vcpu(&model.cpuid, shape, VcpuId(0))),
+            shown: model.shown.clone(),
+            tsc_deadline_timer: model.tsc_deadline_timer,
             xsave_bytes: model.xsave_bytes as u64,
             arch_capabilities: model.arch_capabilities,
             msrs: model.msrs.clone(),
             tsc_khz: model.tsc_khz,
             tsc_scaling: model.tsc_scaling,
-            capabilities: model.capabilities.iter().map(|&name| name.to_owned()).collect(),
+            capabilities: model.capabilities.clone(),
             page_bytes: PAGE_BYTES,
             devices: devices::VERSIONS.iter().map(|&(name, version)| (name.to_owned(), version..=version)).collect(),
             state_versions: READABLE_STATE_VERSIONS,
         }
+    }
+
+    /// Whether a VM of so many vCPUs was shown another CPU than the platform's own guests are: a vCPU that has run can't become such a one any
+    /// more (KVM_SET_CPUID2).
+    pub fn is_foreign(&self, requirements: &Requirements, vcpus: u8) -> bool {
+        let shape = Shape { vcpus: vcpus.max(1), tsc_deadline_timer: self.tsc_deadline_timer };
+        requirements.0.leaves != leaf::leaves(&cpuid::for_vcpu(&self.shown, shape, VcpuId(0)))
     }
 }
 

@@ -25,7 +25,7 @@ fn model(cpuid: Vec<CpuidEntry>, msrs: Vec<u32>) -> Model {
         tsc_khz: Some(2_500_000),
         tsc_scaling: false,
         xsave_bytes: 4096,
-        capabilities: vec!["KVM_CAP_EXIT_HYPERCALL", "KVM_CAP_XCRS"],
+        capabilities: ["KVM_CAP_EXIT_HYPERCALL", "KVM_CAP_XCRS"].map(str::to_owned).into(),
     }
 }
 
@@ -66,7 +66,7 @@ fn captured(model: &Model, vcpus: u8) -> Requirements {
             VcpuState::sample(cpuid, msrs.chain([unused]).collect(), xcr0, model.xsave_bytes)
         })
         .collect();
-    Requirements::of_vcpus(&states, model, model.tsc_khz)
+    Requirements::of_vcpus(&states, &model.capabilities, model.tsc_khz)
 }
 
 /// What is told of a VM that was captured on the rich host, on another one that differs from it.

@@ -1,12 +1,35 @@
-use std::io::Seek;
+use std::{io::Write, sync::Arc};
 
 use proptest::prelude::*;
+use uuid::Uuid;
 
 use super::*;
+use crate::{
+    arch::layout::PAGE_BYTES,
+    capsule::{About, older::tests::saved_as_version_1, pack},
+    machine::{Config, MachineState, VmIdentity},
+    memory::{self, Image, Layer, Run},
+};
 
 const PAGE: usize = 4096;
 
-fn capsule(layers: &[Vec<u8>]) -> Capsule {
+/// Pages of the memory of the capsules here.
+const PAGES: u64 = 40;
+
+/// A layer of one byte a page, and what it holds: all of the memory, or a few pages of it from the tenth on.
+fn layer(pages: &[u8]) -> Arc<Layer> {
+    let content: Vec<u8> = pages.iter().flat_map(|&byte| std::iter::repeat_n(byte, PAGE)).collect();
+    let file = Arc::new(memory::sealed("test", &content).unwrap());
+    let count = pages.len() as u64;
+    let page = if count == PAGES { 0 } else { 10 };
+    Arc::new(Layer { file, runs: vec![Run { page, pages: count, file_page: 0 }] })
+}
+
+pub(crate) fn capsule(layers: &[Vec<u8>]) -> Capsule {
+    let layers: Vec<_> = std::iter::once(&vec![0; 40]).chain(layers).map(|pages| layer(pages)).collect();
+    let files: Vec<_> = layers.iter().map(|layer| Arc::clone(&layer.file)).collect();
+    let machine = MachineState::blank();
+    let state = pack(&machine, &Image::new(PAGES, layers).unwrap(), &files).unwrap();
     let original = VmIdentity {
         id: Uuid::from_u128(7),
         parent: Uuid::nil(),
@@ -16,62 +39,57 @@ fn capsule(layers: &[Vec<u8>]) -> Capsule {
         count: 0,
         generation: 3,
     };
-    let files = layers.iter().map(|content| memory::sealed("test", content).unwrap()).collect();
-    Capsule {
-        id: Uuid::from_u128(8),
-        created_ns: 9,
-        vm_type: "web".into(),
-        original,
-        config: Config { ram_bytes: 16 << 20, vcpus: 2 },
-        seq: 10,
-        state: b"state".to_vec(),
-        files,
-    }
+    let config = Config { ram_bytes: PAGES * PAGE_BYTES, vcpus: 1 };
+    let about = About { id: Uuid::from_u128(8), created_ns: 9, vm_type: "web".into(), original, config, seq: 10 };
+    Capsule { about, state, files }
 }
 
-fn content(file: &File) -> Vec<u8> {
+pub(crate) fn content(file: &File) -> Vec<u8> {
     let mut content = vec![0; usize::try_from(file.metadata().unwrap().len()).unwrap()];
     file.read_exact_at(&mut content, 0).unwrap();
     content
 }
 
-fn saved(capsule: &Capsule) -> Vec<u8> {
+fn saved(capsule: &Capsule, compress: bool) -> Vec<u8> {
     let file = tempfile::tempfile().unwrap();
-    save(capsule, &file).unwrap();
+    save(capsule, &file, compress).unwrap();
     content(&file)
 }
 
-fn loaded(bytes: &[u8]) -> Result<Capsule, Error> {
+fn file_of(bytes: &[u8]) -> File {
     let mut file = tempfile::tempfile().unwrap();
     file.write_all(bytes).unwrap();
-    file.rewind().unwrap();
-    load(&mut file)
+    file
 }
 
-/// A layer of one byte a page.
-fn layer(pages: &[u8]) -> Vec<u8> {
-    pages.iter().flat_map(|&byte| std::iter::repeat_n(byte, PAGE)).collect()
+fn loaded(bytes: &[u8]) -> Result<Capsule, Error> {
+    let (loaded, verified) = (load(&file_of(bytes)), verify(&file_of(bytes)));
+    assert_eq!(loaded.is_ok(), verified.is_ok());
+    loaded
+}
+
+fn layers() -> impl Strategy<Value = Vec<Vec<u8>>> {
+    proptest::collection::vec(proptest::collection::vec(0..3u8, 1..30), 0..4)
 }
 
 proptest! {
     #[test]
-    fn what_was_saved_is_loaded(layers in proptest::collection::vec(proptest::collection::vec(0..3u8, 0..40), 0..4)) {
-        let layers: Vec<Vec<u8>> = layers.iter().map(|pages| layer(pages)).collect();
+    fn what_was_saved_is_loaded(layers in layers(), compress: bool) {
         let before = capsule(&layers);
-        let bytes = saved(&before);
-        let not_zero = layers.iter().flat_map(|layer| layer.chunks(PAGE)).filter(|page| page[0] != 0).count();
-        prop_assert!(bytes.len() < (not_zero + 2) * PAGE + 2048, "zero pages take room");
+        let bytes = saved(&before, compress);
+        let not_zero = layers.iter().flatten().filter(|&&page| page != 0).count();
+        prop_assert!(bytes.len() < (not_zero + 2) * PAGE + 8192, "zero pages take room");
         let after = loaded(&bytes).unwrap();
-        prop_assert_eq!(after.files.iter().map(content).collect::<Vec<_>>(), layers);
+        let contents = |capsule: &Capsule| capsule.files.iter().map(|file| content(file)).collect::<Vec<_>>();
+        prop_assert_eq!(contents(&after), contents(&before));
         prop_assert!(after.files.iter().all(|file| memory::is_immutable(file).unwrap()));
-        prop_assert_eq!((after.id, after.created_ns, after.vm_type, after.seq), (before.id, 9, before.vm_type, 10));
-        prop_assert_eq!((after.original, after.config, after.state), (before.original, before.config, before.state));
+        prop_assert_eq!((&after.about, &after.state), (&before.about, &before.state));
     }
 
     #[test]
-    fn any_changed_byte_is_found(at in any::<prop::sample::Index>(), bit in 0..8u32) {
-        let mut bytes = saved(&capsule(&[layer(&[1, 0, 2])]));
-        // What lies between the header and the pages says nothing.
+    fn any_changed_bit_is_found(at in any::<prop::sample::Index>(), bit in 0..8u32, compress: bool) {
+        let mut bytes = saved(&capsule(&[vec![1, 0, 2]]), compress);
+        // What lies between the header and the memory says nothing.
         let meaning: Vec<usize> = (0..HEADER_BYTES).chain(PAGE..bytes.len()).collect();
         bytes[*at.get(&meaning)] ^= 1 << bit;
         prop_assert!(loaded(&bytes).is_err());
@@ -81,62 +99,95 @@ proptest! {
     fn no_bytes_do_harm(bytes in proptest::collection::vec(any::<u8>(), 0..9000)) {
         prop_assert!(loaded(&bytes).is_err());
     }
+
+    /// Somebody who knows how digests are made.
+    #[test]
+    fn no_description_does_harm(description in proptest::collection::vec(any::<u8>(), 0..2000), compress: bool) {
+        let mut bytes = Header::new(compress, 0, &description).to_bytes().to_vec();
+        bytes.resize(PAGE, 0);
+        prop_assert!(loaded(&[bytes, description].concat()).is_err());
+    }
+
+    #[test]
+    fn the_version_before_is_read(layers in layers()) {
+        let before = capsule(&layers);
+        let after = loaded(&saved_as_version_1(&before)).unwrap();
+        prop_assert_eq!((&after.about, &after.state), (&before.about, &before.state));
+        let contents = |capsule: &Capsule| capsule.files.iter().map(|file| content(file)).collect::<Vec<_>>();
+        prop_assert_eq!(contents(&after), contents(&before));
+    }
 }
 
 #[test]
 fn mistakes_are_told_apart() {
-    let bytes = saved(&capsule(&[layer(&[1, 2])]));
-    assert!(matches!(loaded(b""), Err(Error::NoImage)));
-    assert!(matches!(loaded(&vec![0; 10_000]), Err(Error::NoImage)));
-    assert!(matches!(loaded(&bytes[..bytes.len() - 1]), Err(Error::Length { .. })));
-    assert!(matches!(loaded(&[bytes.as_slice(), b"x"].concat()), Err(Error::Length { .. })));
-    let changed = |at: usize| {
-        let mut bytes = bytes.clone();
-        bytes[at] ^= 1;
-        loaded(&bytes).unwrap_err()
-    };
-    assert!(matches!(changed(8), Error::Version { found: 0 }));
-    assert!(matches!(changed(30), Error::Digest("the header")));
-    assert!(matches!(changed(PAGE), Error::Digest("the memory")));
-    assert!(matches!(changed(bytes.len() - 40), Error::Digest("the description")));
+    for compress in [false, true] {
+        let bytes = saved(&capsule(&[vec![1, 2]]), compress);
+        assert!(matches!(loaded(b""), Err(Error::NoCapsule)));
+        assert!(matches!(loaded(&vec![0; 10_000]), Err(Error::NoCapsule)));
+        assert!(matches!(loaded(&bytes[..bytes.len() - 1]), Err(Error::Length { .. })));
+        assert!(matches!(loaded(&[bytes.as_slice(), b"x"].concat()), Err(Error::Length { .. })));
+        let changed = |at: usize| {
+            let mut bytes = bytes.clone();
+            bytes[at] ^= 1;
+            loaded(&bytes).unwrap_err()
+        };
+        assert!(matches!(changed(8), Error::Version { found: 3, .. }));
+        assert!(matches!(changed(30), Error::Digest("the header")));
+        assert!(matches!(changed(PAGE), Error::Digest("the memory")));
+        assert!(matches!(changed(bytes.len() - 40), Error::Digest("the description")));
+    }
+}
+
+#[test]
+fn a_description_can_be_read_by_itself() {
+    let capsule = capsule(&[vec![1, 0, 2]]);
+    let file = file_of(&saved(&capsule, true));
+    let (header, description) = inspect(&file).unwrap();
+    assert!(header.is_compressed);
+    assert_eq!(description.about, capsule.about);
+    assert_eq!(description.memory.layers.len(), 2);
+    assert_eq!(description.memory.data_bytes(), 2 * PAGE_BYTES);
+    let (header, description) = inspect(&file_of(&saved_as_version_1(&capsule))).unwrap();
+    assert_eq!(header.version, 1);
+    assert_eq!(description.about, capsule.about);
+}
+
+/// A capsule whose description says something else than it should.
+fn forged(change: impl FnOnce(&mut Description)) -> Result<Capsule, Error> {
+    let capsule = capsule(&[vec![1, 2]]);
+    let bytes = saved(&capsule, false);
+    let (header, mut description) = inspect(&file_of(&bytes)).unwrap();
+    change(&mut description);
+    let description = description.to_bytes().unwrap();
+    let end = PAGE + usize::try_from(header.data_bytes).unwrap();
+    let mut forged = Header::new(false, header.data_bytes, &description).to_bytes().to_vec();
+    forged.extend_from_slice(&bytes[HEADER_BYTES..end]);
+    loaded(&[forged, description].concat())
 }
 
 #[test]
 fn forged_descriptions_are_refused() {
-    // Somebody who knows how digests are made.
-    let forge = |pages: u64, runs: Vec<(u64, u64)>, data: &[u8]| {
-        let description = Description {
-            id: Uuid::nil(),
-            created_ns: 0,
-            vm_type: "web".into(),
-            original: capsule(&[]).original,
-            config: Config { ram_bytes: 1, vcpus: 1 },
-            seq: 0,
-            state: Vec::new(),
-            layers: vec![LayerDescription { pages, runs }],
-            data_digest: blake3::hash(data).into(),
-        };
-        let description = codec::encode(&description).unwrap();
-        let header = Header {
-            data_bytes: data.len() as u64,
-            description_bytes: description.len() as u64,
-            description_digest: blake3::hash(&description).into(),
-        };
-        let mut bytes = header.to_bytes().to_vec();
-        bytes.resize(PAGE, 0);
-        loaded(&[&bytes, data, &description].concat())
-    };
-    let page = [1; PAGE];
-    assert!(forge(2, vec![(0, 1)], &page).is_ok());
-    for (pages, runs, data, why) in [
-        (2, vec![(2, 1)], &page[..], "a run behind the end"),
-        (2, vec![(u64::MAX, 1)], &page, "an overflow"),
-        (2, vec![(0, 0), (0, 1)], &page, "an empty run"),
-        (2, vec![(1, 1), (0, 1)], &[page, page].concat(), "unsorted"),
-        (2, vec![(0, 2)], &page, "too few pages"),
-        (2, vec![], &page, "too many pages"),
-        (u64::MAX, vec![(0, 1)], &page, "too large"),
-    ] {
-        assert!(matches!(forge(pages, runs, data), Err(Error::Invalid(_))), "{why}");
-    }
+    assert!(forged(|_| ()).is_ok());
+    assert!(matches!(forged(|it| it.about.vm_type = "../x".into()), Err(Error::Invalid(_))));
+    assert!(matches!(forged(|it| it.stored = Some(vec![1])), Err(Error::Invalid(_))));
+    assert!(matches!(forged(|it| it.memory.layers[1].chunks.clear()), Err(Error::Invalid(_))));
+    assert!(matches!(forged(|it| it.memory.layers[1].chunks[0].pages = 1), Err(Error::Invalid(_))));
+    assert!(matches!(forged(|it| it.memory.layers[1].chunks[0].digest[0] ^= 1), Err(Error::Digest(_))));
+    assert!(matches!(forged(|it| it.memory.layers[1].file_pages = u64::MAX), Err(Error::Invalid(_))));
+    assert!(matches!(forged(|it| it.memory.pages += 1), Err(Error::Memory(_))));
+    assert!(matches!(forged(|it| it.memory.layers[1].runs[0].pages = 3), Err(Error::Memory(_))));
+    assert!(matches!(forged(|it| it.memory.layers.clear()), Err(Error::Invalid(_))));
+}
+
+#[test]
+fn a_file_is_saved_whole_or_not_at_all() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("image");
+    save_as(&capsule(&[vec![1]]), &path, false).unwrap();
+    let before = std::fs::read(&path).unwrap();
+    // A state that is none.
+    let broken = Capsule { state: Vec::new(), ..capsule(&[vec![2]]) };
+    assert!(save_as(&broken, &path, false).is_err());
+    assert_eq!(std::fs::read(&path).unwrap(), before);
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
 }

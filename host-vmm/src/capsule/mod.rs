@@ -1,16 +1,34 @@
-//! A captured VM as bytes: what a copy needs beside the memory's files.
+//! A captured VM as bytes: what a copy needs beside the memory's files, and the capsule, in which all of it travels or rests.
+//!
+//! ```text
+//!  capsule      header       128 bytes: version, sizes, digests              (header)
+//!               memory       the pages that are not zero, chunk by chunk     (manifest)
+//!               description  who and what it is, what it needs of a          (description, compat)
+//!                            platform, the state, and what the memory is
+//! ```
+//!
+//! In a [`file`] the three stand in this order. Between platforms, header and description go first, and then those chunks that are missing.
 
-use std::{borrow::Cow, fs::File, sync::Arc};
+use std::{borrow::Cow, fs::File, io, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 
+mod assembly;
 pub mod codec;
 pub mod compat;
+mod description;
 mod difference;
 pub mod file;
+pub mod header;
+mod manifest;
+mod older;
+mod parallel;
 
+pub use assembly::Assembly;
+pub use description::{About, Description};
 pub use difference::{Difference, Incompatible};
-pub use file::Capsule;
+pub use header::Header;
+pub use manifest::{CHUNK_BYTES, CHUNK_PAGES, Chunk, Digest, Digests, LayerManifest, Manifest};
 
 use crate::{
     machine::MachineState,
@@ -20,13 +38,13 @@ use crate::{
 /// Largest state in bytes: a machine's is some 20 KiB a vCPU, an image's description 24 bytes a piece.
 pub const MAX_BYTES: usize = 16 << 20;
 
-/// Why a state can't be packed or unpacked.
+/// Why a state can't be packed or unpacked, or a capsule not be saved or loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// It could not be encoded or decoded.
+    /// Something can't be encoded or decoded.
     #[error("can't code the VM's state")]
     Codec(#[from] codec::Error),
-    /// The image makes no sense.
+    /// The image makes no sense, or there is no memory for it.
     #[error("the VM's memory does not fit")]
     Memory(#[from] memory::Error),
     /// A layer can still be changed.
@@ -35,6 +53,98 @@ pub enum Error {
     /// A layer is in no file that came with the state.
     #[error("a layer of the image is missing: {0} files came")]
     MissingFile(usize),
+    /// A file can't be read or written.
+    #[error("can't {0}")]
+    Io(&'static str, #[source] io::Error),
+    /// It is something else.
+    #[error("this is no capsule of a VM")]
+    NoCapsule,
+    /// It is of another time.
+    #[error("{what} has version {found} of its format; this program reads versions {oldest} to {newest}")]
+    Version {
+        /// What has it.
+        what: &'static str,
+        /// Its version.
+        found: u32,
+        /// The oldest that is read.
+        oldest: u32,
+        /// The newest that is read.
+        newest: u32,
+    },
+    /// Its end is missing, or something follows.
+    #[error("the capsule is {found} bytes long and should be {expected}: it was cut off, or not written to its end")]
+    Length {
+        /// How long it is.
+        found: u64,
+        /// How long it should be.
+        expected: u64,
+    },
+    /// It was changed.
+    #[error("the capsule was changed: {0} does not fit its digest")]
+    Digest(&'static str),
+    /// It was made by somebody who wanted to do harm.
+    #[error("the capsule is not valid: {0}")]
+    Invalid(&'static str),
+    /// Something that each capsule has is not there.
+    #[error("the capsule is not valid: {0} is missing")]
+    MissingPart(&'static str),
+    /// It has something that must be known to run it.
+    #[error("the capsule has a part of the kind {0}, which this program does not know: it was made by a newer one")]
+    UnknownPart(u32),
+}
+
+/// All that copies of an image need.
+#[derive(Debug)]
+pub struct Capsule {
+    /// What it is an image of.
+    pub about: About,
+    /// What [`pack`] gave.
+    pub state: Vec<u8>,
+    /// The files of the memory's layers, in the order in which `state` numbers them.
+    pub files: Vec<Arc<File>>,
+}
+
+impl Capsule {
+    /// Describes it: what it needs, and what is in its memory, all of which is read for that but for what `digests` knows. The state may
+    /// come from a process that a guest has broken out into; it is checked here.
+    ///
+    /// # Errors
+    /// [`Error`]: whatever does not fit, or can't be read.
+    pub fn describe(&self, digests: &Digests) -> Result<(Description, Image), Error> {
+        let (machine, image) = unpack(&self.state, &self.files)?;
+        let requirements = compat::Requirements::of(&machine);
+        let (about, memory) = (self.about.clone(), Manifest::of(&image, digests)?);
+        Ok((Description { about, requirements, machine, memory, stored: None }, image))
+    }
+
+    /// Describes it, without what is in its memory.
+    ///
+    /// # Errors
+    /// [`Error`]: whatever does not fit.
+    pub fn outline(&self) -> Result<(Description, Image), Error> {
+        let (machine, image) = unpack(&self.state, &self.files)?;
+        let requirements = compat::Requirements::of(&machine);
+        let layers = image.layers().iter().map(|layer| LayerManifest::outline(layer));
+        let memory = Manifest { pages: image.pages(), layers: layers.collect::<Result<_, Error>>()? };
+        Ok((Description { about: self.about.clone(), requirements, machine, memory, stored: None }, image))
+    }
+
+    /// The one that is described, with its memory in these files, one for each layer, in their order.
+    ///
+    /// # Errors
+    /// [`Error`] where these make no image.
+    pub fn from_description(description: &Description, files: Vec<Arc<File>>) -> Result<Self, Error> {
+        let Description { about, machine, memory, .. } = description;
+        if memory.layers.len() != files.len() {
+            return Err(Error::MissingFile(files.len()));
+        }
+        let layers = memory.layers.iter().zip(&files);
+        let layer = |(layer, file): (&LayerManifest, &Arc<File>)| {
+            Arc::new(Layer { file: Arc::clone(file), runs: layer.runs.clone() })
+        };
+        let state = pack(machine, &Image::new(memory.pages, layers.map(layer).collect())?, &files)?;
+        Ok(Self { about: about.clone(), state, files })
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -71,17 +181,39 @@ pub fn pack(machine: &MachineState, image: &Image, files: &[Arc<File>]) -> Resul
 /// # Errors
 /// [`Error`]: whatever does not fit.
 pub fn unpack(state: &[u8], files: &[Arc<File>]) -> Result<(MachineState, Image), Error> {
+    unpack_where(state, files, memory::is_immutable)
+}
+
+/// As [`unpack`], where the image may still be being filled, by somebody who is trusted with that.
+///
+/// # Errors
+/// As there.
+pub fn unpack_lazily(state: &[u8], files: &[Arc<File>]) -> Result<(MachineState, Image), Error> {
+    unpack_where(state, files, |file| Ok(memory::is_immutable(file)? || memory::is_being_filled(file)?))
+}
+
+fn unpack_where(
+    state: &[u8],
+    files: &[Arc<File>],
+    is_safe: impl Fn(&File) -> Result<bool, memory::Error>,
+) -> Result<(MachineState, Image), Error> {
     let Contents { machine, pages, layers } = codec::decode(state)?;
-    let layers = layers.into_iter().map(|LayerContents { file, runs }| {
-        let file = Arc::clone(files.get(file).ok_or(Error::MissingFile(files.len()))?);
-        // Whoever could shrink it could kill every VM that maps it.
-        if !memory::is_immutable(&file)? {
+    let image = image(pages, layers, files)?;
+    // Whoever could shrink one could kill every VM that maps it.
+    for layer in image.layers() {
+        if !is_safe(&layer.file)? {
             return Err(Error::Mutable);
         }
+    }
+    Ok((machine.into_owned(), image))
+}
+
+fn image(pages: u64, layers: Vec<LayerContents>, files: &[Arc<File>]) -> Result<Image, Error> {
+    let layers = layers.into_iter().map(|LayerContents { file, runs }| {
+        let file = Arc::clone(files.get(file).ok_or(Error::MissingFile(files.len()))?);
         Ok(Arc::new(Layer { file, runs }))
     });
-    let layers = layers.collect::<Result<_, Error>>()?;
-    Ok((machine.into_owned(), Image::new(pages, layers)?))
+    Ok(Image::new(pages, layers.collect::<Result<_, Error>>()?)?)
 }
 
 #[cfg(test)]

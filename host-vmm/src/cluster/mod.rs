@@ -1,6 +1,18 @@
 //! Several platforms as one: who they are, what they have to do, and where copies of VMs go.
+//!
+//! ```text
+//!  config        how a platform is set up
+//!  certificates, tls, peer      who may speak with whom
+//!  membership    who there is: by an etcd, or a list
+//!  member, load  what they tell of themselves
+//!  placement     where copies go: pure
+//!  clone         how they get there
+//! ```
+
+use std::{fmt, net::SocketAddr, sync::Arc};
 
 pub mod certificates;
+pub mod clone;
 pub mod config;
 pub mod load;
 pub mod member;
@@ -8,3 +20,109 @@ pub mod membership;
 pub mod peer;
 pub mod placement;
 pub mod tls;
+
+use crate::api::client::Endpoint;
+use clone::source;
+use member::Member;
+use membership::{Directory, View};
+use placement::{Decision, Explanation, Rules, Unplaceable, Wish};
+use tls::Credentials;
+
+/// Why a platform can't be asked.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Nobody has that name.
+    #[error("no platform {name} is known; there are: {known}")]
+    Unknown {
+        /// What it was called.
+        name: String,
+        /// All names.
+        known: String,
+    },
+    /// Several have it.
+    #[error("several clusters have a platform {0}: name it as CLUSTER/{0}")]
+    Ambiguous(String),
+}
+
+/// A platform's place among others.
+pub struct Cluster {
+    /// How the others are known.
+    pub directory: Directory,
+    /// What it says of itself.
+    pub own: Arc<membership::Own>,
+    /// What it shows others; none where they are all on this host, and nobody else is.
+    pub credentials: Option<Credentials>,
+    /// Where copies go.
+    pub rules: Rules,
+    /// How they are sent.
+    pub sending: source::Settings,
+}
+
+impl fmt::Debug for Cluster {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { directory, rules, sending, .. } = self;
+        let mut fields = f.debug_struct("Cluster");
+        fields.field("directory", directory).field("rules", rules).field("sending", sending).finish_non_exhaustive()
+    }
+}
+
+impl Cluster {
+    /// Where a platform is asked that is called NAME, or CLUSTER/NAME where several clusters have one of that name.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub fn find(&self, name: &str) -> Result<Endpoint, Error> {
+        let view = self.directory.members();
+        let (cluster, short) = name.split_once('/').map_or((None, name), |(cluster, name)| (Some(cluster), name));
+        let is_it = |member: &&Member| member.name == short && cluster.is_none_or(|cluster| member.cluster == cluster);
+        let mut found = members(&view).filter(is_it);
+        match (found.next(), found.next()) {
+            (Some(member), None) => Ok(self.endpoint(member)),
+            (None, _) => {
+                let known: Vec<&str> = members(&view).map(|member| member.name.as_str()).collect();
+                Err(Error::Unknown { name: name.to_owned(), known: known.join(", ") })
+            }
+            (Some(_), Some(_)) => Err(Error::Ambiguous(short.to_owned())),
+        }
+    }
+
+    /// Where another platform is asked.
+    pub fn endpoint(&self, member: &Member) -> Endpoint {
+        endpoint(&member.name, member.address, self.credentials.as_ref())
+    }
+
+    /// Chooses where copies go.
+    ///
+    /// # Errors
+    /// [`Unplaceable`].
+    pub fn place(&self, wish: &Wish, but: &[String]) -> Result<Decision, Unplaceable> {
+        let (own, view) = ((self.own)(), self.directory.members());
+        placement::place(&self.rules, wish, all(&own, &view).filter(|member| !but.contains(&member.name)))
+    }
+
+    /// Tells what speaks for each platform, and what against it.
+    pub fn explain(&self, wish: &Wish) -> Explanation {
+        let (own, view) = ((self.own)(), self.directory.members());
+        placement::explain(&self.rules, wish, all(&own, &view))
+    }
+}
+
+/// Where a platform of this name is asked: over TLS where there are credentials.
+pub fn endpoint(name: &str, address: SocketAddr, credentials: Option<&Credentials>) -> Endpoint {
+    Endpoint::Network(match credentials {
+        Some(credentials) => {
+            tls::Endpoint::Tls { address, platform: name.to_owned(), credentials: credentials.clone() }
+        }
+        None => tls::Endpoint::Plain(address),
+    })
+}
+
+fn members(view: &View) -> impl Iterator<Item = &Member> + Clone {
+    view.members.iter().map(|seen| &*seen.member)
+}
+
+/// This platform, as it is now, and the others.
+fn all<'m>(own: &'m Member, view: &'m View) -> impl Iterator<Item = &'m Member> + Clone {
+    let others = members(view).filter(|member| (&member.cluster, &member.name) != (&own.cluster, &own.name));
+    std::iter::once(own).chain(others)
+}

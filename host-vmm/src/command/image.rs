@@ -1,10 +1,16 @@
 //! `host-vmm image` and `host-vmm spawn`: images that a platform keeps, and copies of them.
 
-use std::process::ExitCode;
+use std::{fs::File, path::Path, process::ExitCode};
+
+use anyhow::Context;
+use serde::Serialize;
+use uuid::Uuid;
 
 use super::table::{Column, size, table};
 use crate::{
     api::{Image, client},
+    arch::layout::PAGE_BYTES,
+    capsule::{self, Description, compat::Requirements},
     cli::{self, ImageCommand},
 };
 
@@ -34,12 +40,87 @@ pub fn image(command: &ImageCommand) -> anyhow::Result<ExitCode> {
                 client::remove_image(platform.api.as_deref(), id)?;
             }
         }
-        ImageCommand::Save { platform, id, file } => client::save_image(platform.api.as_deref(), id, file)?,
+        ImageCommand::Save { platform, id, file, compress } => {
+            client::save_image(platform.api.as_deref(), id, file, *compress)?;
+        }
+        ImageCommand::Inspect { file } => {
+            let inspection = Inspection::of(file).with_context(|| format!("can't read {}", file.display()))?;
+            println!("{}", serde_json::to_string_pretty(&inspection)?);
+        }
+        ImageCommand::Verify { file } => {
+            let opened = File::open(file).with_context(|| format!("can't open {}", file.display()))?;
+            capsule::file::verify(&opened).with_context(|| file.display().to_string())?;
+            println!("{} is whole", file.display());
+        }
         ImageCommand::Load { platform, file } => {
             println!("{}", client::load_image(platform.api.as_deref(), file)?.id);
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What a file says of the image that it holds.
+#[derive(Debug, Serialize)]
+struct Inspection {
+    format_version: u32,
+    compressed: bool,
+    /// Size of the memory as it is stored, in bytes.
+    stored_bytes: u64,
+    /// BLAKE3 digest of the description, and so of all of the image.
+    digest: String,
+    id: Uuid,
+    created_ms: u64,
+    #[serde(rename = "type")]
+    vm_type: String,
+    original: Uuid,
+    original_name: String,
+    generation: u32,
+    vcpus: u8,
+    ram_bytes: u64,
+    layers: Vec<Layer>,
+    requirements: Requirements,
+}
+
+/// What it says of a layer.
+#[derive(Debug, Serialize)]
+struct Layer {
+    /// Pages of the guest's memory that it holds.
+    pages: u64,
+    /// Pieces of the guest's memory in which these lie.
+    runs: usize,
+    /// Size of those that are not zero, in bytes.
+    data_bytes: u64,
+    /// Chunks that these are in.
+    chunks: usize,
+}
+
+impl Inspection {
+    fn of(file: &Path) -> anyhow::Result<Self> {
+        let (header, description) = capsule::file::inspect(&File::open(file)?)?;
+        let Description { about, requirements, memory, .. } = description;
+        let layers = memory.layers.iter().map(|layer| Layer {
+            pages: layer.runs.iter().map(|run| run.pages).sum(),
+            runs: layer.runs.len(),
+            data_bytes: layer.chunks.iter().map(capsule::Chunk::data_bytes).sum(),
+            chunks: layer.chunks.len(),
+        });
+        Ok(Self {
+            format_version: header.version,
+            compressed: header.is_compressed,
+            stored_bytes: header.data_bytes,
+            digest: blake3::Hash::from_bytes(header.description_digest).to_hex().to_string(),
+            id: about.id,
+            created_ms: about.created_ns / 1_000_000,
+            vm_type: about.vm_type,
+            original: about.original.id,
+            original_name: about.original.name,
+            generation: about.original.generation.saturating_add(1),
+            vcpus: about.config.vcpus,
+            ram_bytes: memory.pages.saturating_mul(PAGE_BYTES),
+            layers: layers.collect(),
+            requirements,
+        })
+    }
 }
 
 /// Launches copies of an image.

@@ -12,6 +12,7 @@ use crate::{
     capsule,
     kvm::Vcpu,
     machine::{self, Machine, Shell},
+    memory::Faults,
     threads,
     wire::{CopyOrder, Prefetch, Step, Timing, link},
 };
@@ -54,8 +55,8 @@ pub struct Child {
 }
 
 impl Child {
-    /// Makes a child of `shell`: meets the parent, takes its state, and waits until it may run. `order` gives the platform's order, or
-    /// waits for it; `is_alone` tells that nobody is there any more to wait for.
+    /// Makes a child of `shell`: meets the parent, takes its state, and waits until it may run. Where its memory is still being filled, `faults`
+    /// tells the platform what it lacks. `order` gives the platform's order, or waits for it; `is_alone` tells that nobody is there any more to wait for.
     ///
     /// # Errors
     /// [`Error`]; the parent has been told then.
@@ -63,12 +64,13 @@ impl Child {
         shell: Shell,
         meeting: Meeting,
         console: File,
+        faults: Option<Faults>,
         order: impl FnOnce() -> Result<CopyOrder, link::Error>,
         is_alone: impl Fn() -> bool,
     ) -> Result<Self, Error> {
         let Meeting { rendezvous, files } = meeting;
         let mut timeline = Timeline::new(None);
-        match meet(&rendezvous, &files, shell, console, order, is_alone, &mut timeline) {
+        match meet(&rendezvous, &files, shell, (console, faults), order, is_alone, &mut timeline) {
             Ok((machine, vcpus, CopyOrder { seq, working_set, .. })) => {
                 Ok(Self { machine, vcpus, seq, working_set, steps: timeline.into_steps(), rendezvous })
             }
@@ -84,21 +86,24 @@ fn meet(
     rendezvous: &Rendezvous,
     files: &[Arc<File>],
     shell: Shell,
-    console: File,
+    (console, faults): (File, Option<Faults>),
     order: impl FnOnce() -> Result<CopyOrder, link::Error>,
     is_alone: impl Fn() -> bool,
     timeline: &mut Timeline,
 ) -> Result<(Machine, Vec<Vcpu>, CopyOrder), Error> {
     let (state, image) = timeline.time(Step::HandOver, || -> Result<_, Error> {
         let state = rendezvous.wait_state(&is_alone)?;
-        Ok(capsule::unpack(&state, files)?)
+        Ok(match faults {
+            Some(_) => capsule::unpack_lazily(&state, files)?,
+            None => capsule::unpack(&state, files)?,
+        })
     })?;
-    let unnamed = timeline.time(Step::Restore, || shell.restore(&state, Arc::new(image), console))?;
+    let unnamed = timeline.time(Step::Restore, || shell.restore(&state, Arc::new(image), console, faults))?;
     let (machine, vcpus, signal, order) = timeline.time(Step::Launch, || -> Result<_, Error> {
         let order = order()?;
         let (machine, vcpus) = unnamed.name(order.identity.clone());
         let signal = Signal::to_child(&machine, order.seq)?;
-        rendezvous.arrive(order.identity.count)?;
+        rendezvous.arrive(order.arrivals)?;
         // The platform has kept it off the parent's until now. While the parent takes note, there is time for this.
         threads::use_all_processors();
         rendezvous.wait_commit(&is_alone)?;

@@ -17,8 +17,9 @@ use super::{
 };
 use crate::wire::{NodeLink, Step, ToNode, ToPlatform, link};
 
-/// How long children may take until they are ready to run. On a host without hardware virtualisation a thousand can start at once.
-const LAUNCH_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long copies may take until they are ready to run: a thousand can start at once on a host without hardware virtualisation, and some may
+/// have gone to other platforms with all of their memory. The platform ends what it sees to fail earlier.
+const LAUNCH_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// What the platform answers to this VM's forks.
 pub type Replies = mpsc::Receiver<ToNode>;
@@ -56,8 +57,8 @@ pub(super) fn place<'a>(
     let rendezvous = rendezvous.with_children(order.count);
     rendezvous.occupy()?;
     let announced = bell.is_some();
-    let fork =
-        ToPlatform::Fork { count: order.count, vm_type: order.vm_type.clone(), seq: order.seq, announced, fault };
+    let Order { seq, count, vm_type, location } = order.clone();
+    let fork = ToPlatform::Fork { count, vm_type, seq, location, announced, fault };
     let image = if announced { &[] } else { files };
     let files = std::iter::once(rendezvous.file()).chain(image.iter().map(AsRef::as_ref));
     link.send(&fork, &files.map(AsFd::as_fd).collect::<Vec<_>>())?;

@@ -241,7 +241,10 @@ impl Engine {
         timeline: &mut Timeline,
     ) -> Result<Remains, Error> {
         let machine = &self.machine;
-        let order = timeline.step(Step::Validate, || request::validate(command, request).map_err(Error::Refused))?;
+        let order = timeline.step(Step::Validate, || {
+            let order = request::validate(command, request).map_err(Error::Refused)?;
+            if machine.is_whole() { Ok(order) } else { Err(Error::Refused(ErrorCode::Incomplete)) }
+        })?;
         let replies = match self.replies.try_lock() {
             Ok(replies) => replies,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
@@ -305,5 +308,7 @@ fn capture(machine: &Machine, vcpu: &Vcpu, stopped: &Stopped<'_>, devices: &Paus
         vcpus: stopped.states(vcpu.save().map_err(Error::Capture)?)?,
         vm: machine.vm.get().save().map_err(Error::Capture)?,
         devices: devices.save(),
+        tsc_khz: machine.tsc_khz,
+        capabilities: machine.workshop.host.model.capabilities.clone(),
     })
 }

@@ -52,7 +52,7 @@ pub struct Model {
     /// Size of a vCPU's XSAVE area in bytes.
     pub xsave_bytes: usize,
     /// Names of the capabilities that VMs are given here, of those that not every host has.
-    pub capabilities: Vec<&'static str>,
+    pub capabilities: Vec<String>,
 }
 
 /// A host on which VMs are built.
@@ -125,7 +125,7 @@ impl Hypervisor {
             tsc_khz: self.tsc_khz()?,
             tsc_scaling: self.kvm.check_extension(Cap::TscControl),
             xsave_bytes: self.xsave_bytes(),
-            capabilities: given.map(|(_, name)| *name).collect(),
+            capabilities: given.map(|(_, name)| (*name).to_owned()).collect(),
         })
     }
 

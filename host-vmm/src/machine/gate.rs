@@ -29,6 +29,8 @@ pub enum End {
     Broken(String),
     /// Its platform went away.
     Orphaned,
+    /// The rest of its memory can't be had from where it was cloned; the text says why.
+    SourceLost(String),
 }
 
 /// Why the vCPUs can't be stopped.

@@ -21,7 +21,8 @@ pub use successor::{LeftBehind, Spare, Successor};
 use crate::{
     devices::{ControlPage, Devices, DevicesState},
     kvm::{CurrentVm, Vcpu, VcpuState, VmState},
-    memory::View,
+    memory::{self, Faults, View},
+    sync::lock,
 };
 
 /// A VM without its vCPUs, which belong to the threads that run them.
@@ -45,8 +46,28 @@ pub struct Machine {
     pub spare: Spare,
     /// When it shows a sign of life.
     pub exits: Exits,
+    /// How fast its time-stamp counters run, in kHz; `None` where nobody can tell.
+    pub tsc_khz: Option<u32>,
+    /// Faults on pages that its memory lacks, for as long as that is being filled.
+    pub faults: Mutex<Option<Faults>>,
     /// Who the VM is; changes when it becomes a parent.
     pub identity: Mutex<VmIdentity>,
+}
+
+impl Machine {
+    /// Whether all of its memory is there.
+    pub fn is_whole(&self) -> bool {
+        lock(&self.faults).is_none()
+    }
+
+    /// Says that all of its memory is there: nobody has to deal with its faults any more.
+    ///
+    /// # Errors
+    /// [`memory::Error::Faults`].
+    pub fn become_whole(&self) -> Result<(), memory::Error> {
+        let Some(faults) = lock(&self.faults).take() else { return Ok(()) };
+        faults.unwatch(lock(&self.memory).mapping())
+    }
 }
 
 /// A machine and its vCPUs, lowest first.
@@ -63,4 +84,23 @@ pub struct MachineState {
     pub vcpus: Vec<VcpuState>,
     /// The devices.
     pub devices: DevicesState,
+    /// How fast its time-stamp counters run, in kHz; `None` where nobody could tell.
+    pub tsc_khz: Option<u32>,
+    /// Names of the capabilities of KVM that its guest, or its state, may use, of those that not every host has.
+    pub capabilities: Vec<String>,
+}
+
+#[cfg(test)]
+impl MachineState {
+    /// A state for tests that look at no part of it.
+    pub(crate) fn blank() -> Self {
+        Self {
+            config: Config { ram_bytes: 40 * 4096, vcpus: 1 },
+            vm: VmState::blank(),
+            vcpus: vec![VcpuState::sample(Vec::new(), Vec::new(), 0, 0)],
+            devices: DevicesState::power_on(),
+            tsc_khz: None,
+            capabilities: Vec::new(),
+        }
+    }
 }

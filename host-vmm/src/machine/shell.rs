@@ -16,8 +16,8 @@ use crate::{
     },
     boot::{self, Payload},
     devices::{self, ControlPage, Devices, DevicesState},
-    kvm::{self, CurrentVm, Host, Time, Vcpu, VcpuId, Vm},
-    memory::{self, Ground, Image, Mapping, PageMap, View, WorkingSet},
+    kvm::{self, CurrentVm, Host, Model, Time, Vcpu, VcpuId, Vm},
+    memory::{self, Faults, Ground, Image, Mapping, PageMap, View, WorkingSet},
 };
 
 /// `out 0x80, al`: to a port at which nothing happens.
@@ -59,6 +59,8 @@ pub struct Workshop {
     pub host: Arc<Host>,
     /// In which it is found what VMs have written to.
     pub page_map: PageMap,
+    /// By which it is found out what VMs lack of a memory that is still being filled; none where this host has no such thing.
+    faults: Option<File>,
 }
 
 impl Workshop {
@@ -67,7 +69,18 @@ impl Workshop {
     /// # Errors
     /// [`Error::Memory`].
     pub fn open(host: Arc<Host>) -> Result<Self, Error> {
-        Ok(Self { host, page_map: PageMap::open()? })
+        let faults =
+            memory::faults::device().inspect_err(|error| tracing::debug!(%error, "no lazy clones can run here"));
+        Ok(Self { host, page_map: PageMap::open()?, faults: faults.ok() })
+    }
+
+    /// Faults of this process.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] where this host has no such thing, or [`Error::Memory`].
+    pub fn faults(&self) -> Result<Faults, Error> {
+        let device = self.faults.as_ref().ok_or(Error::Mismatch("lazy clones need /dev/userfaultfd (Linux 6.1)"))?;
+        Ok(Faults::of_this_process(device)?)
     }
 }
 
@@ -158,7 +171,15 @@ impl Shell {
     /// What it holds by itself, as a state that a machine could be restored from; `None` before it is settled.
     pub fn fresh_state(&self) -> Option<MachineState> {
         let vcpus = self.vcpus.iter().map(|vcpu| vcpu.fresh_state().cloned()).collect::<Option<_>>()?;
-        Some(MachineState { config: self.config, vm: self.vm.save().ok()?, vcpus, devices: DevicesState::power_on() })
+        let Model { tsc_khz, capabilities, .. } = &self.workshop.host.model;
+        Some(MachineState {
+            config: self.config,
+            vm: self.vm.save().ok()?,
+            vcpus,
+            devices: DevicesState::power_on(),
+            tsc_khz: *tsc_khz,
+            capabilities: capabilities.clone(),
+        })
     }
 
     /// Makes it a machine at the entry of a kernel. Its console writes to `console`. With `prealloc`, all of its memory is taken from the
@@ -180,23 +201,43 @@ impl Shell {
         }
         let vm = Arc::new(CurrentVm::new(vm));
         let devices = Devices::new(&vm, console);
-        Ok(Unnamed { workshop, config, vm, memory, control_page, devices, vcpus })
+        let tsc_khz = workshop.host.model.tsc_khz;
+        Ok(Unnamed { workshop, config, vm, memory, control_page, devices, vcpus, tsc_khz, faults: None })
     }
 
-    /// Makes it a machine that goes on where `state` and `image` were captured.
+    /// Address of the memory that it will have.
+    pub fn memory_start(&self) -> u64 {
+        self.ground.start() as u64
+    }
+
+    /// Makes it a machine that goes on where `state` and `image` were captured. Where the image is still being filled, `faults` are those of
+    /// this process, and somebody has to deal with them.
     ///
     /// # Errors
     /// [`Error`]: whatever does not take its state.
-    pub fn restore(self, state: &MachineState, image: Arc<Image>, console: File) -> Result<Unnamed, Error> {
+    pub fn restore(
+        self,
+        state: &MachineState,
+        image: Arc<Image>,
+        console: File,
+        faults: Option<Faults>,
+    ) -> Result<Unnamed, Error> {
         let (workshop, control_page, config) = (Arc::clone(&self.workshop), self.control_page.clone(), self.config);
-        let Restored { vm, vcpus, memory } = self.take_state(state, image, Time::FromCapture)?;
+        let Restored { vm, vcpus, memory } = self.take_state(state, image, Time::FromCapture, faults.as_ref())?;
         let vm = Arc::new(CurrentVm::new(vm));
         let devices = Devices::restore(&state.devices, &vm, console)?;
-        Ok(Unnamed { workshop, config, vm, memory, control_page, devices, vcpus })
+        let tsc_khz = state.tsc_khz.or(workshop.host.model.tsc_khz);
+        Ok(Unnamed { workshop, config, vm, memory, control_page, devices, vcpus, tsc_khz, faults })
     }
 
     /// Brings VM, vCPUs and memory to where `state` and `image` were captured.
-    pub(super) fn take_state(mut self, state: &MachineState, image: Arc<Image>, time: Time) -> Result<Restored, Error> {
+    pub(super) fn take_state(
+        mut self,
+        state: &MachineState,
+        image: Arc<Image>,
+        time: Time,
+        faults: Option<&Faults>,
+    ) -> Result<Restored, Error> {
         if state.config != self.config {
             return Err(Error::Mismatch("it was captured in a machine of another shape"));
         }
@@ -207,8 +248,13 @@ impl Shell {
             return Err(Error::Mismatch("the number of vCPUs differs"));
         }
         let memory = View::of_image(image, self.ground)?;
+        // Before KVM looks at the guest's memory, which it does when it takes a state in.
+        faults.map_or(Ok(()), |faults| faults.watch(memory.mapping()))?;
         self.vm.restore(&state.vm, time)?;
+        // Captured on a host whose counters run at another speed, the guest goes on with the one that it has measured.
+        let tsc_khz = state.tsc_khz.filter(|_| state.tsc_khz != self.workshop.host.model.tsc_khz);
         for (vcpu, state) in self.vcpus.iter_mut().zip(&state.vcpus) {
+            tsc_khz.map_or(Ok(()), |khz| vcpu.set_tsc_khz(khz))?;
             vcpu.restore(state, time)?;
         }
         Ok(Restored { vm: self.vm, vcpus: self.vcpus, memory })
@@ -234,12 +280,14 @@ pub struct Unnamed {
     control_page: ControlPage,
     devices: Devices,
     vcpus: Vec<Vcpu>,
+    tsc_khz: Option<u32>,
+    faults: Option<Faults>,
 }
 
 impl Unnamed {
     /// Says which VM it is.
     pub fn name(self, identity: VmIdentity) -> Built {
-        let Self { workshop, config, vm, memory, control_page, devices, vcpus } = self;
+        let Self { workshop, config, vm, memory, control_page, devices, vcpus, tsc_khz, faults } = self;
         let machine = Machine {
             workshop,
             config,
@@ -250,6 +298,8 @@ impl Unnamed {
             gate: Gate::new(&vcpus),
             spare: Spare::default(),
             exits: Exits::default(),
+            tsc_khz,
+            faults: Mutex::new(faults),
             identity: Mutex::new(identity),
         };
         (machine, vcpus)

@@ -55,7 +55,7 @@ impl Successor {
     /// [`Error`]: whatever does not take its state.
     pub fn prepare(machine: &Machine, state: &MachineState, image: &Arc<Image>) -> Result<Self, Error> {
         let shell = machine.spare.take(machine)?;
-        Ok(Self(shell.take_state(state, Arc::clone(image), Time::Onward)?))
+        Ok(Self(shell.take_state(state, Arc::clone(image), Time::Onward, None)?))
     }
 
     /// Makes the machine go on there, when `stopped` is dropped. `view` is its memory, and `vcpu` the caller's own vCPU.

@@ -70,6 +70,11 @@ impl Ground {
         }
     }
 
+    /// Its first address.
+    pub fn start(&self) -> usize {
+        self.mapping.start().addr().get()
+    }
+
     /// The range.
     pub fn into_mapping(self) -> Arc<Mapping> {
         self.mapping

@@ -175,6 +175,13 @@ impl Image {
         &self.extents
     }
 
+    /// Where a page of the guest's memory is: number of the layer, and page of its file.
+    pub fn find(&self, page: u64) -> Option<(usize, u64)> {
+        let at = self.extents.partition_point(|extent| extent.run.end() <= page);
+        let Extent { layer, run } = self.extents.get(at).filter(|extent| extent.run.page <= page)?;
+        Some((*layer, run.file_page + (page - run.page)))
+    }
+
     /// Maps the image over all of the ground as a private view.
     ///
     /// # Errors
@@ -260,6 +267,9 @@ mod tests {
                 .iter()
                 .flat_map(|extent| (0..extent.run.pages).map(|at| (extent.layer, extent.run.file_page + at)))
                 .collect();
+            let found: Vec<_> = (0..PAGES).map(|page| image.find(page).unwrap()).collect();
+            prop_assert_eq!(&found, &model);
+            prop_assert_eq!(image.find(PAGES), None);
             prop_assert_eq!(shown, model);
         }
     }

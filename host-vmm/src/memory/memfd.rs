@@ -3,6 +3,7 @@
 use std::{
     fs::File,
     io::{self, Write},
+    os::fd::AsRawFd,
 };
 
 use nix::{
@@ -46,6 +47,42 @@ pub fn unresizable(name: &str, bytes: u64) -> Result<File, Error> {
     let file = unsealed(name, bytes)?;
     add(name, &file, SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_SEAL)?;
     Ok(file)
+}
+
+/// Makes an empty memory file of `bytes` bytes that keeps its size, and is to be filled while others have it mapped already.
+///
+/// # Errors
+/// [`Error::File`] where the file can't be made, grown or sealed.
+pub fn fillable(name: &str, bytes: u64) -> Result<File, Error> {
+    let file = unsealed(name, bytes)?;
+    add(name, &file, SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK)?;
+    Ok(file)
+}
+
+/// Seals a file that was filled.
+///
+/// # Errors
+/// [`Error::File`] where it can't be sealed.
+pub fn seal_filled(file: &File) -> Result<(), Error> {
+    seal_future("that was filled", file)
+}
+
+/// The same file, for somebody who may not write to it.
+///
+/// # Errors
+/// [`Error::File`] where it can't be opened again.
+pub fn read_only(file: &File) -> Result<File, Error> {
+    let fail = |source| Error::File { operation: "open again", name: "that is being filled".to_owned(), source };
+    File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).map_err(fail)
+}
+
+/// Whether a file from elsewhere keeps its size, and can't be written to by whoever has it from there.
+///
+/// # Errors
+/// [`Error::File`] where it is no memory file.
+pub fn is_being_filled(file: &File) -> Result<bool, Error> {
+    let flags = fcntl(file, FcntlArg::F_GETFL).map_err(|errno| look_at_failed(errno.into()))?;
+    Ok(flags & libc::O_ACCMODE == libc::O_RDONLY && seals(file)?.contains(SealFlag::F_SEAL_SHRINK))
 }
 
 /// Checks that a file from elsewhere has this size, and keeps it: whoever could shrink it could kill those that map it.
@@ -118,6 +155,21 @@ mod tests {
     use std::os::unix::fs::FileExt;
 
     use super::*;
+
+    #[test]
+    fn a_file_is_filled_by_one_side_and_read_by_the_other() {
+        let file = fillable("test", 4096).unwrap();
+        let theirs = read_only(&file).unwrap();
+        assert!(is_being_filled(&theirs).unwrap() && !is_being_filled(&file).unwrap());
+        assert!(!is_immutable(&theirs).unwrap());
+        assert!(theirs.write_at(b"x", 0).is_err() && theirs.set_len(0).is_err());
+        file.write_all_at(b"content", 0).unwrap();
+        seal_filled(&file).unwrap();
+        assert!(is_immutable(&theirs).unwrap() && file.write_at(b"x", 0).is_err());
+        let mut content = [0; 7];
+        theirs.read_exact_at(&mut content, 0).unwrap();
+        assert_eq!(&content, b"content");
+    }
 
     #[test]
     fn a_sealed_file_keeps_its_content() {

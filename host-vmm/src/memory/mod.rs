@@ -28,6 +28,7 @@
 use std::io;
 
 pub mod dirty;
+pub mod faults;
 mod ground;
 mod image;
 mod mapping;
@@ -36,10 +37,14 @@ mod view;
 mod working_set;
 
 pub use dirty::PageMap;
+pub use faults::Faults;
 pub use ground::Ground;
 pub use image::{Extent, Image, Layer, MAX_EXTENTS, MAX_LAYERS, Run};
 pub use mapping::{Access, Mapping, touch};
-pub use memfd::{check_unresizable, is_immutable, seal, sealed, unresizable, unsealed};
+pub use memfd::{
+    check_unresizable, fillable, is_being_filled, is_immutable, read_only, seal, seal_filled, sealed, unresizable,
+    unsealed,
+};
 pub use view::{Changes, Delta, Onward, Plan, View};
 pub use working_set::WorkingSet;
 
@@ -77,6 +82,14 @@ pub enum Error {
     /// A thread that copied memory panicked.
     #[error("a thread that copied memory failed")]
     Worker,
+    /// Faults on missing pages can't be had, or dealt with.
+    #[error("can't {operation} faults on missing pages")]
+    Faults {
+        /// What was tried.
+        operation: &'static str,
+        /// The system's reason.
+        source: io::Error,
+    },
     /// The page map of this process could not be read.
     #[error("can't read the page map of the guest's memory")]
     PageMap(#[source] io::Error),

@@ -46,6 +46,11 @@ impl WorkingSet {
         self.pages().is_none_or(|pages| pages >= MIN_PAGES)
     }
 
+    /// Its runs: first page, and how many they are.
+    pub fn runs(&self) -> impl Iterator<Item = (u64, u64)> {
+        self.0.iter().copied()
+    }
+
     fn pages(&self) -> Option<u64> {
         self.0.iter().try_fold(0u64, |sum, (_, pages)| sum.checked_add(*pages))
     }

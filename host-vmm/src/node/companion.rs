@@ -294,6 +294,12 @@ fn take_messages(machine: &Arc<Machine>, link: &NodeLink, replies: &mpsc::Sender
     loop {
         // A receiver that is gone means that the VM is ending.
         let connected = match link.receive() {
+            Ok((ToNode::Whole, _)) => {
+                if let Err(error) = machine.become_whole() {
+                    machine.gate.end(End::Broken(chain(&error)));
+                }
+                true
+            }
             Ok((ToNode::Input(bytes), _)) => {
                 let console = match &mut console {
                     Some(console) => console,

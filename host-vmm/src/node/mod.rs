@@ -5,6 +5,7 @@
 
 use std::{
     fs::File,
+    os::fd::AsFd,
     sync::{Arc, mpsc},
 };
 
@@ -22,8 +23,8 @@ use crate::{
     error::chain,
     fork::{Child, Engine, Meeting, Signal, Standby},
     kvm::{Host, Vcpu},
-    machine::{self, Config, Machine, Shell, VmIdentity, Workshop},
-    wire::{CopyOrder, NodeLink, Step, ToNode, ToPlatform, link},
+    machine::{self, Machine, Shell, VmIdentity, Workshop},
+    wire::{CopyOrder, NodeLink, Spawn, Step, ToNode, ToPlatform, link},
 };
 use companion::{Companion, Launch};
 
@@ -40,12 +41,12 @@ struct Ready {
 ///
 /// # Errors
 /// Where the platform is gone, or breaks the protocol.
-pub fn run(host: &Arc<Host>, config: Config, link: NodeLink, console: File) -> anyhow::Result<()> {
+pub fn run(host: &Arc<Host>, spawn: &Spawn, link: NodeLink, console: File) -> anyhow::Result<()> {
     let link = Arc::new(link);
     let workshop = confine_with_workshop(host);
     let (replies_in, replies) = mpsc::channel();
     let companion = Companion::start(&link, replies_in)?;
-    let ready = match workshop.and_then(|workshop| become_something(&workshop, config, &link, console)) {
+    let ready = match workshop.and_then(|workshop| become_something(&workshop, spawn, &link, console)) {
         Ok(ready) => ready,
         // Nobody has an order for this shell any more.
         Err(_) if link.is_closed() => return Ok(()),
@@ -70,10 +71,10 @@ fn confine_with_workshop(host: &Arc<Host>) -> anyhow::Result<Arc<Workshop>> {
 }
 
 /// Builds the shell, waits for its order, and carries it out.
-fn become_something(workshop: &Arc<Workshop>, config: Config, link: &NodeLink, console: File) -> anyhow::Result<Ready> {
-    let mut shell = Shell::build(workshop, config)?;
+fn become_something(workshop: &Arc<Workshop>, spawn: &Spawn, link: &NodeLink, console: File) -> anyhow::Result<Ready> {
+    let mut shell = Shell::build(workshop, spawn.config)?;
     // Where its order is there already, there is no time for this.
-    if !link.is_readable() {
+    if !spawn.is_cold && !link.is_readable() {
         shell.warm_up()?;
         if let Err(error) = rehearsal::rehearse(&shell) {
             tracing::debug!(error = chain(&error), "a shell did not rehearse its launch, which takes longer now");
@@ -87,8 +88,16 @@ fn become_something(workshop: &Arc<Workshop>, config: Config, link: &NodeLink, c
             Ok(Ready { machine: Arc::new(machine), vcpus, faults, launch: None })
         }
         Call::Copy { meeting, order } => {
+            let faults = match &order {
+                Some(order) if order.lazy => {
+                    let faults = workshop.faults()?;
+                    link.send(&ToPlatform::Faults { start: shell.memory_start() }, &[faults.file().as_fd()])?;
+                    Some(faults)
+                }
+                _ => None,
+            };
             let order = || order.map_or_else(|| receive_order(link), Ok);
-            let child = Child::from_shell(shell, meeting, console, order, || link.is_closed())?;
+            let child = Child::from_shell(shell, meeting, console, faults, order, || link.is_closed())?;
             let Child { machine, vcpus, seq, working_set, steps, rendezvous } = child;
             let launch = Some(Launch { seq, steps, first_exit: machine.exits.watch(), rendezvous, working_set });
             Ok(Ready { machine: Arc::new(machine), vcpus, faults: Vec::new(), launch })
@@ -143,7 +152,7 @@ fn await_call(link: &NodeLink, shell: &mut Shell) -> anyhow::Result<Call> {
                     Some(standby) if files.is_empty() => standby.into_meeting(),
                     _ => Meeting::open(files)?,
                 };
-                return Ok(Call::Copy { meeting: meeting.with_children(order.identity.count), order: Some(order) });
+                return Ok(Call::Copy { meeting: meeting.with_children(order.arrivals), order: Some(order) });
             }
             other => bail!("the platform says {other:?} to a shell"),
         }

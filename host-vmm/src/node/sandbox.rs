@@ -84,7 +84,7 @@ const ALLOWED: &[c_long] = &[
 const OF_THE_START: &[c_long] = &[libc::SYS_openat, libc::SYS_pidfd_open, libc::SYS_wait4];
 
 /// What may be done to a descriptor: nothing that makes it send signals to whoever uses the other end.
-const FCNTL: &[c_int] = &[libc::F_ADD_SEALS, libc::F_DUPFD_CLOEXEC, libc::F_GETFD, libc::F_GET_SEALS];
+const FCNTL: &[c_int] = &[libc::F_ADD_SEALS, libc::F_DUPFD_CLOEXEC, libc::F_GETFD, libc::F_GETFL, libc::F_GET_SEALS];
 
 /// What may be said of memory: nothing that makes a page of it unusable for others who share it.
 const ADVICE: &[c_int] = &[libc::MADV_DONTNEED, libc::MADV_FREE, libc::MADV_POPULATE_READ, libc::MADV_POPULATE_WRITE];
@@ -98,6 +98,9 @@ const MISSING: SeccompAction = SeccompAction::Errno(libc::ENOSYS.cast_unsigned()
 /// The type of all of KVM's ioctls, KVMIO (linux/kvm.h), and where it stands in their numbers.
 const KVM_IOCTLS: u64 = 0xae00;
 const IOCTL_TYPE: u64 = 0xff00;
+
+/// The type of all ioctls on faults on missing pages (linux/userfaultfd.h).
+const FAULT_IOCTLS: u64 = 0xaa00;
 
 /// PAGEMAP_SCAN (linux/fs.h).
 const PAGEMAP_SCAN: u64 = 0xc060_6610;
@@ -140,7 +143,8 @@ fn allowed() -> Result<BpfProgram, BackendError> {
     rules.insert(libc::SYS_mmap, vec![not_code()?]);
     rules.insert(libc::SYS_mprotect, vec![not_code()?]);
     let kvm = argument(1, Compare::MaskedEq(IOCTL_TYPE), KVM_IOCTLS)?;
-    rules.insert(libc::SYS_ioctl, vec![kvm, argument(1, Compare::Eq, PAGEMAP_SCAN)?]);
+    let faults = argument(1, Compare::MaskedEq(IOCTL_TYPE), FAULT_IOCTLS)?;
+    rules.insert(libc::SYS_ioctl, vec![kvm, faults, argument(1, Compare::Eq, PAGEMAP_SCAN)?]);
     // The C library comes to this call when clone3, whose flags no filter can see, is not there.
     rules.insert(libc::SYS_clone, Vec::new());
     let of_this_thread = || argument(0, Compare::Eq, 0);

@@ -113,7 +113,7 @@ fn practise(host: &Arc<Host>) -> anyhow::Result<()> {
 
 /// What a node has from its start.
 struct NodeOrder {
-    config: Config,
+    spawn: Spawn,
     link: NodeLink,
     console: File,
 }
@@ -124,14 +124,14 @@ enum Spawning {
     Node(NodeOrder),
 }
 
-fn spawn_node(Spawn { config }: Spawn, files: Vec<File>) -> anyhow::Result<Spawning> {
+fn spawn_node(spawn: Spawn, files: Vec<File>) -> anyhow::Result<Spawning> {
     let Ok([link, console]) = <[File; 2]>::try_from(files) else {
         bail!("an order to start a node came without its files")
     };
     // SAFETY: this process has one thread, so that no lock is held by another one in the copy.
     match unsafe { fork() } {
         Ok(ForkResult::Parent { child }) => Ok(Spawning::Zygote(Pid::from_raw(child.as_raw()).ok_or(Errno::ESRCH))),
-        Ok(ForkResult::Child) => Ok(Spawning::Node(NodeOrder { config, link: NodeLink::new(link.into()), console })),
+        Ok(ForkResult::Child) => Ok(Spawning::Node(NodeOrder { spawn, link: NodeLink::new(link.into()), console })),
         Err(errno) => Ok(Spawning::Zygote(Err(errno))),
     }
 }
@@ -165,8 +165,8 @@ fn reap(ends: &SignalFd) -> anyhow::Result<()> {
 }
 
 fn run_node(host: &Arc<Host>, order: NodeOrder) -> i32 {
-    let NodeOrder { config, link, console } = order;
-    match run(host, config, link, console) {
+    let NodeOrder { spawn, link, console } = order;
+    match run(host, &spawn, link, console) {
         Ok(()) => 0,
         Err(error) => {
             tracing::error!("a node failed: {error:#}");

@@ -3,6 +3,7 @@
 use std::{fs::File, io::Write, sync::Mutex};
 
 use serde::Serialize;
+use uuid::Uuid;
 
 use crate::{
     clock::monotonic_ns,
@@ -36,6 +37,8 @@ pub(super) enum Event<'a> {
         /// Its side of the fork.
         steps: &'a [Timing],
     },
+    /// A copy runs on another platform.
+    Sent { id: Uuid, name: &'a str, platform: &'a str, seq: u64 },
     /// A VM wrote a line to its console.
     Console { name: &'a str, line: &'a str },
     /// A VM has ended; `how` is null where its node died.

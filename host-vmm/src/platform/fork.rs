@@ -8,10 +8,13 @@ use std::{
     time::{Duration, Instant},
 };
 
+use uuid::Uuid;
 use vmfork_abi::{ErrorCode, is_vm_type};
 
 use super::{
     Error, Platform,
+    away::Placed,
+    copies::{Launch, Slot, slots},
     images::Keeping,
     limits::{Asked, Limited, Recent},
     node::{Awaited, Node},
@@ -19,18 +22,16 @@ use super::{
     process::Shell,
 };
 use crate::{
+    cluster::placement::{Where, Wish},
     error::chain,
     fork::rendezvous::Rendezvous,
-    machine::{Config, VmIdentity, new_id},
+    machine::{Config, VmIdentity},
     sync::lock,
     wire::{CopyOrder, PlatformLink, Prefetch, Step, ToNode},
 };
 
 /// How long children have to themselves before the platform goes on with what nobody waits for.
 const HEAD_START: Duration = Duration::from_millis(1);
-
-/// How long copies of an image may take until they are ready to run.
-const LAUNCH_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How long children may take to run that may.
 const COMMITTED_TIMEOUT: Duration = Duration::from_secs(60);
@@ -41,6 +42,7 @@ pub(super) struct Order {
     pub(super) count: u32,
     pub(super) vm_type: String,
     pub(super) seq: u64,
+    pub(super) location: Where,
     pub(super) fault: Option<Step>,
 }
 
@@ -55,6 +57,8 @@ pub(super) struct Original<'a> {
     pub(super) recent: &'a mut Recent,
     /// What is known of its copies.
     pub(super) learned: &'a Arc<Learned>,
+    /// Whether it was shown another CPU than this platform's guests are.
+    pub(super) is_foreign: bool,
 }
 
 /// Where a fork's children come into being.
@@ -66,25 +70,6 @@ pub(super) struct Place {
     pub(super) rendezvous: Option<Rendezvous>,
     /// A shell that has the files.
     pub(super) standby: Option<Shell>,
-}
-
-/// Copies that are to be launched.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Launch<'a> {
-    /// Their shape.
-    pub(super) config: Config,
-    /// What they are copies of.
-    pub(super) original: &'a VmIdentity,
-    /// Their type.
-    pub(super) vm_type: &'a str,
-    /// How many.
-    pub(super) count: u32,
-    /// Number of the guest's request that they come from.
-    pub(super) seq: u64,
-    /// Where this is to fail.
-    pub(super) fault: Option<Step>,
-    /// What is known of such copies.
-    pub(super) learned: &'a Arc<Learned>,
 }
 
 /// A fork whose children are not all certain to stay yet.
@@ -104,6 +89,10 @@ struct State {
     children: Vec<Arc<PlatformLink>>,
     /// How many children there are.
     left: usize,
+    /// How many copies are on their way to other platforms.
+    away: usize,
+    /// Whether it was called off.
+    is_called_off: bool,
     /// Why it can't succeed.
     failure: Option<(ErrorCode, String)>,
 }
@@ -113,7 +102,7 @@ impl Error {
     fn code(&self) -> ErrorCode {
         match self {
             Self::Stopping => ErrorCode::NotLaunched,
-            Self::Full { .. } => ErrorCode::Place,
+            Self::Full { .. } | Self::Place(_) | Self::Alone => ErrorCode::Place,
             Self::Limit { limited, .. } => limited.code(),
             Self::Type(_) => ErrorCode::InvalidType,
             Self::Injected(step) => step.code(),
@@ -136,23 +125,33 @@ impl Fork {
     ) -> Result<Arc<Self>, Error> {
         let Place { files, rendezvous, mut standby } = place;
         let open = || open_rendezvous(files.first());
-        let rendezvous = rendezvous.map_or_else(open, Ok)?.with_children(order.count);
-        let fork = Self::meeting_in(Arc::new(rendezvous));
-        let launch = Launch {
-            config: original.config,
-            original: original.vm,
-            vm_type: &order.vm_type,
-            count: order.count,
-            seq: order.seq,
-            fault: order.fault,
-            learned: original.learned,
-        };
-        let launched = platform.place(original, order).and_then(|()| {
+        let rendezvous = Arc::new(rendezvous.map_or_else(open, Ok)?.with_children(order.count));
+        let fork = Self::meeting_in(Arc::clone(&rendezvous));
+        let placed = platform.place(original, order);
+        let Original { config, vm: original, learned, is_foreign, .. } = *original;
+        let launched = placed.and_then(|Placed { here, away }| {
+            let launch = Launch {
+                config,
+                original,
+                vm_type: &order.vm_type,
+                slots: &here,
+                total: order.count,
+                arrivals: order.count,
+                seq: order.seq,
+                fault: order.fault,
+                learned,
+                is_foreign,
+                filling: None,
+            };
             if platform.images.wants(&order.vm_type) {
-                let image = files.iter().skip(1).map(File::try_clone).collect::<Result<_, _>>();
+                let image = files.iter().skip(1).map(|file| file.try_clone().map(Arc::new)).collect::<Result<_, _>>();
                 *lock(&fork.keeping) = Some(Keeping::new(launch, image.map_err(Error::Start)?));
             }
-            fork.launch(platform, launch, &files, standby.take())
+            if !away.is_empty() {
+                let image = files.get(1..).unwrap_or_default();
+                fork.send_away(platform, &rendezvous, &launch, order.location, away, image)?;
+            }
+            if here.is_empty() { Ok(Vec::new()) } else { fork.launch(platform, launch, &files, standby.take()) }
         });
         let served = launched.and_then(|nodes| {
             // The children are at work. What serves them can wait, and should not take the processor away from them.
@@ -163,12 +162,14 @@ impl Fork {
             fork.fail(error.code(), chain(&error));
         }
         // One that was not needed may be awake already: it is ended, which takes longer than the parent should wait.
-        drop(standby);
+        if let Some(standby) = standby {
+            standby.end();
+        }
         Ok(fork)
     }
 
     /// One without children yet, whose sides meet there.
-    fn meeting_in(rendezvous: Arc<Rendezvous>) -> Arc<Self> {
+    pub(super) fn meeting_in(rendezvous: Arc<Rendezvous>) -> Arc<Self> {
         Arc::new(Self {
             rendezvous: Mutex::new(Some(rendezvous)),
             keeping: Mutex::default(),
@@ -177,47 +178,18 @@ impl Fork {
         })
     }
 
-    /// Launches copies without their parent, from its image: `state`, and `files` with its memory.
-    ///
-    /// # Errors
-    /// [`Error`]: none of them is there then.
-    pub(super) fn of_image(
-        platform: &Arc<Platform>,
-        launch: Launch<'_>,
-        state: &[u8],
-        files: &[File],
-    ) -> Result<Vec<VmIdentity>, Error> {
-        let rendezvous = Arc::new(Rendezvous::new()?);
-        let fork = Self::meeting_in(Arc::clone(&rendezvous));
-        rendezvous.publish(state)?;
-        let file = rendezvous.file().try_clone().map_err(Error::Start)?;
-        let files: Vec<&File> = std::iter::once(&file).chain(files).collect();
-        let launched = fork.launch(platform, launch, &files, None);
-        let copies = launched.and_then(|nodes| {
-            let copies = nodes.iter().map(|node| node.identity().clone()).collect();
-            nodes.into_iter().try_for_each(Node::serve)?;
-            rendezvous.wait_arrivals(launch.count, LAUNCH_TIMEOUT, || false)?;
-            rendezvous.commit()?;
-            Ok(copies)
-        });
-        copies.map_err(|error| match fork.abort() {
-            // A copy's own reason says more than that there is one.
-            (_, why) if matches!(error, Error::Rendezvous(_)) => Error::Spawn(why),
-            _ => error,
-        })
-    }
-
-    fn launch(
+    pub(super) fn launch(
         self: &Arc<Self>,
         platform: &Arc<Platform>,
         launch: Launch<'_>,
         files: &[impl AsFd],
         standby: Option<Shell>,
     ) -> Result<Vec<Node>, Error> {
-        let Launch { config, original, vm_type, count, seq, fault, learned } = launch;
-        let wanted = usize::try_from(count).unwrap_or(usize::MAX);
+        let Launch { config, original, vm_type, slots, total, arrivals, seq, fault, learned, is_foreign, filling } =
+            launch;
+        let wanted = slots.len();
         platform.registry.check_room(wanted, platform.max_vms)?;
-        let names = platform.registry.names(vm_type, count);
+        let names = platform.registry.names(vm_type, wanted);
         let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
         let (mut first, others) = match platform.prefetches {
             true => learned.next_fork(),
@@ -226,26 +198,32 @@ impl Fork {
         let mut nodes = Vec::with_capacity(wanted);
         let mut files_for_next = if standby.is_some() { &[] } else { &files[..] };
         let mut shells: Vec<Shell> = standby.into_iter().collect();
-        for (index, name) in (1..).zip(names) {
-            if fault == Some(Step::Launch) && index > count / 2 {
+        for (Slot { id, index }, name) in slots.iter().copied().zip(names) {
+            if fault == Some(Step::Launch) && index > total / 2 {
                 return Err(Error::Injected(Step::Launch));
             }
             if shells.is_empty() {
-                shells = platform.pool.take(config, wanted - nodes.len())?;
+                let wanted = wanted - nodes.len();
+                shells = match is_foreign {
+                    true => platform.pool.take_cold(config, wanted)?,
+                    false => platform.pool.take(config, wanted)?,
+                };
             }
             let shell = shells.pop().ok_or(Error::Stopping)?;
             let identity = VmIdentity {
-                id: new_id().map_err(Error::Id)?,
+                id,
                 parent: original.id,
                 name,
                 vm_type: vm_type.to_owned(),
                 index,
-                count,
-                generation: original.generation + 1,
+                count: total,
+                generation: original.generation.saturating_add(1),
             };
             let prefetch = std::mem::replace(&mut first, others.clone());
-            let order = CopyOrder { identity, seq, working_set: prefetch };
-            nodes.push(self.order(platform, shell, order, learned, files_for_next)?);
+            let order = CopyOrder { identity, seq, arrivals, lazy: filling.is_some(), working_set: prefetch };
+            let mut node = self.order(platform, shell, order, learned, files_for_next)?;
+            node.come_from(is_foreign, filling);
+            nodes.push(node);
             files_for_next = &files;
         }
         Ok(nodes)
@@ -289,6 +267,28 @@ impl Fork {
         }
     }
 
+    /// Says that so many copies are about to be sent to other platforms.
+    pub(super) fn expect(&self, count: usize) {
+        lock(&self.state).away += count;
+    }
+
+    /// Says that so many of them are where they should be, or that it is known what became of them.
+    pub(super) fn settled(&self, count: usize) {
+        lock(&self.state).away -= count;
+    }
+
+    /// Says that so many of them could not be sent, and will not run.
+    pub(super) fn gone(&self, count: usize, why: &str) {
+        self.fail(ErrorCode::Place, why.to_owned());
+        self.settled(count);
+    }
+
+    /// Whether nothing can come of it any more.
+    pub(super) fn is_off(&self) -> bool {
+        let state = lock(&self.state);
+        state.is_called_off || state.failure.is_some()
+    }
+
     /// Says that nothing is left of a child that has not run.
     pub(super) fn child_gone(&self, why: &str) {
         self.fail(ErrorCode::Launch, why.to_owned());
@@ -296,14 +296,19 @@ impl Fork {
         self.changed.notify_all();
     }
 
-    /// Says that the child at the other end of `link` runs: then all will.
-    pub(super) fn child_runs(&self, platform: &Platform, link: &Arc<PlatformLink>) {
+    /// Says that its copies will run: what is to be kept of it is kept.
+    pub(super) fn is_certain(&self, platform: &Platform) {
         let keeping = lock(&self.keeping).take();
         if let (Some(keeping), Some(rendezvous)) = (keeping, self.rendezvous())
             && let Err(error) = platform.keep(keeping, &rendezvous)
         {
             tracing::warn!(error = chain(&error), "an image is not kept");
         }
+    }
+
+    /// Says that the child at the other end of `link` runs: then all will.
+    pub(super) fn child_runs(&self, platform: &Platform, link: &Arc<PlatformLink>) {
+        self.is_certain(platform);
         let mut state = lock(&self.state);
         // Nothing that anybody says of the fork touches it any more.
         state.children.retain(|child| !Arc::ptr_eq(child, link));
@@ -331,10 +336,11 @@ impl Fork {
     /// Whether each of its children runs: nothing more can come of it.
     pub(super) fn is_over(&self) -> bool {
         let state = lock(&self.state);
-        state.left == 0 && state.failure.is_none()
+        state.left == 0 && state.away == 0 && state.failure.is_none()
     }
 
-    /// Ends the children that do not run, waits until nothing is left of them, and says why it had to come to that.
+    /// Ends the children that do not run, waits until nothing is left of them here, and says why it had to come to that. Copies on other
+    /// platforms are told, or undone once these hear nothing more.
     ///
     /// Parent and children may write anything into the rendezvous at any time. Where it says that the children run, they have a while to
     /// say so themselves.
@@ -347,6 +353,7 @@ impl Fork {
             }
         });
         let mut state = lock(&self.state);
+        state.is_called_off = !committed;
         if committed {
             let waited = self.changed.wait_timeout_while(state, COMMITTED_TIMEOUT, |state| state.left > 0);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
@@ -374,8 +381,8 @@ fn tell_failure(rendezvous: &Rendezvous) {
 }
 
 impl Platform {
-    /// Chooses where the children of a fork go: all of them here, where they may.
-    fn place(&self, original: &mut Original<'_>, order: &Order) -> Result<(), Error> {
+    /// Chooses where the copies of a fork go, where there may be any.
+    fn place(&self, original: &mut Original<'_>, order: &Order) -> Result<Placed, Error> {
         if order.fault == Some(Step::Place) {
             return Err(Error::Injected(Step::Place));
         }
@@ -383,7 +390,25 @@ impl Platform {
         if !is_vm_type(&order.vm_type) {
             return Err(Error::Type(order.vm_type.clone()));
         }
-        if self.limits.are_none() { Ok(()) } else { self.check_limits(original, order) }
+        if !self.limits.are_none() {
+            self.check_limits(original, order)?;
+        }
+        let wish = Wish {
+            vm_type: order.vm_type.clone(),
+            count: order.count,
+            config: original.config,
+            location: order.location,
+            images: Vec::new(),
+            source: self.name(),
+        };
+        self.choose(slots(order.count)?, &wish, &[])
+    }
+
+    /// Checks the limit for the memory of all VMs of a type, of which so many more are to come.
+    pub(super) fn check_memory(&self, vm_type: &str, config: Config, count: usize) -> Result<(), Error> {
+        let (_, memory_bytes) = self.registry.usage(Uuid::nil(), vm_type);
+        let more_bytes = config.ram_bytes.saturating_mul(count as u64);
+        self.limits.check_memory(vm_type, memory_bytes.saturating_add(more_bytes))
     }
 
     fn check_limits(&self, original: &mut Original<'_>, order: &Order) -> Result<(), Error> {

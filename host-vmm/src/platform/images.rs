@@ -11,7 +11,7 @@ use std::{
     os::unix::fs::MetadataExt,
     path::Path,
     str::FromStr,
-    sync::{Arc, Condvar, Mutex, PoisonError},
+    sync::{Arc, Condvar, Mutex, OnceLock, PoisonError},
 };
 
 use uuid::Uuid;
@@ -19,13 +19,15 @@ use vmfork_abi::is_vm_type;
 
 use super::{
     Error, Platform,
-    fork::{Fork, Launch},
+    copies::{Launch, slots},
+    fork::Fork,
     prefetch::Learned,
 };
 use crate::{
     api,
-    capsule::{Capsule, file},
+    capsule::{self, About, Capsule, Digests, file},
     clock::wall_clock_ns,
+    cluster::{clone::Parcel, member::MAX_IMAGES},
     fork::rendezvous::Rendezvous,
     machine::{Config, VmIdentity, new_id},
     sync::lock,
@@ -65,25 +67,63 @@ pub(super) struct Keeping {
     original: VmIdentity,
     config: Config,
     seq: u64,
-    files: Vec<File>,
+    files: Vec<Arc<File>>,
     learned: Arc<Learned>,
+    is_foreign: bool,
 }
 
 impl Keeping {
     /// The image of these copies, in `files`.
-    pub(super) fn new(launch: Launch<'_>, files: Vec<File>) -> Self {
-        let Launch { config, original, vm_type, seq, learned, .. } = launch;
+    pub(super) fn new(launch: Launch<'_>, files: Vec<Arc<File>>) -> Self {
+        let Launch { config, original, vm_type, seq, learned, is_foreign, .. } = launch;
         let (vm_type, original, learned) = (vm_type.to_owned(), original.clone(), Arc::clone(learned));
-        Self { vm_type, original, config, seq, files, learned }
+        Self { vm_type, original, config, seq, files, learned, is_foreign }
     }
 }
 
-/// An image that is kept.
+/// Most images that stay after clones of them have come here.
+const MAX_RECEIVED: usize = 4;
+
+/// An image that is kept, or has come here with clones of it.
 #[derive(Debug)]
 pub(super) struct Image {
     capsule: Capsule,
     /// What is known of its copies.
     learned: Arc<Learned>,
+    /// Whether they were shown another CPU than this platform's guests are.
+    is_foreign: bool,
+    /// As it is sent to others, once it was.
+    parcel: OnceLock<Arc<Parcel>>,
+}
+
+impl Image {
+    fn new(capsule: Capsule, learned: Arc<Learned>, is_foreign: bool) -> Self {
+        Self { capsule, learned, is_foreign, parcel: OnceLock::new() }
+    }
+
+    /// Whether its copies were shown another CPU than this platform's guests are.
+    pub(super) fn is_foreign(&self) -> bool {
+        self.is_foreign
+    }
+
+    /// Its ID.
+    pub(super) fn id(&self) -> Uuid {
+        self.capsule.about.id
+    }
+
+    /// What copies need, and what is known of them.
+    pub(super) fn parts(&self) -> (&Capsule, &Arc<Learned>) {
+        (&self.capsule, &self.learned)
+    }
+
+    /// As it is sent to others.
+    pub(super) fn parcel(&self, digests: &Digests) -> Result<Arc<Parcel>, capsule::Error> {
+        if let Some(parcel) = self.parcel.get() {
+            return Ok(Arc::clone(parcel));
+        }
+        let parcel = Arc::new(Parcel::of(&self.capsule, digests)?);
+        Ok(Arc::clone(self.parcel.get_or_init(|| parcel)))
+    }
 }
 
 /// The images of a platform.
@@ -97,8 +137,10 @@ pub(super) struct Images {
 
 #[derive(Debug, Default)]
 struct Kept {
-    /// Oldest first.
+    /// Those that the operator wants, oldest first.
     images: Vec<Arc<Image>>,
+    /// Those that have come here with clones, oldest first: they stay until others take their place.
+    received: Vec<Arc<Image>>,
     /// Whether no more are kept.
     closed: bool,
 }
@@ -121,16 +163,16 @@ impl Images {
 
     /// Adds an image, and gives back those of its type that it takes the place of.
     fn add(&self, image: Image) -> Vec<Arc<Image>> {
-        let most = self.most(&image.capsule.vm_type);
-        let Kept { images: kept, closed } = &mut *lock(&self.kept);
+        let most = self.most(&image.capsule.about.vm_type);
+        let Kept { images: kept, closed, .. } = &mut *lock(&self.kept);
         if *closed {
             return vec![Arc::new(image)];
         }
-        let of_type = kept.iter().filter(|other| other.capsule.vm_type == image.capsule.vm_type).count();
+        let of_type = kept.iter().filter(|other| other.capsule.about.vm_type == image.capsule.about.vm_type).count();
         let mut surplus = (of_type + 1).saturating_sub(most);
-        let vm_type = image.capsule.vm_type.clone();
+        let vm_type = image.capsule.about.vm_type.clone();
         let out = kept.extract_if(.., |other| {
-            let out = surplus > 0 && other.capsule.vm_type == vm_type;
+            let out = surplus > 0 && other.capsule.about.vm_type == vm_type;
             surplus -= usize::from(out);
             out
         });
@@ -142,18 +184,51 @@ impl Images {
     /// Adds an image that the operator has asked for, and says whether it does: not where it is there already.
     fn add_loaded(&self, image: Image) -> bool {
         let mut kept = lock(&self.kept);
-        let adds = !kept.closed && kept.images.iter().all(|other| other.capsule.id != image.capsule.id);
+        let adds = !kept.closed && kept.images.iter().all(|other| other.capsule.about.id != image.capsule.about.id);
         if adds {
             kept.images.push(Arc::new(image));
         }
         adds
     }
 
+    /// Adds an image that has come with clones, and gives back those that it takes the place of.
+    fn add_received(&self, image: &Arc<Image>) -> Vec<Arc<Image>> {
+        let mut kept = lock(&self.kept);
+        let id = image.capsule.about.id;
+        if kept.closed {
+            return vec![Arc::clone(image)];
+        }
+        let mut out: Vec<_> = kept.received.extract_if(.., |other| other.capsule.about.id == id).collect();
+        kept.received.push(Arc::clone(image));
+        let surplus = kept.received.len().saturating_sub(MAX_RECEIVED);
+        out.extend(kept.received.drain(..surplus));
+        out
+    }
+
+    /// All images, the oldest first.
+    fn all(&self) -> Vec<Arc<Image>> {
+        let Kept { images, received, .. } = &*lock(&self.kept);
+        let is_kept = |id| images.iter().any(|image| image.capsule.about.id == id);
+        let others = received.iter().filter(|image| !is_kept(image.capsule.about.id));
+        let mut all: Vec<_> = images.iter().chain(others).cloned().collect();
+        all.sort_by_key(|image| image.capsule.about.created_ns);
+        all
+    }
+
+    /// The IDs of the latest ones, as many as others are told of.
+    pub(super) fn ids(&self) -> Vec<Uuid> {
+        self.all().iter().rev().map(|image| image.id()).take(MAX_IMAGES).collect()
+    }
+
+    /// As they are sent to others, those of which that is known.
+    pub(super) fn parcels(&self) -> Vec<Arc<Parcel>> {
+        self.all().iter().filter_map(|image| image.parcel.get().cloned()).collect()
+    }
+
     /// The image whose ID begins like this.
-    fn find(&self, id: &str) -> Result<Arc<Image>, Error> {
-        let kept = lock(&self.kept);
-        let mut found =
-            kept.images.iter().filter(|image| !id.is_empty() && image.capsule.id.to_string().starts_with(id));
+    pub(super) fn find(&self, id: &str) -> Result<Arc<Image>, Error> {
+        let all = self.all();
+        let mut found = all.iter().filter(|image| !id.is_empty() && image.capsule.about.id.to_string().starts_with(id));
         match (found.next(), found.next()) {
             (Some(image), None) => Ok(Arc::clone(image)),
             (None, _) => Err(Error::NoImage(id.to_owned())),
@@ -161,19 +236,19 @@ impl Images {
         }
     }
 
-    fn remove(&self, id: Uuid) -> Option<Arc<Image>> {
-        let mut kept = lock(&self.kept);
-        let at = kept.images.iter().position(|image| image.capsule.id == id)?;
-        let image = kept.images.remove(at);
-        drop(kept);
+    fn remove(&self, id: Uuid) -> Vec<Arc<Image>> {
+        let Kept { images, received, .. } = &mut *lock(&self.kept);
+        let is_it = |image: &mut Arc<Image>| image.capsule.about.id == id;
+        let out = images.extract_if(.., is_it).chain(received.extract_if(.., is_it)).collect();
         self.changed.notify_all();
-        Some(image)
+        out
     }
 
     /// Lets go of all, and keeps none from now on.
     pub(super) fn close(&self) {
         let mut kept = lock(&self.kept);
         kept.images.clear();
+        kept.received.clear();
         kept.closed = true;
         self.changed.notify_all();
     }
@@ -190,18 +265,28 @@ impl Platform {
     pub(super) fn keep(&self, keeping: Keeping, rendezvous: &Rendezvous) -> Result<(), Error> {
         // It is there. A node that says otherwise is not waited for.
         let state = rendezvous.wait_state(|| true)?;
-        let Keeping { vm_type, original, config, seq, files, learned } = keeping;
+        let Keeping { vm_type, original, config, seq, files, learned, is_foreign } = keeping;
         let (id, created_ns) = (new_id().map_err(Error::Id)?, wall_clock_ns());
         // For as long as there are copies to come, shells of its shape stand ready.
         self.pool.add_user(config);
-        let capsule = Capsule { id, created_ns, vm_type, original, config, seq, state, files };
-        self.let_go(self.images.add(Image { capsule, learned }));
+        let about = About { id, created_ns, vm_type, original, config, seq };
+        self.let_go(self.images.add(Image::new(Capsule { about, state, files }, learned, is_foreign)));
         Ok(())
+    }
+
+    /// Takes in an image that has come with clones. It stays until others have come.
+    pub(super) fn receive(&self, capsule: Capsule, parcel: Parcel) -> Arc<Image> {
+        self.pool.add_user(capsule.about.config);
+        let is_foreign = self.is_foreign(parcel.description());
+        let image = Image { parcel: Arc::new(parcel).into(), ..Image::new(capsule, Arc::default(), is_foreign) };
+        let image = Arc::new(image);
+        self.let_go(self.images.add_received(&image));
+        image
     }
 
     fn let_go(&self, images: Vec<Arc<Image>>) {
         for image in images {
-            self.pool.remove_user(image.capsule.config);
+            self.pool.remove_user(image.capsule.about.config);
         }
     }
 
@@ -210,7 +295,7 @@ impl Platform {
     /// # Errors
     /// [`Error::Layer`] where a file can't be looked at.
     pub fn images(&self) -> Result<Vec<api::Image>, Error> {
-        let kept = lock(&self.images.kept).images.clone();
+        let kept = self.images.all();
         let mut holders: HashMap<u64, usize> = HashMap::new();
         for image in &kept {
             for (inode, _) in layers(image)? {
@@ -225,7 +310,7 @@ impl Platform {
     /// # Errors
     /// [`Error::NoImage`] or [`Error::Ambiguous`]; [`Error::Layer`] where a file can't be looked at.
     pub fn image(&self, id: &str) -> Result<api::Image, Error> {
-        let id = self.images.find(id)?.capsule.id;
+        let id = self.images.find(id)?.id();
         let image = self.images()?.into_iter().find(|image| image.id == id);
         image.ok_or_else(|| Error::NoImage(id.to_string()))
     }
@@ -236,17 +321,18 @@ impl Platform {
     /// [`Error::NoImage`] or [`Error::Ambiguous`].
     pub fn remove_image(&self, id: &str) -> Result<(), Error> {
         let image = self.images.find(id)?;
-        self.let_go(self.images.remove(image.capsule.id).into_iter().collect());
+        self.let_go(self.images.remove(image.capsule.about.id));
         Ok(())
     }
 
-    /// Writes an image to a file.
+    /// Writes an image to a file, which may be a smaller one that takes longer.
     ///
     /// # Errors
     /// [`Error::NoImage`], [`Error::Ambiguous`] or [`Error::ImageFile`].
-    pub fn save_image(&self, id: &str, path: &Path) -> Result<(), Error> {
+    pub fn save_image(&self, id: &str, path: &Path, compress: bool) -> Result<(), Error> {
         let image = self.images.find(id)?;
-        file::save_as(&image.capsule, path).map_err(|source| Error::ImageFile { path: path.to_owned(), source })
+        file::save_as(&image.capsule, path, compress)
+            .map_err(|source| Error::ImageFile { path: path.to_owned(), source })
     }
 
     /// Keeps the image that a file holds.
@@ -255,12 +341,13 @@ impl Platform {
     /// [`Error::ImageFile`], or [`Error::Kept`] where it is kept already.
     pub fn load_image(&self, path: &Path) -> Result<api::Image, Error> {
         let failed = |source| Error::ImageFile { path: path.to_owned(), source };
-        let file = File::open(path).map_err(|error| failed(file::Error::Io("open the file", error)));
-        let capsule = file::load(&mut file?).map_err(failed)?;
-        let (id, config) = (capsule.id, capsule.config);
+        let file = File::open(path).map_err(|error| failed(capsule::Error::Io("open the file", error)));
+        let capsule = file::load(&file?).map_err(failed)?;
+        let (id, config) = (capsule.about.id, capsule.about.config);
+        let is_foreign = self.is_foreign(&capsule.outline().map_err(failed)?.0);
         // As for one of a fork.
         self.pool.add_user(config);
-        if !self.images.add_loaded(Image { capsule, learned: Arc::default() }) {
+        if !self.images.add_loaded(Image::new(capsule, Arc::default(), is_foreign)) {
             self.pool.remove_user(config);
             return Err(Error::Kept(id));
         }
@@ -273,16 +360,29 @@ impl Platform {
     /// [`Error`]: there is none of them then.
     pub fn spawn(self: &Arc<Self>, id: &str, count: u32) -> Result<Vec<VmIdentity>, Error> {
         let image = self.images.find(id)?;
-        let Image { capsule, learned } = &*image;
-        let Capsule { vm_type, original, config, seq, files, .. } = capsule;
-        let launch = Launch { config: *config, original, vm_type, count, seq: *seq, fault: None, learned };
-        Fork::of_image(self, launch, &capsule.state, files)
+        let (capsule, learned) = image.parts();
+        let About { vm_type, original, config, seq, .. } = &capsule.about;
+        let slots = slots(count)?;
+        let launch = Launch {
+            config: *config,
+            original,
+            vm_type,
+            slots: &slots,
+            total: count,
+            arrivals: count,
+            seq: *seq,
+            fault: None,
+            learned,
+            is_foreign: image.is_foreign,
+            filling: None,
+        };
+        Fork::of_image(self, launch, &capsule.state, &capsule.files)?.commit()
     }
 }
 
 /// Number and allocated bytes of each file.
 fn layers(image: &Image) -> Result<Vec<(u64, u64)>, Error> {
-    let look = |file: &File| -> io::Result<(u64, u64)> {
+    let look = |file: &Arc<File>| -> io::Result<(u64, u64)> {
         let metadata = file.metadata()?;
         Ok((metadata.ino(), metadata.blocks() * BLOCK_BYTES))
     };
@@ -290,7 +390,7 @@ fn layers(image: &Image) -> Result<Vec<(u64, u64)>, Error> {
 }
 
 fn describe(image: &Image, holders: &HashMap<u64, usize>) -> Result<api::Image, Error> {
-    let Capsule { id, created_ns, vm_type, original, config, state, .. } = &image.capsule;
+    let Capsule { about: About { id, created_ns, vm_type, original, config, .. }, state, .. } = &image.capsule;
     let layers = layers(image)?;
     let bytes = |shared: bool| {
         let held = layers.iter().filter(|(inode, _)| (holders.get(inode).copied().unwrap_or(0) > 1) == shared);
@@ -317,7 +417,7 @@ mod tests {
     use super::*;
     use crate::memory;
 
-    fn image(vm_type: &str, files: &[&File]) -> Image {
+    fn image(vm_type: &str, files: &[&Arc<File>]) -> Image {
         let original = VmIdentity {
             id: Uuid::nil(),
             parent: Uuid::nil(),
@@ -327,11 +427,11 @@ mod tests {
             count: 0,
             generation: 0,
         };
-        let files = files.iter().map(|file| file.try_clone().unwrap()).collect();
+        let files = files.iter().copied().cloned().collect();
         let config = Config { ram_bytes: 1 << 20, vcpus: 1 };
         let (id, vm_type) = (Uuid::new_v4(), vm_type.into());
-        let capsule = Capsule { id, created_ns: 0, vm_type, original, config, seq: 1, state: vec![0; 7], files };
-        Image { capsule, learned: Arc::default() }
+        let about = About { id, created_ns: 0, vm_type, original, config, seq: 1 };
+        Image::new(Capsule { about, state: vec![0; 7], files }, Arc::default(), false)
     }
 
     #[test]
@@ -342,12 +442,12 @@ mod tests {
             .iter()
             .map(|vm_type| {
                 let image = image(vm_type, &[]);
-                let id = image.capsule.id;
+                let id = image.capsule.about.id;
                 images.add(image);
                 id
             })
             .collect();
-        let kept: Vec<Uuid> = lock(&images.kept).images.iter().map(|image| image.capsule.id).collect();
+        let kept: Vec<Uuid> = lock(&images.kept).images.iter().map(|image| image.capsule.about.id).collect();
         assert_eq!(kept, [added[2], added[3], added[4]]);
         assert!(!Images::new(vec!["web".parse().unwrap()]).wants("db"));
         assert!(images.find(&added[3].to_string()[..13]).is_ok());
@@ -360,7 +460,7 @@ mod tests {
 
     #[test]
     fn shared_layers_are_told_apart() {
-        let file = |pages: usize| memory::sealed("test", &vec![1; pages * 4096]).unwrap();
+        let file = |pages: usize| Arc::new(memory::sealed("test", &vec![1; pages * 4096]).unwrap());
         let (base, one, other) = (file(3), file(1), file(2));
         let images = [image("web", &[&base, &one]), image("web", &[&base, &other])];
         let mut holders = HashMap::new();

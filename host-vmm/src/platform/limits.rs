@@ -137,7 +137,12 @@ impl Limits {
                 self.check_one(vm_type, limited, wanted)?;
             }
         }
-        self.check_one(child, Limited::Memory, asked.memory_bytes)
+        self.check_memory(child, asked.memory_bytes)
+    }
+
+    /// Checks how much guest memory the VMs of a type would have then.
+    pub(super) fn check_memory(&self, vm_type: &str, memory_bytes: u64) -> Result<(), Error> {
+        self.check_one(vm_type, Limited::Memory, memory_bytes)
     }
 
     fn check_one(&self, vm_type: &str, limited: Limited, wanted: u64) -> Result<(), Error> {

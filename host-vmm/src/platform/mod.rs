@@ -8,16 +8,20 @@ use std::{
     io,
     os::fd::AsFd,
     path::PathBuf,
-    sync::{Arc, Mutex, mpsc},
+    sync::{Arc, Mutex, OnceLock, atomic::AtomicUsize, mpsc},
 };
 
 mod accounting;
+mod away;
+mod cloned;
 mod console;
+mod copies;
 mod events;
 mod fork;
 mod images;
 mod limits;
 mod node;
+mod outgoing;
 mod pool;
 mod prefetch;
 mod process;
@@ -25,13 +29,22 @@ mod registry;
 mod terminal;
 mod trace;
 
+pub use cloned::Reservation;
+pub(crate) use copies::is_slots;
+pub use copies::{Copies, Slot};
 pub use images::Keep;
 pub use limits::{Limit, Limited};
 pub use terminal::{Terminal, read_keys};
 
 use crate::{
-    capsule::file,
+    capsule::{self, Digests, compat::Offer},
+    cluster::{
+        self, Cluster,
+        clone::{Clones, filling, source, supply::Supplies},
+        placement::Unplaceable,
+    },
     fork::rendezvous,
+    kvm,
     machine::{Config, End, VmIdentity, new_id},
     sync::lock,
     wire::{PlatformLink, Step, ToNode, link},
@@ -41,6 +54,7 @@ use events::{Event, Events};
 use images::Images;
 use limits::Limits;
 use node::{Awaited, Node};
+use outgoing::Transfers;
 use pool::Pool;
 use registry::Registry;
 use trace::Trace;
@@ -151,8 +165,34 @@ pub enum Error {
         /// The file.
         path: PathBuf,
         /// Why.
-        source: file::Error,
+        source: capsule::Error,
     },
+    /// An image can't be put into a capsule, or taken out of one.
+    #[error("can't use a capsule")]
+    Capsule(#[source] capsule::Error),
+    /// No platforms have room for copies, or may take them.
+    #[error(transparent)]
+    Place(Box<Unplaceable>),
+    /// There are no others.
+    #[error("copies are to go to other platforms, and this one is in no cluster")]
+    Alone,
+    /// Another platform is not known.
+    #[error(transparent)]
+    Cluster(cluster::Error),
+    /// Copies can't be sent.
+    #[error("can't send copies to the platform {platform}")]
+    Send {
+        /// Where to.
+        platform: String,
+        /// Why.
+        source: Box<source::Error>,
+    },
+    /// A clone's memory can't be filled while it runs.
+    #[error("can't fill a clone's memory while it runs")]
+    Filling(#[source] filling::Error),
+    /// KVM can't be asked what it has.
+    #[error("can't find out what this host has for VMs from elsewhere")]
+    Host(#[source] kvm::Error),
     /// An image is kept already.
     #[error("the image {0} is kept already, or the platform is being stopped")]
     Kept(uuid::Uuid),
@@ -203,6 +243,22 @@ pub struct Platform {
     prefetches: bool,
     limits: Limits,
     images: Images,
+    /// What is known of layers that were sent, or looked at for that.
+    digests: Digests,
+    /// Clones that come from other platforms.
+    clones: Clones,
+    /// The memories of clones that run elsewhere, and have not got all of it yet.
+    supplies: Supplies,
+    /// Clones that an operator sends to others.
+    transfers: Transfers,
+    /// VMs for which room is kept.
+    reserved: Arc<AtomicUsize>,
+    /// The platform's place among others, if it has one.
+    cluster: OnceLock<Cluster>,
+    /// The CPU that its guests are shown, as text.
+    cpu_profile: String,
+    /// What this host has for VMs that come from others, once somebody wanted to know.
+    offer: OnceLock<Offer>,
     /// How the first VM ended, once it has.
     root_end: Mutex<Option<End>>,
 }
@@ -217,7 +273,8 @@ impl Platform {
         let consoles = Consoles::new(settings.log_dir, Arc::clone(&events))?;
         let platform = Arc::new(Self {
             registry: Registry::default(),
-            pool: Pool::new(settings.ready, settings.cpu_profile),
+            pool: Pool::new(settings.ready, settings.cpu_profile.clone()),
+            cpu_profile: settings.cpu_profile,
             consoles,
             events,
             trace: Trace::new(settings.trace)?,
@@ -225,10 +282,35 @@ impl Platform {
             prefetches: settings.prefetches,
             limits: Limits::new(settings.limits),
             images: Images::new(settings.keep),
+            digests: Digests::default(),
+            clones: Clones::default(),
+            supplies: Supplies::default(),
+            transfers: Transfers::default(),
+            reserved: Arc::default(),
+            cluster: OnceLock::new(),
+            offer: OnceLock::new(),
             root_end: Mutex::new(None),
         });
         Pool::fill_in_background(&platform)?;
+        platform.tend_clones()?;
         Ok(platform)
+    }
+
+    /// Takes its place among others. To be called once.
+    pub fn join(&self, cluster: Cluster) {
+        if self.cluster.set(cluster).is_err() {
+            tracing::error!("a platform can't be in a cluster twice");
+        }
+    }
+
+    /// Its place among others.
+    pub fn cluster(&self) -> Option<&Cluster> {
+        self.cluster.get()
+    }
+
+    /// Its name among others; empty where there are none.
+    pub fn name(&self) -> String {
+        self.cluster.get().map_or_else(String::new, |cluster| (cluster.own)().name)
     }
 
     /// Boots a VM, and gives back the way to its console. Its output goes to this program's output as it is.
@@ -282,6 +364,7 @@ impl Platform {
 
     /// Ends all VMs, and lets no new ones come.
     pub fn stop(&self) {
+        self.clones.close();
         self.images.close();
         self.pool.close();
         self.registry.stop();

@@ -3,7 +3,7 @@
 use std::{
     fs::File,
     os::fd::AsFd,
-    sync::{Arc, mpsc},
+    sync::{Arc, OnceLock, mpsc},
     thread,
     time::{Duration, Instant},
 };
@@ -22,9 +22,11 @@ use super::{
     trace::Arguments,
 };
 use crate::{
+    cluster::clone::filling::{Filling, Told},
     error::chain,
     fork::rendezvous::Rendezvous,
     machine::{Config, End, VmIdentity},
+    memory::Faults,
     sync::lock,
     threads,
     wire::{PlatformLink, ToNode, ToPlatform, is_timeline, link},
@@ -94,6 +96,12 @@ pub(super) struct Node {
     learned: Arc<Learned>,
     /// Who learns from what this one writes to, where it tells.
     teaches: Option<Arc<Learned>>,
+    /// Whether it was shown another CPU than this platform's guests are: no shell that stands ready can become a copy of it.
+    is_foreign: bool,
+    /// Who fills its memory, where that is not there as a whole yet.
+    filling: Option<Arc<Filling>>,
+    /// Why that will not be, once it is known.
+    lost: Arc<OnceLock<String>>,
     end: Option<End>,
 }
 
@@ -131,6 +139,9 @@ impl Node {
             recent: Recent::default(),
             learned: Arc::default(),
             teaches: None,
+            is_foreign: false,
+            filling: None,
+            lost: Arc::default(),
             end: None,
         })
     }
@@ -143,6 +154,11 @@ impl Node {
     /// Says that the VM will tell which pages it writes to first, and who learns from that.
     pub(super) fn teach(&mut self, learned: &Arc<Learned>) {
         self.teaches = Some(Arc::clone(learned));
+    }
+
+    /// Says whether it was shown another CPU than this platform's guests are, and who fills its memory, where somebody does.
+    pub(super) fn come_from(&mut self, is_foreign: bool, filling: Option<&Arc<Filling>>) {
+        (self.is_foreign, self.filling) = (is_foreign, filling.cloned());
     }
 
     /// Who its VM is.
@@ -200,18 +216,25 @@ impl Node {
                 self.platform.events.write(&Event::Launched { vm: &self.identity, seq, steps: &steps });
                 self.platform.trace.side(self.pid(), "child", Arguments { seq, code: 0 }, &steps);
             }
+            ToPlatform::Faults { start } => {
+                let unexpected = || failed(link::Error::Unexpected("Faults".into()));
+                let (filling, file) = (self.filling.take(), files.into_iter().next());
+                let (filling, file) = filling.zip(file).ok_or_else(unexpected)?;
+                let faults = Faults::from_file(file).map_err(|_| unexpected())?;
+                let vm = Dependent { link: Arc::clone(&self.link), lost: Arc::clone(&self.lost) };
+                filling.add_view(faults, start, Arc::new(vm));
+            }
             ToPlatform::Announce => self.announced(files),
-            ToPlatform::Fork { count, vm_type, seq, announced, fault } => {
+            ToPlatform::Fork { count, vm_type, seq, location, announced, fault } => {
                 // A fork before this one that is neither certain nor called off was forgotten by the node, and not by its children.
                 if let Some(forgotten) = self.fork.take().filter(|fork| !fork.is_over()) {
                     forgotten.abort();
                 }
-                let order = Order { count, vm_type, seq, fault };
+                let order = Order { count, vm_type, seq, location, fault };
                 let here = Place { files, rendezvous: None, standby: None };
                 let place = self.announced.take_if(|_| announced).map_or(here, Announced::into_place);
-                let learned = &self.learned;
-                let mut original =
-                    Original { vm: &self.identity, config: self.config, recent: &mut self.recent, learned };
+                let Self { identity: vm, config, recent, learned, is_foreign, .. } = self;
+                let mut original = Original { vm, config: *config, recent, learned, is_foreign: *is_foreign };
                 let fork = Fork::begin(&self.platform, &mut original, &order, place)?;
                 if !fork.has_failed() {
                     self.lent = None;
@@ -259,7 +282,7 @@ impl Node {
         let mut fds =
             [PollFd::new(self.link.as_fd(), PollFlags::POLLIN), PollFd::new(process.as_fd(), PollFlags::POLLIN)];
         let lacks_one = self.announced.as_ref().is_some_and(|announced| announced.standby.is_none());
-        let limit = (lacks_one && self.platform.pool.has_standbys()).then_some(LENT_AGAIN);
+        let limit = (lacks_one && !self.is_foreign && self.platform.pool.has_standbys()).then_some(LENT_AGAIN);
         let limit = limit.and_then(|limit| PollTimeout::try_from(limit).ok()).unwrap_or(PollTimeout::NONE);
         loop {
             match poll(&mut fds, limit) {
@@ -313,7 +336,7 @@ impl Node {
 
     /// A shell that no fork has come of is not replaced at once: whoever asks for too much gets no further ones for it.
     fn take_standby(&mut self) -> Option<Standby> {
-        if self.lent.is_some_and(|lent| lent.elapsed() < LENT_AGAIN) {
+        if self.is_foreign || self.lent.is_some_and(|lent| lent.elapsed() < LENT_AGAIN) {
             return None;
         }
         let standby = self.platform.pool.take_standby(self.config)?;
@@ -353,6 +376,27 @@ impl Node {
     }
 }
 
+/// A VM that runs in a memory that is still being filled.
+#[derive(Debug)]
+struct Dependent {
+    link: Arc<PlatformLink>,
+    lost: Arc<OnceLock<String>>,
+}
+
+impl Told for Dependent {
+    fn is_whole(&self) {
+        if let Err(error) = self.link.send(&ToNode::Whole, &[]) {
+            tracing::debug!(%error, "a VM has ended before all of its memory was there");
+        }
+    }
+
+    fn is_lost(&self, why: &str) {
+        // It may stand still at a page that never comes: whoever serves it ends its process.
+        self.lost.get_or_init(|| why.to_owned());
+        self.link.shut_down();
+    }
+}
+
 /// How fast a node sends.
 #[derive(Debug, Default)]
 struct Pace {
@@ -386,6 +430,9 @@ impl Drop for Node {
             Awaited::Fork(fork) => fork.child_gone(&format!("the node of {} died", self.identity.name)),
             Awaited::Caller(_) => {}
             Awaited::Nobody => {
+                if let Some(why) = self.lost.get() {
+                    self.end = Some(End::SourceLost(why.clone()));
+                }
                 self.platform.events.write(&Event::Ended { vm: &self.identity, how: self.end.as_ref() });
                 if self.identity.generation == 0 {
                     *lock(&self.platform.root_end) = self.end.take();

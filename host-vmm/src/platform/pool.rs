@@ -105,7 +105,12 @@ impl Pool {
     /// while to start many; who needs them gives the first ones their orders meanwhile.
     pub(super) fn take(&self, config: Config, count: usize) -> Result<Vec<Shell>, Error> {
         let ready = self.take_ready(config, count);
-        if ready.is_empty() { self.zygote.spawn(config, count.min(BATCH)) } else { Ok(ready) }
+        if ready.is_empty() { self.zygote.spawn(config, false, count.min(BATCH)) } else { Ok(ready) }
+    }
+
+    /// As [`Pool::take`], but new ones, whose vCPUs can still become others than this host's.
+    pub(super) fn take_cold(&self, config: Config, count: usize) -> Result<Vec<Shell>, Error> {
+        self.zygote.spawn(config, true, count.min(BATCH))
     }
 
     /// Whether shells may stand by for single VMs.
@@ -159,6 +164,11 @@ impl Pool {
         shelf.or_insert_with(empty).users += 1;
     }
 
+    /// How many shells there are of each shape.
+    pub(super) fn ready_shells(&self) -> Vec<(Config, usize)> {
+        lock(&self.shelves).by_shape.iter().map(|(config, shelf)| (*config, shelf.shells.len())).collect()
+    }
+
     /// Wakes up the thread that fills the shelves.
     pub(super) fn refill(&self) {
         self.changed.notify_all();
@@ -208,7 +218,7 @@ impl Pool {
         drop(surplus);
         dead.iter().for_each(tell_why);
         if let Some((config, missing)) = due {
-            let shells = self.zygote.spawn(config, missing)?;
+            let shells = self.zygote.spawn(config, false, missing)?;
             let mut shelves = lock(&self.shelves);
             if let Some(shelf) = shelves.by_shape.get_mut(&config) {
                 shelf.shells.extend(shells);

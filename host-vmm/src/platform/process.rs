@@ -81,6 +81,15 @@ pub(super) struct Shell {
     pub(super) process: Process,
 }
 
+impl Shell {
+    /// Ends it before it can see that nobody speaks with it any more, and say so to others.
+    pub(super) fn end(self) {
+        let Self { link, process, .. } = self;
+        drop(process);
+        drop(link);
+    }
+}
+
 /// The zygote. It is started when the first node is, and again when it is gone.
 #[derive(Debug)]
 pub(super) struct Zygote {
@@ -101,11 +110,11 @@ impl Zygote {
         Self { cpu_profile, running: Mutex::default() }
     }
 
-    /// Starts nodes, all at once.
-    pub(super) fn spawn(&self, config: Config, count: usize) -> Result<Vec<Shell>, Error> {
+    /// Starts nodes, all at once. The vCPUs of cold ones run nothing before they get their order.
+    pub(super) fn spawn(&self, config: Config, is_cold: bool, count: usize) -> Result<Vec<Shell>, Error> {
         let mut zygote = lock(&self.running);
         let running = Running::get(&mut zygote, &self.cpu_profile);
-        let result = running.and_then(|running| running.spawn(config, count));
+        let result = running.and_then(|running| running.spawn(Spawn { config, is_cold }, count));
         if matches!(result, Err(Error::Zygote(_))) {
             // The next one who needs it starts another.
             *zygote = None;
@@ -139,24 +148,24 @@ impl Running {
         Ok(Self { link, process })
     }
 
-    fn spawn(&self, config: Config, count: usize) -> Result<Vec<Shell>, Error> {
+    fn spawn(&self, spawn: Spawn, count: usize) -> Result<Vec<Shell>, Error> {
         let mut shells = Vec::with_capacity(count);
         while shells.len() < count {
             let batch = BATCH.min(count - shells.len());
             // Each is ordered before the first one is waited for.
-            let ordered: Vec<_> = (0..batch).map(|_| self.order(config)).collect::<Result<_, _>>()?;
+            let ordered: Vec<_> = (0..batch).map(|_| self.order(spawn)).collect::<Result<_, _>>()?;
             for (link, console) in ordered {
                 let process = self.take_process()?;
-                shells.push(Shell { config, link: Arc::new(link), console, process });
+                shells.push(Shell { config: spawn.config, link: Arc::new(link), console, process });
             }
         }
         Ok(shells)
     }
 
-    fn order(&self, config: Config) -> Result<(PlatformLink, File), Error> {
+    fn order(&self, spawn: Spawn) -> Result<(PlatformLink, File), Error> {
         let (link, their_link) = PlatformLink::pair().map_err(Error::Zygote)?;
         let (console, their_console) = pipe2(OFlag::O_CLOEXEC).map_err(|errno| Error::Start(errno.into()))?;
-        self.link.send(&Spawn { config }, &[their_link.as_fd(), their_console.as_fd()]).map_err(Error::Zygote)?;
+        self.link.send(&spawn, &[their_link.as_fd(), their_console.as_fd()]).map_err(Error::Zygote)?;
         Ok((link, File::from(console)))
     }
 

@@ -70,10 +70,10 @@ impl State {
 
 impl Registry {
     /// Names for `count` new VMs of a type: `web.1`, `web.2`, and so on. No number is ever given twice, whatever the type.
-    pub(super) fn names(&self, vm_type: &str, count: u32) -> Vec<String> {
+    pub(super) fn names(&self, vm_type: &str, count: usize) -> Vec<String> {
         let mut state = lock(&self.state);
         let first = state.numbered + 1;
-        state.numbered += u64::from(count);
+        state.numbered += count as u64;
         (first..=state.numbered).map(|number| format!("{vm_type}.{number}")).collect()
     }
 
@@ -139,6 +139,12 @@ impl Registry {
         for entry in state.vms.values() {
             entry.link.shut_down();
         }
+    }
+
+    /// How many VMs there are, and whether no more may come.
+    pub(super) fn count(&self) -> (usize, bool) {
+        let state = lock(&self.state);
+        (state.vms.len(), state.stopping)
     }
 
     /// Whether there is no VM.

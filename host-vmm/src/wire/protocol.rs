@@ -16,15 +16,18 @@ use serde::{Deserialize, Serialize};
 
 use super::{Report, Step, Timing};
 use crate::{
+    cluster::placement::Where,
     machine::{Config, End, VmIdentity},
     memory::WorkingSet,
 };
 
 /// From the platform to its zygote: start a shell. Files: the node's end of its connection, and where its console writes to.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct Spawn {
     /// The shape of the machine.
     pub config: Config,
+    /// Whether its vCPUs are to have run nothing: they can become others than this host's then.
+    pub is_cold: bool,
 }
 
 /// From the zygote to the platform. Files: a handle to the process (pidfd).
@@ -54,6 +57,10 @@ pub struct CopyOrder {
     pub identity: VmIdentity,
     /// Number of the request that it comes from.
     pub seq: u64,
+    /// How many have to be ready until all of them run.
+    pub arrivals: u32,
+    /// Whether its memory is still being filled: it tells of pages that it lacks then.
+    pub lazy: bool,
     /// What it does about its first writes.
     pub working_set: Prefetch,
 }
@@ -81,6 +88,8 @@ pub enum ToNode {
     Copy(CopyOrder),
     /// Input for the console.
     Input(Vec<u8>),
+    /// All of the memory is there that was still being filled.
+    Whole,
     /// Nothing is left of the fork that was called off.
     Aborted {
         /// What the guest is told, where the platform knows better than the parent.
@@ -97,6 +106,11 @@ pub enum ToPlatform {
     Ready,
     /// The machine could not be built, or can't become what it should.
     Failed(String),
+    /// What the copy lacks of a memory that is still being filled. Files: what tells of its faults (userfaultfd).
+    Faults {
+        /// Address of the memory in this process.
+        start: u64,
+    },
     /// The VM runs.
     Running,
     /// How the copy was launched, once it has come to its first exit.
@@ -118,6 +132,8 @@ pub enum ToPlatform {
         vm_type: String,
         /// Number of the guest's request.
         seq: u64,
+        /// Where the guest wants them.
+        location: Where,
         /// It comes with what was announced last.
         announced: bool,
         /// Fail at this step.

@@ -9,6 +9,7 @@ use vmfork_tests::{
     vmm::{Ended, Running, Vmm},
 };
 
+mod clones;
 mod left_behind;
 mod memory;
 mod prefetch;
@@ -87,7 +88,7 @@ fn bad_requests_have_their_errors_and_the_vm_goes_on() {
     script = expect(script.request(3, "no/slash", 1).ring(), ErrorCode::InvalidType);
     script = expect(script.request(4, "", 1).ring(), ErrorCode::InvalidType);
     script =
-        expect(script.request(5, "web", 1).store(control(PAGE.request.offset + 12), 1).ring(), ErrorCode::InvalidFlags);
+        expect(script.request(5, "web", 1).store(control(PAGE.request.offset + 12), 4).ring(), ErrorCode::InvalidFlags);
     script = expect(script.request(6, "web", 1).out(DOORBELL, 0, 4), ErrorCode::UnknownCommand);
     script = expect(script.request(7, "web", 1).out(DOORBELL, 1, 1), ErrorCode::UnknownCommand);
     script = expect(script.request(8, "web", 1).out(DOORBELL, 1, 2), ErrorCode::UnknownCommand);

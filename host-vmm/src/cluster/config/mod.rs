@@ -38,6 +38,12 @@ const MAX_VMS: usize = 1100;
 /// Ready shells.
 const READY: usize = 4;
 
+/// Connections for the memory of one clone.
+const CONNECTIONS: usize = 2;
+
+/// The most that they can be.
+const MAX_CONNECTIONS: usize = 64;
+
 /// Folder for the consoles' logs, in the working folder.
 const LOG_DIR: &str = "host-vmm.logs";
 
@@ -98,6 +104,8 @@ pub struct PlatformConfig {
     pub labels: BTreeMap<String, String>,
     /// Name of the CPU profile that its guests are shown; `None`: what its host has.
     pub cpu_profile: Option<String>,
+    /// The file that holds it, where it is none of those that have a name everywhere.
+    pub cpu_profile_file: Option<PathBuf>,
     /// How long it may be silent before others take it for gone.
     pub lease: Duration,
     /// Folder for the consoles' logs.
@@ -114,8 +122,28 @@ pub struct PlatformConfig {
     pub limits: Vec<Limit>,
     /// Which images to keep.
     pub keep: Vec<Keep>,
+    /// How clones are sent.
+    pub sending: Sending,
     /// Where copies go, as it stands in the file.
     pub placement: toml::Table,
+}
+
+/// How clones are sent to other platforms.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Sending {
+    /// Whether copies of guests' forks run before all of their memory has come. They depend on this platform until it has.
+    pub lazy: bool,
+    /// Connections for the memory of one clone.
+    pub connections: usize,
+    /// Most bytes of memory that are sent within a second for one clone; 0: as many as possible.
+    pub bandwidth: u64,
+}
+
+impl Default for Sending {
+    fn default() -> Self {
+        Self { lazy: false, connections: CONNECTIONS, bandwidth: 0 }
+    }
 }
 
 /// Files with certificates, in PEM.
@@ -144,6 +172,7 @@ struct Fields {
     peers: Vec<cluster::PeerFields>,
     labels: BTreeMap<String, String>,
     cpu_profile: Option<String>,
+    cpu_profile_file: Option<PathBuf>,
     lease_seconds: Option<u64>,
     log_dir: Option<PathBuf>,
     events: Option<PathBuf>,
@@ -152,6 +181,7 @@ struct Fields {
     prefetch: Option<bool>,
     limits: Vec<String>,
     keep: Vec<String>,
+    clone: Sending,
     placement: toml::Table,
 }
 
@@ -204,7 +234,8 @@ impl Checker<'_> {
             etcd,
             peers,
             labels: fields.labels,
-            cpu_profile: self.cpu_profile(fields.cpu_profile)?,
+            cpu_profile: self.cpu_profile(fields.cpu_profile, fields.cpu_profile_file.is_some())?,
+            cpu_profile_file: fields.cpu_profile_file.map(absolute),
             lease: self.lease(fields.lease_seconds.unwrap_or(LEASE_SECONDS))?,
             log_dir: fields.log_dir.map_or_else(|| LOG_DIR.into(), absolute),
             events: fields.events.map(absolute),
@@ -213,6 +244,7 @@ impl Checker<'_> {
             prefetch: fields.prefetch.unwrap_or(true),
             limits: self.each("limits", &fields.limits, "an entry such as \"web:children=8\", as --limit takes it")?,
             keep: self.each("keep", &fields.keep, "an entry such as \"web:2\", as --keep takes it")?,
+            sending: self.sending(fields.clone)?,
             placement: fields.placement,
         })
     }
@@ -272,8 +304,13 @@ impl Checker<'_> {
         }
     }
 
-    fn cpu_profile(self, profile: Option<String>) -> Result<Option<String>, Error> {
+    fn cpu_profile(self, profile: Option<String>, has_file: bool) -> Result<Option<String>, Error> {
         match profile {
+            None if has_file => Err(self.wrong(
+                "cpu_profile_file",
+                "its profile has no name",
+                "cpu_profile with a name for others to ask for",
+            )),
             Some(bad) if !check::is_label_name(&bad) => {
                 Err(self.wrong("cpu_profile", format!("{bad:?} is no name of a profile"), check::LABEL_RULE))
             }
@@ -287,6 +324,14 @@ impl Checker<'_> {
         }
         let right = format!("from {} to {}", LEASE_RANGE.start(), LEASE_RANGE.end());
         Err(self.wrong("lease_seconds", format!("{seconds} is out of range"), right))
+    }
+
+    fn sending(self, sending: Sending) -> Result<Sending, Error> {
+        if (1..=MAX_CONNECTIONS).contains(&sending.connections) {
+            return Ok(sending);
+        }
+        let wrong = format!("{} is out of range", sending.connections);
+        Err(self.wrong("clone.connections", wrong, format!("from 1 to {MAX_CONNECTIONS}")))
     }
 
     fn max_vms(self, max_vms: usize) -> Result<usize, Error> {

@@ -14,6 +14,7 @@
 //! What platforms tell is believed as far as it is possible: numbers out of range give a bad place at worst. Each platform decides by itself
 //! whether it takes what is sent to it, since by then it may be fuller than it was.
 
+use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -36,7 +37,7 @@ use super::member::Member;
 use crate::machine::Config;
 
 /// Where a guest wants copies of itself.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Where {
     /// Wherever the operator's rules say.

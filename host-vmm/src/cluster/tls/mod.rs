@@ -129,6 +129,17 @@ pub enum Error {
     Setup(#[source] Tls),
 }
 
+impl Error {
+    /// Whether it may be different the next time: nobody has said no.
+    pub fn may_pass(&self) -> bool {
+        match self {
+            Self::Unreachable { .. } => true,
+            Self::Connection { source, .. } => matches!(source, Fault::Slow(_) | Fault::Closed | Fault::Io(_)),
+            _ => false,
+        }
+    }
+}
+
 /// What is wrong with the other side of a connection.
 #[derive(Debug, thiserror::Error)]
 pub enum Fault {

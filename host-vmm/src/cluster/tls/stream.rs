@@ -33,6 +33,15 @@ pub enum Endpoint {
     Plain(SocketAddr),
 }
 
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tls { address, platform, .. } => write!(f, "{address} ({platform})"),
+            Self::Plain(address) => address.fmt(f),
+        }
+    }
+}
+
 /// Connects to a platform.
 ///
 /// # Errors

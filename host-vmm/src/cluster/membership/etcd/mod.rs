@@ -12,7 +12,7 @@ use std::{
     io,
     net::SocketAddr,
     path::PathBuf,
-    sync::{Arc, mpsc},
+    sync::{Arc, Mutex, mpsc},
     thread,
     time::Duration,
 };
@@ -26,6 +26,7 @@ use super::{Own, Shared, check};
 use crate::{
     cluster::{config, member::Member},
     machine::new_id,
+    sync::lock,
 };
 
 mod client;
@@ -145,7 +146,7 @@ pub(super) struct Handle {
     /// Dropped to make an end.
     stop: Option<oneshot::Sender<()>>,
     /// Disconnected when there is an end.
-    ended: mpsc::Receiver<()>,
+    ended: Mutex<mpsc::Receiver<()>>,
 }
 
 /// Joins the cluster of `member`, on a thread of its own, and waits until that is done, or no server can be reached, or there is an error
@@ -175,7 +176,7 @@ pub(super) fn start(
         runtime.block_on(registrar.run(stopped));
     };
     thread::Builder::new().name("membership".into()).spawn(work).map_err(Error::Thread)?;
-    let handle = Handle { stop: Some(stop), ended };
+    let handle = Handle { stop: Some(stop), ended: Mutex::new(ended) };
     let died = |_| Err(Error::Thread(io::Error::other("it has died")));
     answered.recv().unwrap_or_else(died)?;
     Ok(handle)
@@ -184,7 +185,7 @@ pub(super) fn start(
 impl Drop for Handle {
     fn drop(&mut self) {
         drop(self.stop.take());
-        if self.ended.recv_timeout(2 * LAST_CALLS) == Err(mpsc::RecvTimeoutError::Timeout) {
+        if lock(&self.ended).recv_timeout(2 * LAST_CALLS) == Err(mpsc::RecvTimeoutError::Timeout) {
             tracing::warn!("the membership of the cluster does not come to its end");
         }
     }

@@ -1,0 +1,276 @@
+//! A connection to a platform.
+
+use std::{
+    fmt, io,
+    path::PathBuf,
+    pin::Pin,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use http_body_util::{BodyExt, Limited};
+use hyper::{
+    Method, Request, StatusCode,
+    body::{Body, Bytes, Frame, Incoming},
+    client::conn::http1::{self, SendRequest},
+    header,
+};
+use hyper_util::rt::TokioIo;
+use serde::{Serialize, de::DeserializeOwned};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    runtime::{self, Runtime},
+};
+
+use super::super::Failure;
+use crate::cluster::tls;
+
+/// Longest answer in bytes.
+const MAX_ANSWER_BYTES: usize = 64 << 20;
+
+/// Longest time in which a platform has to answer, or to take something more.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Why a platform was not asked, or does not do what it was asked for.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// There is no runtime for it.
+    #[error("can't get ready to ask a platform")]
+    Runtime(#[source] io::Error),
+    /// Nobody is there.
+    #[error("the platform at {platform} can't be reached")]
+    Connect {
+        /// Where.
+        platform: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// It is not who it should be.
+    #[error("the platform at {platform} can't be trusted")]
+    Tls {
+        /// Where.
+        platform: String,
+        /// Why.
+        source: Box<tls::Error>,
+    },
+    /// The connection broke.
+    #[error("the platform at {platform} does not answer")]
+    Exchange {
+        /// Where.
+        platform: String,
+        /// Why.
+        source: hyper::Error,
+    },
+    /// It took too long.
+    #[error("the platform at {platform} has not answered for {} s", PATIENCE.as_secs())]
+    Silent {
+        /// Where.
+        platform: String,
+    },
+    /// It says no.
+    #[error("{why}")]
+    Refused {
+        /// HTTP's status.
+        status: StatusCode,
+        /// Its reason.
+        why: String,
+    },
+    /// It says something else than it should.
+    #[error("can't understand what the platform at {platform} says")]
+    Answer {
+        /// Where.
+        platform: String,
+        /// Why.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The question can't be put into JSON.
+    #[error("can't ask that")]
+    Question(#[source] serde_json::Error),
+}
+
+impl Error {
+    fn of_connection(platform: &str, error: tls::Error) -> Self {
+        let platform = platform.to_owned();
+        match error {
+            tls::Error::Unreachable { source, .. } => Self::Connect { platform, source },
+            error => Self::Tls { platform, source: Box::new(error) },
+        }
+    }
+
+    /// Whether it may be different the next time: the platform has not said no.
+    pub fn may_pass(&self) -> bool {
+        match self {
+            Self::Connect { .. } | Self::Exchange { .. } | Self::Silent { .. } => true,
+            Self::Tls { source, .. } => source.may_pass(),
+            _ => false,
+        }
+    }
+}
+
+/// Where a platform is asked.
+#[derive(Debug, Clone)]
+pub enum Endpoint {
+    /// At its socket on this host.
+    Socket(PathBuf),
+    /// Over a network.
+    Network(tls::Endpoint),
+}
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Socket(path) => path.display().fmt(f),
+            Self::Network(endpoint) => endpoint.fmt(f),
+        }
+    }
+}
+
+/// What is sent with a question.
+pub enum Content {
+    /// Something short.
+    Whole(Option<Bytes>),
+    /// Something long, made piece by piece while it is sent.
+    Pieces(Box<dyn Iterator<Item = io::Result<Bytes>> + Send>),
+}
+
+impl fmt::Debug for Content {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Whole(_) => "something short",
+            Self::Pieces(_) => "something long",
+        })
+    }
+}
+
+impl Content {
+    /// Nothing.
+    pub fn none() -> Self {
+        Self::Whole(None)
+    }
+
+    /// A value as JSON.
+    ///
+    /// # Errors
+    /// [`Error::Question`].
+    pub fn json(value: &impl Serialize) -> Result<Self, Error> {
+        Ok(Self::Whole(Some(serde_json::to_vec(value).map_err(Error::Question)?.into())))
+    }
+
+    fn media_type(&self) -> &'static str {
+        match self {
+            Self::Whole(_) => "application/json",
+            Self::Pieces(_) => "application/octet-stream",
+        }
+    }
+}
+
+impl Body for Content {
+    type Data = Bytes;
+    type Error = io::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
+        Poll::Ready(match &mut *self {
+            Self::Whole(bytes) => bytes.take().map(|bytes| Ok(Frame::data(bytes))),
+            Self::Pieces(pieces) => pieces.next().map(|piece| piece.map(Frame::data)),
+        })
+    }
+}
+
+/// A connection by which a platform is asked, one question after another.
+pub struct Connection {
+    platform: String,
+    sender: SendRequest<Content>,
+    runtime: Runtime,
+}
+
+impl fmt::Debug for Connection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Connection").field("platform", &self.platform).finish_non_exhaustive()
+    }
+}
+
+impl Connection {
+    /// Connects to a platform.
+    ///
+    /// # Errors
+    /// [`Error::Runtime`], [`Error::Connect`], [`Error::Tls`] or [`Error::Exchange`].
+    pub fn open(endpoint: &Endpoint) -> Result<Self, Error> {
+        let runtime = runtime::Builder::new_current_thread().enable_all().build().map_err(Error::Runtime)?;
+        let platform = endpoint.to_string();
+        let sender = runtime.block_on(async {
+            match endpoint {
+                Endpoint::Socket(path) => {
+                    let stream = tokio::net::UnixStream::connect(path).await;
+                    let refused = |source| Error::Connect { platform: platform.clone(), source };
+                    begin(stream.map_err(refused)?, &platform).await
+                }
+                Endpoint::Network(endpoint) => {
+                    let failed = |error| Error::of_connection(&platform, error);
+                    begin(tls::connect(endpoint).await.map_err(failed)?, &platform).await
+                }
+            }
+        })?;
+        Ok(Self { platform, sender, runtime })
+    }
+
+    /// Asks, and gives what is answered.
+    ///
+    /// # Errors
+    /// [`Error`], but for those of [`Connection::open`].
+    pub fn ask(&mut self, method: Method, path: &str, content: Content) -> Result<Bytes, Error> {
+        let broken = |source| Error::Exchange { platform: self.platform.clone(), source };
+        let request = Request::builder().method(method).uri(path).header(header::HOST, "platform");
+        let request = request.header(header::CONTENT_TYPE, content.media_type()).body(content);
+        let request = request.map_err(|source| self.answer_error(source))?;
+        let sender = &mut self.sender;
+        let (status, answer) = self.runtime.block_on(async {
+            sender.ready().await.map_err(broken)?;
+            let response = sender.send_request(request).await.map_err(broken)?;
+            let status = response.status();
+            let silent = || Error::Silent { platform: self.platform.clone() };
+            let answer = tokio::time::timeout(PATIENCE, read(response.into_body())).await.map_err(|_| silent())?;
+            Ok((status, answer.map_err(|source| Error::Answer { platform: self.platform.clone(), source })?))
+        })?;
+        if status.is_success() {
+            return Ok(answer);
+        }
+        let failure = serde_json::from_slice(&answer);
+        let why = failure.map_or_else(|_| format!("the platform refuses: {status}"), |Failure { error }| error);
+        Err(Error::Refused { status, why })
+    }
+
+    /// Asks, and gives what is answered as the value that it is.
+    ///
+    /// # Errors
+    /// As [`Connection::ask`].
+    pub fn ask_for<T: DeserializeOwned>(&mut self, method: Method, path: &str, content: Content) -> Result<T, Error> {
+        let answer = self.ask(method, path, content)?;
+        serde_json::from_slice(&answer).map_err(|source| self.answer_error(source))
+    }
+
+    fn answer_error(&self, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
+        Error::Answer { platform: self.platform.clone(), source: source.into() }
+    }
+}
+
+async fn begin<S>(stream: S, platform: &str) -> Result<SendRequest<Content>, Error>
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    let begun = http1::handshake(TokioIo::new(stream)).await;
+    let (sender, connection) = begun.map_err(|source| Error::Exchange { platform: platform.to_owned(), source })?;
+    // Its own end is told by the answer that does not come.
+    tokio::spawn(async move {
+        if let Err(error) = connection.await {
+            tracing::debug!(%error, "a connection to a platform broke");
+        }
+    });
+    Ok(sender)
+}
+
+async fn read(body: Incoming) -> Result<Bytes, Box<dyn std::error::Error + Send + Sync>> {
+    Ok(Limited::new(body, MAX_ANSWER_BYTES).collect().await?.to_bytes())
+}

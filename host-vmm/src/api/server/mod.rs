@@ -1,0 +1,210 @@
+//! The platform's side.
+
+use std::{
+    fs, io,
+    net::SocketAddr,
+    os::unix::net::UnixListener,
+    path::{Path, PathBuf},
+    sync::{Arc, mpsc},
+    thread,
+    time::Duration,
+};
+
+use axum::{
+    Json, Router,
+    extract::State,
+    http::StatusCode,
+    response::{IntoResponse, Response},
+    routing::get,
+};
+use tokio::{
+    runtime::{self, Runtime},
+    sync::watch,
+    task::JoinSet,
+};
+
+mod clones;
+mod images;
+mod platforms;
+mod supplies;
+
+use super::{Failure, Vms};
+use crate::{
+    cluster::{
+        peer::Peer,
+        tls::{self, Credentials},
+    },
+    error::chain,
+    platform::{Error, Platform},
+    threads,
+};
+
+/// How long those who are being answered may take when the platform comes to its end.
+const LAST_ANSWERS: Duration = Duration::from_secs(1);
+
+/// Most threads that answer: what comes with clones is looked at by them.
+const MAX_THREADS: usize = 4;
+
+/// Where other platforms, and operators elsewhere, reach a platform.
+#[derive(Debug, Clone)]
+pub enum Network {
+    /// Over TLS.
+    Tls(SocketAddr, Credentials),
+    /// On this host alone, without.
+    Plain(SocketAddr),
+}
+
+/// Why the API can't be served.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The socket can't be there, or there is no thread.
+    #[error("can't serve the API on {path}")]
+    Local {
+        /// The socket.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// The address can't be listened on.
+    #[error("can't serve the API for others")]
+    Network(#[from] tls::Error),
+}
+
+/// Where the API is served. Dropping it takes the socket away, once those are answered who have asked.
+#[derive(Debug)]
+#[must_use]
+pub struct Server {
+    path: PathBuf,
+    /// Where it is served for others.
+    address: Option<SocketAddr>,
+    /// Dropped to make an end.
+    stop: Option<watch::Sender<()>>,
+    /// Disconnected when there is an end.
+    ended: mpsc::Receiver<()>,
+}
+
+/// Serves the API of a platform on a socket of this name, and for others where that is wanted, on threads of its own.
+///
+/// # Errors
+/// [`ServeError`].
+pub fn serve(platform: &Arc<Platform>, path: &Path, network: Option<&Network>) -> Result<Server, ServeError> {
+    let failed = |source| ServeError::Local { path: path.to_owned(), source };
+    let workers = threads::processors().min(MAX_THREADS);
+    let runtime = runtime::Builder::new_multi_thread().worker_threads(workers).thread_name("api").enable_all().build();
+    let runtime = runtime.map_err(failed)?;
+    let ((stop, stopped), (end, ended)) = (watch::channel(()), mpsc::channel());
+    let mut tasks = JoinSet::new();
+    let mut address = None;
+    if let Some(network) = network {
+        let listener = runtime.block_on(async {
+            match network {
+                Network::Tls(address, credentials) => tls::Listener::bind(*address, credentials).await,
+                Network::Plain(address) => tls::Listener::bind_plain(*address).await,
+            }
+        })?;
+        address = listener.address().ok();
+        let routes = shared_routes().with_state(Arc::clone(platform));
+        let service = routes.into_make_service_with_connect_info::<Peer>();
+        let stop = wait(stopped.clone());
+        tasks.spawn_on(async { axum::serve(listener, service).with_graceful_shutdown(stop).await }, runtime.handle());
+    }
+    let listener = UnixListener::bind(path).map_err(failed)?;
+    let server = Server { path: path.to_owned(), address, stop: Some(stop), ended };
+    listener.set_nonblocking(true).map_err(failed)?;
+    let routes = shared_routes().merge(images::local_routes()).with_state(Arc::clone(platform));
+    let service = routes.into_make_service_with_connect_info::<Peer>();
+    let local = async {
+        let listener = tokio::net::UnixListener::from_std(listener)?;
+        axum::serve(listener, service).with_graceful_shutdown(wait(stopped)).await
+    };
+    tasks.spawn_on(local, runtime.handle());
+    let run = move || {
+        let _end: mpsc::Sender<()> = end;
+        run(&runtime, tasks);
+    };
+    thread::Builder::new().name("api".into()).spawn(run).map_err(failed)?;
+    Ok(server)
+}
+
+fn run(runtime: &Runtime, mut tasks: JoinSet<io::Result<()>>) {
+    while let Some(served) = runtime.block_on(tasks.join_next()) {
+        match served {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::error!(%error, "the API is not served any more"),
+            Err(error) => tracing::error!(%error, "the API is not served any more"),
+        }
+    }
+}
+
+async fn wait(mut stopped: watch::Receiver<()>) {
+    // It never changes, and is gone when there is to be an end.
+    while stopped.changed().await.is_ok() {}
+}
+
+/// What anybody may ask who reaches the API.
+fn shared_routes() -> Router<Arc<Platform>> {
+    Router::new()
+        .route("/v1/vms", get(vms))
+        .merge(images::routes())
+        .merge(clones::routes())
+        .merge(platforms::routes())
+        .merge(supplies::routes())
+}
+
+impl Server {
+    /// Where others reach it.
+    pub fn address(&self) -> Option<SocketAddr> {
+        self.address
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if self.ended.recv_timeout(LAST_ANSWERS) == Err(mpsc::RecvTimeoutError::Timeout) {
+            tracing::warn!("somebody asks without listening to the answer");
+        }
+        if let Err(error) = fs::remove_file(&self.path) {
+            tracing::warn!(%error, socket = %self.path.display(), "the API's socket can't be removed");
+        }
+    }
+}
+
+async fn vms(State(platform): State<Arc<Platform>>) -> Json<Vms> {
+    // It reads from /proc for each VM: this thread has nothing else to do.
+    Json(platform.vms())
+}
+
+/// Does what takes a while: not on the thread that answers others.
+async fn work<T, E>(work: impl FnOnce() -> Result<T, E> + Send + 'static) -> Result<T, Refusal>
+where
+    T: Send + 'static,
+    E: Into<Refusal> + Send + 'static,
+{
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|error| Refusal(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))?.map_err(Into::into)
+}
+
+/// Why a request is not served.
+#[derive(Debug)]
+struct Refusal(StatusCode, String);
+
+impl From<Error> for Refusal {
+    fn from(error: Error) -> Self {
+        let status = match error {
+            Error::NoImage(_) => StatusCode::NOT_FOUND,
+            Error::Ambiguous(_) | Error::Full { .. } | Error::Stopping | Error::Kept(_) => StatusCode::CONFLICT,
+            Error::ImageFile { .. } => StatusCode::UNPROCESSABLE_ENTITY,
+            Error::Alone | Error::Cluster(_) => StatusCode::NOT_FOUND,
+            Error::Send { .. } => StatusCode::BAD_GATEWAY,
+            _ => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        Self(status, chain(&error))
+    }
+}
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        (self.0, Json(Failure { error: self.1 })).into_response()
+    }
+}

@@ -1,0 +1,153 @@
+//! A capsule's memory that comes in chunk by chunk, in any order, from a file or from another platform.
+
+use std::{
+    fs::File,
+    ops::Range,
+    os::unix::fs::FileExt,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use super::{Capsule, Chunk, Description, Error, LayerManifest, manifest};
+use crate::{arch::layout::PAGE_BYTES, memory};
+
+/// Name of a layer's memory file, as `/proc` shows it.
+const LAYER_NAME: &str = "vm-loaded";
+
+/// A layer's file.
+#[derive(Debug)]
+enum LayerFile {
+    /// It is being filled.
+    New(Arc<File>),
+    /// Another image has it: nothing of it is missing.
+    Shared(Arc<File>),
+}
+
+impl LayerFile {
+    fn file(&self) -> &Arc<File> {
+        match self {
+            Self::New(file) | Self::Shared(file) => file,
+        }
+    }
+}
+
+/// A memory that is being put together. Chunks have numbers here, in the order of [`Manifest::chunks`](super::Manifest::chunks).
+#[derive(Debug)]
+pub struct Assembly {
+    description: Description,
+    files: Vec<LayerFile>,
+    /// Each chunk, and the number of its layer.
+    chunks: Vec<(usize, Chunk)>,
+    is_there: Vec<AtomicBool>,
+}
+
+impl Assembly {
+    /// An empty memory. Layers for which `shared` has a file are there already.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] where there can be no file for a layer.
+    pub fn new(description: Description, shared: impl Fn(&LayerManifest) -> Option<Arc<File>>) -> Result<Self, Error> {
+        let files = description.memory.layers.iter().map(|layer| match shared(layer) {
+            Some(file) => Ok(LayerFile::Shared(file)),
+            None => Ok(LayerFile::New(Arc::new(memory::unsealed(LAYER_NAME, layer.file_pages * PAGE_BYTES)?))),
+        });
+        let files: Vec<LayerFile> = files.collect::<Result<_, Error>>()?;
+        let chunks: Vec<_> = description.memory.chunks().map(|(layer, chunk)| (layer, *chunk)).collect();
+        let is_shared = |layer: usize| matches!(files[layer], LayerFile::Shared(_));
+        let is_there = chunks.iter().map(|(layer, _)| AtomicBool::new(is_shared(*layer))).collect();
+        Ok(Self { description, files, chunks, is_there })
+    }
+
+    /// What is being put together.
+    pub fn description(&self) -> &Description {
+        &self.description
+    }
+
+    /// The chunks, each with the number of its layer.
+    pub fn chunks(&self) -> &[(usize, Chunk)] {
+        &self.chunks
+    }
+
+    /// Checks a chunk's pages that are not zero, one behind another, and gives the chunk.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] or [`Error::Digest`] where they are not those of this chunk.
+    pub fn check(&self, number: usize, data: &[u8]) -> Result<Vec<u8>, Error> {
+        let (layer, chunk) = self.chunk(number)?;
+        let bytes = self.description.memory.layers[layer].chunk_bytes(&chunk);
+        let content = manifest::expand(chunk.pages, data, bytes)?;
+        if *blake3::hash(&content).as_bytes() != chunk.digest {
+            return Err(Error::Digest("the memory"));
+        }
+        Ok(content)
+    }
+
+    /// Takes a chunk's pages in that are not zero, one behind another.
+    ///
+    /// # Errors
+    /// As [`Assembly::check`], or [`Error::Io`] where there is no memory for them.
+    pub fn put(&self, number: usize, data: &[u8]) -> Result<(), Error> {
+        let content = self.check(number, data)?;
+        let (layer, chunk) = self.chunk(number)?;
+        if let LayerFile::New(file) = &self.files[layer] {
+            write_pages(file, &chunk, &content)?;
+        }
+        self.is_there[number].store(true, Ordering::Release);
+        Ok(())
+    }
+
+    fn chunk(&self, number: usize) -> Result<(usize, Chunk), Error> {
+        self.chunks.get(number).copied().ok_or(Error::Invalid("there is no such chunk"))
+    }
+
+    /// The chunks that are missing, as ranges of their numbers.
+    pub fn missing(&self) -> Vec<Range<u32>> {
+        let mut missing: Vec<Range<u32>> = Vec::new();
+        for (number, _) in (0..).zip(&self.is_there).filter(|(_, is_there)| !is_there.load(Ordering::Acquire)) {
+            match missing.last_mut() {
+                Some(last) if last.end == number => last.end += 1,
+                _ => missing.push(number..number + 1),
+            }
+        }
+        missing
+    }
+
+    /// The capsule, and what it says: nobody can write to its memory from here on.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] where something is missing; as [`Capsule::from_description`].
+    pub fn finish(self) -> Result<(Capsule, Description), Error> {
+        if !self.missing().is_empty() {
+            return Err(Error::Invalid("some of its memory is missing"));
+        }
+        self.close()
+    }
+
+    /// The capsule whatever is missing: to find out whether it can be one.
+    pub(super) fn close(self) -> Result<(Capsule, Description), Error> {
+        for file in &self.files {
+            if let LayerFile::New(file) = file {
+                memory::seal(LAYER_NAME, file)?;
+            }
+        }
+        let files = self.files.iter().map(|file| Arc::clone(file.file())).collect();
+        Ok((Capsule::from_description(&self.description, files)?, self.description))
+    }
+}
+
+/// Writes the pages of a chunk that are not zero to its layer's file.
+pub(super) fn write_pages(file: &File, chunk: &Chunk, content: &[u8]) -> Result<(), Error> {
+    let page_bytes = usize::try_from(PAGE_BYTES).unwrap_or(usize::MAX);
+    let from = |page: u32| chunk.pages.unbounded_shr(page);
+    let mut page = chunk.pages.trailing_zeros();
+    while from(page) != 0 {
+        let end = page + from(page).trailing_ones();
+        let bytes = |page: u32| (page as usize * page_bytes).min(content.len());
+        let written = file.write_all_at(&content[bytes(page)..bytes(end)], chunk.offset() + bytes(page) as u64);
+        written.map_err(|error| Error::Io("write to memory", error))?;
+        page = end.saturating_add(from(end).trailing_zeros());
+    }
+    Ok(())
+}

@@ -1,0 +1,228 @@
+//! What a capsule says beside its memory's content: parts, each with a version of its own.
+//!
+//! A part's version rises with its layout, whatever the others do. A reader knows the version that it writes and the one before. A part that it
+//! does not know at all is an error, unless its kind says that it may be passed over.
+
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use uuid::Uuid;
+
+use super::{Error, codec, compat::Requirements, manifest::Manifest};
+use crate::{
+    devices::DevicesState,
+    kvm::{VcpuState, VmState},
+    machine::{Config, MachineState, VmIdentity},
+};
+
+/// Kinds from here on say something that nobody needs to know.
+const OPTIONAL: u32 = 1 << 31;
+
+/// Most parts of a description.
+const MAX_PARTS: usize = 64;
+
+/// What an image is one of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct About {
+    /// Its ID.
+    pub id: Uuid,
+    /// When it was made: nanoseconds since 1970 (UTC).
+    pub created_ns: u64,
+    /// Type of its copies.
+    pub vm_type: String,
+    /// The VM that it was made of.
+    pub original: VmIdentity,
+    /// Shape of its copies.
+    pub config: Config,
+    /// Number of the guest's request that it was made for.
+    pub seq: u64,
+}
+
+/// All that a capsule says.
+#[derive(Debug, Clone)]
+pub struct Description {
+    /// What it is one of.
+    pub about: About,
+    /// What a platform must have to run its copies.
+    pub requirements: Requirements,
+    /// The machine's state.
+    pub machine: MachineState,
+    /// The memory.
+    pub memory: Manifest,
+    /// Where the memory is compressed: size of each chunk in bytes, as it is stored.
+    pub stored: Option<Vec<u32>>,
+}
+
+/// One part as it is stored.
+#[derive(Debug, Serialize, Deserialize)]
+struct Section {
+    kind: u32,
+    version: u32,
+    body: Vec<u8>,
+}
+
+/// Something that is a part of a description.
+trait Part: Serialize + DeserializeOwned {
+    /// Number by which it is found.
+    const KIND: u32;
+    /// What it is called in errors.
+    const NAME: &'static str;
+    /// Version of its layout. Whoever raises it says in [`Part::from_older`] how to read the one before.
+    const VERSION: u32;
+    /// Oldest version that is read.
+    const OLDEST: u32 = Self::VERSION;
+
+    /// Reads a version before [`Part::VERSION`], from [`Part::OLDEST`] on.
+    fn from_older(_version: u32, body: &[u8]) -> Result<Self, codec::Error> {
+        codec::decode(body)
+    }
+}
+
+macro_rules! parts {
+    ($($part:ty: $kind:literal, $name:literal, $version:literal;)+) => {
+        $(impl Part for $part {
+            const KIND: u32 = $kind;
+            const NAME: &'static str = $name;
+            const VERSION: u32 = $version;
+        })+
+        const KINDS: &[u32] = &[$($kind),+];
+    };
+}
+
+parts! {
+    About: 1, "what the image is of", 1;
+    Requirements: 2, "what a platform must have", 1;
+    Machine: 3, "the machine", 1;
+    VmState: 4, "the interrupt controllers and the clock", 1;
+    Vec<VcpuState>: 5, "the vCPUs", 1;
+    DevicesState: 6, "the devices", 1;
+    Manifest: 7, "the memory", 1;
+    Vec<u32>: 8, "the sizes of compressed chunks", 1;
+}
+
+/// What a machine's state has of no other part.
+#[derive(Debug, Serialize, Deserialize)]
+struct Machine {
+    tsc_khz: Option<u32>,
+    capabilities: Vec<String>,
+}
+
+impl Section {
+    fn of<T: Part>(part: &T) -> Result<Self, Error> {
+        Ok(Self { kind: T::KIND, version: T::VERSION, body: codec::encode(part)? })
+    }
+}
+
+/// The parts of a description that were not taken yet.
+struct Parts(Vec<Section>);
+
+impl Parts {
+    fn take<T: Part>(&mut self) -> Result<Option<T>, Error> {
+        let Some(at) = self.0.iter().position(|section| section.kind == T::KIND) else { return Ok(None) };
+        let Section { version, body, .. } = self.0.swap_remove(at);
+        if version == T::VERSION {
+            Ok(Some(codec::decode(&body)?))
+        } else if (T::OLDEST..T::VERSION).contains(&version) {
+            Ok(Some(T::from_older(version, &body)?))
+        } else {
+            Err(Error::Version { what: T::NAME, found: version, oldest: T::OLDEST, newest: T::VERSION })
+        }
+    }
+
+    fn need<T: Part>(&mut self) -> Result<T, Error> {
+        self.take()?.ok_or(Error::MissingPart(T::NAME))
+    }
+}
+
+impl Description {
+    /// As it is stored.
+    ///
+    /// # Errors
+    /// [`Error::Codec`].
+    pub fn to_bytes(&self) -> Result<Vec<u8>, Error> {
+        let MachineState { vm, vcpus, devices, tsc_khz, capabilities, config: _ } = &self.machine;
+        let mut sections = vec![
+            Section::of(&self.about)?,
+            Section::of(&self.requirements)?,
+            Section::of(&Machine { tsc_khz: *tsc_khz, capabilities: capabilities.clone() })?,
+            Section::of(vm)?,
+            Section::of(vcpus)?,
+            Section::of(devices)?,
+            Section::of(&self.memory)?,
+        ];
+        if let Some(stored) = &self.stored {
+            sections.push(Section::of(stored)?);
+        }
+        Ok(codec::encode(&sections)?)
+    }
+
+    /// What these bytes say. They may come from anybody: all that is bounded is checked here, but for what only a machine can tell.
+    ///
+    /// # Errors
+    /// [`Error`]: what is missing, of another version, or can't be.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, Error> {
+        let sections: Vec<Section> = codec::decode(bytes)?;
+        if sections.len() > MAX_PARTS {
+            return Err(Error::Invalid("it has too many parts"));
+        }
+        if let Some(unknown) = sections.iter().find(|part| part.kind < OPTIONAL && !KINDS.contains(&part.kind)) {
+            return Err(Error::UnknownPart(unknown.kind));
+        }
+        let mut parts = Parts(sections);
+        let (about, requirements): (About, Requirements) = (parts.need()?, parts.need()?);
+        let Machine { tsc_khz, capabilities } = parts.need()?;
+        let (vm, vcpus, devices) = (parts.need()?, parts.need()?, parts.need()?);
+        let machine = MachineState { config: about.config, vm, vcpus, devices, tsc_khz, capabilities };
+        let (memory, stored) = (parts.need::<Manifest>()?, parts.take()?);
+        if !vmfork_abi::is_vm_type(&about.vm_type) {
+            return Err(Error::Invalid("its VM type is none"));
+        }
+        memory.check()?;
+        Ok(Self { about, requirements, machine, memory, stored })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A part that has had another layout.
+    #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+    struct Grown {
+        old: u32,
+        new: u32,
+    }
+
+    impl Part for Grown {
+        const KIND: u32 = 99;
+        const NAME: &'static str = "a test";
+        const VERSION: u32 = 7;
+        const OLDEST: u32 = 6;
+
+        fn from_older(_version: u32, body: &[u8]) -> Result<Self, codec::Error> {
+            Ok(Self { old: codec::decode(body)?, new: 0 })
+        }
+    }
+
+    #[test]
+    fn the_version_before_is_read_and_no_other() {
+        let read = |version, body| Parts(vec![Section { kind: 99, version, body }]).need::<Grown>();
+        let grown = Grown { old: 1, new: 2 };
+        assert_eq!(read(7, codec::encode(&grown).unwrap()).unwrap(), grown);
+        assert_eq!(read(6, codec::encode(&5u32).unwrap()).unwrap(), Grown { old: 5, new: 0 });
+        for version in [0, 5, 8, u32::MAX] {
+            let refused = read(version, codec::encode(&5u32).unwrap());
+            assert!(matches!(refused, Err(Error::Version { what: "a test", oldest: 6, newest: 7, .. })), "{version}");
+        }
+        assert!(matches!(Parts(Vec::new()).need::<Grown>(), Err(Error::MissingPart("a test"))));
+    }
+
+    #[test]
+    fn what_is_not_known_is_an_error_unless_it_says_otherwise() {
+        let unknown = |kind| {
+            let sections = vec![Section { kind, version: 1, body: Vec::new() }];
+            Description::from_bytes(&codec::encode(&sections).unwrap()).unwrap_err()
+        };
+        assert!(matches!(unknown(77), Error::UnknownPart(77)));
+        // It is passed over, and all else is missing.
+        assert!(matches!(unknown(OPTIONAL | 77), Error::MissingPart(_)));
+    }
+}

@@ -1,0 +1,82 @@
+use super::*;
+use crate::capsule::{file::tests::content, unpack};
+
+/// What a program of that version has written.
+pub(crate) fn saved_as_version_1(capsule: &Capsule) -> Vec<u8> {
+    let (machine, image) = unpack(&capsule.state, &capsule.files).unwrap();
+    let MachineState { config, vm, vcpus, devices, .. } = machine;
+    let layers = image.layers().iter().enumerate();
+    let layers = layers.map(|(file, layer)| LayerContents { file, runs: layer.runs.clone() }).collect();
+    let contents = Contents { machine: Machine { config, vm, vcpus, devices }, pages: image.pages(), layers };
+    let (mut data, mut described) = (Vec::new(), Vec::new());
+    for layer in image.layers() {
+        let content = content(&layer.file);
+        let mut runs = Vec::new();
+        for (page, bytes) in (0..).zip(content.chunks(4096)).filter(|(_, page)| page.iter().any(|&byte| byte != 0)) {
+            data.extend_from_slice(bytes);
+            runs.push((page, 1));
+        }
+        described.push(LayerDescription { pages: content.len() as u64 / PAGE_BYTES, runs });
+    }
+    let About { id, created_ns, vm_type, original, config, seq } = capsule.about.clone();
+    let state = codec::encode(&contents).unwrap();
+    let data_digest = blake3::hash(&data).into();
+    file(&Description { id, created_ns, vm_type, original, config, seq, state, layers: described, data_digest }, &data)
+}
+
+fn file(description: &Description, data: &[u8]) -> Vec<u8> {
+    let description = codec::encode(description).unwrap();
+    let header = Header { version: 1, ..Header::new(false, data.len() as u64, &description) };
+    let mut bytes = header.to_bytes().to_vec();
+    bytes.resize(4096, 0);
+    [&bytes, data, &description].concat()
+}
+
+fn loaded(bytes: &[u8]) -> Result<Capsule, Error> {
+    use std::io::Write;
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(bytes).unwrap();
+    crate::capsule::file::load(&file)
+}
+
+#[test]
+fn forged_descriptions_are_refused() {
+    // Somebody who knows how digests are made.
+    let forge = |pages: u64, runs: Vec<(u64, u64)>, data: &[u8]| {
+        let About { original, config, .. } = crate::capsule::file::tests::capsule(&[]).about;
+        let description = Description {
+            id: Uuid::nil(),
+            created_ns: 0,
+            vm_type: "web".into(),
+            original,
+            config,
+            seq: 0,
+            state: Vec::new(),
+            layers: vec![LayerDescription { pages, runs }],
+            data_digest: blake3::hash(data).into(),
+        };
+        loaded(&file(&description, data)).unwrap_err()
+    };
+    let page = [1; 4096];
+    // Layers that can be, and no state.
+    assert!(matches!(forge(2, vec![(0, 1)], &page), Error::Codec(_)));
+    for (pages, runs, data, why) in [
+        (2, vec![(2, 1)], &page[..], "a run behind the end"),
+        (2, vec![(u64::MAX, 1)], &page, "an overflow"),
+        (2, vec![(0, 0), (0, 1)], &page, "an empty run"),
+        (2, vec![(1, 1), (0, 1)], &[page, page].concat(), "unsorted"),
+        (2, vec![(0, 2)], &page, "too few pages"),
+        (2, vec![], &page, "too many pages"),
+        (u64::MAX, vec![(0, 1)], &page, "too large"),
+    ] {
+        assert!(matches!(forge(pages, runs, data), Error::Invalid(_)), "{why}");
+    }
+}
+
+#[test]
+fn changed_pages_are_found() {
+    let capsule = crate::capsule::file::tests::capsule(&[vec![1]]);
+    let mut bytes = saved_as_version_1(&capsule);
+    bytes[5000] ^= 1;
+    assert!(matches!(loaded(&bytes), Err(Error::Digest("the memory"))));
+}

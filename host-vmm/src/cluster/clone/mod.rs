@@ -1,0 +1,96 @@
+//! Clones: copies of a VM on another platform.
+//!
+//! ```text
+//!  source                                                    target
+//!  PUT    /v1/clones/ID             [`Order`]           ──►  keeps room for the copies
+//!  PUT    /v1/clones/ID/capsule     header, description ──►  checks whether it can run them
+//!                                              [`Missing`] ◄──  says which chunks of memory it lacks
+//!  POST   /v1/clones/ID/chunks      those, on several   ──►  checks each against its digest
+//!                                   connections
+//!  POST   /v1/clones/ID/prepare                         ──►  launches the copies; they wait
+//!  POST   /v1/clones/ID/commit                          ──►  they run
+//!  DELETE /v1/clones/ID                                 ──►  nothing is left of it
+//! ```
+//!
+//! A lazy clone is described without what is in its memory. Of that, only the chunks go first that are needed at once; the copies are launched
+//! and committed as others are, and the [rest](filling) is had from the source while they run:
+//!
+//! ```text
+//!  target                                                    source
+//!  POST   /v1/supplies/ID/chunks    numbers of chunks   ──►  these, as records
+//!  GET    /v1/supplies/ID/manifest                      ──►  what all of it should be
+//!  DELETE /v1/supplies/ID                               ──►  all is there
+//! ```
+//!
+//! Two phases: until it has committed, a target undoes everything when it is told to, or when it hears nothing of its source for the time of a
+//! lease. What was decided is remembered under the clone's ID: who asks again, since an answer was lost, gets the same one. So no VM runs
+//! twice. Where the source can't reach its target any more to commit, it asks until the lease is over by the target's clock as well.
+
+use std::{ops::Range, time::Duration};
+
+use serde::{Deserialize, Serialize};
+
+pub mod filling;
+mod parcel;
+mod record;
+pub mod source;
+pub mod supply;
+pub mod target;
+
+pub use parcel::{Parcel, Stock};
+pub use record::{Record, Records};
+pub use target::{Clones, Error};
+
+use crate::{api::Copied, platform::Slot};
+
+/// How long a target waits for its source, once it has begun.
+pub const LEASE: Duration = Duration::from_secs(20);
+
+/// Most ranges of chunks that a target names as missing: where there are more, it asks for what lies between them too.
+pub const MAX_RANGES: usize = 4096;
+
+/// What a source asks a target for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Order {
+    /// Name of the source's platform.
+    pub source: String,
+    /// The copies.
+    pub slots: Vec<Slot>,
+    /// How many copies their fork makes, here and elsewhere.
+    pub total: u32,
+    /// Whether they are to run before all of their memory has come.
+    #[serde(default)]
+    pub lazy: bool,
+}
+
+/// What a target lacks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Missing {
+    /// Numbers of chunks, in the order in which the description has them.
+    pub chunks: Vec<Range<u32>>,
+}
+
+/// How far a clone is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "stage", rename_all = "kebab-case")]
+pub enum Stage {
+    /// There is room for it.
+    Reserved,
+    /// Its memory is on its way.
+    Receiving,
+    /// Its copies are being launched.
+    Preparing,
+    /// They wait until they may run.
+    Prepared,
+    /// They run, or have run.
+    Committed {
+        /// Who they are.
+        vms: Vec<Copied>,
+    },
+    /// Nothing is left of it.
+    Aborted {
+        /// Why.
+        why: String,
+    },
+}

@@ -1,0 +1,391 @@
+//! The side that sends clones out.
+
+use std::{
+    fmt, io,
+    ops::Range,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use hyper::{Method, StatusCode, body::Bytes};
+use uuid::Uuid;
+
+use super::{LEASE, Missing, Order, Parcel, Stage, supply::Supply};
+use crate::{
+    api::{
+        Copied,
+        client::{self, Connection, Content, Endpoint},
+    },
+    capsule,
+    memory::WorkingSet,
+    sync::lock,
+};
+
+/// How long the source waits before it tries again to reach its target, at first and at most.
+const FIRST_DELAY: Duration = Duration::from_millis(20);
+const MOST_DELAY: Duration = Duration::from_secs(1);
+
+/// How often it asks whether a target is ready that is being prepared.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+
+/// How long it tries to commit: the lease, and time for a target that notices its end late.
+const COMMIT_LIMIT: Duration = LEASE.saturating_mul(2);
+
+/// For how long a bandwidth may be made up for that was not used.
+const MAX_BURST: Duration = Duration::from_millis(50);
+
+/// Why a clone is not made.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The target can't be asked, or says no.
+    #[error(transparent)]
+    Target(#[from] client::Error),
+    /// The image can't be described.
+    #[error("can't make a capsule of the image")]
+    Capsule(#[from] capsule::Error),
+    /// The target is elsewhere than it should be.
+    #[error("the target says that the clone is {0}")]
+    Stage(String),
+    /// It was undone there.
+    #[error("the target has undone the clone: {0}")]
+    Aborted(String),
+    /// The image can't be read.
+    #[error("can't read the image")]
+    Read(#[source] io::Error),
+    /// A thread could not be started, or failed.
+    #[error("can't send on several connections")]
+    Thread(#[source] io::Error),
+    /// The fork was called off meanwhile.
+    #[error("the fork was called off")]
+    CalledOff,
+    /// Nobody knows whether the copies run.
+    #[error("the target could not be reached any more to let the copies run: whether they do is for it to say")]
+    Unknown(#[source] client::Error),
+}
+
+/// How a clone is sent.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Connections for its memory.
+    pub connections: usize,
+    /// Most bytes of memory that are sent within a second, on all of them together.
+    pub bandwidth: Option<u64>,
+    /// Whether the copies of guests' forks run before all of their memory has come.
+    pub lazy: bool,
+}
+
+/// What is told of a clone while it is sent.
+#[derive(Debug, Default)]
+pub struct Progress {
+    /// Bytes of memory that are to be sent.
+    wanted_bytes: AtomicU64,
+    /// Bytes of memory that were sent.
+    sent_bytes: AtomicU64,
+    /// Bytes of memory that need not be sent, since the target has them.
+    spared_bytes: AtomicU64,
+}
+
+impl Progress {
+    /// Bytes that are to be sent, that were, and that need not be.
+    pub fn bytes(&self) -> [u64; 3] {
+        [&self.wanted_bytes, &self.sent_bytes, &self.spared_bytes].map(|bytes| bytes.load(Ordering::Relaxed))
+    }
+}
+
+/// Keeps what is sent below a bandwidth.
+#[derive(Debug)]
+struct Pace {
+    bytes_per_second: Option<u64>,
+    free_at: Mutex<Instant>,
+}
+
+impl Pace {
+    /// Waits until so many bytes may be sent.
+    fn wait(&self, bytes: u64) {
+        let Some(rate) = self.bytes_per_second.filter(|rate| *rate > 0) else { return };
+        let wait = {
+            let mut free_at = lock(&self.free_at);
+            let now = Instant::now();
+            let start = (*free_at).max(now.checked_sub(MAX_BURST).unwrap_or(now));
+            *free_at = start + Duration::from_nanos(bytes.saturating_mul(1_000_000_000) / rate);
+            start.saturating_duration_since(now)
+        };
+        thread::sleep(wait);
+    }
+}
+
+/// Says whether a clone is still wanted.
+pub type IsWanted = Arc<dyn Fn() -> bool + Send + Sync>;
+
+/// A target, which is asked again where it can't be reached.
+pub(super) struct Target {
+    endpoint: Endpoint,
+    path: String,
+    is_wanted: IsWanted,
+    connection: Option<Connection>,
+}
+
+impl fmt::Debug for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Target").field("endpoint", &self.endpoint).field("path", &self.path).finish_non_exhaustive()
+    }
+}
+
+impl Target {
+    /// The one at this endpoint, which is asked for what is below `path`.
+    pub(super) fn at(endpoint: Endpoint, path: String, is_wanted: IsWanted) -> Self {
+        Self { endpoint, path, is_wanted, connection: None }
+    }
+
+    /// Another connection to the same one.
+    fn again(&self) -> Self {
+        let (endpoint, path, is_wanted) = (self.endpoint.clone(), self.path.clone(), Arc::clone(&self.is_wanted));
+        Self { endpoint, path, is_wanted, connection: None }
+    }
+
+    /// Does something that does no harm when it is done twice, again and again until the target says yes or no, `limit` is over, or the clone
+    /// is not wanted any more.
+    pub(super) fn insist<T>(
+        &mut self,
+        limit: Duration,
+        mut ask: impl FnMut(&mut Connection, &str) -> Result<T, client::Error>,
+    ) -> Result<T, client::Error> {
+        let (began, mut delay) = (Instant::now(), FIRST_DELAY);
+        loop {
+            let connected = self.connection.take().map_or_else(|| Connection::open(&self.endpoint), Ok);
+            let error = match connected {
+                Ok(mut connection) => match ask(&mut connection, &self.path) {
+                    Err(error) if error.may_pass() => error,
+                    answer => {
+                        self.connection = Some(connection);
+                        return answer;
+                    }
+                },
+                Err(error) if error.may_pass() => error,
+                Err(error) => return Err(error),
+            };
+            if began.elapsed() + delay >= limit || !(self.is_wanted)() {
+                return Err(error);
+            }
+            thread::sleep(delay);
+            delay = (delay * 2).min(MOST_DELAY);
+        }
+    }
+
+    /// Tells it what the capsule says of itself, and has it say what it lacks.
+    fn describe(&mut self, head: &Bytes) -> Result<Missing, client::Error> {
+        self.insist(LEASE, |connection, path| {
+            let head = Content::Pieces(Box::new(std::iter::once(Ok(head.clone()))));
+            connection.ask_for(Method::PUT, &format!("{path}/capsule"), head)
+        })
+    }
+
+    fn stage(&mut self, limit: Duration) -> Result<Stage, client::Error> {
+        self.insist(limit, |connection, path| connection.ask_for(Method::GET, path, Content::none()))
+    }
+
+    /// Has it launch the copies, and waits until they are ready.
+    fn prepare(&mut self) -> Result<(), Error> {
+        let mut stage = Stage::Receiving;
+        loop {
+            stage = match stage {
+                Stage::Prepared | Stage::Committed { .. } => return Ok(()),
+                Stage::Aborted { why } => return Err(Error::Aborted(why)),
+                Stage::Preparing => {
+                    thread::sleep(LOOK_AGAIN);
+                    self.stage(LEASE)?
+                }
+                Stage::Receiving | Stage::Reserved => {
+                    let asked = self.connection.take().map_or_else(|| Connection::open(&self.endpoint), Ok);
+                    let path = format!("{}/prepare", self.path);
+                    let asked = asked.and_then(|mut connection| {
+                        let stage = connection.ask_for(Method::POST, &path, Content::none())?;
+                        Ok((stage, connection))
+                    });
+                    match asked {
+                        Ok((stage, connection)) => {
+                            self.connection = Some(connection);
+                            stage
+                        }
+                        // It may have been heard all the same.
+                        Err(error) if error.may_pass() => self.stage(LEASE)?,
+                        Err(error) => return Err(error.into()),
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A clone whose copies wait at their target until they may run. Dropping it ends them.
+#[derive(Debug)]
+#[must_use]
+pub struct Prepared {
+    target: Target,
+    is_decided: bool,
+}
+
+/// Sends an image to a target, and has copies of it launched there, which wait.
+///
+/// # Errors
+/// [`Error`]: nothing is left of it at the target, or will be once that has not heard of it for the time of a lease.
+pub fn send(
+    endpoint: Endpoint,
+    id: Uuid,
+    order: &Order,
+    parcel: &Arc<Parcel>,
+    settings: &Settings,
+    progress: &Arc<Progress>,
+    is_wanted: IsWanted,
+) -> Result<Prepared, Error> {
+    let mut prepared = Prepared::order(endpoint, id, order, is_wanted)?;
+    let target = &mut prepared.target;
+    let Missing { chunks } = target.describe(parcel.head())?;
+    send_memory(target, parcel, chunks, settings, progress)?;
+    if !(target.is_wanted)() {
+        return Err(Error::CalledOff);
+    }
+    target.prepare()?;
+    Ok(prepared)
+}
+
+/// Has copies of an image launched at a target, which wait, before all of their memory is there: it will be had from here.
+///
+/// # Errors
+/// As [`send`].
+pub fn send_lazily(
+    endpoint: Endpoint,
+    id: Uuid,
+    order: &Order,
+    supply: &Supply,
+    working_set: Option<&WorkingSet>,
+    is_wanted: IsWanted,
+) -> Result<Prepared, Error> {
+    let mut prepared = Prepared::order(endpoint, id, order, is_wanted)?;
+    let target = &mut prepared.target;
+    target.describe(supply.head())?;
+    let first = supply.first_chunks(working_set);
+    let records = first.iter().map(|position| supply.record(*position)).collect::<io::Result<Vec<_>>>();
+    let records = Bytes::from(records.map_err(Error::Read)?.concat());
+    target.insist(LEASE, |connection, path| {
+        let records = Content::Pieces(Box::new(std::iter::once(Ok(records.clone()))));
+        connection.ask(Method::POST, &format!("{path}/chunks"), records)
+    })?;
+    target.prepare()?;
+    Ok(prepared)
+}
+
+impl Prepared {
+    /// Has a target keep room for a clone.
+    fn order(endpoint: Endpoint, id: Uuid, order: &Order, is_wanted: IsWanted) -> Result<Self, Error> {
+        let target = Target::at(endpoint, format!("/v1/clones/{id}"), is_wanted);
+        let mut prepared = Self { target, is_decided: false };
+        let stage: Stage = prepared
+            .target
+            .insist(LEASE, |connection, path| connection.ask_for(Method::PUT, path, Content::json(order)?))?;
+        match stage {
+            Stage::Reserved | Stage::Receiving => Ok(prepared),
+            stage => Err(Error::Stage(format!("{stage:?}"))),
+        }
+    }
+
+    /// Lets the copies run, and says who they are. From the first attempt on there is no way back: it asks until it is certain.
+    ///
+    /// # Errors
+    /// [`Error::Aborted`] where none of them runs, [`Error::Unknown`] where nobody can tell.
+    pub fn commit(mut self) -> Result<Vec<Copied>, Error> {
+        self.is_decided = true;
+        self.target.is_wanted = Arc::new(|| true);
+        let stage = self.target.insist(COMMIT_LIMIT, |connection, path| {
+            connection.ask_for(Method::POST, &format!("{path}/commit"), Content::none())
+        });
+        match stage {
+            Ok(Stage::Committed { vms }) => Ok(vms),
+            Ok(Stage::Aborted { why }) | Err(client::Error::Refused { why, .. }) => Err(Error::Aborted(why)),
+            Ok(stage) => Err(Error::Stage(format!("{stage:?}"))),
+            Err(error) => Err(Error::Unknown(error)),
+        }
+    }
+}
+
+impl Drop for Prepared {
+    fn drop(&mut self) {
+        if self.is_decided {
+            return;
+        }
+        // Whom this does not reach undoes it by itself.
+        let told = self
+            .target
+            .insist(FIRST_DELAY, |connection, path| connection.ask(Method::DELETE, path, Content::none()).map(drop));
+        match told {
+            Ok(()) | Err(client::Error::Refused { status: StatusCode::NOT_FOUND, .. }) => {}
+            Err(error) => tracing::debug!(%error, "a target was not told that a clone was called off"),
+        }
+    }
+}
+
+/// Chunks on their way, made while they are sent.
+struct Pieces {
+    parcel: Arc<Parcel>,
+    share: std::vec::IntoIter<u32>,
+    pace: Arc<Pace>,
+    progress: Arc<Progress>,
+    is_wanted: IsWanted,
+}
+
+impl Iterator for Pieces {
+    type Item = io::Result<Bytes>;
+
+    fn next(&mut self) -> Option<io::Result<Bytes>> {
+        let number = self.share.next()?;
+        if !(self.is_wanted)() {
+            return Some(Err(io::Error::other("the clone is not wanted any more")));
+        }
+        let bytes = self.parcel.data_bytes(number);
+        self.pace.wait(bytes);
+        self.progress.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
+        Some(self.parcel.record(number))
+    }
+}
+
+/// Sends chunks on several connections, each its own share.
+fn send_memory(
+    target: &Target,
+    parcel: &Arc<Parcel>,
+    wanted: Vec<Range<u32>>,
+    settings: &Settings,
+    progress: &Arc<Progress>,
+) -> Result<(), Error> {
+    let count = parcel.chunks();
+    let wanted: Vec<u32> = wanted.into_iter().flat_map(|range| range.start.min(count)..range.end.min(count)).collect();
+    let wanted_bytes: u64 = wanted.iter().map(|chunk| parcel.data_bytes(*chunk)).sum();
+    progress.wanted_bytes.store(wanted_bytes, Ordering::Relaxed);
+    progress.spared_bytes.store(parcel.memory_bytes().saturating_sub(wanted_bytes), Ordering::Relaxed);
+    if wanted.is_empty() {
+        return Ok(());
+    }
+    let pace = Arc::new(Pace { bytes_per_second: settings.bandwidth, free_at: Mutex::new(Instant::now()) });
+    let shares = wanted.chunks(wanted.len().div_ceil(settings.connections.max(1)));
+    thread::scope(|scope| {
+        let senders = shares.map(|share| {
+            let (mut target, pace, is_wanted) = (target.again(), &pace, Arc::clone(&target.is_wanted));
+            thread::Builder::new().name("clone".into()).spawn_scoped(scope, move || {
+                target.insist(LEASE, |connection, path| {
+                    let (parcel, progress) = (Arc::clone(parcel), Arc::clone(progress));
+                    let (share, pace) = (Vec::from(share).into_iter(), Arc::clone(pace));
+                    let pieces = Pieces { parcel, share, pace, progress, is_wanted: Arc::clone(&is_wanted) };
+                    connection.ask(Method::POST, &format!("{path}/chunks"), Content::Pieces(Box::new(pieces)))
+                })
+            })
+        });
+        let senders: Vec<_> = senders.collect::<io::Result<_>>().map_err(Error::Thread)?;
+        senders.into_iter().try_for_each(|sender| {
+            let sent = sender.join().map_err(|_| Error::Thread(io::Error::other("a thread panicked")))?;
+            Ok(sent.map(drop)?)
+        })
+    })
+}

@@ -1,0 +1,221 @@
+//! Where the rest of a clone's memory is had from, while the clone runs: the source's side, and the target's.
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use hyper::{Method, body::Bytes};
+use uuid::Uuid;
+
+use super::{
+    LEASE, Record, Records,
+    filling::Positions,
+    source::{IsWanted, Target},
+};
+use crate::{
+    api::client::{self, Content, Endpoint},
+    capsule::{self, Capsule, Description, Digests, Header, Manifest},
+    memory::{Image, WorkingSet},
+    sync::lock,
+};
+
+/// Most chunks that are had at once.
+pub const MAX_AT_ONCE: usize = 64;
+
+/// How long a source keeps a memory for a target that does not ask for it.
+const KEPT: Duration = Duration::from_secs(60);
+
+/// Bytes from the start of the guest's memory that are sent before the clone runs: Linux keeps there what processors share at their start, and
+/// a KVM that emulates page tables can't wait for the first page.
+const FIRST_BYTES: u64 = 2 << 20;
+
+/// Why memory can't be had.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The source can't be asked, or says no.
+    #[error(transparent)]
+    Source(#[from] client::Error),
+    /// It says something else than it should.
+    #[error("the source has sent something else")]
+    Answer(#[source] io::Error),
+    /// What it sends can't be used.
+    #[error("what the source has sent can't be used")]
+    Take(#[source] Box<super::filling::Error>),
+}
+
+/// The target's side of one connection to the source.
+#[derive(Debug)]
+pub struct Supplier(Target);
+
+impl Supplier {
+    /// Has the memory of a clone from its source, for as long as that is wanted.
+    pub fn new(source: Endpoint, id: Uuid, is_wanted: IsWanted) -> Self {
+        Self(Target::at(source, format!("/v1/supplies/{id}"), is_wanted))
+    }
+
+    /// Has some chunks, and gives each to `take`.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub fn fetch(
+        &mut self,
+        chunks: &[u32],
+        mut take: impl FnMut(u32, &[u8]) -> Result<(), super::filling::Error>,
+    ) -> Result<(), Error> {
+        let answer = self.0.insist(LEASE, |connection, path| {
+            connection.ask(Method::POST, &format!("{path}/chunks"), Content::json(&chunks)?)
+        })?;
+        let (mut records, mut failure) = (Records::default(), None);
+        let taken = records.push(&answer, |Record { chunk, data }| {
+            take(chunk, &data).map_err(|error| {
+                failure = Some(error);
+                io::ErrorKind::InvalidData.into()
+            })
+        });
+        match (failure, taken.and_then(|()| records.finish())) {
+            (Some(error), _) => Err(Error::Take(Box::new(error))),
+            (None, ended) => ended.map_err(Error::Answer),
+        }
+    }
+
+    /// Has what all of the memory should be.
+    ///
+    /// # Errors
+    /// [`Error::Source`].
+    pub fn manifest(&mut self) -> Result<Manifest, Error> {
+        let answer = self.0.insist(LEASE, |connection, path| {
+            connection.ask(Method::GET, &format!("{path}/manifest"), Content::none())
+        })?;
+        let manifest = capsule::codec::decode(&answer).map_err(|error| Error::Answer(io::Error::other(error)))?;
+        Ok(manifest)
+    }
+
+    /// Says that all of it is there.
+    pub fn is_done(&mut self) {
+        let told = self
+            .0
+            .insist(Duration::ZERO, |connection, path| connection.ask(Method::DELETE, path, Content::none()).map(drop));
+        if let Err(error) = told {
+            tracing::debug!(%error, "a source keeps a memory for a while that nobody needs any more");
+        }
+    }
+}
+
+/// A memory that is sent while copies of it run already.
+#[derive(Debug)]
+pub struct Supply {
+    /// Name of the platform that may have it.
+    target: String,
+    image: Image,
+    description: Description,
+    /// Header and description, as they travel: without what is in the memory.
+    head: Bytes,
+    positions: Positions,
+    files: Vec<Arc<File>>,
+    asked: Mutex<Instant>,
+}
+
+impl Supply {
+    /// The memory of an image, for one other platform.
+    ///
+    /// # Errors
+    /// [`capsule::Error`].
+    pub fn of(capsule: &Capsule, target: &str) -> Result<Self, capsule::Error> {
+        let (description, image) = capsule.outline()?;
+        let bytes = description.to_bytes()?;
+        let header = Header::new(false, 0, &bytes);
+        let files = image.layers().iter().map(|layer| Arc::clone(&layer.file)).collect();
+        Ok(Self {
+            target: target.to_owned(),
+            head: [header.to_bytes().as_slice(), &bytes].concat().into(),
+            positions: Positions::of(&description.memory),
+            description,
+            image,
+            files,
+            asked: Mutex::new(Instant::now()),
+        })
+    }
+
+    /// Header and description, as they travel.
+    pub fn head(&self) -> &Bytes {
+        &self.head
+    }
+
+    /// Name of the platform that may have it.
+    pub fn target(&self) -> &str {
+        &self.target
+    }
+
+    /// The chunks that are sent before the clone runs: the first ones, and those of a working set.
+    pub fn first_chunks(&self, working_set: Option<&WorkingSet>) -> Vec<u32> {
+        let first = (0, FIRST_BYTES / crate::arch::layout::PAGE_BYTES);
+        let runs = std::iter::once(first).chain(working_set.into_iter().flat_map(WorkingSet::runs));
+        let pages = runs.flat_map(|(page, pages)| page..page.saturating_add(pages).min(self.image.pages()));
+        let mut chunks: Vec<u32> = pages.filter_map(|page| self.positions.of_guest_page(&self.image, page)).collect();
+        chunks.sort_unstable();
+        chunks.dedup();
+        chunks
+    }
+
+    /// A chunk as it travels.
+    ///
+    /// # Errors
+    /// Where there is no such chunk, or it can't be read.
+    pub fn record(&self, position: u32) -> io::Result<Bytes> {
+        let (layer, number) = self.positions.find(position).ok_or(io::ErrorKind::NotFound)?;
+        let data = self.description.memory.layers[layer].read_all(&self.files[layer], number);
+        Ok(Record { chunk: position, data: data.map_err(io::Error::other)? }.into_bytes())
+    }
+
+    /// Some chunks.
+    ///
+    /// # Errors
+    /// As [`Supply::record`], or where they are too many.
+    pub fn chunks(&self, positions: &[u32]) -> io::Result<Bytes> {
+        if positions.len() > MAX_AT_ONCE {
+            return Err(io::Error::other(format!("more than {MAX_AT_ONCE} chunks at once")));
+        }
+        *lock(&self.asked) = Instant::now();
+        let records = positions.iter().map(|position| self.record(*position)).collect::<io::Result<Vec<_>>>()?;
+        Ok(records.concat().into())
+    }
+
+    /// What all of it is: each chunk is looked at for that.
+    ///
+    /// # Errors
+    /// [`capsule::Error`].
+    pub fn manifest(&self, digests: &Digests) -> Result<Bytes, capsule::Error> {
+        *lock(&self.asked) = Instant::now();
+        Ok(capsule::codec::encode(&Manifest::of(&self.image, digests)?)?.into())
+    }
+}
+
+/// The memories that a platform still sends.
+#[derive(Debug, Default)]
+pub struct Supplies(Mutex<BTreeMap<Uuid, Arc<Supply>>>);
+
+impl Supplies {
+    /// Adds one, for the clone with this ID.
+    pub fn add(&self, id: Uuid, supply: &Arc<Supply>) {
+        lock(&self.0).insert(id, Arc::clone(supply));
+    }
+
+    /// The one for a clone.
+    pub fn find(&self, id: Uuid) -> Option<Arc<Supply>> {
+        lock(&self.0).get(&id).cloned()
+    }
+
+    /// Lets go of one.
+    pub fn remove(&self, id: Uuid) {
+        lock(&self.0).remove(&id);
+    }
+
+    /// Lets go of those that nobody has asked for in a while. To be called now and then.
+    pub fn tend(&self) {
+        lock(&self.0).retain(|_, supply| lock(&supply.asked).elapsed() < KEPT);
+    }
+}

@@ -1,0 +1,156 @@
+//! `host-vmm platforms`, `host-vmm place` and `host-vmm clone`: several platforms.
+
+use std::{
+    io::{IsTerminal, stderr},
+    path::Path,
+    process::ExitCode,
+    sync::mpsc::{self, RecvTimeoutError},
+    thread,
+    time::Duration,
+};
+
+use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
+
+use super::table::{Column, size, table};
+use crate::{
+    api::{self, CloneWish, Transfer, client},
+    cli,
+    cluster::placement::{Explanation, Wish},
+    machine::Config,
+};
+
+/// How often it is looked how far a clone is.
+const LOOK: Duration = Duration::from_millis(200);
+
+/// Lists the platforms that one knows.
+///
+/// # Errors
+/// Where no platform answers, or it knows no others.
+pub fn platforms(options: &cli::Platforms) -> anyhow::Result<ExitCode> {
+    let platforms = client::platforms(options.platform.api.as_deref())?;
+    if options.json {
+        println!("{}", serde_json::to_string(&platforms)?);
+        return Ok(ExitCode::SUCCESS);
+    }
+    print!("{}", list(&platforms.platforms));
+    if platforms.partitioned {
+        eprintln!("host-vmm: the platform that was asked is cut off from its cluster: others send it no VMs");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn list(platforms: &[api::Platform]) -> String {
+    use Column::{Numbers, Words};
+    let head = [
+        ("NAME", Words),
+        ("CLUSTER", Words),
+        ("ADDRESS", Words),
+        ("VMS", Numbers),
+        ("MOST", Numbers),
+        ("FREE", Numbers),
+        ("SEEN", Numbers),
+    ];
+    let rows = platforms.iter().map(|api::Platform { member, age_ms }| {
+        [
+            member.name.clone(),
+            member.cluster.clone(),
+            member.address.to_string(),
+            member.load.vms.to_string(),
+            member.load.max_vms.to_string(),
+            size(member.load.memory_available_bytes),
+            format!("{} ago", HumanDuration(Duration::from_millis(*age_ms))),
+        ]
+    });
+    table(head, rows)
+}
+
+/// Tells where copies would go.
+///
+/// # Errors
+/// Where no platform answers, or it knows no others.
+pub fn place(options: &cli::Place) -> anyhow::Result<ExitCode> {
+    let wish = Wish {
+        vm_type: options.vm_type.clone(),
+        count: options.count,
+        config: Config { ram_bytes: options.mem, vcpus: options.cpus },
+        location: options.location,
+        images: options.image.iter().copied().collect(),
+        source: String::new(),
+    };
+    let explanation = client::explain(options.platform.api.as_deref(), wish)?;
+    if options.json {
+        println!("{}", serde_json::to_string(&explanation)?);
+    } else if options.explain {
+        let head = Explanation::HEAD.map(|title| (title, Column::Words));
+        print!("{}", table(head, explanation.rows().into_iter()));
+    } else {
+        for reason in explanation.platforms.iter().filter(|reason| reason.copies > 0) {
+            println!("{} {}", reason.platform, reason.copies);
+        }
+    }
+    Ok(if explanation.placed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Launches copies of a kept image on another platform, and shows how far that is.
+///
+/// # Errors
+/// Where no platform answers, or it can't be done.
+pub fn clone(options: &cli::Clone) -> anyhow::Result<ExitCode> {
+    let socket = options.platform.api.clone();
+    let wish = CloneWish { to: options.to.clone(), count: options.count, lazy: options.lazy };
+    let image = options.image.clone();
+    let (sender, done) = mpsc::channel();
+    let ask = socket.clone();
+    thread::spawn(move || {
+        // Nobody listens any more where this command has failed.
+        drop(sender.send(client::clone_image(ask.as_deref(), &image, &wish)));
+    });
+    let spawned = show_progress(socket.as_deref(), &options.to, &done)?;
+    if options.json {
+        println!("{}", serde_json::to_string(&spawned)?);
+    } else {
+        for vm in &spawned.vms {
+            println!("{}", vm.name);
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn show_progress(
+    socket: Option<&Path>,
+    to: &str,
+    done: &mpsc::Receiver<anyhow::Result<api::Spawned>>,
+) -> anyhow::Result<api::Spawned> {
+    let bar = stderr().is_terminal().then(|| {
+        let style = ProgressStyle::with_template("{msg} {bar:30} {bytes}/{total_bytes} {binary_bytes_per_sec}");
+        ProgressBar::new(0)
+            .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+            .with_message(to.to_owned())
+    });
+    let mut told = false;
+    loop {
+        match done.recv_timeout(LOOK) {
+            Ok(result) => {
+                bar.inspect(ProgressBar::finish_and_clear);
+                return result;
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => anyhow::bail!("the thread that asks the platform panicked"),
+        }
+        let transfers = client::transfers(socket).unwrap_or_default();
+        let Some(transfer) = transfers.iter().find(|transfer| transfer.to == to && transfer.wanted_bytes > 0) else {
+            continue;
+        };
+        let Transfer { wanted_bytes, sent_bytes, spared_bytes, .. } = *transfer;
+        if let Some(bar) = &bar {
+            bar.set_length(wanted_bytes);
+            bar.set_position(sent_bytes);
+        } else if !std::mem::replace(&mut told, true) {
+            eprintln!(
+                "host-vmm: {} of memory go to {to}; {} of it are there already",
+                HumanBytes(wanted_bytes),
+                HumanBytes(spared_bytes)
+            );
+        }
+    }
+}

@@ -1,0 +1,261 @@
+//! Copies of a fork that go to other platforms.
+//!
+//! To the parent, whoever sends them is one more child for each: it takes the state where all meet, says that they are ready to run once they
+//! wait at their targets, and has them run when the parent has committed.
+
+use std::{fs::File, sync::Arc, thread};
+
+use super::{
+    Error, Platform,
+    copies::{Launch, Slot},
+    events::Event,
+    fork::Fork,
+    node::Node,
+};
+use crate::{
+    capsule::{About, Capsule},
+    clock::wall_clock_ns,
+    cluster::{
+        clone::{self, Parcel, source, supply::Supply},
+        placement::{Where, Wish},
+    },
+    error::chain,
+    fork::rendezvous::Rendezvous,
+    machine::new_id,
+    memory::WorkingSet,
+};
+
+/// How many platforms are tried for copies that could not be launched where they were to go.
+const MAX_TRIES: usize = 3;
+
+/// Copies for one other platform.
+#[derive(Debug)]
+pub(super) struct Share {
+    /// Its name.
+    platform: String,
+    slots: Vec<Slot>,
+}
+
+/// Where the copies of a fork go.
+#[derive(Debug, Default)]
+pub(super) struct Placed {
+    /// Those that stay here.
+    pub(super) here: Vec<Slot>,
+    /// Those that go away.
+    pub(super) away: Vec<Share>,
+}
+
+/// What is sent.
+enum Sent {
+    /// All of it, before the copies run.
+    Whole(Arc<Parcel>),
+    /// A part, and the rest while they run.
+    Lazily(Box<Capsule>),
+}
+
+/// What all senders of a fork's copies share.
+struct Away {
+    platform: Arc<Platform>,
+    fork: Arc<Fork>,
+    rendezvous: Arc<Rendezvous>,
+    /// The image's files.
+    files: Vec<Arc<File>>,
+    about: About,
+    total: u32,
+    location: Where,
+    /// Whether they were shown another CPU than this platform's guests are.
+    is_foreign: bool,
+    /// What copies write to first, if that is known.
+    working_set: Option<WorkingSet>,
+}
+
+impl Platform {
+    /// Chooses where copies go.
+    ///
+    /// # Errors
+    /// [`Error::Place`] or [`Error::Alone`].
+    pub(super) fn choose(&self, slots: Vec<Slot>, wish: &Wish, but: &[String]) -> Result<Placed, Error> {
+        let Some(cluster) = self.cluster.get() else {
+            let is_here = wish.location != Where::Remote;
+            return if is_here { Ok(Placed { here: slots, away: Vec::new() }) } else { Err(Error::Alone) };
+        };
+        let decision = cluster.place(wish, but).map_err(|why| Error::Place(Box::new(why)))?;
+        let mut slots = slots.into_iter();
+        let mut placed = Placed::default();
+        for share in decision.shares {
+            let own: Vec<Slot> = slots.by_ref().take(usize::try_from(share.count).unwrap_or(usize::MAX)).collect();
+            if share.platform == wish.source {
+                placed.here = own;
+            } else {
+                placed.away.push(Share { platform: share.platform, slots: own });
+            }
+        }
+        Ok(placed)
+    }
+}
+
+impl Fork {
+    /// Sends copies away, in the background.
+    ///
+    /// # Errors
+    /// [`Error::Start`].
+    pub(super) fn send_away(
+        self: &Arc<Self>,
+        platform: &Arc<Platform>,
+        rendezvous: &Arc<Rendezvous>,
+        launch: &Launch<'_>,
+        location: Where,
+        shares: Vec<Share>,
+        files: &[File],
+    ) -> Result<(), Error> {
+        let files = files.iter().map(|file| file.try_clone().map(Arc::new)).collect::<Result<_, _>>();
+        let about = About {
+            id: new_id().map_err(Error::Id)?,
+            created_ns: wall_clock_ns(),
+            vm_type: launch.vm_type.to_owned(),
+            original: launch.original.clone(),
+            config: launch.config,
+            seq: launch.seq,
+        };
+        let away = Away {
+            platform: Arc::clone(platform),
+            fork: Arc::clone(self),
+            rendezvous: Arc::clone(rendezvous),
+            files: files.map_err(Error::Start)?,
+            about,
+            total: launch.total,
+            location,
+            is_foreign: launch.is_foreign,
+            working_set: launch.learned.of_next_fork(),
+        };
+        let count = shares.iter().map(|share| share.slots.len()).sum();
+        self.expect(count);
+        let sent = thread::Builder::new().name("away".into()).spawn(move || away.send(shares));
+        sent.map(drop).map_err(|error| {
+            self.settled(count);
+            Error::Start(error)
+        })
+    }
+}
+
+impl Away {
+    fn send(&self, shares: Vec<Share>) {
+        match self.content() {
+            Ok(content) => self.dispatch(Placed { here: Vec::new(), away: shares }, &content, &[]),
+            Err(error) => self.fork.gone(shares.iter().map(|share| share.slots.len()).sum(), &chain(&error)),
+        }
+    }
+
+    /// Takes the state, once it is there, and makes of it what can be sent.
+    fn content(&self) -> Result<Sent, Error> {
+        let state = self.rendezvous.wait_state(|| self.fork.is_off())?;
+        let capsule = Capsule { about: self.about.clone(), state, files: self.files.clone() };
+        if self.platform.cluster.get().is_some_and(|cluster| cluster.sending.lazy) {
+            return Ok(Sent::Lazily(Box::new(capsule)));
+        }
+        Ok(Sent::Whole(Arc::new(Parcel::of(&capsule, &self.platform.digests).map_err(Error::Capsule)?)))
+    }
+
+    /// Has copies launched where they are to go, all at once. `tried` are platforms that could not.
+    fn dispatch(&self, Placed { here, away }: Placed, content: &Sent, tried: &[String]) {
+        thread::scope(|scope| {
+            for share in away {
+                scope.spawn(move || self.send_share(share, content, tried));
+            }
+            if !here.is_empty() {
+                self.launch_here(&here);
+            }
+        });
+    }
+
+    /// Sends copies to where they are to go, or, where that can't be, to the next platform that may take them.
+    fn send_share(&self, share: Share, content: &Sent, tried: &[String]) {
+        let error = match self.prepare(&share, content) {
+            Ok(prepared) => return self.finish(&share, prepared),
+            Err(error) => error,
+        };
+        let Share { platform, slots } = share;
+        let count = slots.len();
+        if self.fork.is_off() {
+            return self.fork.gone(count, &chain(&error));
+        }
+        tracing::warn!(platform, error = chain(&error), "copies can't be sent there");
+        let tried = [tried, &[platform]].concat();
+        match self.platform.choose(slots, &self.wish(count), &tried) {
+            Ok(placed) if tried.len() < MAX_TRIES => self.dispatch(placed, content, &tried),
+            _ => self.fork.gone(count, &chain(&error)),
+        }
+    }
+
+    fn prepare(&self, share: &Share, content: &Sent) -> Result<source::Prepared, Error> {
+        let cluster = self.platform.cluster.get().ok_or(Error::Alone)?;
+        let failed = |error| Error::Send { platform: share.platform.clone(), source: Box::new(error) };
+        let endpoint = cluster.find(&share.platform).map_err(Error::Cluster)?;
+        let (source, slots) = ((cluster.own)().name, share.slots.clone());
+        let order = clone::Order { source, slots, total: self.total, lazy: cluster.sending.lazy };
+        let fork = Arc::clone(&self.fork);
+        let (id, is_wanted) = (new_id().map_err(Error::Id)?, Arc::new(move || !fork.is_off()));
+        match content {
+            Sent::Whole(parcel) => {
+                source::send(endpoint, id, &order, parcel, &cluster.sending, &Arc::default(), is_wanted).map_err(failed)
+            }
+            Sent::Lazily(capsule) => {
+                let supply = Arc::new(Supply::of(capsule, &share.platform).map_err(Error::Capsule)?);
+                self.platform.supplies.add(id, &supply);
+                let sent = source::send_lazily(endpoint, id, &order, &supply, self.working_set.as_ref(), is_wanted);
+                sent.inspect_err(|_| self.platform.supplies.remove(id)).map_err(failed)
+            }
+        }
+    }
+
+    /// Says that these copies are ready, and has them run when all are.
+    fn finish(&self, Share { platform, slots }: &Share, prepared: source::Prepared) {
+        let arrived = slots.iter().try_for_each(|_| self.rendezvous.arrive(self.total));
+        if let Err(error) = arrived.and_then(|()| self.rendezvous.wait_commit(|| self.fork.is_off())) {
+            drop(prepared);
+            return self.fork.gone(slots.len(), &chain(&error));
+        }
+        self.fork.is_certain(&self.platform);
+        match prepared.commit() {
+            Ok(vms) => vms.iter().for_each(|vm| {
+                self.platform.events.write(&Event::Sent { id: vm.id, name: &vm.name, platform, seq: self.about.seq });
+            }),
+            Err(error) => tracing::error!(platform, error = chain(&error), "copies that were sent there may not run"),
+        }
+        self.fork.settled(slots.len());
+    }
+
+    /// Launches copies here after all.
+    fn launch_here(&self, slots: &[Slot]) {
+        let launch = Launch {
+            config: self.about.config,
+            original: &self.about.original,
+            vm_type: &self.about.vm_type,
+            slots,
+            total: self.total,
+            arrivals: self.total,
+            seq: self.about.seq,
+            fault: None,
+            learned: &Arc::default(),
+            is_foreign: self.is_foreign,
+            filling: None,
+        };
+        let files = std::iter::once(self.rendezvous.file()).chain(self.files.iter().map(AsRef::as_ref));
+        let launched = self.fork.launch(&self.platform, launch, &files.collect::<Vec<_>>(), None);
+        match launched.and_then(|nodes| nodes.into_iter().try_for_each(Node::serve)) {
+            Ok(()) => self.fork.settled(slots.len()),
+            Err(error) => self.fork.gone(slots.len(), &chain(&error)),
+        }
+    }
+
+    fn wish(&self, count: usize) -> Wish {
+        Wish {
+            vm_type: self.about.vm_type.clone(),
+            count: u32::try_from(count).unwrap_or(u32::MAX),
+            config: self.about.config,
+            location: self.location,
+            images: Vec::new(),
+            source: self.platform.name(),
+        }
+    }
+}

@@ -1,0 +1,224 @@
+//! What a platform does for clones that come to it: it keeps room for them, and launches them.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
+    time::Duration,
+};
+
+use hyper::body::Bytes;
+use uuid::Uuid;
+
+use super::{
+    Error, Platform,
+    copies::{Copies, Launch, Slot},
+    fork::Fork,
+};
+use crate::{
+    arch::profile::Profile,
+    capsule::{
+        self, About, Assembly, Capsule, Description, Incompatible,
+        compat::{Offer, Requirements},
+    },
+    cluster::clone::{
+        Clones, Parcel, Stock,
+        filling::Filling,
+        source::IsWanted,
+        supply::{Supplier, Supplies, Supply},
+    },
+    error::chain,
+    kvm::Host,
+    threads,
+};
+
+/// How often it is looked for clones whose source is gone.
+const TEND: Duration = Duration::from_secs(1);
+
+/// Room for VMs that are to come. Dropping it gives the room back.
+#[derive(Debug)]
+#[must_use]
+pub struct Reservation {
+    reserved: Arc<AtomicUsize>,
+    count: usize,
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        self.reserved.fetch_sub(self.count, Ordering::Relaxed);
+    }
+}
+
+impl Platform {
+    /// The memories of clones that run elsewhere, and have not got all of it yet.
+    pub(crate) fn supplies(&self) -> &Supplies {
+        &self.supplies
+    }
+
+    /// What all of a memory is that is still being sent.
+    pub(crate) fn manifest(&self, supply: &Supply) -> Result<Bytes, capsule::Error> {
+        supply.manifest(&self.digests)
+    }
+
+    /// The clones that come to this platform.
+    pub(crate) fn clones(&self) -> &Clones {
+        &self.clones
+    }
+
+    /// Looks after them in the background, for as long as the platform is there.
+    pub(super) fn tend_clones(self: &Arc<Self>) -> Result<(), Error> {
+        let platform = Arc::downgrade(self);
+        let tend = move || {
+            while let Some(platform) = platform.upgrade() {
+                platform.clones.tend();
+                platform.supplies.tend();
+                drop(platform);
+                thread::sleep(TEND);
+            }
+        };
+        threads::background("clones", tend).map(drop).map_err(Error::Start)
+    }
+
+    /// Keeps room for so many VMs.
+    ///
+    /// # Errors
+    /// [`Error::Full`] or [`Error::Stopping`].
+    pub(crate) fn reserve(&self, count: usize) -> Result<Reservation, Error> {
+        let before = self.reserved.fetch_add(count, Ordering::Relaxed);
+        let reservation = Reservation { reserved: Arc::clone(&self.reserved), count };
+        self.registry.check_room(before.saturating_add(count), self.max_vms)?;
+        Ok(reservation)
+    }
+
+    /// Checks whether this platform can run a VM that needs this.
+    ///
+    /// # Errors
+    /// [`Incompatible`] with all that is different, or [`Error::Host`] where KVM can't be asked.
+    pub(crate) fn check_compatible(&self, requirements: &Requirements) -> Result<Result<(), Incompatible>, Error> {
+        Ok(capsule::compat::check(requirements, self.offer()?))
+    }
+
+    /// What this platform has. It is found out once.
+    fn offer(&self) -> Result<&Offer, Error> {
+        if let Some(offer) = self.offer.get() {
+            return Ok(offer);
+        }
+        let mut model = Host::open().map_err(Error::Host)?.model;
+        // It has fitted this host when the platform was started.
+        if let Some(own) = self.cpu_profile.parse().ok().and_then(|profile: Profile| profile.apply(&model.cpuid).ok()) {
+            model.shown = own;
+        }
+        Ok(self.offer.get_or_init(|| Offer::of(&model)))
+    }
+
+    /// Whether a VM was shown another CPU than this platform's guests are: it takes other shells then. Where that can't be found out, it is
+    /// taken for one.
+    pub(super) fn is_foreign(&self, description: &Description) -> bool {
+        let vcpus = description.about.config.vcpus;
+        self.offer().map_or(true, |offer| offer.is_foreign(&description.requirements, vcpus))
+    }
+
+    /// An image's memory that is about to come in. What other images here have of it is there already.
+    ///
+    /// # Errors
+    /// [`capsule::Error`].
+    pub(crate) fn assemble(&self, description: Description) -> Result<Assembly, capsule::Error> {
+        let stock = Stock::of(self.images.parcels());
+        let assembly = Assembly::new(description, |layer| stock.layer(layer))?;
+        for range in assembly.missing() {
+            for number in range {
+                let number = usize::try_from(number).unwrap_or(usize::MAX);
+                let known = assembly.chunks().get(number).and_then(|(_, chunk)| stock.chunk(&chunk.digest));
+                known.map_or(Ok(()), |data| assembly.put(number, &data))?;
+            }
+        }
+        Ok(assembly)
+    }
+
+    /// Launches copies of an image that has come in, which wait until they may run. The image stays for a while: the next one may have much in
+    /// common with it.
+    ///
+    /// # Errors
+    /// [`Error`]: none of them is there then.
+    pub(crate) fn launch_capsule(
+        self: &Arc<Self>,
+        capsule: Capsule,
+        description: Description,
+        slots: &[Slot],
+        total: u32,
+    ) -> Result<Copies, Error> {
+        let parcel = Parcel::new(description, capsule.files.clone()).map_err(Error::Capsule)?;
+        let image = self.receive(capsule, parcel);
+        let (capsule, learned) = image.parts();
+        let About { vm_type, original, config, seq, .. } = &capsule.about;
+        self.check_memory(vm_type, *config, slots.len())?;
+        let launch = Launch {
+            config: *config,
+            original,
+            vm_type,
+            slots,
+            total,
+            arrivals: u32::try_from(slots.len()).unwrap_or(u32::MAX),
+            seq: *seq,
+            fault: None,
+            learned,
+            is_foreign: image.is_foreign(),
+            filling: None,
+        };
+        Fork::of_image(self, launch, &capsule.state, &capsule.files)
+    }
+
+    /// Launches copies of an image whose memory is still being filled, which wait until they may run.
+    ///
+    /// # Errors
+    /// [`Error`]: none of them is there then.
+    pub(crate) fn launch_lazily(
+        self: &Arc<Self>,
+        filling: &Arc<Filling>,
+        slots: &[Slot],
+        total: u32,
+    ) -> Result<Copies, Error> {
+        let capsule = filling.capsule().map_err(Error::Filling)?;
+        let About { vm_type, original, config, seq, .. } = &capsule.about;
+        self.check_memory(vm_type, *config, slots.len())?;
+        let launch = Launch {
+            config: *config,
+            original,
+            vm_type,
+            slots,
+            total,
+            arrivals: u32::try_from(slots.len()).unwrap_or(u32::MAX),
+            seq: *seq,
+            fault: None,
+            learned: &Arc::default(),
+            is_foreign: self.is_foreign(filling.description()),
+            filling: Some(filling),
+        };
+        Fork::of_image(self, launch, &capsule.state, &capsule.files)
+    }
+
+    /// Has the rest of a clone's memory come from its source, in the background.
+    ///
+    /// # Errors
+    /// [`Error`]: none of it will come.
+    pub(crate) fn fill(self: &Arc<Self>, filling: &Arc<Filling>, source: &str, clone: Uuid) -> Result<(), Error> {
+        let cluster = self.cluster.get().ok_or(Error::Alone)?;
+        let endpoint = cluster.find(source).map_err(Error::Cluster)?;
+        let is_wanted: IsWanted = {
+            let filling = Arc::downgrade(filling);
+            Arc::new(move || filling.upgrade().is_some_and(|filling| !filling.is_over()))
+        };
+        let supplier = || Supplier::new(endpoint.clone(), clone, Arc::clone(&is_wanted));
+        let platform = Arc::downgrade(self);
+        let whole = move |capsule: Capsule, description: Description| {
+            let Some(platform) = platform.upgrade() else { return };
+            match Parcel::new(description, capsule.files.clone()) {
+                Ok(parcel) => drop(platform.receive(capsule, parcel)),
+                Err(error) => tracing::warn!(error = chain(&error), "an image that has come is not kept"),
+            }
+        };
+        filling.fill(supplier(), supplier(), whole).map_err(Error::Start)
+    }
+}

@@ -1,0 +1,164 @@
+//! Copies of a VM: which they are, and how they are launched from its image, without their parent.
+
+use std::{collections::BTreeSet, fs::File, sync::Arc, time::Duration};
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::{Error, Platform, fork::Fork, node::Node, prefetch::Learned};
+use crate::{
+    cluster::clone::filling::Filling,
+    fork::rendezvous::{self, Rendezvous},
+    machine::{Config, VmIdentity, new_id},
+    wire::Step,
+};
+
+/// How long copies of an image may take until they are ready to run.
+const LAUNCH_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// One copy of a fork.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Slot {
+    /// ID of the VM to be.
+    pub id: Uuid,
+    /// Which of the fork's copies it is, from 1.
+    pub index: u32,
+}
+
+/// All copies of a fork, from the first to the last.
+pub(super) fn slots(count: u32) -> Result<Vec<Slot>, Error> {
+    (1..=count).map(|index| Ok(Slot { id: new_id().map_err(Error::Id)?, index })).collect()
+}
+
+/// Whether these may be some of the copies of a fork that makes `total`: it comes from another platform.
+pub(crate) fn is_slots(slots: &[Slot], total: u32) -> bool {
+    let ids: BTreeSet<Uuid> = slots.iter().map(|slot| slot.id).collect();
+    let are_sorted = slots.is_sorted_by(|one, next| one.index < next.index);
+    let are_within = slots.iter().all(|slot| (1..=total).contains(&slot.index) && !slot.id.is_nil());
+    !slots.is_empty() && ids.len() == slots.len() && are_sorted && are_within
+}
+
+/// Copies that are to be launched on this platform.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Launch<'a> {
+    /// Their shape.
+    pub(super) config: Config,
+    /// What they are copies of.
+    pub(super) original: &'a VmIdentity,
+    /// Their type.
+    pub(super) vm_type: &'a str,
+    /// Which they are.
+    pub(super) slots: &'a [Slot],
+    /// How many copies their fork makes, here and elsewhere.
+    pub(super) total: u32,
+    /// How many have to be ready until all of them run.
+    pub(super) arrivals: u32,
+    /// Number of the guest's request that they come from.
+    pub(super) seq: u64,
+    /// Where this is to fail.
+    pub(super) fault: Option<Step>,
+    /// What is known of such copies.
+    pub(super) learned: &'a Arc<Learned>,
+    /// Whether they were shown another CPU than this platform's guests are.
+    pub(super) is_foreign: bool,
+    /// Who fills their memory, where it is not there as a whole yet.
+    pub(super) filling: Option<&'a Arc<Filling>>,
+}
+
+impl Fork {
+    /// Launches copies without their parent, from its image: `state`, and `files` with its memory. They wait until they may run.
+    ///
+    /// # Errors
+    /// [`Error`]: none of them is there then.
+    pub(super) fn of_image(
+        platform: &Arc<Platform>,
+        launch: Launch<'_>,
+        state: &[u8],
+        files: &[Arc<File>],
+    ) -> Result<Copies, Error> {
+        let rendezvous = Arc::new(Rendezvous::new()?);
+        let fork = Self::meeting_in(Arc::clone(&rendezvous));
+        rendezvous.publish(state)?;
+        let files: Vec<&File> = std::iter::once(rendezvous.file()).chain(files.iter().map(AsRef::as_ref)).collect();
+        let launched = fork.launch(platform, launch, &files, None);
+        let mut copies = Copies { fork, rendezvous, vms: Vec::new(), is_decided: false };
+        let ready = launched.and_then(|nodes| {
+            copies.vms = nodes.iter().map(|node| node.identity().clone()).collect();
+            nodes.into_iter().try_for_each(Node::serve)?;
+            Ok(copies.rendezvous.wait_arrivals(launch.arrivals, LAUNCH_TIMEOUT, || false)?)
+        });
+        match ready {
+            Ok(()) => Ok(copies),
+            Err(error) => Err(copies.call_off(error)),
+        }
+    }
+}
+
+/// Copies of an image that are ready to run. Dropping them ends them, unless they run.
+#[derive(Debug)]
+#[must_use]
+pub struct Copies {
+    fork: Arc<Fork>,
+    rendezvous: Arc<Rendezvous>,
+    vms: Vec<VmIdentity>,
+    /// Whether it is decided what becomes of them.
+    is_decided: bool,
+}
+
+impl Copies {
+    /// Lets them run, and says who they are.
+    ///
+    /// # Errors
+    /// [`Error`]: none of them runs, or is there.
+    pub fn commit(mut self) -> Result<Vec<VmIdentity>, Error> {
+        // One may have died while they waited.
+        let whole = if self.fork.has_failed() { Err(rendezvous::Error::ChildFailed) } else { Ok(()) };
+        match whole.and_then(|()| self.rendezvous.commit()) {
+            Ok(()) => {
+                self.is_decided = true;
+                Ok(std::mem::take(&mut self.vms))
+            }
+            Err(error) => Err(self.call_off(error.into())),
+        }
+    }
+
+    /// Ends them, and gives the reason why it had to come to that: a copy's own says more than that there is one.
+    fn call_off(mut self, error: Error) -> Error {
+        self.is_decided = true;
+        match self.fork.abort() {
+            (_, why) if matches!(error, Error::Rendezvous(_)) => Error::Spawn(why),
+            _ => error,
+        }
+    }
+}
+
+impl Drop for Copies {
+    fn drop(&mut self) {
+        if !self.is_decided {
+            self.fork.abort();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn copies_are_told_apart() {
+        let all = slots(4).unwrap();
+        assert!(is_slots(&all, 4) && is_slots(&all[2..], 4) && is_slots(&all, 9));
+        let other = |index, id| Slot { id: Uuid::from_u128(id), index };
+        for (slots, why) in [
+            (vec![], "none"),
+            (vec![other(0, 1)], "from 1"),
+            (vec![other(5, 1)], "more than there are"),
+            (vec![other(2, 1), other(1, 2)], "not in order"),
+            (vec![other(1, 1), other(1, 2)], "one twice"),
+            (vec![other(1, 1), other(2, 1)], "two with one ID"),
+            (vec![other(1, 0)], "no ID"),
+        ] {
+            assert!(!is_slots(&slots, 4), "{why}");
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! Clones of kept images, which an operator sends to other platforms.
+
+use std::sync::{Arc, Mutex};
+
+use uuid::Uuid;
+
+use super::{Error, Platform, copies::slots};
+use crate::{
+    api::{Copied, Transfer},
+    cluster::{
+        clone::{
+            Order,
+            source::{self, IsWanted, Progress},
+            supply::Supply,
+        },
+        member::{Load, Ready},
+        placement::{Explanation, Wish},
+    },
+    machine::new_id,
+    sync::lock,
+};
+
+/// Clones that are being sent.
+#[derive(Debug, Default)]
+pub(super) struct Transfers(Mutex<Vec<Entry>>);
+
+#[derive(Debug)]
+struct Entry {
+    id: Uuid,
+    image: Uuid,
+    to: String,
+    progress: Arc<Progress>,
+}
+
+/// One of them. Dropping it takes it off the list.
+struct Listed<'t> {
+    transfers: &'t Transfers,
+    id: Uuid,
+}
+
+impl Drop for Listed<'_> {
+    fn drop(&mut self) {
+        lock(&self.transfers.0).retain(|entry| entry.id != self.id);
+    }
+}
+
+/// A platform's name, without its cluster's.
+fn short(name: &str) -> &str {
+    name.rsplit('/').next().unwrap_or(name)
+}
+
+impl Platform {
+    /// Has copies of a kept image launched on another platform: once all of their memory is there, or, `lazy`, before that.
+    ///
+    /// # Errors
+    /// [`Error`]: there is none of them then; but for [`source::Error::Unknown`], in which case nobody can tell.
+    pub fn clone_image(&self, image: &str, to: &str, count: u32, lazy: bool) -> Result<Vec<Copied>, Error> {
+        let image = self.images.find(image)?;
+        let cluster = self.cluster.get().ok_or(Error::Alone)?;
+        let endpoint = cluster.find(to).map_err(Error::Cluster)?;
+        let (id, progress) = (new_id().map_err(Error::Id)?, Arc::default());
+        let entry = Entry { id, image: image.id(), to: to.to_owned(), progress: Arc::clone(&progress) };
+        lock(&self.transfers.0).push(entry);
+        let _listed = Listed { transfers: &self.transfers, id };
+        let order = Order { source: self.name(), slots: slots(count)?, total: count, lazy };
+        let failed = |error| Error::Send { platform: to.to_owned(), source: Box::new(error) };
+        let is_wanted: IsWanted = Arc::new(|| true);
+        let prepared = if lazy {
+            let (capsule, learned) = image.parts();
+            let supply = Arc::new(Supply::of(capsule, short(to)).map_err(Error::Capsule)?);
+            self.supplies.add(id, &supply);
+            source::send_lazily(endpoint, id, &order, &supply, learned.of_next_fork().as_ref(), is_wanted)
+        } else {
+            let parcel = image.parcel(&self.digests).map_err(Error::Capsule)?;
+            source::send(endpoint, id, &order, &parcel, &cluster.sending, &progress, is_wanted)
+        };
+        let sent = prepared.and_then(source::Prepared::commit);
+        sent.inspect_err(|_| self.supplies.remove(id)).map_err(failed)
+    }
+
+    /// Clones that are being sent by an operator's order.
+    pub fn transfers(&self) -> Vec<Transfer> {
+        let entries = lock(&self.transfers.0);
+        let transfer = |entry: &Entry| {
+            let [wanted_bytes, sent_bytes, spared_bytes] = entry.progress.bytes();
+            Transfer { id: entry.id, image: entry.image, to: entry.to.clone(), wanted_bytes, sent_bytes, spared_bytes }
+        };
+        entries.iter().map(transfer).collect()
+    }
+
+    /// Tells where copies would go, and why.
+    ///
+    /// # Errors
+    /// [`Error::Alone`].
+    pub fn explain(&self, wish: &Wish) -> Result<Explanation, Error> {
+        Ok(self.cluster.get().ok_or(Error::Alone)?.explain(wish))
+    }
+
+    /// What this platform has to do, and what it has left, beside what its host tells.
+    pub(crate) fn fill_in(&self, load: Load) -> Load {
+        let number = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+        let (vms, is_stopping) = self.registry.count();
+        let ready = self.pool.ready_shells().into_iter();
+        Load {
+            vms: number(vms),
+            max_vms: number(self.max_vms),
+            draining: is_stopping,
+            ready: ready.map(|(config, shells)| Ready { config, shells: number(shells) }).collect(),
+            images: self.images.ids(),
+            ..load
+        }
+    }
+}

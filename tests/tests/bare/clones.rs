@@ -1,0 +1,293 @@
+//! Copies that go to other platforms.
+
+use std::{
+    fs,
+    process::Command,
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use vmfork_abi::{ErrorCode, PAGE, Role, Status, flags};
+use vmfork_tests::{
+    assets,
+    bare::{Script, control},
+    cluster::Platforms,
+    proxy::{Fault, Proxy},
+    vmm::{PATIENCE, Running, Vmm},
+};
+
+use super::{ERROR, INDEX, ROLE, STATUS, join, printed};
+
+/// Where a guest says where its copies are to run.
+const FLAGS: usize = PAGE.request.offset + 12;
+
+/// What a guest has in its memory that its copies have too.
+const DATA: u64 = 0x40_0000;
+
+/// Waits until a platform knows so many, itself among them.
+fn know_each_other(running: &Running, count: usize) {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        // Where it has only just started, nobody answers.
+        let platforms = running.ask(&["platforms", "--json"]).unwrap_or_default();
+        let known: Value = serde_json::from_str(&platforms).unwrap_or_default();
+        if known["platforms"].as_array().is_some_and(|platforms| platforms.len() == count) {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{platforms}");
+        thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// A guest that forks, once it is told to, and then prints who it is, and what it has in its memory.
+fn forker(count: u32, flags: u32) -> Script {
+    let fork = Script::new().store(DATA, 0xda7a).wait_for_input().request(1, "web", count);
+    let fork = fork.store(control(FLAGS), flags).ring();
+    let answer = Script::new().print(control(STATUS)).print(control(ERROR)).print(control(ROLE)).print(control(INDEX));
+    join(fork, answer.print(DATA))
+}
+
+#[test]
+fn clones_run_on_another_platform_and_the_parent_goes_on() {
+    let platforms = Platforms::new(&["a", "b"]);
+    let mut target = Vmm::serve(&platforms.config("b", "")).start().expect("a platform");
+    let kernel = forker(2, flags::REMOTE).to_kernel();
+    let source = Vmm::kernel(kernel.path()).option("--mem", "64M").config(&platforms.config("a", ""));
+    let mut source = source.start().expect("host-vmm starts");
+    know_each_other(&source, 2);
+    source.type_bytes(b"!").expect("a guest that waits");
+    let forked = Status::Forked.number();
+    let parent = [forked, 0, Role::Parent.number(), 0, 0xda7a];
+    source.wait_for_lines("", parent.len()).expect("the parent goes on");
+    let lines = target.wait_for_lines("", 10).expect("the clones run");
+    for index in 1..=2 {
+        let of = |line: &&(String, String)| line.0 == format!("web.{index}");
+        let numbers = lines.iter().filter(of).map(|(_, line)| u32::from_str_radix(line, 16).expect("a number"));
+        assert_eq!(numbers.collect::<Vec<_>>(), [forked, 0, Role::Child.number(), index, 0xda7a]);
+    }
+    source.signal(Signal::SIGTERM).expect("a signal");
+    let source = source.end().expect("the source ends");
+    assert_eq!(printed(&source, "vm"), parent);
+    assert_eq!(source.events.iter().filter(|event| event["event"] == "sent").count(), 2);
+    // They don't depend on where they come from.
+    let vms: Value = serde_json::from_str(&target.ask(&["ps", "--json"]).expect("a list")).expect("JSON");
+    assert_eq!(vms["vms"].as_array().expect("an array").len(), 2);
+    target.signal(Signal::SIGTERM).expect("a signal");
+    assert_eq!(target.end().expect("the target ends").code, Some(0));
+}
+
+#[test]
+fn without_another_platform_the_fork_fails_and_the_parent_goes_on() {
+    for config in [None, Some(Platforms::new(&["a", "gone"]).config("a", ""))] {
+        let kernel = join(forker(1, flags::REMOTE), Script::new().off()).to_kernel();
+        let vmm = Vmm::kernel(kernel.path()).option("--mem", "64M");
+        let mut running = match config {
+            Some(config) => vmm.config(&config),
+            None => vmm,
+        }
+        .start()
+        .expect("host-vmm starts");
+        running.type_bytes(b"!").expect("a guest that waits");
+        let ended = running.end().expect("host-vmm ends");
+        let place = ErrorCode::Place.number();
+        assert_eq!(printed(&ended, "vm"), [Status::Failed.number(), place, Role::Booted.number(), 0, 0xda7a]);
+        assert_eq!(ended.code, Some(0));
+    }
+}
+
+/// Pages of a guest's memory, far apart, each with a number of its own.
+const FAR_APART: [(u64, u32); 4] = [(0x40_0000, 0xda7a), (0x80_0000, 1), (0x120_1000, 2), (0x3ff_f000, 3)];
+
+/// A guest that forks into one copy, which prints what it has in its memory, and then writes to it and prints that.
+fn one_with_much_memory(flags: u32) -> Script {
+    let fork = FAR_APART.iter().fold(Script::new(), |script, (at, value)| script.store(*at, *value));
+    let fork = fork.wait_for_input().request(1, "web", 1).store(control(FLAGS), flags).ring();
+    let print = |script: Script| FAR_APART.iter().fold(script, |script, (at, _)| script.print(*at));
+    let write = |script: Script| FAR_APART.iter().fold(script, |script, (at, value)| script.store(*at, value + 0x1000));
+    // A page that nobody has ever written to.
+    let child = print(write(print(Script::new()))).print(0x300_0000);
+    join(fork, Script::new().print(control(STATUS)).only_if(control(ROLE), Role::Child.number(), child))
+}
+
+/// What such a copy prints.
+fn what_a_copy_has() -> Vec<u32> {
+    let before = FAR_APART.iter().map(|(_, value)| *value);
+    let after = FAR_APART.iter().map(|(_, value)| value + 0x1000);
+    std::iter::once(Status::Forked.number()).chain(before).chain(after).chain([0]).collect()
+}
+
+fn numbers(lines: &[(String, String)], name: &str) -> Vec<u32> {
+    let of = lines.iter().filter(|(vm, _)| vm == name);
+    of.map(|(_, line)| u32::from_str_radix(line, 16).expect("a number")).collect()
+}
+
+/// Waits until the command prints JSON that is as it should be.
+fn wait_until(running: &Running, command: &[&str], is_right: impl Fn(&Value) -> bool) -> Value {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let answer = serde_json::from_str(&running.ask(command).unwrap_or_default()).unwrap_or_default();
+        if is_right(&answer) {
+            return answer;
+        }
+        assert!(Instant::now() < deadline, "{command:?}: {answer}");
+        thread::sleep(Duration::from_millis(50));
+    }
+}
+
+#[test]
+fn platforms_with_certificates_clone_lazily_and_what_has_come_is_an_image() {
+    let platforms = Platforms::with_certificates(&["a", "b"]);
+    let mut target = Vmm::serve(&platforms.config("b", "")).start().expect("a platform");
+    let kernel = one_with_much_memory(flags::REMOTE).to_kernel();
+    let source = Vmm::kernel(kernel.path()).option("--mem", "64M");
+    let mut source = source.config(&platforms.config("a", "[clone]\nlazy = true")).start().expect("host-vmm starts");
+    know_each_other(&source, 2);
+    know_each_other(&target, 2);
+    source.type_bytes(b"!").expect("a guest that waits");
+    let expected = what_a_copy_has();
+    let lines = target.wait_for_lines("", expected.len()).expect("the clone runs");
+    assert_eq!(numbers(&lines, "web.1"), expected);
+    // All of it comes, and then it depends on nobody.
+    let images = wait_until(&target, &["image", "ls", "--json"], |images| images[0]["id"].is_string());
+    source.signal(Signal::SIGKILL).expect("a signal");
+    let image = images[0]["id"].as_str().expect("an ID");
+    target.ask(&["spawn", "--image", image]).expect("a copy of what has come");
+    let lines = target.wait_for_lines("", 2 * expected.len()).expect("the copy runs");
+    assert_eq!(numbers(&lines, "web.2"), expected);
+    wait_until(&target, &["ps", "--json"], |vms| vms["vms"].as_array().is_some_and(|vms| vms.len() == 2));
+}
+
+#[test]
+fn a_guest_goes_on_where_others_are_shown_another_cpu() {
+    let platforms = Platforms::new(&["a", "b"]);
+    let profile = Command::new(assets::path("bin/host-vmm")).arg("cpu-profile").output().expect("host-vmm cpu-profile");
+    let mut profile: Value = serde_json::from_slice(&profile.stdout).expect("JSON");
+    let features = profile["features"].as_array_mut().expect("an array");
+    let before = features.len();
+    features.retain(|feature| !["umip", "3dnowprefetch", "lahf_lm"].contains(&feature.as_str().expect("a name")));
+    assert_ne!(features.len(), before, "this host has none of what is to be hidden");
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    fs::write(file.path(), profile.to_string()).expect("a file");
+    let less = format!("cpu_profile = \"less\"\ncpu_profile_file = \"{}\"", file.path().display());
+    for (there, here) in [("", less.as_str()), (&less, "")] {
+        let mut target = Vmm::serve(&platforms.config("b", there)).start().expect("a platform");
+        let kernel = one_with_much_memory(flags::REMOTE).to_kernel();
+        let source = Vmm::kernel(kernel.path()).option("--mem", "64M");
+        let mut source = source.config(&platforms.config("a", here)).start().expect("host-vmm starts");
+        know_each_other(&source, 2);
+        source.type_bytes(b"!").expect("a guest that waits");
+        // What a platform's own guests are shown is not all that its host has.
+        let expected = what_a_copy_has();
+        let lines = target.wait_for_lines("", expected.len()).expect("the clone runs");
+        assert_eq!(numbers(&lines, "web.1"), expected);
+    }
+}
+
+#[test]
+fn a_lazy_clone_ends_where_its_source_is_gone() {
+    let platforms = Platforms::new(&["a", "b"]);
+    let way = Proxy::start(platforms.address("a")).expect("a proxy");
+    let config = platforms.config_by_way("b", Some(("a", way.address())), "");
+    let mut target = Vmm::serve(&config).start().expect("a platform");
+    let kernel = one_with_much_memory(flags::REMOTE).to_kernel();
+    let source = Vmm::kernel(kernel.path()).option("--mem", "64M");
+    let mut source = source.config(&platforms.config("a", "[clone]\nlazy = true")).start().expect("host-vmm starts");
+    know_each_other(&source, 2);
+    know_each_other(&target, 2);
+    // Nothing of what it asks for comes.
+    way.set(Fault::StallAfter(0));
+    source.type_bytes(b"!").expect("a guest that waits");
+    target.node("web.1").expect("the clone is launched, and waits for its first page");
+    source.signal(Signal::SIGKILL).expect("a signal");
+    way.set(Fault::CutAfter(0));
+    drop(way);
+    let ended = |event: &Value| (event["event"] == "ended" && event["name"] == "web.1").then(|| event["how"].clone());
+    let how = target.wait_for("its end", ended).expect("the clone ends");
+    assert!(how["SourceLost"].is_string(), "{how}");
+    wait_until(&target, &["ps", "--json"], |vms| vms["vms"].as_array().is_some_and(Vec::is_empty));
+}
+
+/// A platform that keeps the image of one fork, and the image's ID.
+fn source_with_image(config: &str) -> (Running, String, tempfile::NamedTempFile) {
+    let kernel = one_with_much_memory(flags::LOCAL).to_kernel();
+    let source = Vmm::kernel(kernel.path()).option("--mem", "64M").config(config);
+    let mut source = source.start().expect("host-vmm starts");
+    source.wait_for("the VM", |event| (event["event"] == "started").then_some(())).expect("a VM");
+    source.type_bytes(b"!").expect("a guest that waits");
+    source.wait_for_lines("", 1 + what_a_copy_has().len()).expect("a fork");
+    let images = wait_until(&source, &["image", "ls", "--json"], |images| images[0]["id"].is_string());
+    let image = images[0]["id"].as_str().expect("an ID").to_owned();
+    (source, image, kernel)
+}
+
+#[test]
+fn wherever_the_connection_is_cut_there_is_one_clone() {
+    let rounds: u64 = if assets::in_lab() { 10 } else { 100 };
+    let platforms = Platforms::new(&["a", "b"]);
+    let way = Proxy::start(platforms.address("b")).expect("a proxy");
+    let config = platforms.config_by_way("a", Some(("b", way.address())), "keep = [\"web\"]");
+    let target = Vmm::serve(&platforms.config("b", "")).start().expect("a platform");
+    let (source, image, _kernel) = source_with_image(&config);
+    know_each_other(&source, 2);
+    let clone = || source.ask(&["clone", "--image", &image, "--to", "b"]);
+    let forget = || target.ask(&["image", "rm", &image]).expect("an image that has come");
+    way.set(Fault::None);
+    clone().expect("a clone");
+    let bytes = way.passed();
+    for round in 1..=rounds {
+        forget();
+        way.set(Fault::CutAfter(bytes * (round * 617 % 1009) / 1009));
+        clone().unwrap_or_else(|error| panic!("round {round}: {error:#}"));
+        let vms = target.ask(&["ps", "--json"]).expect("a list");
+        let vms: Value = serde_json::from_str(&vms).expect("JSON");
+        let count = vms["vms"].as_array().expect("an array").len() as u64;
+        assert_eq!(count, round + 1, "round {round}");
+    }
+}
+
+#[test]
+fn whatever_is_changed_on_the_way_no_clone_is_another_one() {
+    let rounds: u64 = if assets::in_lab() { 10 } else { 100 };
+    let platforms = Platforms::new(&["a", "b"]);
+    let way = Proxy::start(platforms.address("b")).expect("a proxy");
+    let config = platforms.config_by_way("a", Some(("b", way.address())), "keep = [\"web\"]");
+    let target = Vmm::serve(&platforms.config("b", "max_vms = 2000")).start().expect("a platform");
+    let (source, image, _kernel) = source_with_image(&config);
+    know_each_other(&source, 2);
+    let clone = || source.ask(&["clone", "--image", &image, "--to", "b"]);
+    way.set(Fault::None);
+    clone().expect("a clone");
+    let bytes = way.passed();
+    let mut clones = 1;
+    for round in 1..=rounds {
+        // There is none where the last round has failed early.
+        drop(target.ask(&["image", "rm", &image]));
+        way.set(Fault::FlipAfter(bytes * (round * 617 % 1009) / 1009));
+        clones += u64::from(clone().is_ok());
+        way.set(Fault::None);
+    }
+    println!("{clones} of {} clones run", rounds + 1);
+    clone().expect("a clone, when nothing is changed");
+    // What was said to run runs; what was not may run all the same, where only the answer was lost.
+    let vms = wait_until(&target, &["ps", "--json"], |vms| vms["vms"].is_array());
+    let vms = vms["vms"].as_array().expect("an array").len() as u64;
+    assert!((clones + 1..=rounds + 2).contains(&vms), "{clones} clones, {vms} VMs");
+    let mut names = std::collections::BTreeSet::new();
+    let expected = what_a_copy_has();
+    let mut target = target;
+    target
+        .wait_for("what all clones have", |event| {
+            let line = vmfork_tests::vmm::console_line(event, "")?;
+            names.insert(line.0);
+            (names.len() as u64 == vms).then_some(())
+        })
+        .expect("all clones run");
+    target.signal(Signal::SIGTERM).expect("a signal");
+    let ended = target.end().expect("the target ends");
+    for name in names {
+        let has = printed(&ended, &name);
+        assert!(expected.starts_with(&has), "{name}: {has:?}");
+    }
+}
