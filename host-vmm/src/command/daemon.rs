@@ -7,6 +7,7 @@ use std::{
     path::Path,
     sync::{Arc, Weak},
     thread,
+    time::Duration,
 };
 
 use anyhow::Context;
@@ -25,7 +26,7 @@ use crate::{
         config::{Peer, PlatformConfig, Sending},
         load,
         member::{Load, Member},
-        membership::{self, Directory},
+        membership::{self, Directory, check},
         placement::Rules,
         tls::Credentials,
     },
@@ -41,6 +42,9 @@ const FILES_PER_VM: usize = 10;
 
 /// Files that it has room for in any case.
 const MIN_FILES: u64 = 256;
+
+/// How long a platform that is listed has to say that it is there.
+const ANSWER: Duration = Duration::from_secs(3);
 
 /// A platform that others can ask.
 #[derive(Debug)]
@@ -121,8 +125,8 @@ fn join(
         let credentials = credentials.clone();
         move |peer: &Peer| {
             let endpoint = crate::cluster::endpoint(&peer.name, peer.address, credentials.as_ref());
-            let member = Connection::open(&endpoint)?.ask_for(Method::GET, "/v1/platform", Content::none())?;
-            Ok(member)
+            let mut connection = Connection::open(&endpoint)?.with_patience(ANSWER);
+            Ok(check::parse(&connection.ask(Method::GET, "/v1/platform", Content::none())?)?)
         }
     };
     let directory = Directory::start(membership::Settings {

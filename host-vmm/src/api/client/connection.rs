@@ -28,9 +28,6 @@ use crate::cluster::tls;
 /// Longest answer in bytes.
 const MAX_ANSWER_BYTES: usize = 64 << 20;
 
-/// Longest time in which a platform has to answer, or to take something more.
-const PATIENCE: Duration = Duration::from_secs(120);
-
 /// Why a platform was not asked, or does not do what it was asked for.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -62,10 +59,12 @@ pub enum Error {
         source: hyper::Error,
     },
     /// It took too long.
-    #[error("the platform at {platform} has not answered for {} s", PATIENCE.as_secs())]
+    #[error("the platform at {platform} has not answered within {patience:?}")]
     Silent {
         /// Where.
         platform: String,
+        /// How long it had for that.
+        patience: Duration,
     },
     /// It says no.
     #[error("{why}")]
@@ -184,6 +183,7 @@ pub struct Connection {
     platform: String,
     sender: SendRequest<Content>,
     runtime: Runtime,
+    patience: Option<Duration>,
 }
 
 impl fmt::Debug for Connection {
@@ -213,7 +213,13 @@ impl Connection {
                 }
             }
         })?;
-        Ok(Self { platform, sender, runtime })
+        Ok(Self { platform, sender, runtime, patience: None })
+    }
+
+    /// Has the platform answer each question within this time, once that is sent; but for long ones, which it may take its time to take in.
+    #[must_use]
+    pub fn with_patience(self, patience: Duration) -> Self {
+        Self { patience: Some(patience), ..self }
     }
 
     /// Asks, and gives what is answered.
@@ -222,17 +228,21 @@ impl Connection {
     /// [`Error`], but for those of [`Connection::open`].
     pub fn ask(&mut self, method: Method, path: &str, content: Content) -> Result<Bytes, Error> {
         let broken = |source| Error::Exchange { platform: self.platform.clone(), source };
+        let patience = self.patience.filter(|_| matches!(content, Content::Whole(_)));
         let request = Request::builder().method(method).uri(path).header(header::HOST, "platform");
         let request = request.header(header::CONTENT_TYPE, content.media_type()).body(content);
         let request = request.map_err(|source| self.answer_error(source))?;
-        let sender = &mut self.sender;
-        let (status, answer) = self.runtime.block_on(async {
+        let (sender, platform) = (&mut self.sender, &self.platform);
+        let exchange = async {
             sender.ready().await.map_err(broken)?;
             let response = sender.send_request(request).await.map_err(broken)?;
-            let status = response.status();
-            let silent = || Error::Silent { platform: self.platform.clone() };
-            let answer = tokio::time::timeout(PATIENCE, read(response.into_body())).await.map_err(|_| silent())?;
-            Ok((status, answer.map_err(|source| Error::Answer { platform: self.platform.clone(), source })?))
+            let (status, answer) = (response.status(), read(response.into_body()).await);
+            Ok((status, answer.map_err(|source| Error::Answer { platform: platform.clone(), source })?))
+        };
+        let (status, answer) = self.runtime.block_on(async {
+            let Some(patience) = patience else { return exchange.await };
+            let silent = |_| Error::Silent { platform: platform.clone(), patience };
+            tokio::time::timeout(patience, exchange).await.map_err(silent)?
         })?;
         if status.is_success() {
             return Ok(answer);

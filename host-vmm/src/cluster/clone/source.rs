@@ -118,6 +118,9 @@ impl Pace {
     }
 }
 
+/// How long a target has for each answer.
+const PATIENCE: Duration = Duration::from_secs(10);
+
 /// Says whether a clone is still wanted.
 pub type IsWanted = Arc<dyn Fn() -> bool + Send + Sync>;
 
@@ -147,6 +150,11 @@ impl Target {
         Self { endpoint, path, is_wanted, connection: None }
     }
 
+    fn connect(&mut self) -> Result<Connection, client::Error> {
+        let open = || Ok(Connection::open(&self.endpoint)?.with_patience(PATIENCE));
+        self.connection.take().map_or_else(open, Ok)
+    }
+
     /// Does something that does no harm when it is done twice, again and again until the target says yes or no, `limit` is over, or the clone
     /// is not wanted any more.
     pub(super) fn insist<T>(
@@ -156,7 +164,7 @@ impl Target {
     ) -> Result<T, client::Error> {
         let (began, mut delay) = (Instant::now(), FIRST_DELAY);
         loop {
-            let connected = self.connection.take().map_or_else(|| Connection::open(&self.endpoint), Ok);
+            let connected = self.connect();
             let error = match connected {
                 Ok(mut connection) => match ask(&mut connection, &self.path) {
                     Err(error) if error.may_pass() => error,
@@ -200,9 +208,8 @@ impl Target {
                     self.stage(LEASE)?
                 }
                 Stage::Receiving | Stage::Reserved => {
-                    let asked = self.connection.take().map_or_else(|| Connection::open(&self.endpoint), Ok);
                     let path = format!("{}/prepare", self.path);
-                    let asked = asked.and_then(|mut connection| {
+                    let asked = self.connect().and_then(|mut connection| {
                         let stage = connection.ask_for(Method::POST, &path, Content::none())?;
                         Ok((stage, connection))
                     });

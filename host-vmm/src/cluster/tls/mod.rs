@@ -32,6 +32,9 @@ const HTTP: &[u8] = b"http/1.1";
 /// How long a connection may take to be there, and again its handshake.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// How long something that was sent may stay without an acknowledgement, before the other side is taken for gone.
+const USER_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// How long nothing is heard before the other side is asked whether it is there.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
 
@@ -258,6 +261,7 @@ fn tune(tcp: &TcpStream) -> io::Result<()> {
     sockopt::set_tcp_keepidle(tcp, KEEPALIVE_IDLE)?;
     sockopt::set_tcp_keepintvl(tcp, KEEPALIVE_INTERVAL)?;
     sockopt::set_tcp_keepcnt(tcp, KEEPALIVE_PROBES)?;
+    sockopt::set_tcp_user_timeout(tcp, u32::try_from(USER_TIMEOUT.as_millis()).unwrap_or(u32::MAX))?;
     Ok(())
 }
 
