@@ -2,6 +2,7 @@
 
 use std::{
     net::{SocketAddr, TcpListener},
+    path::PathBuf,
     process::Command,
 };
 
@@ -50,6 +51,12 @@ impl Platforms {
         self.0.iter().find(|(known, _)| *known == name).expect("a platform").1
     }
 
+    /// The files of the CA's certificate, and of a platform's certificate and key, where it has them.
+    pub fn files(&self, name: &str) -> Option<[PathBuf; 3]> {
+        let folder = self.1.as_ref()?.path();
+        Some(["ca.pem".to_owned(), format!("{name}.pem"), format!("{name}.key")].map(|file| folder.join(file)))
+    }
+
     /// The configuration of one, and more that is to stand in it.
     pub fn config(&self, name: &str, more: &str) -> String {
         self.config_by_way(name, None, more)
@@ -62,10 +69,9 @@ impl Platforms {
             format!("{{ name = \"{peer}\", address = \"{address}\" }}")
         });
         let peers = peers.collect::<Vec<_>>().join(", ");
-        let trust = match &self.1 {
-            Some(folder) => {
-                let file = |name: &str| folder.path().join(name).display().to_string();
-                let [ca, cert, key] = [file("ca.pem"), file(&format!("{name}.pem")), file(&format!("{name}.key"))];
+        let trust = match self.files(name) {
+            Some(files) => {
+                let [ca, cert, key] = files.map(|file| file.display().to_string());
                 format!("tls = {{ ca = \"{ca}\", cert = \"{cert}\", key = \"{key}\" }}")
             }
             None => "plaintext = true".to_owned(),

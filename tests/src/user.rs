@@ -61,6 +61,8 @@ pub struct Order {
     pub pace_tsc: u64,
     /// Children stand still in the end, instead of switching themselves off.
     pub stay: bool,
+    /// Flags of the request: where the children are to run.
+    pub flags: u32,
 }
 
 impl Order {
@@ -76,6 +78,7 @@ impl Order {
         }
         bytes[16..24].copy_from_slice(&self.pace_tsc.to_le_bytes());
         bytes[24] = u8::from(self.stay);
+        bytes[28..32].copy_from_slice(&self.flags.to_le_bytes());
         bytes
     }
 }
@@ -147,7 +150,8 @@ global_asm!(
     "    mov [rbx + {request}], r15",
     "    mov eax, [rbp]",
     "    mov [rbx + {request} + 8], eax",
-    "    mov dword ptr [rbx + {request} + 12], 0",
+    "    mov eax, [rbp + 28]",
+    "    mov [rbx + {request} + 12], eax",
     "    mov dword ptr [rbx + {request} + 16], 0x636e6562", // "benc"
     "    mov dword ptr [rbx + {request} + 20], 0x68",       // "h"
     "    mov edx, {doorbell}",
@@ -207,10 +211,11 @@ global_asm!(
     "    shl rdx, 32",
     "    or rax, rdx",
     "    ret",
-    "user_dirty:", // write to ECX pages
+    "user_dirty:", // write to ECX pages, to none what another one has
     "    mov edi, {data}",
     "    jmp 2f",
     "1:  mov [rdi], r15",
+    "    mov [rdi + 8], rdi",
     "    add rdi, 4096",
     "    dec ecx",
     "2:  test ecx, ecx",

@@ -161,6 +161,11 @@ impl Running {
         self.process.id()
     }
 
+    /// The socket of its API.
+    pub fn socket(&self) -> PathBuf {
+        self.folder.path().join(SOCKET)
+    }
+
     /// Processes of all nodes and ready shells: what its zygote has started.
     ///
     /// # Errors
@@ -259,7 +264,7 @@ impl Running {
     /// Where it fails.
     pub fn ask(&self, command: &[&str]) -> anyhow::Result<String> {
         let mut program = Command::new(assets::path("bin/host-vmm"));
-        let output = program.args(command).arg("--api").arg(self.folder.path().join(SOCKET)).output()?;
+        let output = program.args(command).arg("--api").arg(self.socket()).output()?;
         anyhow::ensure!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
         Ok(String::from_utf8(output.stdout)?)
     }

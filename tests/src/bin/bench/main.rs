@@ -16,6 +16,7 @@ use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 
+mod clones;
 mod firecracker;
 mod floor;
 mod measure;

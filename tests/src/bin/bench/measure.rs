@@ -2,13 +2,15 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
 use kvm_ioctls::Kvm;
 use vmfork_tests::user::{ANSWER, Order, REWRITE};
 
 use crate::{
-    Progress, firecracker,
+    Progress,
+    clones::{self, Pair},
+    firecracker,
     floor::{self, Addresses},
     floor_many, rest,
     session::{Outcome, Session, Shape},
@@ -44,6 +46,8 @@ pub(crate) enum Group {
     Vcpus,
     /// A thousand children, with no shell ready.
     Thousand,
+    /// Clones on another platform of this host.
+    Clones,
 }
 
 /// A run of the bench.
@@ -65,7 +69,7 @@ impl Bench {
     /// Measures one group, or everything; what takes long and is no main figure, only where it need not be quick.
     pub(crate) fn run(&mut self, only: Option<Group>) -> Result<()> {
         for group in Group::value_variants() {
-            if only.map_or(!self.quick || *group != Group::Vcpus, |only| only == *group) {
+            if only.map_or(!self.quick || !matches!(group, Group::Vcpus | Group::Clones), |only| only == *group) {
                 self.measure(*group)?;
             }
         }
@@ -83,6 +87,7 @@ impl Bench {
             Group::Children => self.children(),
             Group::Vcpus => self.vcpus(),
             Group::Thousand => self.thousand(),
+            Group::Clones => self.clones(),
         }
     }
 
@@ -281,6 +286,51 @@ impl Bench {
             self.progress.step();
         }
         end_all(sessions.into_iter().map(|(_, session)| session))
+    }
+
+    /// Clones between two platforms, over TLS; in turn with TLS alone.
+    fn clones(&mut self) -> Result<()> {
+        const FULL_MIB: u32 = 512;
+        let repeats = self.repeats(200, 8);
+        for (mem, name) in [("256M", "clone.lazy.256m"), ("4G", "clone.lazy.4g")] {
+            let mut pair = Pair::start(mem, true, false)?;
+            self.progress.begin(&format!("a lazy clone of {mem}"), repeats);
+            // The first fork is the one in which a booted VM's memory becomes an image.
+            pair.fork_away()?;
+            for _ in 0..repeats {
+                self.samples.add_ns(name, pair.fork_away()?);
+                self.progress.step();
+            }
+            pair.end()?;
+        }
+        let repeats = self.repeats(20, 3);
+        let bytes = u64::from(FULL_MIB) << 20;
+        let mut pair = Pair::start("1G", false, false)?;
+        self.progress.begin(&format!("a full clone of {FULL_MIB} MiB"), repeats);
+        let image = pair.make_image(FULL_MIB * MIB)?;
+        // Before this one, nobody has looked at the chunks.
+        self.samples.add("clone.full.first", "B/s", clones::per_second(bytes, pair.clone_anew(&image)?));
+        for _ in 0..repeats {
+            self.samples.add("floor.tls", "B/s", clones::tls(usize::try_from(bytes)?)?);
+            self.samples.add("clone.full", "B/s", clones::per_second(bytes, pair.clone_anew(&image)?));
+            self.progress.step();
+        }
+        pair.end()?;
+        let mut pair = Pair::start("1G", false, true)?;
+        self.progress.begin(&format!("a clone where {FULL_MIB} MiB are known"), repeats);
+        let image = pair.make_image(FULL_MIB * MIB)?;
+        let (_, first_bytes) = pair.clone_image(&image)?;
+        ensure!(first_bytes >= bytes, "the first clone took only {first_bytes} bytes");
+        for _ in 0..repeats {
+            // The parent forks again, and its image goes where the last one is.
+            let image = pair.make_image(MIB)?;
+            let (took, bytes) = pair.clone_image(&image)?;
+            let percent = 100.0 * f64::from(u32::try_from(bytes)?) / f64::from(u32::try_from(first_bytes)?);
+            self.samples.add("clone.second", "%", percent);
+            self.samples.add_ns("clone.second.time", u64::try_from(took.as_nanos())?);
+            self.progress.step();
+        }
+        pair.end()
     }
 
     /// A thousand children of one fork with no shell ready, in turn with a thousand VMs that nobody manages.

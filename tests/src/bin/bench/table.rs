@@ -18,6 +18,9 @@ const RATIOS: &[(&str, &str)] = &[
     ("firecracker.spawn", "fork.child.512m"),
     ("firecracker.ws16m", "fork.ws16m"),
     ("fork.thousand", "floor.thousand"),
+    ("clone.full", "floor.tls"),
+    ("clone.lazy.4g", "clone.lazy.256m"),
+    ("clone.lazy.256m", "fork.child.128m"),
 ];
 
 /// The table.
