@@ -8,6 +8,7 @@ use uuid::Uuid;
 
 use super::{Error, codec, compat::Requirements, manifest::Manifest};
 use crate::{
+    arch::layout::PAGE_BYTES,
     devices::DevicesState,
     kvm::{VcpuState, VmState},
     machine::{Config, MachineState, VmIdentity},
@@ -176,6 +177,12 @@ impl Description {
             return Err(Error::Invalid("its VM type is none"));
         }
         memory.check()?;
+        let Config { ram_bytes, vcpus } = about.config;
+        let is_of_shape =
+            machine.vcpus.len() == usize::from(vcpus) && memory.pages.checked_mul(PAGE_BYTES) == Some(ram_bytes);
+        if vcpus == 0 || !is_of_shape {
+            return Err(Error::Invalid("its vCPUs or its memory are not those of its shape"));
+        }
         Ok(Self { about, requirements, machine, memory, stored })
     }
 }

@@ -174,7 +174,10 @@ fn forged_descriptions_are_refused() {
     assert!(matches!(forged(|it| it.memory.layers[1].chunks[0].pages = 1), Err(Error::Invalid(_))));
     assert!(matches!(forged(|it| it.memory.layers[1].chunks[0].digest[0] ^= 1), Err(Error::Digest(_))));
     assert!(matches!(forged(|it| it.memory.layers[1].file_pages = u64::MAX), Err(Error::Invalid(_))));
-    assert!(matches!(forged(|it| it.memory.pages += 1), Err(Error::Memory(_))));
+    assert!(matches!(forged(|it| it.memory.pages += 1), Err(Error::Invalid(_))));
+    assert!(matches!(forged(|it| it.about.config.vcpus += 1), Err(Error::Invalid(_))));
+    assert!(matches!(forged(|it| it.about.config.vcpus = 0), Err(Error::Invalid(_))));
+    assert!(matches!(forged(|it| it.about.config.ram_bytes = 0), Err(Error::Invalid(_))));
     assert!(matches!(forged(|it| it.memory.layers[1].runs[0].pages = 3), Err(Error::Memory(_))));
     assert!(matches!(forged(|it| it.memory.layers.clear()), Err(Error::Invalid(_))));
 }

@@ -268,7 +268,7 @@ impl Rendezvous {
     ///
     /// # Errors
     /// [`Error::Aborted`], or [`Error::Gone`] once `is_alone` says so.
-    pub fn wait_commit(&self, is_alone: impl Fn() -> bool) -> Result<(), Error> {
+    pub fn wait_commit(&self, is_alone: impl FnMut() -> bool) -> Result<(), Error> {
         match self.wait(PHASE, |phase| phase != PUBLISHED, FOR_COMMIT, None, is_alone)? {
             COMMITTED => Ok(()),
             _ => Err(Error::Aborted),
@@ -294,7 +294,7 @@ impl Rendezvous {
         is_right: impl Fn(u32) -> bool,
         spin: Spin,
         limit: Option<Duration>,
-        is_alone: impl Fn() -> bool,
+        mut is_alone: impl FnMut() -> bool,
     ) -> Result<u32, Error> {
         let word = self.word(at)?;
         let started = Instant::now();

@@ -10,6 +10,8 @@ use std::{
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd},
 };
 
+use rustix::fs::{OFlags, fcntl_setfl};
+
 use super::{Error, Mapping};
 
 /// Where faults are had from, by those who may open it (since Linux 6.1).
@@ -107,8 +109,13 @@ impl Faults {
     /// [`Error::Invalid`] where it is something else.
     pub fn from_file(file: File) -> Result<Self, Error> {
         let kind = fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()));
-        let is_it = kind.is_ok_and(|kind| kind.as_os_str() == KIND);
-        if is_it { Ok(Self(file)) } else { Err(Error::Invalid("what should tell faults is something else")) }
+        if !kind.is_ok_and(|kind| kind.as_os_str() == KIND) {
+            return Err(Error::Invalid("what should tell faults is something else"));
+        }
+        // Whoever reads them must never wait for one process, whatever that has sent.
+        let set = fcntl_setfl(&file, OFlags::NONBLOCK);
+        set.map_err(|errno| Error::Faults { operation: "read without waiting for", source: errno.into() })?;
+        Ok(Self(file))
     }
 
     /// The descriptor, to be sent.

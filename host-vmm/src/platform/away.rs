@@ -160,7 +160,10 @@ impl Away {
     fn dispatch(&self, Placed { here, away }: Placed, content: &Sent, tried: &[String]) {
         thread::scope(|scope| {
             for share in away {
-                scope.spawn(move || self.send_share(share, content, tried));
+                let (count, send) = (share.slots.len(), move || self.send_share(share, content, tried));
+                if let Err(error) = thread::Builder::new().name("away".into()).spawn_scoped(scope, send) {
+                    self.fork.gone(count, &format!("can't send to several platforms at once: {error}"));
+                }
             }
             if !here.is_empty() {
                 self.launch_here(&here);
@@ -209,9 +212,11 @@ impl Away {
     }
 
     /// Says that these copies are ready, and has them run when all are.
-    fn finish(&self, Share { platform, slots }: &Share, prepared: source::Prepared) {
+    fn finish(&self, Share { platform, slots }: &Share, mut prepared: source::Prepared) {
         let arrived = slots.iter().try_for_each(|_| self.rendezvous.arrive(self.total));
-        if let Err(error) = arrived.and_then(|()| self.rendezvous.wait_commit(|| self.fork.is_off())) {
+        let is_over = || self.fork.is_off() || !prepared.is_waiting();
+        if let Err(error) = arrived.and_then(|()| self.rendezvous.wait_commit(is_over)) {
+            self.platform.supplies.remove(prepared.id());
             drop(prepared);
             return self.fork.gone(slots.len(), &chain(&error));
         }

@@ -149,11 +149,11 @@ impl Platform {
         slots: &[Slot],
         total: u32,
     ) -> Result<Copies, Error> {
+        self.check_memory(&capsule.about.vm_type, capsule.about.config, slots.len())?;
         let parcel = Parcel::new(description, capsule.files.clone()).map_err(Error::Capsule)?;
         let image = self.receive(capsule, parcel);
         let (capsule, learned) = image.parts();
         let About { vm_type, original, config, seq, .. } = &capsule.about;
-        self.check_memory(vm_type, *config, slots.len())?;
         let launch = Launch {
             config: *config,
             original,

@@ -9,7 +9,7 @@ use std::{
 };
 
 use uuid::Uuid;
-use vmfork_abi::{ErrorCode, is_vm_type};
+use vmfork_abi::{ErrorCode, MAX_CHILDREN, is_vm_type};
 
 use super::{
     Error, Platform,
@@ -386,9 +386,13 @@ impl Platform {
         if order.fault == Some(Step::Place) {
             return Err(Error::Injected(Step::Place));
         }
-        // The node has checked it; but a node that a guest has broken must not choose the names of this platform's files.
+        // The node has checked both; but a node that a guest has broken must not choose the names of this platform's files, nor have it make
+        // up so many copies that there is no memory for their IDs.
         if !is_vm_type(&order.vm_type) {
             return Err(Error::Type(order.vm_type.clone()));
+        }
+        if !(1..=MAX_CHILDREN).contains(&order.count) {
+            return Err(Error::Count(order.count));
         }
         if !self.limits.are_none() {
             self.check_limits(original, order)?;

@@ -217,6 +217,12 @@ pub enum Error {
     /// A node asks for a type that no guest can ask for.
     #[error("{0:?} is no VM type")]
     Type(String),
+    /// A node asks for more copies than a guest can ask for, or for none.
+    #[error("{0} copies can't be asked for")]
+    Count(u32),
+    /// A VM comes whose ID another one has.
+    #[error("there is a VM {0} already")]
+    Twice(uuid::Uuid),
     /// The platform is being stopped.
     #[error("the platform is being stopped")]
     Stopping,

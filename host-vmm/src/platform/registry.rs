@@ -1,7 +1,7 @@
 //! Which VMs there are, and what the next ones are called.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, btree_map},
     sync::{Arc, Condvar, Mutex, PoisonError},
     time::Instant,
 };
@@ -95,14 +95,19 @@ impl Registry {
         (children as u64, of_type.map(|entry| entry.config.ram_bytes).sum())
     }
 
-    /// Enters a VM.
+    /// Enters a VM, under an ID that no other one has.
     pub(super) fn enter(&self, entry: Entry) -> Result<(), Error> {
         let mut state = lock(&self.state);
         if state.stopping {
             return Err(Error::Stopping);
         }
-        state.vms.insert(entry.vm.id, entry);
-        Ok(())
+        match state.vms.entry(entry.vm.id) {
+            btree_map::Entry::Occupied(_) => Err(Error::Twice(entry.vm.id)),
+            btree_map::Entry::Vacant(place) => {
+                place.insert(entry);
+                Ok(())
+            }
+        }
     }
 
     /// Says that a VM runs.
@@ -199,6 +204,18 @@ mod tests {
         registry.leave(Uuid::from_u128(3));
         assert_eq!(registry.usage(Uuid::from_u128(1), "web"), (1, 15 << 20));
         assert_eq!(registry.usage(Uuid::from_u128(4), "db"), (0, 0));
+    }
+
+    #[test]
+    fn no_vm_takes_the_place_of_another_one() {
+        let registry = Registry::default();
+        let (link, _theirs) = PlatformLink::pair().unwrap();
+        let link = Arc::new(link);
+        registry.enter(entry(1, 0, &link)).unwrap();
+        assert!(matches!(registry.enter(entry(1, 2, &link)), Err(Error::Twice(id)) if id.as_u128() == 1));
+        assert_eq!(registry.usage(Uuid::from_u128(0), "web").0, 1);
+        registry.leave(Uuid::from_u128(1));
+        registry.enter(entry(1, 2, &link)).unwrap();
     }
 
     #[test]

@@ -11,7 +11,7 @@ use std::{
 use http_body_util::{BodyExt, Limited};
 use hyper::{
     Method, Request, StatusCode,
-    body::{Body, Bytes, Frame, Incoming},
+    body::{Body, Bytes, Frame},
     client::conn::http1::{self, SendRequest},
     header,
 };
@@ -216,10 +216,16 @@ impl Connection {
         Ok(Self { platform, sender, runtime, patience: None })
     }
 
-    /// Has the platform answer each question within this time, once that is sent; but for long ones, which it may take its time to take in.
+    /// Has the platform begin each answer within this time, and go on with it as soon; but for what is long to send, which may take as long to
+    /// take in.
     #[must_use]
     pub fn with_patience(self, patience: Duration) -> Self {
         Self { patience: Some(patience), ..self }
+    }
+
+    /// As [`Connection::with_patience`], from here on.
+    pub fn set_patience(&mut self, patience: Duration) {
+        self.patience = Some(patience);
     }
 
     /// Asks, and gives what is answered.
@@ -228,21 +234,25 @@ impl Connection {
     /// [`Error`], but for those of [`Connection::open`].
     pub fn ask(&mut self, method: Method, path: &str, content: Content) -> Result<Bytes, Error> {
         let broken = |source| Error::Exchange { platform: self.platform.clone(), source };
-        let patience = self.patience.filter(|_| matches!(content, Content::Whole(_)));
+        let begun_within = self.patience.filter(|_| matches!(content, Content::Whole(_)));
         let request = Request::builder().method(method).uri(path).header(header::HOST, "platform");
         let request = request.header(header::CONTENT_TYPE, content.media_type()).body(content);
         let request = request.map_err(|source| self.answer_error(source))?;
         let (sender, platform) = (&mut self.sender, &self.platform);
-        let exchange = async {
-            sender.ready().await.map_err(broken)?;
-            let response = sender.send_request(request).await.map_err(broken)?;
-            let (status, answer) = (response.status(), read(response.into_body()).await);
-            Ok((status, answer.map_err(|source| Error::Answer { platform: platform.clone(), source })?))
-        };
+        let between = self.patience;
         let (status, answer) = self.runtime.block_on(async {
-            let Some(patience) = patience else { return exchange.await };
-            let silent = |_| Error::Silent { platform: platform.clone(), patience };
-            tokio::time::timeout(patience, exchange).await.map_err(silent)?
+            let response = within(begun_within, platform, async {
+                sender.ready().await.map_err(broken)?;
+                sender.send_request(request).await.map_err(broken)
+            });
+            let response = response.await??;
+            let (status, mut body) = (response.status(), Limited::new(response.into_body(), MAX_ANSWER_BYTES));
+            let mut answer = Vec::new();
+            while let Some(frame) = within(between, platform, body.frame()).await? {
+                let frame = frame.map_err(|source| Error::Answer { platform: platform.clone(), source })?;
+                answer.extend_from_slice(&frame.into_data().unwrap_or_default());
+            }
+            Ok((status, Bytes::from(answer)))
         })?;
         if status.is_success() {
             return Ok(answer);
@@ -261,7 +271,8 @@ impl Connection {
         serde_json::from_slice(&answer).map_err(|source| self.answer_error(source))
     }
 
-    fn answer_error(&self, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
+    /// What it has answered makes no sense.
+    pub fn answer_error(&self, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
         Error::Answer { platform: self.platform.clone(), source: source.into() }
     }
 }
@@ -281,6 +292,8 @@ where
     Ok(sender)
 }
 
-async fn read(body: Incoming) -> Result<Bytes, Box<dyn std::error::Error + Send + Sync>> {
-    Ok(Limited::new(body, MAX_ANSWER_BYTES).collect().await?.to_bytes())
+/// What comes of something, where there is no limit for it or it keeps that.
+async fn within<T>(limit: Option<Duration>, platform: &str, work: impl Future<Output = T>) -> Result<T, Error> {
+    let Some(patience) = limit else { return Ok(work.await) };
+    tokio::time::timeout(patience, work).await.map_err(|_| Error::Silent { platform: platform.to_owned(), patience })
 }

@@ -13,7 +13,8 @@
 use std::{
     fs::File,
     io,
-    os::fd::AsFd,
+    ops::Range,
+    os::{fd::AsFd, unix::fs::FileExt},
     sync::{
         Arc, Mutex, OnceLock,
         atomic::{AtomicU64, Ordering},
@@ -26,7 +27,10 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::eventfd::{EfdFlags, EventFd},
 };
-use rustix::fs::{FallocateFlags, fallocate};
+use rustix::{
+    fs::{FallocateFlags, SeekFrom, fallocate, seek},
+    io::Errno,
+};
 
 use super::supply::{Error as SupplyError, Supplier};
 use crate::{
@@ -62,6 +66,14 @@ pub enum Error {
     /// What came is not what the source has.
     #[error("the memory that came is another one than the source has")]
     Different,
+    /// Memory is there that nobody has put there.
+    #[error("a node has changed the memory that it runs in, or this kernel fills more of it than one page at a time")]
+    Changed,
+    /// Memory can't be filled page by page.
+    #[error(
+        "this kernel fills shared memory by huge pages (see shmem_enabled), and a clone can't depend on its source so"
+    )]
+    HugePages,
 }
 
 /// Who is told what becomes of a memory: one of the VMs that run in it.
@@ -91,6 +103,8 @@ pub struct Filling {
     positions: Positions,
     /// What has come.
     chunks: Vec<OnceLock<Option<Chunk>>>,
+    /// Taken by whoever puts a chunk in whose position has this remainder.
+    putting: [Mutex<()>; 16],
     views: Mutex<Vec<Arc<View>>>,
     /// Rung when there is another view, or an end.
     bell: EventFd,
@@ -104,6 +118,7 @@ impl Filling {
     /// # Errors
     /// [`Error`] where the description is none of a memory, or there can be no files for it.
     pub fn new(description: Description) -> Result<Self, Error> {
+        check_single_pages()?;
         let memory = &description.memory;
         let file = |layer: &LayerManifest| Ok(Arc::new(memory::fillable("vm-lazy", layer.file_pages * PAGE_BYTES)?));
         let files: Vec<Arc<File>> = memory.layers.iter().map(file).collect::<Result<_, memory::Error>>()?;
@@ -118,6 +133,7 @@ impl Filling {
         Ok(Self {
             files,
             image,
+            putting: Default::default(),
             chunks: (0..positions.count()).map(|_| OnceLock::new()).collect(),
             missing: AtomicU64::new(u64::from(positions.count())),
             positions,
@@ -160,7 +176,13 @@ impl Filling {
     pub fn put(&self, position: u32, data: &[u8]) -> Result<(), Error> {
         let (layer, number) = self.positions.find(position).ok_or(capsule::Error::Invalid("there is no such chunk"))?;
         let slot = self.chunks.get(position as usize).ok_or(capsule::Error::Invalid("there is no such chunk"))?;
+        let _putting = lock(&self.putting[position as usize % self.putting.len()]);
         if slot.get().is_none() {
+            // A node that reads where nobody watches makes an empty page be there, for all others too.
+            let start = u64::from(number) * CHUNK_BYTES;
+            if has_data(&self.files[layer], start..start + CHUNK_BYTES)? {
+                return Err(Error::Changed);
+            }
             let chunk = self.description.memory.layers[layer].write(&self.files[layer], number, data)?;
             if slot.set(chunk).is_ok() {
                 self.missing.fetch_sub(1, Ordering::Relaxed);
@@ -188,6 +210,11 @@ impl Filling {
         if let Err(errno) = self.bell.write(1) {
             tracing::debug!(%errno, "who deals with faults hears of a change a second later");
         }
+    }
+
+    /// Says that nobody needs it any more.
+    pub fn cancel(&self) {
+        self.decide(Err("its clone was called off".to_owned()));
     }
 
     /// Says what becomes of it, once.
@@ -272,7 +299,11 @@ impl Filling {
             source.fetch(&wanted, |chunk, data| self.put(chunk, data))?;
         }
         for ((view, address), place) in waiting.iter().zip(places) {
-            let (layer, file_page) = place.ok_or(memory::Error::Invalid("a fault is at no address of the memory"))?;
+            let Some((layer, file_page)) = place else {
+                lock(&self.views).retain(|other| !Arc::ptr_eq(other, view));
+                view.vm.is_lost("it waits for memory that it does not have");
+                continue;
+            };
             make(&self.files[layer], file_page)?;
             // Who is gone waits for nothing.
             drop(view.faults.wake(address - address % PAGE_BYTES, PAGE_BYTES));
@@ -324,6 +355,29 @@ fn make(file: &File, page: u64) -> Result<(), memory::Error> {
         .map_err(|errno| memory::Error::Faults { operation: "make a page after", source: errno.into() })
 }
 
+/// Whether something is there within a range of a file.
+fn has_data(file: &File, range: Range<u64>) -> Result<bool, memory::Error> {
+    match seek(file, SeekFrom::Data(range.start)) {
+        Ok(data) => Ok(data < range.end),
+        // There is nothing behind that.
+        Err(Errno::NXIO) => Ok(false),
+        Err(errno) => Err(memory::Error::Faults { operation: "look for memory before", source: errno.into() }),
+    }
+}
+
+/// Checks that one page of a memory file can be there, and the next one not.
+fn check_single_pages() -> Result<(), Error> {
+    static ARE_SINGLE: OnceLock<bool> = OnceLock::new();
+    if ARE_SINGLE.get() == Some(&true) {
+        return Ok(());
+    }
+    let file = memory::fillable("vm-probe", 4 << 20)?;
+    let write = |source| memory::Error::Faults { operation: "write to memory before", source };
+    file.write_all_at(&[0], 0).map_err(write)?;
+    let are_single = !has_data(&file, PAGE_BYTES..4 << 20)?;
+    if *ARE_SINGLE.get_or_init(|| are_single) { Ok(()) } else { Err(Error::HugePages) }
+}
+
 /// The positions of chunks: numbered through all layers.
 #[derive(Debug)]
 pub(super) struct Positions {
@@ -372,6 +426,16 @@ impl Positions {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_page_that_a_node_has_made_is_seen() {
+        let file = memory::fillable("vm-test", 3 * CHUNK_BYTES).unwrap();
+        assert!(!has_data(&file, 0..3 * CHUNK_BYTES).unwrap());
+        file.write_all_at(&[0], CHUNK_BYTES + PAGE_BYTES).unwrap();
+        let found: Vec<_> =
+            (0..3).map(|at| has_data(&file, at * CHUNK_BYTES..(at + 1) * CHUNK_BYTES).unwrap()).collect();
+        assert_eq!(found, [false, true, false]);
+    }
 
     #[test]
     fn chunks_are_numbered_through_all_layers() {

@@ -71,6 +71,14 @@ pub struct Missing {
     pub chunks: Vec<Range<u32>>,
 }
 
+impl Missing {
+    /// Whether this can be: not too many ranges, none of them empty, one behind another.
+    pub fn is_sound(&self) -> bool {
+        let are_sorted = self.chunks.is_sorted_by(|one, next| one.end <= next.start);
+        self.chunks.len() <= MAX_RANGES && are_sorted && self.chunks.iter().all(|range| !range.is_empty())
+    }
+}
+
 /// How far a clone is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "stage", rename_all = "kebab-case")]
@@ -93,4 +101,18 @@ pub enum Stage {
         /// Why.
         why: String,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_can_be_is_missed() {
+        let is_sound = |chunks: &[Range<u32>]| Missing { chunks: chunks.to_vec() }.is_sound();
+        assert!(is_sound(&[]) && is_sound(&[0..1, 1..2, 5..u32::MAX]));
+        assert!(!is_sound(&[0..2, 1..3]) && !is_sound(&[4..5, 0..1]) && !is_sound(&[3..3, 4..5]));
+        let many = |count: u32| (0..count).map(|at| 2 * at..2 * at + 1).collect::<Vec<_>>();
+        assert!(is_sound(&many(4096)) && !is_sound(&many(4097)));
+    }
 }

@@ -121,6 +121,12 @@ impl Pace {
 /// How long a target has for each answer.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// How often something is begun anew that has gone on for longer than it may take to be heard.
+const MAX_ANEW: u32 = 3;
+
+/// How often a target is told that its source is still there, while its copies wait.
+const RENEWAL: Duration = Duration::from_secs(LEASE.as_secs() / 4);
+
 /// Says whether a clone is still wanted.
 pub type IsWanted = Arc<dyn Fn() -> bool + Send + Sync>;
 
@@ -156,14 +162,15 @@ impl Target {
     }
 
     /// Does something that does no harm when it is done twice, again and again until the target says yes or no, `limit` is over, or the clone
-    /// is not wanted any more.
+    /// is not wanted any more. What is long to do, and breaks off in the middle, has its limit from there on; but not for ever.
     pub(super) fn insist<T>(
         &mut self,
         limit: Duration,
         mut ask: impl FnMut(&mut Connection, &str) -> Result<T, client::Error>,
     ) -> Result<T, client::Error> {
-        let (began, mut delay) = (Instant::now(), FIRST_DELAY);
+        let (mut began, mut delay, mut anew) = (Instant::now(), FIRST_DELAY, 0);
         loop {
+            let attempt = Instant::now();
             let connected = self.connect();
             let error = match connected {
                 Ok(mut connection) => match ask(&mut connection, &self.path) {
@@ -176,6 +183,9 @@ impl Target {
                 Err(error) if error.may_pass() => error,
                 Err(error) => return Err(error),
             };
+            if attempt.elapsed() >= limit && anew < MAX_ANEW {
+                (began, anew) = (Instant::now(), anew + 1);
+            }
             if began.elapsed() + delay >= limit || !(self.is_wanted)() {
                 return Err(error);
             }
@@ -188,7 +198,12 @@ impl Target {
     fn describe(&mut self, head: &Bytes) -> Result<Missing, client::Error> {
         self.insist(LEASE, |connection, path| {
             let head = Content::Pieces(Box::new(std::iter::once(Ok(head.clone()))));
-            connection.ask_for(Method::PUT, &format!("{path}/capsule"), head)
+            let missing: Missing = connection.ask_for(Method::PUT, &format!("{path}/capsule"), head)?;
+            if missing.is_sound() {
+                Ok(missing)
+            } else {
+                Err(connection.answer_error("it misses what can't be missing"))
+            }
         })
     }
 
@@ -232,7 +247,10 @@ impl Target {
 #[derive(Debug)]
 #[must_use]
 pub struct Prepared {
+    id: Uuid,
     target: Target,
+    /// When the target has last heard of it.
+    heard: Instant,
     is_decided: bool,
 }
 
@@ -257,6 +275,7 @@ pub fn send(
         return Err(Error::CalledOff);
     }
     target.prepare()?;
+    prepared.heard = Instant::now();
     Ok(prepared)
 }
 
@@ -283,6 +302,7 @@ pub fn send_lazily(
         connection.ask(Method::POST, &format!("{path}/chunks"), records)
     })?;
     target.prepare()?;
+    prepared.heard = Instant::now();
     Ok(prepared)
 }
 
@@ -290,13 +310,31 @@ impl Prepared {
     /// Has a target keep room for a clone.
     fn order(endpoint: Endpoint, id: Uuid, order: &Order, is_wanted: IsWanted) -> Result<Self, Error> {
         let target = Target::at(endpoint, format!("/v1/clones/{id}"), is_wanted);
-        let mut prepared = Self { target, is_decided: false };
+        let mut prepared = Self { id, target, heard: Instant::now(), is_decided: false };
         let stage: Stage = prepared
             .target
             .insist(LEASE, |connection, path| connection.ask_for(Method::PUT, path, Content::json(order)?))?;
         match stage {
             Stage::Reserved | Stage::Receiving => Ok(prepared),
             stage => Err(Error::Stage(format!("{stage:?}"))),
+        }
+    }
+
+    /// The clone's ID.
+    pub fn id(&self) -> Uuid {
+        self.id
+    }
+
+    /// Tells the target now and then that its source is still there, and says whether the copies still wait there. To be called often.
+    pub fn is_waiting(&mut self) -> bool {
+        if self.heard.elapsed() < RENEWAL {
+            return true;
+        }
+        self.heard = Instant::now();
+        match self.target.stage(Duration::ZERO) {
+            Ok(stage) => matches!(stage, Stage::Prepared),
+            // It may be there again before its lease is over.
+            Err(error) => error.may_pass(),
         }
     }
 

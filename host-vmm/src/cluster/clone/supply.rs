@@ -1,7 +1,7 @@
 //! Where the rest of a clone's memory is had from, while the clone runs: the source's side, and the target's.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::File,
     io,
     sync::{Arc, Mutex},
@@ -25,6 +25,9 @@ use crate::{
 
 /// Most chunks that are had at once.
 pub const MAX_AT_ONCE: usize = 64;
+
+/// How long a source has to look at all of a memory.
+const LOOKED_AT: Duration = Duration::from_secs(300);
 
 /// How long a source keeps a memory for a target that does not ask for it.
 const KEPT: Duration = Duration::from_secs(60);
@@ -57,7 +60,7 @@ impl Supplier {
         Self(Target::at(source, format!("/v1/supplies/{id}"), is_wanted))
     }
 
-    /// Has some chunks, and gives each to `take`.
+    /// Has some chunks, and gives each of them to `take`.
     ///
     /// # Errors
     /// [`Error`].
@@ -66,11 +69,23 @@ impl Supplier {
         chunks: &[u32],
         mut take: impl FnMut(u32, &[u8]) -> Result<(), super::filling::Error>,
     ) -> Result<(), Error> {
+        chunks.chunks(MAX_AT_ONCE).try_for_each(|chunks| self.fetch_at_once(chunks, &mut take))
+    }
+
+    fn fetch_at_once(
+        &mut self,
+        chunks: &[u32],
+        take: &mut impl FnMut(u32, &[u8]) -> Result<(), super::filling::Error>,
+    ) -> Result<(), Error> {
         let answer = self.0.insist(LEASE, |connection, path| {
             connection.ask(Method::POST, &format!("{path}/chunks"), Content::json(&chunks)?)
         })?;
         let (mut records, mut failure) = (Records::default(), None);
+        let mut awaited: BTreeSet<u32> = chunks.iter().copied().collect();
         let taken = records.push(&answer, |Record { chunk, data }| {
+            if !awaited.remove(&chunk) {
+                return Err(io::Error::other(format!("nobody has asked for the chunk {chunk}")));
+            }
             take(chunk, &data).map_err(|error| {
                 failure = Some(error);
                 io::ErrorKind::InvalidData.into()
@@ -78,6 +93,10 @@ impl Supplier {
         });
         match (failure, taken.and_then(|()| records.finish())) {
             (Some(error), _) => Err(Error::Take(Box::new(error))),
+            (None, Ok(())) if !awaited.is_empty() => {
+                let why = format!("{} of the chunks that were asked for did not come", awaited.len());
+                Err(Error::Answer(io::Error::other(why)))
+            }
             (None, ended) => ended.map_err(Error::Answer),
         }
     }
@@ -88,6 +107,7 @@ impl Supplier {
     /// [`Error::Source`].
     pub fn manifest(&mut self) -> Result<Manifest, Error> {
         let answer = self.0.insist(LEASE, |connection, path| {
+            connection.set_patience(LOOKED_AT);
             connection.ask(Method::GET, &format!("{path}/manifest"), Content::none())
         })?;
         let manifest = capsule::codec::decode(&answer).map_err(|error| Error::Answer(io::Error::other(error)))?;
@@ -116,6 +136,8 @@ pub struct Supply {
     head: Bytes,
     positions: Positions,
     files: Vec<Arc<File>>,
+    /// What all of it is, once somebody has wanted to know that.
+    manifest: Mutex<Option<Bytes>>,
     asked: Mutex<Instant>,
 }
 
@@ -136,6 +158,7 @@ impl Supply {
             description,
             image,
             files,
+            manifest: Mutex::default(),
             asked: Mutex::new(Instant::now()),
         })
     }
@@ -184,13 +207,20 @@ impl Supply {
         Ok(records.concat().into())
     }
 
-    /// What all of it is: each chunk is looked at for that.
+    /// What all of it is: each chunk is looked at for that, once.
     ///
     /// # Errors
     /// [`capsule::Error`].
     pub fn manifest(&self, digests: &Digests) -> Result<Bytes, capsule::Error> {
+        // Who asks again because it takes long waits for the first one.
+        let mut manifest = lock(&self.manifest);
+        let found = match manifest.take() {
+            Some(found) => found,
+            None => capsule::codec::encode(&Manifest::of(&self.image, digests)?)?.into(),
+        };
+        *manifest = Some(found.clone());
         *lock(&self.asked) = Instant::now();
-        Ok(capsule::codec::encode(&Manifest::of(&self.image, digests)?)?.into())
+        Ok(found)
     }
 }
 
@@ -214,8 +244,8 @@ impl Supplies {
         lock(&self.0).remove(&id);
     }
 
-    /// Lets go of those that nobody has asked for in a while. To be called now and then.
+    /// Lets go of those that nobody has asked for in a while, and nobody works with. To be called now and then.
     pub fn tend(&self) {
-        lock(&self.0).retain(|_, supply| lock(&supply.asked).elapsed() < KEPT);
+        lock(&self.0).retain(|_, supply| Arc::strong_count(supply) > 1 || lock(&supply.asked).elapsed() < KEPT);
     }
 }

@@ -3,8 +3,9 @@
 use std::{
     collections::BTreeMap,
     io,
+    ops::Range,
     sync::{
-        Arc, Mutex, MutexGuard,
+        Arc, Mutex, MutexGuard, TryLockError,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -88,6 +89,8 @@ struct Incoming {
     id: Uuid,
     order: Order,
     progress: Mutex<Progress>,
+    /// Hash of what it has said of itself. Held by whoever takes that in: it takes a while to look for what is here already.
+    described: Mutex<Option<blake3::Hash>>,
     /// When something was heard of its source, or it was decided.
     heard: Mutex<Instant>,
     /// Bytes of memory that have come.
@@ -100,9 +103,32 @@ enum Progress {
     Reserved(Reservation),
     Receiving(Reservation, Memory),
     Preparing,
-    Prepared(Copies),
+    Prepared(Launched),
     Committed(Vec<Copied>),
     Aborted(String),
+}
+
+/// Copies that wait until they may run.
+#[derive(Debug)]
+struct Launched {
+    copies: Copies,
+    /// Their memory, where it is still being filled.
+    filling: Option<Needed>,
+}
+
+/// A memory that nobody needs any more once this is dropped, but for copies that run.
+#[derive(Debug)]
+struct Needed {
+    filling: Arc<Filling>,
+    by_running: bool,
+}
+
+impl Drop for Needed {
+    fn drop(&mut self) {
+        if !self.by_running {
+            self.filling.cancel();
+        }
+    }
 }
 
 /// A memory that comes in.
@@ -121,6 +147,14 @@ enum Complete {
 }
 
 impl Memory {
+    /// What is to be sent before its copies can run, in not too many ranges.
+    fn missing(&self) -> Vec<Range<u32>> {
+        match self {
+            Self::Whole(assembly) => missing(assembly),
+            Self::Lazy(_) => Vec::new(),
+        }
+    }
+
     /// Takes it, once nobody puts anything into it any more; else says what has come too early.
     fn into_complete(self) -> Result<Complete, (Self, &'static str)> {
         let assembly = match self {
@@ -199,7 +233,8 @@ impl Clones {
         let all: Vec<Arc<Incoming>> = lock(&self.by_id).values().cloned().collect();
         let is_decided = |incoming: &Incoming| lock(&incoming.progress).is_decided();
         for incoming in &all {
-            if !is_decided(incoming) && lock(&incoming.heard).elapsed() >= LEASE {
+            let is_at_work = matches!(incoming.described.try_lock(), Err(TryLockError::WouldBlock));
+            if !is_decided(incoming) && !is_at_work && lock(&incoming.heard).elapsed() >= LEASE {
                 tracing::warn!(clone = %incoming.id, source = incoming.order.source, "a clone's source is gone");
                 incoming.abort("its source was not heard of for the time of its lease");
             }
@@ -244,7 +279,8 @@ impl Platform {
         }
         let progress = Mutex::new(Progress::Reserved(self.reserve(order.slots.len())?));
         let (heard, received_bytes) = (Mutex::new(Instant::now()), AtomicU64::new(0));
-        by_id.insert(id, Arc::new(Incoming { id, order, progress, heard, received_bytes }));
+        let described = Mutex::default();
+        by_id.insert(id, Arc::new(Incoming { id, order, progress, described, heard, received_bytes }));
         Ok(Stage::Reserved)
     }
 
@@ -259,17 +295,25 @@ impl Platform {
         header.check_description(description)?;
         let description = Description::from_bytes(description)?;
         self.check_compatible(&description.requirements)??;
-        let (memory, chunks) = if incoming.order.lazy {
-            (Memory::Lazy(Arc::new(Filling::new(description)?)), Vec::new())
+        let mut described = lock(&incoming.described);
+        let hash = blake3::hash(capsule);
+        if let Progress::Receiving(_, memory) = &*incoming.progress()
+            && *described == Some(hash)
+        {
+            // Some of it may have come since its source has said so before.
+            return Ok(Missing { chunks: memory.missing() });
+        }
+        let memory = if incoming.order.lazy {
+            Memory::Lazy(Arc::new(Filling::new(description)?))
         } else {
-            let assembly = Arc::new(self.assemble(description)?);
-            let missing = missing(&assembly);
-            (Memory::Whole(assembly), missing)
+            Memory::Whole(Arc::new(self.assemble(description)?))
         };
+        let chunks = memory.missing();
         let mut progress = incoming.progress();
         match std::mem::replace(&mut *progress, Progress::Preparing) {
             Progress::Reserved(reservation) | Progress::Receiving(reservation, _) => {
                 *progress = Progress::Receiving(reservation, memory);
+                *described = Some(hash);
                 Ok(Missing { chunks })
             }
             other => {
@@ -287,7 +331,7 @@ impl Platform {
         let incoming = self.clones().find(id)?;
         let progress = incoming.progress();
         match &*progress {
-            Progress::Receiving(_, memory) => Ok(Intake { memory: memory.clone(), incoming: Arc::clone(&incoming) }),
+            Progress::Receiving(..) => Ok(Intake(Arc::clone(&incoming))),
             other => Err(incoming.refuse(other, "a chunk of memory")),
         }
     }
@@ -298,11 +342,11 @@ impl Platform {
     /// [`Error`]: nothing is left of the clone then, unless its memory is not complete yet.
     pub fn prepare_clone(self: &Arc<Self>, id: Uuid) -> Result<Stage, Error> {
         let incoming = self.clones().find(id)?;
-        let memory = {
+        let (_reservation, memory) = {
             let mut progress = incoming.progress();
             match std::mem::replace(&mut *progress, Progress::Preparing) {
                 Progress::Receiving(reservation, memory) => match memory.into_complete() {
-                    Ok(complete) => complete,
+                    Ok(complete) => (reservation, complete),
                     Err((memory, what)) => {
                         *progress = Progress::Receiving(reservation, memory);
                         return Err(incoming.refuse(&progress, what));
@@ -336,17 +380,20 @@ impl Platform {
         Ok(progress.stage())
     }
 
-    fn launch_clone(self: &Arc<Self>, incoming: &Incoming, memory: Complete) -> Result<Copies, Error> {
+    fn launch_clone(self: &Arc<Self>, incoming: &Incoming, memory: Complete) -> Result<Launched, Error> {
         let Order { source, slots, total, .. } = &incoming.order;
         match memory {
             Complete::Whole(assembly) => {
                 let (capsule, description) = assembly.finish()?;
-                Ok(self.launch_capsule(capsule, description, slots, *total)?)
+                let copies = self.launch_capsule(capsule, description, slots, *total)?;
+                Ok(Launched { copies, filling: None })
             }
             Complete::Lazy(filling) => {
-                let copies = self.launch_lazily(&filling, slots, *total)?;
+                // Copies may wait for memory before they are launched: KVM reads some of it when it is given what vCPUs had in their registers.
+                let needed = Needed { filling: Arc::clone(&filling), by_running: false };
                 self.fill(&filling, source, incoming.id)?;
-                Ok(copies)
+                let copies = self.launch_lazily(&filling, slots, *total)?;
+                Ok(Launched { copies, filling: Some(needed) })
             }
         }
     }
@@ -359,8 +406,11 @@ impl Platform {
         let incoming = self.clones().find(id)?;
         let mut progress = incoming.progress();
         match std::mem::replace(&mut *progress, Progress::Preparing) {
-            Progress::Prepared(copies) => match copies.commit() {
+            Progress::Prepared(Launched { copies, filling }) => match copies.commit() {
                 Ok(vms) => {
+                    if let Some(mut needed) = filling {
+                        needed.by_running = true;
+                    }
                     let vms = vms.into_iter().map(|vm| Copied { id: vm.id, name: vm.name }).collect();
                     *progress = Progress::Committed(vms);
                     Ok(progress.stage())
@@ -396,36 +446,37 @@ impl Platform {
 
 /// Takes in chunks of one clone's memory.
 #[derive(Debug)]
-pub struct Intake {
-    memory: Memory,
-    incoming: Arc<Incoming>,
-}
+pub struct Intake(Arc<Incoming>);
 
 impl Intake {
     /// Takes in one.
     ///
     /// # Errors
-    /// Where it is not what the description says, or there is no memory for it.
+    /// Where it is not what the description says, there is no memory for it, or it comes too late.
     pub fn take(&self, Record { chunk, data }: Record) -> io::Result<()> {
-        match &self.memory {
+        let Self(incoming) = self;
+        let memory = match &*incoming.progress() {
+            Progress::Receiving(_, memory) => memory.clone(),
+            other => return Err(io::Error::other(incoming.refuse(other, "a chunk of memory"))),
+        };
+        match &memory {
             Memory::Whole(assembly) => {
                 let number = usize::try_from(chunk).map_err(io::Error::other)?;
                 assembly.put(number, &data).map_err(io::Error::other)?;
             }
             Memory::Lazy(filling) => filling.put(chunk, &data).map_err(io::Error::other)?,
         }
-        *lock(&self.incoming.heard) = Instant::now();
-        self.incoming.received_bytes.fetch_add(data.len() as u64, Ordering::Relaxed);
+        incoming.received_bytes.fetch_add(data.len() as u64, Ordering::Relaxed);
         Ok(())
     }
 }
 
 /// What is missing, in not too many ranges.
-fn missing(assembly: &Assembly) -> Vec<std::ops::Range<u32>> {
+fn missing(assembly: &Assembly) -> Vec<Range<u32>> {
     let mut missing = assembly.missing();
     let mut gap = 1;
     while missing.len() > MAX_RANGES {
-        let mut joined: Vec<std::ops::Range<u32>> = Vec::new();
+        let mut joined: Vec<Range<u32>> = Vec::new();
         for range in missing {
             match joined.last_mut() {
                 Some(last) if range.start - last.end <= gap => last.end = range.end,
