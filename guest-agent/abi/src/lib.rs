@@ -2,7 +2,8 @@
 //!
 //! A guest finds the VMM by [`cpuid`], writes a [`Request`] into the **control page**, rings the **doorbell** (a port write
 //! from user space, or a hypercall from ring 0), and reads the [`Response`] and its [`Identity`] when the doorbell's
-//! instruction completes. By then there are several VMs: the parent, and every copy, each with a page of its own.
+//! instruction completes. By then there are several VMs: the parent, and every copy, each with a page of its own. The parent's has a
+//! [`CopyList`] too.
 //!
 //! The page is little-endian. Each part is a `#[repr(C)]` struct without padding; [`PAGE`] gives the parts' offsets. Either side
 //! copies a part out of the page once, as bytes, and looks only at the copy.
@@ -15,8 +16,10 @@ pub mod flags;
 mod page;
 mod status;
 
-pub use page::{Header, Identity, Layout, PAGE, PAGE_BYTES, Part, Request, Response};
-pub use status::{ErrorCode, Role, Status};
+pub use page::{
+    CopyList, Header, Identity, Layout, ListedCopy, PAGE, PAGE_BYTES, Part, REGION_BYTES, Request, Response,
+};
+pub use status::{ErrorCode, Location, Role, Status};
 
 /// Version of everything in this crate: a guest refuses a VMM whose version differs.
 pub const ABI_VERSION: u32 = 1;
@@ -29,6 +32,9 @@ pub const VM_TYPE_BYTES: usize = 32;
 
 /// Longest VM name in bytes; shorter ones are padded with NUL.
 pub const NAME_BYTES: usize = 64;
+
+/// Longest name of a platform in bytes; shorter ones are padded with NUL.
+pub const PLATFORM_BYTES: usize = 32;
 
 /// Most children that one fork can ask for.
 pub const MAX_CHILDREN: u32 = 1024;

@@ -1,11 +1,14 @@
-//! The control page: four parts at fixed offsets, each written by one side only.
+//! The control page: five parts at fixed offsets, each written by one side only.
 
 use core::mem::size_of;
 
-use crate::{NAME_BYTES, VM_TYPE_BYTES};
+use crate::{MAX_CHILDREN, NAME_BYTES, PLATFORM_BYTES, VM_TYPE_BYTES};
 
 /// Size of the control page in bytes.
 pub const PAGE_BYTES: usize = 4096;
+
+/// What a VMM that lists copies shows from the page's address on, in bytes: the page, and the pages behind it that a long list reaches into.
+pub const REGION_BYTES: usize = (PAGE.copies.offset + PAGE.copies.bytes).next_multiple_of(PAGE_BYTES);
 
 /// Offset in bytes and size in bytes of a part of the control page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,14 +30,18 @@ pub struct Layout {
     pub response: Part,
     /// [`Identity`], written by the VMM.
     pub identity: Part,
+    /// [`CopyList`] and its [`ListedCopy`]s, written by the VMM. Where there are many, they reach beyond the page. A guest finds them by the
+    /// header, which says whether there are any.
+    pub copies: Part,
 }
 
-/// Where each part of the page lies. What lies between and behind them is reserved.
+/// Where each part lies. What lies between and behind them is reserved.
 pub const PAGE: Layout = Layout {
     header: Part { offset: 0, bytes: Header::BYTES },
     request: Part { offset: 64, bytes: Request::BYTES },
     response: Part { offset: 192, bytes: Response::BYTES },
     identity: Part { offset: 256, bytes: Identity::BYTES },
+    copies: Part { offset: 768, bytes: CopyList::at(MAX_CHILDREN as usize) },
 };
 
 /// A fixed-size field and its little-endian bytes.
@@ -118,8 +125,12 @@ part! {
         8 abi_version: u32,
         /// [`PAGE_BYTES`].
         12 page_bytes: u32,
+        /// Offset in bytes of the [`CopyList`] from the page's first byte, a multiple of 8; zero where this VMM lists no copies.
+        16 copies_offset: u32,
+        /// Size in bytes of the list with as many [`ListedCopy`]s as there can be; zero where this VMM lists no copies.
+        20 copies_bytes: u32,
         /// Zero.
-        16 reserved: [u8; 48],
+        24 reserved: [u8; 40],
     }
 }
 
@@ -182,11 +193,49 @@ part! {
     }
 }
 
+part! {
+    /// Which copies the latest fork made, in the parent's page. As many [`ListedCopy`]s follow it, lowest index first.
+    CopyList (64) {
+        /// Number of the request that these copies come from.
+        0 seq: u64,
+        /// How many are listed: all of the fork's, or 0 where the VMM does not know.
+        8 count: u32,
+        /// Zero.
+        12 reserved: [u8; 52],
+    }
+}
+
+part! {
+    /// One copy, and where it went.
+    ListedCopy (64) {
+        /// ID of the VM.
+        0 vm_id: [u8; 16],
+        /// Which child of its fork it is, from 1 to `count`.
+        16 index: u32,
+        /// A [`Location`](crate::Location).
+        20 location: u32,
+        /// Name of the platform that launched it, NUL-padded; empty where there is one platform alone.
+        24 platform: [u8; PLATFORM_BYTES],
+        /// Zero.
+        56 reserved: [u8; 8],
+    }
+}
+
+impl CopyList {
+    /// Offset in bytes of the [`ListedCopy`] number `number`, counted from 0, from the list's first byte.
+    pub const fn at(number: usize) -> usize {
+        Self::BYTES + number * ListedCopy::BYTES
+    }
+}
+
 const _: () = {
     assert!(PAGE.header.offset + PAGE.header.bytes <= PAGE.request.offset);
     assert!(PAGE.request.offset + PAGE.request.bytes <= PAGE.response.offset);
     assert!(PAGE.response.offset + PAGE.response.bytes <= PAGE.identity.offset);
-    assert!(PAGE.identity.offset + PAGE.identity.bytes <= PAGE_BYTES);
+    assert!(PAGE.identity.offset + PAGE.identity.bytes <= PAGE.copies.offset);
+    assert!(PAGE.copies.offset + CopyList::at(1) <= PAGE_BYTES, "a short list costs no further page");
+    assert!(PAGE.copies.offset.is_multiple_of(8));
+    assert!(REGION_BYTES <= u32::MAX as usize);
 };
 
 #[cfg(test)]
@@ -205,5 +254,22 @@ mod tests {
     fn any_bytes_are_a_part() {
         let bytes = [0xa5; Identity::BYTES];
         assert_eq!(Identity::from_bytes(&bytes).to_bytes(), bytes);
+    }
+
+    #[test]
+    fn copies_survive_the_page() {
+        let list = CopyList { seq: 7, count: 2, ..Default::default() };
+        assert_eq!(CopyList::from_bytes(&list.to_bytes()), list);
+        let platform = crate::pad_text("b").unwrap();
+        let copy = ListedCopy { vm_id: [9; 16], index: 2, location: 1, platform, ..Default::default() };
+        assert_eq!(ListedCopy::from_bytes(&copy.to_bytes()), copy);
+        assert_eq!(&copy.to_bytes()[16..26], b"\x02\0\0\0\x01\0\0\0b\0");
+    }
+
+    #[test]
+    fn a_list_of_as_many_copies_as_there_can_be_fits() {
+        assert_eq!((PAGE.copies.offset, PAGE.copies.bytes), (768, 64 + 1024 * 64));
+        assert_eq!((CopyList::at(0), CopyList::at(1)), (64, 128));
+        assert_eq!(REGION_BYTES, 17 * PAGE_BYTES);
     }
 }

@@ -43,6 +43,16 @@ numbered! {
 }
 
 numbered! {
+    /// Where a copy was launched, as seen from its parent.
+    Location {
+        /// On the parent's platform.
+        Local = 1, "local";
+        /// On another one.
+        Remote = 2, "remote";
+    }
+}
+
+numbered! {
     /// How the VMM answered the latest request.
     Status {
         /// No request was answered yet.
@@ -107,6 +117,8 @@ mod tests {
         assert!(Role::ALL.iter().all(|&role| Role::from_number(role.number()) == Some(role)));
         assert!(Status::ALL.iter().all(|&status| Status::from_number(status.number()) == Some(status)));
         assert!(ErrorCode::ALL.iter().all(|&code| ErrorCode::from_number(code.number()) == Some(code)));
+        assert!(Location::ALL.iter().all(|&location| Location::from_number(location.number()) == Some(location)));
         assert_eq!(Role::from_number(99), None);
+        assert_eq!(Location::from_number(0), None);
     }
 }

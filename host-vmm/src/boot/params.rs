@@ -13,8 +13,8 @@ use super::{
 };
 use crate::arch::{
     layout::{
-        ACPI, BOOT_GDT, BOOT_PAGE_TABLES, BOOT_PARAMS, CMDLINE, CONTROL_PAGE, Gpa, HIGH_RAM_START, LOW_RAM_END,
-        PAGE_BYTES, RESET_PORT, RESET_VECTOR, ram_pieces,
+        ACPI, BOOT_GDT, BOOT_PAGE_TABLES, BOOT_PARAMS, CMDLINE, CONTROL_PAGE, CONTROL_REGION_BYTES, Gpa,
+        HIGH_RAM_START, LOW_RAM_END, RESET_PORT, RESET_VECTOR, ram_pieces,
     },
     regs,
 };
@@ -85,7 +85,7 @@ fn memory_map(ram_bytes: u64) -> Vec<boot_e820_entry> {
     let mut map = vec![
         entry(0, LOW_RAM_END.0, E820_RAM),
         entry(ACPI.0, HIGH_RAM_START.0, E820_RESERVED),
-        entry(CONTROL_PAGE.0, CONTROL_PAGE.0 + PAGE_BYTES, E820_RESERVED),
+        entry(CONTROL_PAGE.0, CONTROL_PAGE.0 + CONTROL_REGION_BYTES, E820_RESERVED),
     ];
     for piece in ram_pieces(ram_bytes) {
         let start = piece.gpa.0.max(HIGH_RAM_START.0);
@@ -114,7 +114,7 @@ mod tests {
                 (0, 0x9_fc00, E820_RAM),
                 (0xe_0000, 0x10_0000, E820_RESERVED),
                 (0x10_0000, 0xc000_0000, E820_RAM),
-                (0xd000_0000, 0xd000_1000, E820_RESERVED),
+                (0xd000_0000, 0xd001_1000, E820_RESERVED),
                 (0x1_0000_0000, 0x1_4000_0000, E820_RAM),
             ]
         );

@@ -1,11 +1,13 @@
 //! The control page, from the VMM's side. Its layout is in the crate `vmfork-abi`.
 //!
 //! The guest can write all of the page at any time. So the request is copied out once and only the copy is looked at, and what
-//! the VMM wrote is never read back.
+//! the VMM wrote is never read back. A list of many copies reaches into the pages behind it.
 
 use std::sync::Arc;
 
-use vmfork_abi::{ABI_VERSION, Header, Identity, MAGIC, PAGE, PAGE_BYTES, Request, Response};
+use vmfork_abi::{
+    ABI_VERSION, CopyList, Header, Identity, ListedCopy, MAGIC, PAGE, PAGE_BYTES, REGION_BYTES, Request, Response,
+};
 
 use crate::memory::{self, Mapping};
 
@@ -21,8 +23,8 @@ impl ControlPage {
     /// # Errors
     /// [`memory::Error`] where there is no memory for it.
     pub fn new() -> Result<Self, memory::Error> {
-        let mapping = Arc::new(Mapping::reserve(PAGE_BYTES)?);
-        mapping.map_shared(&memory::unsealed("vm-control-page", PAGE_BYTES as u64)?)?;
+        let mapping = Arc::new(Mapping::reserve(REGION_BYTES)?);
+        mapping.map_shared(&memory::unsealed("vm-control-page", REGION_BYTES as u64)?)?;
         let page = Self { mapping };
         page.write_header()?;
         Ok(page)
@@ -33,6 +35,8 @@ impl ControlPage {
             magic: MAGIC,
             abi_version: ABI_VERSION,
             page_bytes: u32::try_from(PAGE_BYTES).unwrap_or(0),
+            copies_offset: u32::try_from(PAGE.copies.offset).unwrap_or(0),
+            copies_bytes: u32::try_from(PAGE.copies.bytes).unwrap_or(0),
             ..Default::default()
         };
         self.mapping.write(PAGE.header.offset, &header.to_bytes())
@@ -79,10 +83,24 @@ impl ControlPage {
     pub fn identify(&self, identity: &Identity) -> Result<(), memory::Error> {
         self.mapping.write(PAGE.identity.offset, &identity.to_bytes())
     }
+
+    /// Writes which copies the request `seq` made.
+    ///
+    /// # Errors
+    /// [`memory::Error`] where they are more than a fork can make.
+    pub fn list(&self, seq: u64, copies: &[ListedCopy]) -> Result<(), memory::Error> {
+        let count = u32::try_from(copies.len()).unwrap_or(u32::MAX);
+        for (number, copy) in copies.iter().enumerate() {
+            self.mapping.write(PAGE.copies.offset + CopyList::at(number), &copy.to_bytes())?;
+        }
+        self.mapping.write(PAGE.copies.offset, &CopyList { seq, count, ..Default::default() }.to_bytes())
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use vmfork_abi::MAX_CHILDREN;
+
     use super::*;
 
     #[test]
@@ -92,5 +110,26 @@ mod tests {
             page.mapping().write(0, &[filling; PAGE_BYTES]).unwrap();
             assert_eq!(page.request().unwrap().to_bytes(), [filling; Request::BYTES]);
         }
+    }
+
+    #[test]
+    fn as_many_copies_as_there_can_be_are_listed_where_the_header_says() {
+        let page = ControlPage::new().unwrap();
+        let read = |at: usize| {
+            let mut bytes = [0; 64];
+            page.mapping().read(at, &mut bytes).unwrap();
+            bytes
+        };
+        let header = Header::from_bytes(&read(0));
+        let (offset, bytes) = (header.copies_offset as usize, header.copies_bytes as usize);
+        assert!(offset + bytes <= page.mapping().bytes());
+        let copies: Vec<_> = (1..=MAX_CHILDREN).map(|index| ListedCopy { index, ..Default::default() }).collect();
+        page.list(7, &copies).unwrap();
+        assert_eq!(CopyList::from_bytes(&read(offset)), CopyList { seq: 7, count: MAX_CHILDREN, ..Default::default() });
+        for (number, copy) in copies.iter().enumerate() {
+            assert_eq!(ListedCopy::from_bytes(&read(offset + CopyList::at(number))), *copy);
+        }
+        page.list(8, &[]).unwrap();
+        assert_eq!(CopyList::from_bytes(&read(offset)), CopyList { seq: 8, ..Default::default() });
     }
 }

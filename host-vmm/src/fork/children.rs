@@ -7,13 +7,14 @@ use std::{
     time::Duration,
 };
 
-use vmfork_abi::ErrorCode;
+use vmfork_abi::{ErrorCode, ListedCopy};
 
 use super::{
     Error,
     rendezvous::{self, Rendezvous},
     request::Order,
     standby::Bell,
+    whereabouts,
 };
 use crate::wire::{NodeLink, Step, ToNode, ToPlatform, link};
 
@@ -86,6 +87,11 @@ impl Children<'_> {
             Err(rendezvous::Error::ChildFailed | rendezvous::Error::Aborted) => Err(self.call_off()?),
             other => Ok(other?),
         }
+    }
+
+    /// Where they are, once they are ready to run.
+    pub(super) fn whereabouts(&self) -> Result<Vec<ListedCopy>, Error> {
+        Ok(whereabouts::take(self.rendezvous()?, self.count)?)
     }
 
     /// Lets them run. From here on there is no way back. What is left is to be dropped when there is time for it.

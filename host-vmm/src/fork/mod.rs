@@ -27,6 +27,7 @@ mod signal;
 mod standby;
 mod supplies;
 mod timeline;
+mod whereabouts;
 
 pub use child::Child;
 pub use children::Replies;
@@ -287,7 +288,8 @@ impl Engine {
             }
         })?;
         timeline.step(Step::Launch, || children.wait())?;
-        let signal = timeline.step(Step::Signal, || Signal::to_parent(machine, &order).map_err(Error::Signal))?;
+        let signal =
+            timeline.step(Step::Signal, || Ok(Signal::to_parent(machine, &order, children.whereabouts()?)?))?;
         let met = timeline.step(Step::Commit, || children.commit())?;
         timeline.step(Step::Thaw, || {
             let left_behind = successor.map(|successor| successor.take_over(machine, &mut view, vcpu, &stopped));

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  parent                                     each child
-//!                                             waits, ready, for the state
+//!  (the platform lists where copies go)       waits, ready, for the state
 //!  publish: state, length, phase = Published  ──►
 //!                                             restores itself
 //!                                        ◄──  arrive: one more arrival
@@ -29,6 +29,8 @@ use rustix::{
     thread::futex::{self, Timespec},
 };
 
+use vmfork_abi::{ListedCopy, MAX_CHILDREN};
+
 use crate::{
     capsule,
     memory::{self, Mapping},
@@ -41,14 +43,20 @@ const ARRIVALS: usize = 64;
 const LENGTH: usize = 128;
 const PARENT_CPU: usize = 192;
 
+/// Offset of the copies, one after the other. Those of most forks lie in the page of the words, which all sides have anyway.
+pub(super) const COPIES: usize = 256;
+
+/// Room for the words and the copies.
+const WORDS_BYTES: usize = 4096;
+
 /// Offset of the state.
-const STATE: usize = 4096;
+const STATE: usize = (COPIES + MAX_CHILDREN as usize * ListedCopy::BYTES).next_multiple_of(4096);
 
 /// Room for the state. Pages that nobody writes to take no memory.
 const BYTES: usize = STATE + capsule::MAX_BYTES;
 
-/// What most states need of it.
-const WARM_BYTES: usize = STATE + (28 << 10);
+/// What most states need.
+const WARM_BYTES: usize = 28 << 10;
 
 /// Phases.
 const OPEN: u32 = 0;
@@ -92,6 +100,9 @@ pub enum Error {
     /// The state is too large.
     #[error("a state of {0} bytes is too large")]
     TooLarge(usize),
+    /// A fork has no such copy.
+    #[error("a fork has no copy {0}, but 1 to {MAX_CHILDREN}")]
+    NoCopy(u32),
     /// It was called off.
     #[error("the fork was called off")]
     Aborted,
@@ -129,7 +140,8 @@ impl Rendezvous {
     /// # Errors
     /// [`Error::Memory`].
     pub fn warm_up(&self) -> Result<(), Error> {
-        Ok(self.mapping.populate(0, WARM_BYTES)?)
+        self.mapping.populate(0, WORDS_BYTES)?;
+        Ok(self.mapping.populate(STATE, WARM_BYTES)?)
     }
 
     /// The one that this file holds.
@@ -182,6 +194,24 @@ impl Rendezvous {
     pub fn parents_processor(&self) -> Option<u32> {
         let processor = self.word(PARENT_CPU).ok().filter(|_| self.spins)?;
         Some(processor.load(Ordering::Relaxed))
+    }
+
+    /// Writes down where a copy is launched, in place of what was said of it before. Its arrival tells that this is there.
+    ///
+    /// # Errors
+    /// [`Error::NoCopy`].
+    pub fn list(&self, copy: &ListedCopy) -> Result<(), Error> {
+        Ok(self.mapping.write(copy_offset(copy.index)?, &copy.to_bytes())?)
+    }
+
+    /// What is written down of a copy, unchecked. To be called when it has arrived.
+    ///
+    /// # Errors
+    /// [`Error::NoCopy`].
+    pub fn listed(&self, index: u32) -> Result<ListedCopy, Error> {
+        let mut copy = [0; ListedCopy::BYTES];
+        self.mapping.read(copy_offset(index)?, &mut copy)?;
+        Ok(ListedCopy::from_bytes(&copy))
     }
 
     /// Gives the children their state. To be called once.
@@ -324,6 +354,14 @@ impl Rendezvous {
     }
 }
 
+/// Offset of what is written down of a copy.
+fn copy_offset(index: u32) -> Result<usize, Error> {
+    match index {
+        1..=MAX_CHILDREN => Ok(COPIES + (index - 1) as usize * ListedCopy::BYTES),
+        _ => Err(Error::NoCopy(index)),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::thread;
@@ -357,6 +395,25 @@ mod tests {
             });
             assert!(!parent.abort().unwrap(), "the children run");
         }
+    }
+
+    #[test]
+    fn copies_are_where_they_were_listed_last() {
+        let (parent, platform) = pair(1);
+        parent.publish(b"state").unwrap();
+        let copy = |index, location| ListedCopy { vm_id: [7; 16], index, location, ..Default::default() };
+        for (index, location) in [(1, 1), (2, 2), (1, 2), (MAX_CHILDREN, 1)] {
+            platform.list(&copy(index, location)).unwrap();
+        }
+        for (index, location) in [(1, 2), (2, 2), (MAX_CHILDREN, 1)] {
+            assert_eq!(parent.listed(index).unwrap(), copy(index, location));
+        }
+        assert_eq!(parent.listed(3).unwrap(), ListedCopy::default());
+        for index in [0, MAX_CHILDREN + 1, u32::MAX] {
+            assert!(matches!(platform.list(&copy(index, 1)), Err(Error::NoCopy(bad)) if bad == index));
+            assert!(matches!(parent.listed(index), Err(Error::NoCopy(bad)) if bad == index));
+        }
+        assert_eq!(platform.wait_state(|| true).unwrap(), b"state");
     }
 
     #[test]

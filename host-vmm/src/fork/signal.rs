@@ -2,7 +2,7 @@
 
 use std::io;
 
-use vmfork_abi::{ErrorCode, Identity, Response, Role, Status};
+use vmfork_abi::{ErrorCode, Identity, ListedCopy, Response, Role, Status};
 
 use super::request::Order;
 use crate::{
@@ -30,6 +30,8 @@ pub struct Signal {
     identity: VmIdentity,
     page: Identity,
     response: Option<Response>,
+    /// The copies that a parent has made, as far as it is known where they are.
+    copies: Vec<ListedCopy>,
 }
 
 impl Signal {
@@ -42,10 +44,11 @@ impl Signal {
         Self::new(identity, Role::Booted, None)
     }
 
-    /// Tells the parent that the fork was made. It is made ready before that is certain: giving it can't fail for want of anything.
-    pub(super) fn to_parent(machine: &Machine, order: &Order) -> Result<Self, Error> {
+    /// Tells the parent that the fork was made, and where its copies went. It is made ready before that is certain: giving it can't fail for want of anything.
+    pub(super) fn to_parent(machine: &Machine, order: &Order, copies: Vec<ListedCopy>) -> Result<Self, Error> {
         let identity = VmIdentity { index: 0, count: order.count, ..lock(&machine.identity).clone() };
-        Self::new(identity, Role::Parent, Some(order.seq))
+        let signal = Self::new(identity, Role::Parent, Some(order.seq))?;
+        Ok(Self { copies, ..signal })
     }
 
     /// Tells a child that it comes from the request `seq`.
@@ -58,7 +61,7 @@ impl Signal {
         let page = identity.to_page(role).map_err(Error::Seed)?;
         let status = Status::Forked.number();
         let response = answers.map(|seq| Response { seq, status, ..Default::default() });
-        Ok(Self { identity, page, response })
+        Ok(Self { identity, page, response, copies: Vec::new() })
     }
 
     /// Gives it, with the time as it is now.
@@ -69,6 +72,7 @@ impl Signal {
         let page = Identity { wall_clock_ns: wall_clock_ns(), ..self.page };
         machine.control_page.identify(&page)?;
         if let Some(response) = &self.response {
+            machine.control_page.list(response.seq, &self.copies)?;
             machine.control_page.respond(response)?;
         }
         *lock(&machine.identity) = self.identity;

@@ -11,7 +11,7 @@ use super::{Built, Exits, Gate, Machine, MachineState, Spare, VmIdentity};
 use crate::{
     arch::{
         cpuid,
-        layout::{CONTROL_PAGE, PAGE_BYTES, ram_pieces},
+        layout::{CONTROL_PAGE, CONTROL_REGION_BYTES, PAGE_BYTES, ram_pieces},
         regs,
     },
     boot::{self, Payload},
@@ -132,7 +132,7 @@ impl Shell {
         let bytes = usize::try_from(config.ram_bytes).map_err(|_| Error::Mismatch("the memory is too large"))?;
         let mapping = Arc::new(Mapping::reserve(bytes)?);
         let mut vm = hypervisor.create_vm()?;
-        vm.map(0, CONTROL_PAGE, control_page.mapping(), 0, PAGE_BYTES)?;
+        vm.map(0, CONTROL_PAGE, control_page.mapping(), 0, CONTROL_REGION_BYTES)?;
         for (slot, piece) in (1..).zip(ram_pieces(config.ram_bytes)) {
             vm.map(slot, piece.gpa, &mapping, piece.offset, piece.bytes)?;
         }

@@ -5,9 +5,11 @@
 
 use std::{fs::File, sync::Arc, thread};
 
+use vmfork_abi::Location;
+
 use super::{
     Error, Platform,
-    copies::{Launch, Slot},
+    copies::{Launch, Slot, list},
     events::Event,
     fork::Fork,
     node::Node,
@@ -194,6 +196,7 @@ impl Away {
         let cluster = self.platform.cluster.get().ok_or(Error::Alone)?;
         let failed = |error| Error::Send { platform: share.platform.clone(), source: Box::new(error) };
         let endpoint = cluster.find(&share.platform).map_err(Error::Cluster)?;
+        list(&self.rendezvous, &share.slots, &share.platform, Location::Remote)?;
         let (source, slots) = ((cluster.own)().name, share.slots.clone());
         let order = clone::Order { source, slots, total: self.total, lazy: cluster.sending.lazy };
         let fork = Arc::clone(&self.fork);
@@ -246,7 +249,8 @@ impl Away {
             filling: None,
         };
         let files = std::iter::once(self.rendezvous.file()).chain(self.files.iter().map(AsRef::as_ref));
-        let launched = self.fork.launch(&self.platform, launch, &files.collect::<Vec<_>>(), None);
+        let listed = list(&self.rendezvous, slots, &self.platform.name(), Location::Local).map_err(Error::from);
+        let launched = listed.and_then(|()| self.fork.launch(&self.platform, launch, &files.collect::<Vec<_>>(), None));
         match launched.and_then(|nodes| nodes.into_iter().try_for_each(Node::serve)) {
             Ok(()) => self.fork.settled(slots.len()),
             Err(error) => self.fork.gone(slots.len(), &chain(&error)),

@@ -4,6 +4,7 @@ use std::{collections::BTreeSet, fs::File, sync::Arc, time::Duration};
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
+use vmfork_abi::{ListedCopy, Location, PLATFORM_BYTES, pad_text};
 
 use super::{Error, Platform, fork::Fork, node::Node, prefetch::Learned};
 use crate::{
@@ -28,6 +29,24 @@ pub struct Slot {
 /// All copies of a fork, from the first to the last.
 pub(super) fn slots(count: u32) -> Result<Vec<Slot>, Error> {
     (1..=count).map(|index| Ok(Slot { id: new_id().map_err(Error::Id)?, index })).collect()
+}
+
+/// Writes down for their parent's guest that copies are launched on `platform`. To be called before any of them can arrive.
+///
+/// # Errors
+/// [`rendezvous::Error::NoCopy`].
+pub(super) fn list(
+    rendezvous: &Rendezvous,
+    slots: &[Slot],
+    platform: &str,
+    location: Location,
+) -> Result<(), rendezvous::Error> {
+    // Names are checked where they come from.
+    let platform = pad_text(platform).unwrap_or([0; PLATFORM_BYTES]);
+    slots.iter().try_for_each(|&Slot { id, index }| {
+        let (vm_id, location) = (id.into_bytes(), location.number());
+        rendezvous.list(&ListedCopy { vm_id, index, location, platform, ..Default::default() })
+    })
 }
 
 /// Whether these may be some of the copies of a fork that makes `total`: it comes from another platform.
@@ -143,6 +162,20 @@ impl Drop for Copies {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn copies_are_listed_where_they_are_launched_in_the_end() {
+        let (rendezvous, all) = (Rendezvous::new().unwrap(), slots(3).unwrap());
+        list(&rendezvous, &all[..1], "", Location::Local).unwrap();
+        list(&rendezvous, &all[1..], "north", Location::Remote).unwrap();
+        list(&rendezvous, &all[1..2], "here", Location::Local).unwrap();
+        let expected = [("", Location::Local), ("here", Location::Local), ("north", Location::Remote)];
+        for (Slot { id, index }, (platform, location)) in all.into_iter().zip(expected) {
+            let copy = rendezvous.listed(index).unwrap();
+            assert_eq!((copy.vm_id, copy.index, copy.location), (id.into_bytes(), index, location.number()));
+            assert_eq!(vmfork_abi::padded_text(&copy.platform), Some(platform));
+        }
+    }
 
     #[test]
     fn copies_are_told_apart() {

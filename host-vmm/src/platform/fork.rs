@@ -9,12 +9,12 @@ use std::{
 };
 
 use uuid::Uuid;
-use vmfork_abi::{ErrorCode, MAX_CHILDREN, is_vm_type};
+use vmfork_abi::{ErrorCode, Location, MAX_CHILDREN, is_vm_type};
 
 use super::{
     Error, Platform,
     away::Placed,
-    copies::{Launch, Slot, slots},
+    copies::{Launch, Slot, list, slots},
     images::Keeping,
     limits::{Asked, Limited, Recent},
     node::{Awaited, Node},
@@ -151,6 +151,7 @@ impl Fork {
                 let image = files.get(1..).unwrap_or_default();
                 fork.send_away(platform, &rendezvous, &launch, order.location, away, image)?;
             }
+            list(&rendezvous, &here, &platform.name(), Location::Local)?;
             if here.is_empty() { Ok(Vec::new()) } else { fork.launch(platform, launch, &files, standby.take()) }
         });
         let served = launched.and_then(|nodes| {

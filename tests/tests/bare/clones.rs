@@ -9,7 +9,7 @@ use std::{
 
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use vmfork_abi::{ErrorCode, PAGE, Role, Status, flags};
+use vmfork_abi::{ErrorCode, Location, PAGE, Role, Status, flags};
 use vmfork_tests::{
     assets,
     bare::{Script, control},
@@ -18,7 +18,7 @@ use vmfork_tests::{
     vmm::{PATIENCE, Running, Vmm},
 };
 
-use super::{ERROR, INDEX, ROLE, STATUS, join, printed};
+use super::{ERROR, ID, INDEX, ROLE, STATUS, join, list, listed, printed};
 
 /// Where a guest says where its copies are to run.
 const FLAGS: usize = PAGE.request.offset + 12;
@@ -76,6 +76,40 @@ fn clones_run_on_another_platform_and_the_parent_goes_on() {
     assert_eq!(vms["vms"].as_array().expect("an array").len(), 2);
     target.signal(Signal::SIGTERM).expect("a signal");
     assert_eq!(target.end().expect("the target ends").code, Some(0));
+}
+
+#[test]
+fn a_parent_is_told_where_its_copies_are_in_the_end() {
+    let spread = "[placement.web]\npolicy = \"spread\"";
+    for (there, platform, location) in
+        [("", b"b\0\0\0", Location::Remote), ("limits = [\"web:memory=32M\"]", b"a\0\0\0", Location::Local)]
+    {
+        let platforms = Platforms::new(&["a", "b"]);
+        let mut target = Vmm::serve(&platforms.config("b", there)).start().expect("a platform");
+        let parent = join(list(), join(listed(1), listed(2)));
+        let child = Script::new().print(control(INDEX)).print(control(ID));
+        let script = Script::new().wait_for_input().request(7, "web", 2).ring();
+        let script = script.only_if(control(ROLE), Role::Child.number(), child);
+        let kernel = script.only_if(control(ROLE), Role::Parent.number(), parent).to_kernel();
+        let source = Vmm::kernel(kernel.path()).option("--mem", "64M").config(&platforms.config("a", spread));
+        let mut source = source.start().expect("host-vmm starts");
+        know_each_other(&source, 2);
+        source.type_bytes(b"!").expect("a guest that waits");
+        let is_away = location == Location::Remote;
+        let mut lines = source.wait_for_lines("", if is_away { 12 } else { 14 }).expect("the parent and its copies");
+        if is_away {
+            lines.extend(target.wait_for_lines("", 2).expect("the clone"));
+        }
+        // The first copy on each platform has the same name.
+        let printed = ["web.1", "web.2"].map(|name| numbers(&lines, name)).concat();
+        let id_of = |index: u32| printed.chunks_exact(2).find(|copy| copy[0] == index).expect("a copy")[1];
+        let expected = [
+            [1, Location::Local.number(), u32::from_le_bytes(*b"a\0\0\0"), id_of(1)],
+            [2, location.number(), u32::from_le_bytes(*platform), id_of(2)],
+        ];
+        let told = numbers(&lines, "vm");
+        assert_eq!((&told[..2], &told[2..]), (&[7, 2][..], &expected.concat()[..]), "{lines:?}");
+    }
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use vmfork_abi::{ErrorCode, PAGE, Role, Status};
+use vmfork_abi::{CopyList, ErrorCode, Location, PAGE, Role, Status};
 use vmfork_tests::{
     assets,
     bare::{CONTROL_PAGE, DOORBELL, Script, control},
@@ -21,6 +21,7 @@ const ERROR: usize = PAGE.response.offset + 12;
 const ROLE: usize = PAGE.identity.offset;
 const INDEX: usize = PAGE.identity.offset + 4;
 const GENERATION: usize = PAGE.identity.offset + 12;
+const ID: usize = PAGE.identity.offset + 16;
 
 /// Runs a script to the end of its VMs.
 fn run(script: &Script) -> Ended {
@@ -52,6 +53,40 @@ fn a_fork_tells_each_side_who_it_is() {
     for index in 1..=3 {
         assert_eq!(printed(&ended, &format!("web.{index}")), [forked, 0, Role::Child.number(), index]);
     }
+    assert_eq!(ended.code, Some(0));
+}
+
+/// Prints what the control page lists of a copy: index, location, and as much of platform and ID as four bytes hold.
+fn listed(index: u32) -> Script {
+    let number = usize::try_from(index - 1).expect("a copy's number");
+    let print = |script: Script, at| script.print(control(PAGE.copies.offset + CopyList::at(number) + at));
+    [16, 20, 24, 0].into_iter().fold(Script::new(), print)
+}
+
+/// Prints how many copies are listed, and of which request.
+fn list() -> Script {
+    Script::new().print(control(PAGE.copies.offset)).print(control(PAGE.copies.offset + 8))
+}
+
+#[test]
+fn a_parent_finds_its_copies_in_a_list_that_reaches_beyond_its_page() {
+    let looked_at = [1, 2, 51, 52, 60];
+    let parent = looked_at.into_iter().fold(list(), |script, index| join(script, listed(index)));
+    let child = Script::new().print(control(PAGE.copies.offset + 8));
+    let script = Script::new().request(7, "web", 60).ring().print(control(ID));
+    let script = script.only_if(control(ROLE), Role::Child.number(), child);
+    let ended = run(&script.only_if(control(ROLE), Role::Parent.number(), parent).off());
+    let parent = printed(&ended, "vm");
+    assert_eq!(parent[1..3], [7, 60]);
+    let mut ids = vec![parent[0]];
+    for (index, copy) in looked_at.into_iter().zip(parent[3..].chunks_exact(4)) {
+        let own = printed(&ended, &format!("web.{index}"));
+        // There is one platform alone, and it has no name. The child has made no copies.
+        assert_eq!((copy, &own[..]), (&[index, Location::Local.number(), 0, own[0]][..], &[own[0], 0][..]));
+        assert!(!ids.contains(&own[0]));
+        ids.push(own[0]);
+    }
+    assert_eq!(ids.len(), 1 + looked_at.len());
     assert_eq!(ended.code, Some(0));
 }
 
