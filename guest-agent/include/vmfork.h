@@ -26,6 +26,10 @@ extern "C" {
 #define VMFORK_PARENT 1
 #define VMFORK_CHILD 2
 
+/* Where a copy is: on the platform of its parent, or on another one. */
+#define VMFORK_LOCAL 1
+#define VMFORK_REMOTE 2
+
 /* Largest count of children. */
 #define VMFORK_MAX_CHILDREN 1024
 
@@ -81,6 +85,22 @@ struct vmfork_fork_t {
  * Returns VMFORK_OK with `*out` filled in, or a negative code with `*out` untouched.
  */
 int vmfork_fork(const char *vm_type, uint32_t count, struct vmfork_fork_t *out);
+
+/* A copy that a fork has made, as its parent is told of it. */
+struct vmfork_copy_t {
+    uint8_t vm_id[16];  /*  0: ID of the VM, a UUID in network byte order. */
+    uint32_t index;     /* 16: which child it is, from 1 to the fork's count. */
+    uint32_t placement; /* 20: VMFORK_LOCAL or VMFORK_REMOTE. */
+    char platform[33];  /* 24: name of the platform that has launched it, NUL-terminated; empty where there is one alone. */
+};
+
+/*
+ * Lists the copies of this VM's latest fork, lowest index first: writes the first `capacity` of them to `copies`, which may be
+ * NULL where that is 0.
+ *
+ * Returns how many there are, 0 in a child and where the VMM does not say where they are, or a negative code.
+ */
+int vmfork_copies(struct vmfork_copy_t *copies, uint32_t capacity);
 
 /* Returns VMFORK_OK where a VMM can fork this machine, else VMFORK_ENOVMM or VMFORK_EVERSION. Needs no privilege. */
 int vmfork_detect(void);

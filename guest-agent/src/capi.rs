@@ -3,9 +3,9 @@
 use std::ffi::{CStr, CString, c_char, c_int};
 use std::sync::LazyLock;
 
-use vmfork_abi::{NAME_BYTES, VM_TYPE_BYTES};
+use vmfork_abi::{NAME_BYTES, PLATFORM_BYTES, VM_TYPE_BYTES};
 
-use crate::{DetectError, ErrorCode, Fork, ForkError, ForkRequest, OpenError, Role, Vmm};
+use crate::{DetectError, ErrorCode, Fork, ForkCopy, ForkError, ForkRequest, OpenError, Role, Vmm};
 
 /// `struct vmfork_fork_t`; texts end with a NUL.
 #[repr(C)]
@@ -18,6 +18,15 @@ struct CFork {
     parent_id: [u8; 16],
     name: [u8; NAME_BYTES + 1],
     vm_type: [u8; VM_TYPE_BYTES + 1],
+}
+
+/// `struct vmfork_copy_t`; texts end with a NUL.
+#[repr(C)]
+struct CCopy {
+    vm_id: [u8; 16],
+    index: u32,
+    placement: u32,
+    platform: [u8; PLATFORM_BYTES + 1],
 }
 
 const OK: c_int = 0;
@@ -87,6 +96,28 @@ unsafe extern "C" fn vmfork_fork(vm_type: *const c_char, count: u32, out: *mut C
     }
 }
 
+/// `vmfork_copies` of the header.
+///
+/// # Safety
+///
+/// `out` points to memory for `capacity` `vmfork_copy_t`s; it may be NULL where that is 0.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn vmfork_copies(out: *mut CCopy, capacity: u32) -> c_int {
+    if out.is_null() && capacity > 0 {
+        return EINVAL;
+    }
+    let status = match Vmm::open() {
+        Ok(vmm) => vmm.status(),
+        Err(error) => return fork_code(&ForkError::Open(error)),
+    };
+    let Ok(Fork { copies, .. }) = status else { return EPROTOCOL };
+    for (number, copy) in copies.iter().take(capacity as usize).enumerate() {
+        // SAFETY: it is one of the first `capacity`, and by the caller's promise there is memory for these.
+        unsafe { out.wrapping_add(number).write(CCopy::from(copy)) };
+    }
+    c_int::try_from(copies.len()).unwrap_or(c_int::MAX)
+}
+
 /// `vmfork_strerror` of the header.
 #[unsafe(no_mangle)]
 extern "C" fn vmfork_strerror(code: c_int) -> *const c_char {
@@ -143,6 +174,17 @@ impl From<&Fork> for CFork {
     }
 }
 
+impl From<&ForkCopy> for CCopy {
+    fn from(copy: &ForkCopy) -> Self {
+        Self {
+            vm_id: copy.vm_id.into_bytes(),
+            index: copy.index,
+            placement: copy.placement.number(),
+            platform: terminated(&copy.platform),
+        }
+    }
+}
+
 /// `text` in a field of `N` bytes with at least one NUL behind it; a longer one, which the page can't hold, is cut off.
 fn terminated<const N: usize>(text: &str) -> [u8; N] {
     let mut field = [0; N];
@@ -160,7 +202,8 @@ mod tests {
     use std::process::{Command, Stdio};
 
     use super::*;
-    use crate::outcome::tests::child;
+    use crate::Location;
+    use crate::outcome::tests::{child, copies, of, with_copies};
 
     /// A C program whose compilation checks the header against this module.
     fn assertions() -> String {
@@ -179,6 +222,15 @@ mod tests {
             ("vm_type", offset_of!(CFork, vm_type)),
         ] {
             equal(&format!("offsetof(struct vmfork_fork_t, {field})"), &offset);
+        }
+        equal("sizeof(struct vmfork_copy_t)", &size_of::<CCopy>());
+        for (field, offset) in [
+            ("vm_id", offset_of!(CCopy, vm_id)),
+            ("index", offset_of!(CCopy, index)),
+            ("placement", offset_of!(CCopy, placement)),
+            ("platform", offset_of!(CCopy, platform)),
+        ] {
+            equal(&format!("offsetof(struct vmfork_copy_t, {field})"), &offset);
         }
         for (name, code) in [
             ("OK", OK),
@@ -200,6 +252,8 @@ mod tests {
         }
         equal("VMFORK_PARENT", &Role::Parent.number());
         equal("VMFORK_CHILD", &Role::Child.number());
+        equal("VMFORK_LOCAL", &Location::Local.number());
+        equal("VMFORK_REMOTE", &Location::Remote.number());
         equal("VMFORK_MAX_CHILDREN", &vmfork_abi::MAX_CHILDREN);
         source
     }
@@ -224,7 +278,7 @@ mod tests {
 
     #[test]
     fn a_fork_crosses_whole() {
-        let fork = CFork::from(&Fork::after_fork(&child()).unwrap());
+        let fork = CFork::from(&Fork::after_fork(&of(child())).unwrap());
         assert_eq!((fork.role, fork.index, fork.count, fork.generation), (2, 2, 4, 1));
         assert_eq!((fork.vm_id, fork.parent_id), ([0x11; 16], [0x22; 16]));
         assert_eq!(CStr::from_bytes_until_nul(&fork.name).unwrap(), c"web.2");
@@ -233,8 +287,15 @@ mod tests {
     }
 
     #[test]
+    fn a_copy_crosses_whole() {
+        let copy = CCopy::from(&Fork::after_fork(&with_copies(copies())).unwrap().copies[1]);
+        assert_eq!((copy.index, copy.placement, copy.vm_id), (2, 2, [0x33; 16]));
+        assert_eq!(CStr::from_bytes_until_nul(&copy.platform).unwrap(), c"b");
+    }
+
+    #[test]
     fn bad_arguments_are_told_apart_from_a_missing_vmm() {
-        let mut out = CFork::from(&Fork::after_fork(&child()).unwrap());
+        let mut out = CFork::from(&Fork::after_fork(&of(child())).unwrap());
         let mut call = |vm_type: *const c_char, count| {
             // SAFETY: NULL or a literal with its NUL, and memory for one outcome.
             unsafe { vmfork_fork(vm_type, count, &raw mut out) }
@@ -244,6 +305,8 @@ mod tests {
         assert_eq!(call(c"web".as_ptr(), 0), EINVAL);
         // SAFETY: a literal with its NUL, and NULL.
         assert_eq!(unsafe { vmfork_fork(c"web".as_ptr(), 1, std::ptr::null_mut()) }, EINVAL);
+        // SAFETY: memory for no copy, where there is none to write.
+        assert_eq!(unsafe { vmfork_copies(std::ptr::null_mut(), 1) }, EINVAL);
     }
 
     #[test]

@@ -2,15 +2,29 @@
 
 use std::sync::atomic::{Ordering, fence};
 
-use vmfork_abi::{ABI_VERSION, ErrorCode, Header, Identity, MAGIC, PAGE, PAGE_BYTES, Request, Response, Status};
+use vmfork_abi::{
+    ABI_VERSION, CopyList, ErrorCode, Header, Identity, ListedCopy, MAGIC, MAX_CHILDREN, PAGE, PAGE_BYTES, Request,
+    Response, Role, Status,
+};
 
-use crate::raw::SharedPage;
+use crate::raw::SharedMemory;
 use crate::{ForkError, ForkRequest};
 
 /// A control page whose header was checked.
 #[derive(Debug)]
 pub(crate) struct ControlPage {
-    page: SharedPage,
+    page: SharedMemory,
+}
+
+/// What the page says of a VM and its latest fork, unchecked.
+#[derive(Debug, Default)]
+pub(crate) struct Account {
+    /// Who the VM is.
+    pub(crate) identity: Identity,
+    /// How many copies the list says that it has; 0 in a VM that is no parent, and where the VMM lists none.
+    pub(crate) listed: u32,
+    /// The copies, at most [`MAX_CHILDREN`].
+    pub(crate) copies: Vec<ListedCopy>,
 }
 
 /// What shows that a page is no control page of this ABI.
@@ -45,8 +59,9 @@ impl ControlPage {
     /// # Errors
     ///
     /// [`HeaderError`] where its header says that it is none of this ABI.
-    pub(crate) fn new(page: SharedPage) -> Result<Self, HeaderError> {
-        let header = Header::from_bytes(&page.read::<{ PAGE.header.offset }, _>());
+    pub(crate) fn new(page: SharedMemory) -> Result<Self, HeaderError> {
+        let page = Self { page };
+        let header = page.header();
         if header.magic != MAGIC {
             return Err(HeaderError::Magic { found: header.magic });
         }
@@ -56,7 +71,35 @@ impl ControlPage {
         if header.page_bytes as usize != PAGE_BYTES {
             return Err(HeaderError::Size { page_bytes: header.page_bytes });
         }
-        Ok(Self { page })
+        Ok(page)
+    }
+
+    /// How many bytes have to be mapped to see all that it has to say: a list of copies may reach beyond the page.
+    pub(crate) fn needed_bytes(&self) -> usize {
+        let Header { copies_offset, copies_bytes, .. } = self.header();
+        (copies_offset as usize).saturating_add(copies_bytes as usize).max(PAGE_BYTES)
+    }
+
+    /// Who this VM is, and how it came out of its latest fork, unchecked.
+    pub(crate) fn account(&self) -> Account {
+        let identity = self.identity();
+        let is_parent = identity.role == Role::Parent.number();
+        let (listed, copies) = is_parent.then(|| self.copies()).flatten().unwrap_or_default();
+        Account { identity, listed, copies }
+    }
+
+    /// How many copies are listed, and the copies; `None` where there is no list. Where it is, is asked anew each time: since this page was
+    /// mapped, this VM may have gone to a VMM that has none, or another.
+    fn copies(&self) -> Option<(u32, Vec<ListedCopy>)> {
+        let offset = Some(self.header().copies_offset as usize).filter(|&offset| offset != 0)?;
+        let list = CopyList::from_bytes(&self.page.read_at(offset)?);
+        let count = list.count.min(MAX_CHILDREN) as usize;
+        let copy = |number| Some(ListedCopy::from_bytes(&self.page.read_at(offset + CopyList::at(number))?));
+        Some((list.count, (0..count).map(copy).collect::<Option<_>>()?))
+    }
+
+    fn header(&self) -> Header {
+        Header::from_bytes(&self.page.read::<{ PAGE.header.offset }, _>())
     }
 
     /// Who this VM is, unchecked.
@@ -64,19 +107,19 @@ impl ControlPage {
         Identity::from_bytes(&self.page.read::<{ PAGE.identity.offset }, _>())
     }
 
-    /// Writes the request, rings by `ring`, and reads the answer: the identity of the VM that this has returned in.
+    /// Writes the request, rings by `ring`, and reads the answer: what the page says of the VM that this has returned in.
     ///
     /// # Errors
     ///
     /// [`ForkError::NotAnswered`], [`ForkError::Refused`] or [`ForkError::UnknownAnswer`].
-    pub(crate) fn exchange(&self, request: &ForkRequest, ring: impl FnOnce()) -> Result<Identity, ForkError> {
+    pub(crate) fn exchange(&self, request: &ForkRequest, ring: impl FnOnce()) -> Result<Account, ForkError> {
         let seq = next_seq(self.request().seq, self.response().seq);
         self.page.write::<{ PAGE.request.offset }, _>(&request.numbered(seq).to_bytes());
         fence(Ordering::SeqCst);
         ring();
         fence(Ordering::SeqCst);
         accept(seq, self.response())?;
-        Ok(self.identity())
+        Ok(self.account())
     }
 
     fn request(&self) -> Request {
@@ -109,20 +152,44 @@ fn accept(seq: u64, response: Response) -> Result<(), ForkError> {
 
 #[cfg(test)]
 mod tests {
-    use vmfork_abi::Role;
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
+
+    use vmfork_abi::REGION_BYTES;
 
     use super::*;
-    use crate::outcome::tests::child;
-    use crate::raw::tests::page;
+    use crate::outcome::tests::{child, copies};
+    use crate::raw::tests::file;
 
     fn header() -> Header {
         Header { magic: MAGIC, abi_version: ABI_VERSION, page_bytes: 4096, ..Header::default() }
     }
 
     fn with_header(header: Header) -> Result<ControlPage, HeaderError> {
-        let page = page();
-        page.write::<{ PAGE.header.offset }, _>(&header.to_bytes());
-        ControlPage::new(page)
+        mapped(&file(PAGE_BYTES), header, PAGE_BYTES)
+    }
+
+    fn mapped(file: &File, header: Header, bytes: usize) -> Result<ControlPage, HeaderError> {
+        file.write_all_at(&header.to_bytes(), 0).unwrap();
+        ControlPage::new(SharedMemory::map(file, 0, bytes).unwrap())
+    }
+
+    /// What a VMM that lists copies leaves in a parent's memory, with a list that says that it has `count`.
+    fn parents_memory(count: u32) -> (File, Header) {
+        let file = file(REGION_BYTES);
+        let (offset, bytes) = (PAGE.copies.offset, PAGE.copies.bytes);
+        let header = Header {
+            copies_offset: u32::try_from(offset).unwrap(),
+            copies_bytes: u32::try_from(bytes).unwrap(),
+            ..header()
+        };
+        let identity = Identity { role: Role::Parent.number(), ..child() };
+        file.write_all_at(&identity.to_bytes(), PAGE.identity.offset as u64).unwrap();
+        file.write_all_at(&CopyList { seq: 1, count, ..CopyList::default() }.to_bytes(), offset as u64).unwrap();
+        for (number, copy) in copies().iter().enumerate() {
+            file.write_all_at(&copy.to_bytes(), (offset + CopyList::at(number)) as u64).unwrap();
+        }
+        (file, header)
     }
 
     /// What a VMM does at the doorbell: answers the request that it finds, `shift` beside its number.
@@ -156,12 +223,41 @@ mod tests {
         let control = with_header(header()).unwrap();
         let request = ForkRequest::new("web", 4).unwrap();
         for seq in 1..=3 {
-            let identity = control.exchange(&request, || {
+            let account = control.exchange(&request, || {
                 assert_eq!(control.request(), request.numbered(seq));
                 answer(&control, 0, Status::Forked.number(), 0);
             });
-            assert_eq!(identity.unwrap().role, Role::Child.number());
+            assert_eq!(account.unwrap().identity.role, Role::Child.number());
         }
+    }
+
+    #[test]
+    fn a_parent_finds_its_copies_where_the_header_says() {
+        let (file, header) = parents_memory(3);
+        let page = mapped(&file, header, PAGE_BYTES).unwrap();
+        let page = mapped(&file, header, page.needed_bytes()).unwrap();
+        let account = page.account();
+        assert_eq!((account.listed, account.copies), (3, copies()));
+        // As many as there can be are all within what is mapped, and more are not looked for.
+        for listed in [MAX_CHILDREN, MAX_CHILDREN + 1, u32::MAX] {
+            let list = CopyList { count: listed, ..CopyList::default() };
+            file.write_all_at(&list.to_bytes(), PAGE.copies.offset as u64).unwrap();
+            let account = page.account();
+            assert_eq!((account.listed, account.copies.len()), (listed, MAX_CHILDREN as usize));
+        }
+    }
+
+    #[test]
+    fn nothing_is_listed_in_a_child_or_by_other_vmms() {
+        let (file, header) = parents_memory(3);
+        let listed = |header: Header, bytes| mapped(&file, header, bytes).unwrap().account().listed;
+        assert_eq!(listed(header, REGION_BYTES), 3);
+        assert_eq!(listed(Header { copies_offset: 0, copies_bytes: 0, ..header }, PAGE_BYTES), 0);
+        for copies_offset in [769, 1 << 20, u32::MAX - 7] {
+            assert_eq!(listed(Header { copies_offset, ..header }, REGION_BYTES), 0);
+        }
+        file.write_all_at(&child().to_bytes(), PAGE.identity.offset as u64).unwrap();
+        assert_eq!(listed(header, REGION_BYTES), 0);
     }
 
     #[test]

@@ -73,12 +73,12 @@ pub enum ForkError {
         /// A number that should be an [`ErrorCode`].
         error: u32,
     },
-    /// The fork was made, but the VMM left this VM no possible identity.
+    /// The fork was made, but the VMM left this VM no possible identity, or list of copies.
     #[error("the fork left this VM without a valid identity")]
     Outcome {
         /// The role, where that much could be read.
         role: Option<Role>,
-        /// What is wrong with the identity.
+        /// What is wrong.
         source: OutcomeError,
     },
     /// The fork was made, but this VM did not become who it is.
@@ -178,11 +178,12 @@ impl Vmm {
     /// Rings, and makes the VM in which that returns the one that it should be.
     fn ring(&self, tools: &Tools, request: &ForkRequest) -> Result<Fork, ForkError> {
         let doorbell_at = identity::monotonic().map_err(|source| ForkError::ReadClock { source })?;
-        let identity = self.route.fork(&tools.port, request)?;
+        let account = self.route.fork(&tools.port, request)?;
+        let identity = &account.identity;
         // From here on there are several VMs, and this is any one of them.
         let fork =
-            Fork::after_fork(&identity).map_err(|source| ForkError::Outcome { role: side(identity.role), source })?;
-        identity::assume(&fork, &identity, &tools.pool, doorbell_at)
+            Fork::after_fork(&account).map_err(|source| ForkError::Outcome { role: side(identity.role), source })?;
+        identity::assume(&fork, identity, &tools.pool, doorbell_at)
             .map_err(|source| ForkError::Identity { role: fork.role, source })?;
         Ok(fork)
     }

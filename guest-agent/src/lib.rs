@@ -48,11 +48,11 @@ pub use detect::DetectError;
 pub use fork::ForkError;
 pub use identity::IdentityError;
 pub use lock::LockError;
-pub use outcome::{Fork, OutcomeError};
+pub use outcome::{Fork, ForkCopy, OutcomeError};
 pub use privilege::PrivilegeError;
 pub use request::{ForkRequest, Placement, RequestError};
 pub use vmfork_abi::cpuid::Interface;
-pub use vmfork_abi::{ErrorCode, Role};
+pub use vmfork_abi::{ErrorCode, Location, Role};
 pub use vmm::{OpenError, Vmm};
 
 /// Forks the VM that this runs in: [`Vmm::open`] and [`Vmm::fork`] in one.

@@ -63,52 +63,69 @@ fn set_port_permission(port: u16, permitted: bool) -> io::Result<()> {
     Ok(Errno::result(result).map(drop)?)
 }
 
-/// One page shared with the VMM, read and written in volatile 64-bit words.
+/// Memory shared with the VMM, one page or more, read and written in volatile 64-bit words.
 #[derive(Debug)]
-pub(crate) struct SharedPage {
+pub(crate) struct SharedMemory {
     base: NonNull<u64>,
+    bytes: NonZeroUsize,
 }
 
 const WORD_BYTES: usize = size_of::<u64>();
 
-impl SharedPage {
-    /// Maps the page at `offset` of `file`: mmap(2).
+impl SharedMemory {
+    /// Maps the pages at `offset` of `file` that hold `bytes` bytes, at least one: mmap(2).
     ///
     /// # Errors
     ///
-    /// EINVAL where `offset` is no page's; for /dev/mem, EPERM where the kernel does not let that page be mapped.
-    pub(crate) fn map(file: &File, offset: u64) -> io::Result<Self> {
-        const LENGTH: NonZeroUsize = NonZeroUsize::new(PAGE_BYTES).unwrap();
+    /// EINVAL where `offset` is no page's; for /dev/mem, EPERM where the kernel does not let these pages be mapped.
+    pub(crate) fn map(file: &File, offset: u64, bytes: usize) -> io::Result<Self> {
+        let bytes = bytes.max(1).checked_next_multiple_of(PAGE_BYTES).and_then(NonZeroUsize::new);
+        let bytes = bytes.ok_or(Errno::EINVAL)?;
         let offset = offset.try_into().map_err(|_| Errno::EINVAL)?;
         let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: the kernel chooses an address that nothing else uses.
-        let base = unsafe { mmap(None, LENGTH, access, MapFlags::MAP_SHARED, file, offset)? };
-        Ok(Self { base: base.cast() })
+        let base = unsafe { mmap(None, bytes, access, MapFlags::MAP_SHARED, file, offset)? };
+        Ok(Self { base: base.cast(), bytes })
     }
 
-    /// Copies the `N` bytes at `OFFSET` out of the page.
+    /// Copies the `N` bytes at `OFFSET` out of the first page.
     pub(crate) fn read<const OFFSET: usize, const N: usize>(&self) -> [u8; N] {
         let mut bytes = [0; N];
         for (index, word) in bytes.chunks_exact_mut(WORD_BYTES).enumerate() {
             let at = self.words::<OFFSET, N>().wrapping_add(index);
-            // SAFETY: `words` keeps the range within the page, which is mapped while `self` lives, and aligned.
+            // SAFETY: `words` keeps the range within the first page, which is mapped while `self` lives, and aligned.
             let value = unsafe { at.read_volatile() };
             word.copy_from_slice(&value.to_ne_bytes());
         }
         bytes
     }
 
-    /// Copies `bytes` to `OFFSET` of the page.
+    /// Copies the `N` bytes at `offset` out, or gives `None` where not all of them are whole words that are mapped.
+    pub(crate) fn read_at<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+        const { assert!(N.is_multiple_of(WORD_BYTES)) };
+        if !offset.is_multiple_of(WORD_BYTES) || offset.checked_add(N)? > self.bytes.get() {
+            return None;
+        }
+        let mut bytes = [0; N];
+        for (index, word) in (offset / WORD_BYTES..).zip(bytes.chunks_exact_mut(WORD_BYTES)) {
+            // SAFETY: the word is aligned, and lies within what is mapped while `self` lives, as just checked.
+            let value = unsafe { self.base.as_ptr().wrapping_add(index).read_volatile() };
+            word.copy_from_slice(&value.to_ne_bytes());
+        }
+        Some(bytes)
+    }
+
+    /// Copies `bytes` to `OFFSET` of the first page.
     pub(crate) fn write<const OFFSET: usize, const N: usize>(&self, bytes: &[u8; N]) {
         let (words, _) = bytes.as_chunks::<WORD_BYTES>();
         for (index, word) in words.iter().enumerate() {
             let at = self.words::<OFFSET, N>().wrapping_add(index);
-            // SAFETY: as in `read`; nobody holds a reference into the page.
+            // SAFETY: as in `read`; nobody holds a reference into the memory.
             unsafe { at.write_volatile(u64::from_ne_bytes(*word)) };
         }
     }
 
-    /// First of the words that hold the `N` bytes at `OFFSET`, all of them whole words of the page.
+    /// First of the words that hold the `N` bytes at `OFFSET`, all of them whole words of the first page.
     fn words<const OFFSET: usize, const N: usize>(&self) -> *mut u64 {
         const {
             assert!(OFFSET.is_multiple_of(WORD_BYTES) && N.is_multiple_of(WORD_BYTES));
@@ -118,10 +135,10 @@ impl SharedPage {
     }
 }
 
-impl Drop for SharedPage {
+impl Drop for SharedMemory {
     fn drop(&mut self) {
         // SAFETY: `map` made this mapping of this length, and no pointer into it outlives `self`.
-        let unmapped = unsafe { munmap(self.base.cast(), PAGE_BYTES) };
+        let unmapped = unsafe { munmap(self.base.cast(), self.bytes.get()) };
         debug_assert_eq!(unmapped, Ok(()), "a whole mapping can always be unmapped");
     }
 }
@@ -191,28 +208,38 @@ pub(crate) mod tests {
 
     use super::*;
 
-    /// A page that no VMM looks at.
-    pub(crate) fn page() -> SharedPage {
+    /// Memory that no VMM looks at: a file of so many bytes.
+    pub(crate) fn file(bytes: usize) -> File {
         let file = File::from(memfd_create("page", MFdFlags::MFD_CLOEXEC).unwrap());
-        file.set_len(PAGE_BYTES as u64).unwrap();
-        SharedPage::map(&file, 0).unwrap()
+        file.set_len(bytes as u64).unwrap();
+        file
     }
 
     #[test]
     fn a_page_keeps_what_was_written_where_it_was_written() {
-        let page = page();
+        let page = SharedMemory::map(&file(PAGE_BYTES), 0, PAGE_BYTES).unwrap();
         page.write::<64, 16>(b"0123456789abcdef");
         page.write::<4088, 8>(b"the end.");
         assert_eq!(&page.read::<64, 16>(), b"0123456789abcdef");
         assert_eq!(&page.read::<56, 16>(), b"\0\0\0\0\0\0\0\x0001234567");
         assert_eq!(&page.read::<4088, 8>(), b"the end.");
+        assert_eq!(page.read_at(4088).as_ref(), Some(b"the end."));
+    }
+
+    #[test]
+    fn nothing_is_read_but_whole_words_that_are_mapped() {
+        let memory = SharedMemory::map(&file(2 * PAGE_BYTES), 0, PAGE_BYTES + 1).unwrap();
+        assert_eq!(memory.read_at(2 * PAGE_BYTES - 16), Some([0; 16]));
+        for offset in [1, 2 * PAGE_BYTES - 12, 2 * PAGE_BYTES - 8, 2 * PAGE_BYTES, usize::MAX - 7] {
+            assert_eq!(memory.read_at::<16>(offset), None, "{offset}");
+        }
     }
 
     #[test]
     fn only_whole_pages_are_mapped() {
         let file = File::open("/proc/self/exe").unwrap();
-        assert_eq!(SharedPage::map(&file, 1).unwrap_err().raw_os_error(), Some(libc::EINVAL));
-        assert_eq!(SharedPage::map(&file, u64::MAX).unwrap_err().raw_os_error(), Some(libc::EINVAL));
+        assert_eq!(SharedMemory::map(&file, 1, 1).unwrap_err().raw_os_error(), Some(libc::EINVAL));
+        assert_eq!(SharedMemory::map(&file, u64::MAX, 1).unwrap_err().raw_os_error(), Some(libc::EINVAL));
     }
 
     #[test]

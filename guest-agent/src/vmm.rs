@@ -57,8 +57,8 @@ impl Vmm {
     ///
     /// # Errors
     ///
-    /// [`OutcomeError`] where the control page holds no possible identity.
+    /// [`OutcomeError`] where the control page holds no possible identity, or list of copies.
     pub fn status(&self) -> Result<Fork, OutcomeError> {
-        Fork::from_page(&self.route.identity())
+        Fork::from_page(&self.route.account())
     }
 }

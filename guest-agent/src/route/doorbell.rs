@@ -4,10 +4,10 @@ use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
 
 use vmfork_abi::cpuid::Interface;
-use vmfork_abi::{Identity, doorbell};
+use vmfork_abi::{Identity, PAGE_BYTES, doorbell};
 
-use crate::control_page::ControlPage;
-use crate::raw::{DoorbellPort, SharedPage};
+use crate::control_page::{Account, ControlPage};
+use crate::raw::{DoorbellPort, SharedMemory};
 use crate::{ForkError, ForkRequest, OpenError};
 
 /// The control page of this guest, mapped, and where its doorbell is.
@@ -31,14 +31,24 @@ impl Doorbell {
             .custom_flags(libc::O_SYNC)
             .open("/dev/mem")
             .map_err(|source| OpenError::OpenMemory { source })?;
-        let page = SharedPage::map(&memory, gpa).map_err(|source| OpenError::MapPage { gpa, source })?;
-        let page = ControlPage::new(page).map_err(|source| OpenError::Header { gpa, source })?;
-        Ok(Self { interface, page })
+        let map = |bytes| {
+            let memory = SharedMemory::map(&memory, gpa, bytes).map_err(|source| OpenError::MapPage { gpa, source })?;
+            ControlPage::new(memory).map_err(|source| OpenError::Header { gpa, source })
+        };
+        // The page says how much there is behind it.
+        let page = map(PAGE_BYTES)?;
+        let needed_bytes = page.needed_bytes();
+        Ok(Self { interface, page: if needed_bytes > PAGE_BYTES { map(needed_bytes)? } else { page } })
     }
 
     /// Who this VM is, unchecked.
     pub(crate) fn identity(&self) -> Identity {
         self.page.identity()
+    }
+
+    /// Who this VM is, and how it came out of its latest fork, unchecked.
+    pub(crate) fn account(&self) -> Account {
+        self.page.account()
     }
 
     /// Lets the calling thread ring.
@@ -51,12 +61,12 @@ impl Doorbell {
         DoorbellPort::acquire(self.interface).map_err(|source| ForkError::Port { port, source })
     }
 
-    /// Asks for the fork, and returns the identity of the VM that this has returned in.
+    /// Asks for the fork, and returns what the page says of the VM that this has returned in.
     ///
     /// # Errors
     ///
     /// Those of [`ControlPage::exchange`].
-    pub(crate) fn fork(&self, port: &DoorbellPort, request: &ForkRequest) -> Result<Identity, ForkError> {
+    pub(crate) fn fork(&self, port: &DoorbellPort, request: &ForkRequest) -> Result<Account, ForkError> {
         self.page.exchange(request, || port.ring(doorbell::FORK))
     }
 }
