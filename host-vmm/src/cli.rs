@@ -14,6 +14,10 @@ use crate::{
     wire::Step,
 };
 
+mod platform;
+
+pub use platform::{Elsewhere, Logs, Platform, Stop};
+
 /// Runs Linux guests on KVM that can fork themselves.
 #[derive(Debug, Parser)]
 #[command(name = "host-vmm", version, propagate_version = true)]
@@ -35,6 +39,10 @@ pub enum Command {
     Ps(Ps),
     /// Draw which VM of a platform comes from which.
     Tree(Tree),
+    /// Stop VMs of a platform.
+    Stop(Stop),
+    /// Print what a VM has written to its console.
+    Logs(Logs),
     /// List, look at, save, load or remove images that a platform keeps.
     Image(Image),
     /// Launch copies of an image that a platform keeps.
@@ -58,7 +66,7 @@ pub enum Command {
 }
 
 const EXIT_CODES: &str = "\
-Exit codes: how the booted VM ended. 0 it was powered off, or Ctrl-A x; 3 it was reset (a reboot, or a panic); 1 it or host-vmm \
+Exit codes: how the booted VM ended. 0 it was powered off or stopped, or Ctrl-A x; 3 it was reset (a reboot, or a panic); 1 it or host-vmm \
 failed; 2 wrong usage; 129, 130, 131, 143 host-vmm got SIGHUP, SIGINT, SIGQUIT, SIGTERM.
 
 On a terminal, keys go to the booted VM; Ctrl-A x ends all VMs, Ctrl-A Ctrl-A is one Ctrl-A.";
@@ -139,14 +147,6 @@ pub struct Serve {
     /// How the platform is set up, in TOML.
     #[arg(long, value_name = "FILE")]
     pub config: PathBuf,
-}
-
-/// Which platform is asked.
-#[derive(Debug, Args)]
-pub struct Platform {
-    /// The platform's socket; the only one that this user runs where none is named.
-    #[arg(long, value_name = "SOCKET", env = "HOST_VMM_API")]
-    pub api: Option<PathBuf>,
 }
 
 /// Options of `ps`.

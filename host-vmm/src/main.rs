@@ -17,6 +17,8 @@ fn main() -> ExitCode {
         Command::Serve(options) => command::serve(&options),
         Command::Ps(options) => command::ps(&options),
         Command::Tree(options) => command::tree(&options),
+        Command::Stop(options) => command::stop(&options),
+        Command::Logs(options) => command::logs(&options),
         Command::Image(options) => command::image(&options.command),
         Command::Spawn(options) => command::spawn(&options),
         Command::Clone(options) => command::clone(&options),

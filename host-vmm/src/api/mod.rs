@@ -1,8 +1,13 @@
-//! The API of a platform: HTTP/1.1 with JSON, on a UNIX socket that only its user can reach.
+//! The API of a platform: HTTP/1.1 with JSON, on a UNIX socket that only its user can reach, and over mutual TLS where it serves others.
 //!
 //! | request | answer |
 //! | --- | --- |
+//! | `GET /v1/version` | [`Version`] |
+//! | `GET /v1/openapi.json` | all of this, for programs: also in `host-vmm/openapi.json` |
 //! | `GET /v1/vms` | [`Vms`] |
+//! | `GET /v1/vms/VM` | [`Vm`] |
+//! | `DELETE /v1/vms/VM` | nothing, once it has ended |
+//! | `GET /v1/vms/VM/log?from=OFFSET&wait_ms=TIME` | bytes of its console's log, with [`NEXT_OFFSET`] and [`LAST_PIECE`] as headers |
 //! | `GET /v1/images` | an array of [`Image`] |
 //! | `GET /v1/images/ID` | [`Image`] |
 //! | `DELETE /v1/images/ID` | nothing |
@@ -14,9 +19,12 @@
 //! | `GET /v1/platform` | a [`Member`](crate::cluster::member::Member) |
 //! | `GET /v1/platforms` | [`Platforms`] |
 //! | `POST /v1/place`, with a [`Wish`](crate::cluster::placement::Wish) | an [`Explanation`](crate::cluster::placement::Explanation) |
-//! | `/v1/clones/ID` | see [`clone`](crate::cluster::clone) |
+//! | `/v1/clones/ID`, `/v1/supplies/ID` | see [`clone`](crate::cluster::clone) |
 //!
-//! An ID may be cut short, for as long as it stands for one image only. What fails is told as a [`Failure`].
+//! An ID may be cut short, for as long as it stands for one image only, or one VM; a VM may be called by its name too. What fails is told as
+//! a [`Failure`].
+//!
+//! Over a network, nobody saves or loads images, for that names files of the platform's host; and only operators stop VMs and read their logs.
 
 use std::{
     env, fs, io,
@@ -26,6 +34,7 @@ use std::{
 
 use nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 use uuid::Uuid;
 
 pub mod client;
@@ -33,10 +42,57 @@ mod server;
 
 pub use server::{Network, ServeError, Server, serve};
 
-use crate::cluster::member::Member;
+use crate::{
+    capsule::{
+        compat::READABLE_STATE_VERSIONS,
+        header::{OLDEST_VERSION, VERSION},
+    },
+    cluster::member::Member,
+};
+
+/// The header of a piece of a log that tells where the next one begins, in bytes.
+pub const NEXT_OFFSET: &str = "host-vmm-next-offset";
+
+/// The header of a piece of a log that tells whether the VM has ended, and nothing comes after it: `true` or `false`.
+pub const LAST_PIECE: &str = "host-vmm-last-piece";
+
+/// What a platform understands.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Version {
+    /// Version of its `host-vmm`.
+    pub vmm: String,
+    /// Version of its API, with which all paths begin.
+    pub api: u32,
+    /// Versions of the format of capsules that it reads. It writes the newest.
+    pub capsules: Versions,
+    /// Versions of the state in a capsule that it can restore. It saves the newest.
+    pub states: Versions,
+}
+
+/// Versions, from the oldest to the newest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Versions {
+    /// The first.
+    pub oldest: u32,
+    /// The last.
+    pub newest: u32,
+}
+
+impl Version {
+    /// What this program understands.
+    pub fn own() -> Self {
+        let states = READABLE_STATE_VERSIONS;
+        Self {
+            vmm: env!("CARGO_PKG_VERSION").to_owned(),
+            api: 1,
+            capsules: Versions { oldest: OLDEST_VERSION, newest: VERSION },
+            states: Versions { oldest: *states.start(), newest: *states.end() },
+        }
+    }
+}
 
 /// The VMs of a platform.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct Vms {
     /// Those that there are, parents before their children.
     pub vms: Vec<Vm>,
@@ -45,7 +101,7 @@ pub struct Vms {
 }
 
 /// One VM.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct Vm {
     /// Its ID.
     pub id: Uuid,
@@ -68,22 +124,26 @@ pub struct Vm {
     pub vcpus: u8,
     /// Size of its guest's memory in bytes.
     pub ram_bytes: u64,
+    /// Bytes of its memory of which it is not known yet what is there; null where it has all of it.
+    pub missing_bytes: Option<u64>,
     /// What its process has of the host's memory; null where it is ending.
     pub memory: Option<Memory>,
 }
 
 /// What a VM does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
     /// It is being made.
     Launching,
     /// It runs.
     Running,
+    /// It runs, and depends on where it was cloned, for some of its memory has not come yet.
+    Dependent,
 }
 
 /// Memory of a process, as `/proc/PID/smaps_rollup` has it, in bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Memory {
     /// What no other process has: it would be free if this one ended.
     pub private_bytes: u64,
@@ -94,7 +154,7 @@ pub struct Memory {
 }
 
 /// A VM that has ended.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Ended {
     /// Its ID.
     pub id: Uuid,
@@ -105,7 +165,7 @@ pub struct Ended {
 }
 
 /// An image that is kept.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct Image {
     /// Its ID.
     pub id: Uuid,
@@ -135,9 +195,10 @@ pub struct Image {
 }
 
 /// Where an image is saved, or loaded from.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct Place {
     /// A file of the platform's host, from the root on.
+    #[schema(value_type = String)]
     pub path: PathBuf,
     /// Whether the file is to be small.
     #[serde(default)]
@@ -145,21 +206,21 @@ pub struct Place {
 }
 
 /// A wish for copies.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct Spawn {
     /// How many.
     pub count: u32,
 }
 
 /// Copies that run.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct Spawned {
     /// The copies.
     pub vms: Vec<Copied>,
 }
 
 /// One copy.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Copied {
     /// Its ID.
     pub id: Uuid,
@@ -168,7 +229,7 @@ pub struct Copied {
 }
 
 /// A wish for copies on another platform.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct CloneWish {
     /// Name of the platform, or CLUSTER/NAME.
     pub to: String,
@@ -180,7 +241,7 @@ pub struct CloneWish {
 }
 
 /// A clone that is being sent.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct Transfer {
     /// Its ID.
     pub id: Uuid,
@@ -197,7 +258,7 @@ pub struct Transfer {
 }
 
 /// A platform as another one knows it.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct Platform {
     /// What it says of itself.
     #[serde(flatten)]
@@ -207,7 +268,7 @@ pub struct Platform {
 }
 
 /// The platforms that one knows.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct Platforms {
     /// The one that is asked comes first.
     pub platforms: Vec<Platform>,
@@ -216,7 +277,7 @@ pub struct Platforms {
 }
 
 /// Why something was not done.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct Failure {
     /// In words.
     pub error: String,

@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, net::SocketAddr};
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 use uuid::Uuid;
 
 use crate::machine::Config;
@@ -15,13 +16,14 @@ pub const MAX_SHAPES: usize = 32;
 pub const MAX_IMAGES: usize = 256;
 
 /// A platform of a cluster, as others see it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Member {
-    /// Its name, unique in its cluster; valid by [`vmfork_abi::is_vm_type`], as a type's is.
+    /// Its name, unique in its cluster; of the form that a VM type has.
     pub name: String,
     /// Name of its cluster; of the same form.
     pub cluster: String,
     /// Where it serves the API for other platforms.
+    #[schema(value_type = String)]
     pub address: SocketAddr,
     /// What the operator says of it, such as `zone = "north"`.
     pub labels: BTreeMap<String, String>,
@@ -32,7 +34,7 @@ pub struct Member {
 }
 
 /// What a platform has to do, and what it has left.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Load {
     /// VMs that there are, or are about to be.
     pub vms: u32,
@@ -57,7 +59,7 @@ pub struct Load {
 }
 
 /// Ready shells of one shape.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Ready {
     /// The shape.
     pub config: Config,

@@ -2,7 +2,6 @@
 
 use std::{
     io::{IsTerminal, stderr},
-    path::Path,
     process::ExitCode,
     sync::mpsc::{self, RecvTimeoutError},
     thread,
@@ -11,9 +10,15 @@ use std::{
 
 use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
 
-use super::table::{Column, size, table};
+use super::{
+    asked::endpoint,
+    table::{Column, size, table},
+};
 use crate::{
-    api::{self, CloneWish, Transfer, client},
+    api::{
+        self, CloneWish, Transfer,
+        client::{self, Endpoint},
+    },
     cli,
     cluster::placement::{Explanation, Wish},
     machine::Config,
@@ -27,7 +32,7 @@ const LOOK: Duration = Duration::from_millis(200);
 /// # Errors
 /// Where no platform answers, or it knows no others.
 pub fn platforms(options: &cli::Platforms) -> anyhow::Result<ExitCode> {
-    let platforms = client::platforms(options.platform.api.as_deref())?;
+    let platforms = client::platforms(endpoint(&options.platform)?.as_ref())?;
     if options.json {
         println!("{}", serde_json::to_string(&platforms)?);
         return Ok(ExitCode::SUCCESS);
@@ -77,7 +82,7 @@ pub fn place(options: &cli::Place) -> anyhow::Result<ExitCode> {
         images: options.image.iter().copied().collect(),
         source: String::new(),
     };
-    let explanation = client::explain(options.platform.api.as_deref(), wish)?;
+    let explanation = client::explain(endpoint(&options.platform)?.as_ref(), wish)?;
     if options.json {
         println!("{}", serde_json::to_string(&explanation)?);
     } else if options.explain {
@@ -96,16 +101,16 @@ pub fn place(options: &cli::Place) -> anyhow::Result<ExitCode> {
 /// # Errors
 /// Where no platform answers, or it can't be done.
 pub fn clone(options: &cli::Clone) -> anyhow::Result<ExitCode> {
-    let socket = options.platform.api.clone();
+    let platform = endpoint(&options.platform)?;
     let wish = CloneWish { to: options.to.clone(), count: options.count, lazy: options.lazy };
     let image = options.image.clone();
     let (sender, done) = mpsc::channel();
-    let ask = socket.clone();
+    let ask = platform.clone();
     thread::spawn(move || {
         // Nobody listens any more where this command has failed.
-        drop(sender.send(client::clone_image(ask.as_deref(), &image, &wish)));
+        drop(sender.send(client::clone_image(ask.as_ref(), &image, &wish)));
     });
-    let spawned = show_progress(socket.as_deref(), &options.to, &done)?;
+    let spawned = show_progress(platform.as_ref(), &options.to, &done)?;
     if options.json {
         println!("{}", serde_json::to_string(&spawned)?);
     } else {
@@ -117,7 +122,7 @@ pub fn clone(options: &cli::Clone) -> anyhow::Result<ExitCode> {
 }
 
 fn show_progress(
-    socket: Option<&Path>,
+    platform: Option<&Endpoint>,
     to: &str,
     done: &mpsc::Receiver<anyhow::Result<api::Spawned>>,
 ) -> anyhow::Result<api::Spawned> {
@@ -137,7 +142,7 @@ fn show_progress(
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => anyhow::bail!("the thread that asks the platform panicked"),
         }
-        let transfers = client::transfers(socket).unwrap_or_default();
+        let transfers = client::transfers(platform).unwrap_or_default();
         let Some(transfer) = transfers.iter().find(|transfer| transfer.to == to && transfer.wanted_bytes > 0) else {
             continue;
         };

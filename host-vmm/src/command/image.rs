@@ -6,7 +6,10 @@ use anyhow::Context;
 use serde::Serialize;
 use uuid::Uuid;
 
-use super::table::{Column, size, table};
+use super::{
+    asked::{endpoint, endpoint_here},
+    table::{Column, size, table},
+};
 use crate::{
     api::{Image, client},
     arch::layout::PAGE_BYTES,
@@ -24,7 +27,7 @@ const SHORT_ID: usize = 8;
 pub fn image(command: &ImageCommand) -> anyhow::Result<ExitCode> {
     match command {
         ImageCommand::Ls { platform, json } => {
-            let images = client::images(platform.api.as_deref())?;
+            let images = client::images(endpoint(platform)?.as_ref())?;
             if *json {
                 println!("{}", serde_json::to_string(&images)?);
             } else {
@@ -32,16 +35,15 @@ pub fn image(command: &ImageCommand) -> anyhow::Result<ExitCode> {
             }
         }
         ImageCommand::Show { platform, id } => {
-            let image = client::image(platform.api.as_deref(), id)?;
+            let image = client::image(endpoint(platform)?.as_ref(), id)?;
             println!("{}", serde_json::to_string_pretty(&image)?);
         }
         ImageCommand::Rm { platform, ids } => {
-            for id in ids {
-                client::remove_image(platform.api.as_deref(), id)?;
-            }
+            let platform = endpoint(platform)?;
+            ids.iter().try_for_each(|id| client::remove_image(platform.as_ref(), id))?;
         }
         ImageCommand::Save { platform, id, file, compress } => {
-            client::save_image(platform.api.as_deref(), id, file, *compress)?;
+            client::save_image(endpoint_here(platform)?.as_ref(), id, file, *compress)?;
         }
         ImageCommand::Inspect { file } => {
             let inspection = Inspection::of(file).with_context(|| format!("can't read {}", file.display()))?;
@@ -53,7 +55,7 @@ pub fn image(command: &ImageCommand) -> anyhow::Result<ExitCode> {
             println!("{} is whole", file.display());
         }
         ImageCommand::Load { platform, file } => {
-            println!("{}", client::load_image(platform.api.as_deref(), file)?.id);
+            println!("{}", client::load_image(endpoint_here(platform)?.as_ref(), file)?.id);
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -128,7 +130,7 @@ impl Inspection {
 /// # Errors
 /// Where no platform answers, or it can't launch them.
 pub fn spawn(options: &cli::Spawn) -> anyhow::Result<ExitCode> {
-    let spawned = client::spawn(options.platform.api.as_deref(), &options.image, options.count)?;
+    let spawned = client::spawn(endpoint(&options.platform)?.as_ref(), &options.image, options.count)?;
     if options.json {
         println!("{}", serde_json::to_string(&spawned)?);
     } else {

@@ -1,11 +1,13 @@
 //! What each command does.
 
+mod asked;
 mod cert;
 mod check;
 mod cluster;
 mod cpu_profile;
 mod daemon;
 mod image;
+mod logs;
 mod ps;
 mod run;
 mod serve;
@@ -16,6 +18,7 @@ pub use check::check;
 pub use cluster::{clone, place, platforms};
 pub use cpu_profile::cpu_profile;
 pub use image::{image, spawn};
+pub use logs::{logs, stop};
 pub use ps::{ps, tree};
 pub use run::run;
 pub use serve::serve;

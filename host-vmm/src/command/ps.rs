@@ -6,7 +6,10 @@ use indicatif::FormattedDuration;
 use termtree::Tree;
 use uuid::Uuid;
 
-use super::table::{Column, size, table};
+use super::{
+    asked::endpoint,
+    table::{Column, size, table},
+};
 use crate::{
     api::{Memory, State, Vm, Vms, client},
     cli,
@@ -17,7 +20,7 @@ use crate::{
 /// # Errors
 /// Where no platform answers.
 pub fn ps(options: &cli::Ps) -> anyhow::Result<ExitCode> {
-    let vms = client::vms(options.platform.api.as_deref())?;
+    let vms = client::vms(endpoint(&options.platform)?.as_ref())?;
     if options.json {
         println!("{}", serde_json::to_string(&vms)?);
     } else {
@@ -31,7 +34,7 @@ pub fn ps(options: &cli::Ps) -> anyhow::Result<ExitCode> {
 /// # Errors
 /// Where no platform answers.
 pub fn tree(options: &cli::Tree) -> anyhow::Result<ExitCode> {
-    for tree in trees(&client::vms(options.platform.api.as_deref())?) {
+    for tree in trees(&client::vms(endpoint(&options.platform)?.as_ref())?) {
         print!("{tree}");
     }
     Ok(ExitCode::SUCCESS)
@@ -48,6 +51,7 @@ fn list(vms: &[Vm]) -> String {
         ("UPTIME", Numbers),
         ("VCPUS", Numbers),
         ("RAM", Numbers),
+        ("MISSING", Numbers),
         ("PRIVATE", Numbers),
         ("SHARED", Numbers),
     ];
@@ -63,6 +67,7 @@ fn list(vms: &[Vm]) -> String {
             uptime(vm),
             vm.vcpus.to_string(),
             size(vm.ram_bytes),
+            vm.missing_bytes.map_or_else(|| "-".to_owned(), size),
             memory(|memory| memory.private_bytes),
             memory(|memory| memory.shared_bytes),
         ]
@@ -91,13 +96,15 @@ fn grow(id: Uuid, labels: &BTreeMap<Uuid, String>, children: &BTreeMap<Option<Uu
 
 fn label(vm: &Vm) -> String {
     let private = vm.memory.map_or_else(String::new, |memory| format!(", {} of its own", size(memory.private_bytes)));
-    format!("{} ({} for {}{private})", vm.name, state(vm.state), uptime(vm))
+    let missing = vm.missing_bytes.map_or_else(String::new, |bytes| format!(", {} to come", size(bytes)));
+    format!("{} ({} for {}{private}{missing})", vm.name, state(vm.state), uptime(vm))
 }
 
 fn state(state: State) -> &'static str {
     match state {
         State::Launching => "launching",
         State::Running => "running",
+        State::Dependent => "dependent",
     }
 }
 
@@ -122,6 +129,7 @@ mod tests {
             uptime_ms: 61_000,
             vcpus: 1,
             ram_bytes: 512 << 20,
+            missing_bytes: None,
             memory: Some(Memory { private_bytes: 3 << 20, shared_bytes: 0, proportional_bytes: 0 }),
         }
     }
@@ -132,6 +140,14 @@ mod tests {
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines.len(), 3);
         assert!(lines[1].contains("3.00 MiB") && lines[2].ends_with('-'), "{text}");
+    }
+
+    #[test]
+    fn what_has_not_come_yet_is_shown() {
+        let vm = Vm { state: State::Dependent, missing_bytes: Some(5 << 20), ..vm(1, None, "web.1") };
+        assert_eq!(label(&vm), "web.1 (dependent for 00:01:01, 3.00 MiB of its own, 5.00 MiB to come)");
+        let text = list(&[vm]);
+        assert!(text.contains("dependent") && text.contains("5.00 MiB"), "{text}");
     }
 
     #[test]

@@ -114,7 +114,7 @@ fn exit_code(stopped: u8, end: Option<End>) -> ExitCode {
         return ExitCode::from(stopped);
     }
     match end {
-        Some(End::PoweredOff) => ExitCode::SUCCESS,
+        Some(End::PoweredOff | End::Stopped) => ExitCode::SUCCESS,
         Some(End::Reset) => ExitCode::from(RESET),
         Some(End::Broken(why) | End::SourceLost(why)) => {
             eprintln!("host-vmm: the VM can't go on: {why}");

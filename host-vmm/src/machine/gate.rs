@@ -31,6 +31,8 @@ pub enum End {
     Orphaned,
     /// The rest of its memory can't be had from where it was cloned; the text says why.
     SourceLost(String),
+    /// An operator has stopped it.
+    Stopped,
 }
 
 /// Why the vCPUs can't be stopped.

@@ -6,6 +6,7 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use super::{Built, Exits, Gate, Machine, MachineState, Spare, VmIdentity};
 use crate::{
@@ -24,7 +25,7 @@ use crate::{
 const WARM_UP: [u8; 2] = [0xe6, 0x80];
 
 /// What a machine is built as.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
 pub struct Config {
     /// Guest memory in bytes, a multiple of the page size.
     pub ram_bytes: u64,

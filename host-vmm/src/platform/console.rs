@@ -15,8 +15,15 @@ use std::{
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
-use super::{Error, Event, Events};
-use crate::{machine::VmIdentity, sync::lock};
+use super::{
+    Error, Event, Events,
+    logs::{Log, Logs},
+};
+use crate::{
+    machine::VmIdentity,
+    sync::lock,
+    wire::{PlatformLink, ToNode, link},
+};
 
 /// Longest line that is held back until it is complete, in bytes; what is longer is shown in pieces.
 const MAX_LINE_BYTES: usize = 4096;
@@ -31,6 +38,7 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub(super) struct Consoles {
     log_dir: PathBuf,
+    logs: Logs,
     shared: Arc<Shared>,
 }
 
@@ -52,9 +60,9 @@ struct Sources {
 #[derive(Debug)]
 struct Source {
     pipe: File,
-    log_path: PathBuf,
-    /// Made when there is something to log.
-    log: Option<File>,
+    log: Arc<Log>,
+    /// Its file, made when there is something to log.
+    file: Option<File>,
     /// How many bytes the log may still take.
     log_room: u64,
     name: String,
@@ -73,14 +81,14 @@ impl Consoles {
         let shared = Arc::new(Shared { epoll, events, sources, drained: Condvar::new() });
         let reader = Arc::clone(&shared);
         thread::Builder::new().name("consoles".into()).spawn(move || reader.read_all()).map_err(Error::Consoles)?;
-        Ok(Self { log_dir, shared })
+        Ok(Self { log_dir, logs: Logs::default(), shared })
     }
 
     /// Takes a VM's console.
     pub(super) fn add(&self, vm: &VmIdentity, pipe: File) -> Result<(), Error> {
         let source = Source {
-            log_path: self.log_dir.join(format!("{}.log", vm.name)),
-            log: None,
+            log: self.logs.add(vm, self.log_dir.join(format!("{}.log", vm.name))),
+            file: None,
             log_room: MAX_LOG_BYTES,
             name: vm.name.clone(),
             prefixed: vm.generation > 0,
@@ -94,6 +102,11 @@ impl Consoles {
         self.shared.epoll.add(source.pipe.as_fd(), interest).map_err(|errno| Error::Consoles(errno.into()))?;
         sources.open.insert(token, Arc::new(Mutex::new(source)));
         Ok(())
+    }
+
+    /// What VMs have written.
+    pub(super) fn logs(&self) -> &Logs {
+        &self.logs
     }
 
     /// Waits until all output of VMs that have ended is written.
@@ -133,6 +146,7 @@ impl Shared {
         // The sources are let go at once: a terminal that takes nothing must not keep new VMs from being added.
         let Some(source) = lock(&self.sources).open.get(&token).map(Arc::clone) else { return };
         if !lock(&source).read(&self.events) {
+            lock(&source).log.has_ended();
             lock(&self.sources).open.remove(&token);
             self.drained.notify_all();
         }
@@ -176,12 +190,15 @@ impl Source {
             return;
         }
         self.log_room -= wanted;
-        let log = match &mut self.log {
-            Some(log) => Ok(log),
-            none => File::create(&self.log_path).map(|log| none.insert(log)),
+        let file = match &mut self.file {
+            Some(file) => Ok(file),
+            none => File::create(self.log.path()).map(|file| none.insert(file)),
         };
-        if let Err(error) = log.and_then(|log| log.write_all(bytes)) {
-            tracing::warn!(log = %self.log_path.display(), %error, "console output is missing in the log");
+        match file.and_then(|file| file.write_all(bytes)) {
+            Ok(()) => self.log.has_grown(wanted),
+            Err(error) => {
+                tracing::warn!(log = %self.log.path().display(), %error, "console output is missing in the log");
+            }
         }
     }
 
@@ -204,6 +221,20 @@ impl Source {
             show(format!("[{}] {text}\n", self.name).as_bytes());
         }
         events.write(&Event::Console { name: &self.name, line: &text });
+    }
+}
+
+/// The way to a VM's console.
+#[derive(Debug)]
+pub struct ConsoleInput(pub(super) Arc<PlatformLink>);
+
+impl ConsoleInput {
+    /// Types something.
+    ///
+    /// # Errors
+    /// [`link::Error`] where the VM has ended.
+    pub fn send(&self, bytes: &[u8]) -> Result<(), link::Error> {
+        self.0.send(&ToNode::Input(bytes.to_vec()), &[])
     }
 }
 

@@ -3,6 +3,7 @@
 use std::{collections::BTreeSet, fs::File, sync::Arc, time::Duration};
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 use uuid::Uuid;
 use vmfork_abi::{ListedCopy, Location, PLATFORM_BYTES, pad_text};
 
@@ -18,7 +19,7 @@ use crate::{
 const LAUNCH_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// One copy of a fork.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Slot {
     /// ID of the VM to be.
     pub id: Uuid,

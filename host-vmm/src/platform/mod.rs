@@ -20,6 +20,7 @@ mod events;
 mod fork;
 mod images;
 mod limits;
+mod logs;
 mod node;
 mod outgoing;
 mod pool;
@@ -30,6 +31,7 @@ mod terminal;
 mod trace;
 
 pub use cloned::Reservation;
+pub use console::ConsoleInput;
 pub(crate) use copies::is_slots;
 pub use copies::{Copies, Slot};
 pub use images::Keep;
@@ -47,7 +49,7 @@ use crate::{
     kvm,
     machine::{Config, End, VmIdentity, new_id},
     sync::lock,
-    wire::{PlatformLink, Step, ToNode, link},
+    wire::{Step, ToNode, link},
 };
 use console::Consoles;
 use events::{Event, Events};
@@ -156,6 +158,23 @@ pub enum Error {
     /// There are several.
     #[error("the IDs of several images begin with {0:?}")]
     Ambiguous(String),
+    /// There is no such VM.
+    #[error("there is no VM whose name is {0:?}, or whose ID begins so")]
+    NoVm(String),
+    /// There are several.
+    #[error("the IDs of several VMs begin with {0:?}")]
+    AmbiguousVm(String),
+    /// A VM does not end.
+    #[error("the VM {0} is being stopped, and has not ended yet: look for it again later")]
+    Lingers(uuid::Uuid),
+    /// The log of a console can't be read.
+    #[error("can't read the console log of the VM {vm}")]
+    ReadLog {
+        /// Its ID.
+        vm: uuid::Uuid,
+        /// The system's reason.
+        source: io::Error,
+    },
     /// A layer of an image can't be looked at.
     #[error("can't look at a layer of an image")]
     Layer(#[source] io::Error),
@@ -374,19 +393,5 @@ impl Platform {
         self.images.close();
         self.pool.close();
         self.registry.stop();
-    }
-}
-
-/// The way to a VM's console.
-#[derive(Debug)]
-pub struct ConsoleInput(Arc<PlatformLink>);
-
-impl ConsoleInput {
-    /// Types something.
-    ///
-    /// # Errors
-    /// [`link::Error`] where the VM has ended.
-    pub fn send(&self, bytes: &[u8]) -> Result<(), link::Error> {
-        self.0.send(&ToNode::Input(bytes.to_vec()), &[])
     }
 }

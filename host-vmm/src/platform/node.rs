@@ -100,8 +100,8 @@ pub(super) struct Node {
     is_foreign: bool,
     /// Who fills its memory, where that is not there as a whole yet.
     filling: Option<Arc<Filling>>,
-    /// Why that will not be, once it is known.
-    lost: Arc<OnceLock<String>>,
+    /// How it was ended from outside, once it was.
+    forced: Arc<OnceLock<End>>,
     end: Option<End>,
 }
 
@@ -114,6 +114,7 @@ impl Node {
         awaited: Awaited,
     ) -> Result<Self, Error> {
         let Shell { config, link, console, process } = shell;
+        let forced = Arc::default();
         let entry = Entry {
             link: Arc::clone(&link),
             vm: identity.clone(),
@@ -121,6 +122,8 @@ impl Node {
             pid: process.pid(),
             since: Instant::now(),
             runs: false,
+            filling: None,
+            forced: Arc::clone(&forced),
         };
         platform.registry.enter(entry)?;
         platform.pool.add_user(config);
@@ -141,7 +144,7 @@ impl Node {
             teaches: None,
             is_foreign: false,
             filling: None,
-            lost: Arc::default(),
+            forced,
             end: None,
         })
     }
@@ -159,6 +162,9 @@ impl Node {
     /// Says whether it was shown another CPU than this platform's guests are, and who fills its memory, where somebody does.
     pub(super) fn come_from(&mut self, is_foreign: bool, filling: Option<&Arc<Filling>>) {
         (self.is_foreign, self.filling) = (is_foreign, filling.cloned());
+        if let Some(filling) = filling {
+            self.platform.registry.depends(self.identity.id, filling);
+        }
     }
 
     /// Who its VM is.
@@ -221,7 +227,7 @@ impl Node {
                 let (filling, file) = (self.filling.take(), files.into_iter().next());
                 let (filling, file) = filling.zip(file).ok_or_else(unexpected)?;
                 let faults = Faults::from_file(file).map_err(|_| unexpected())?;
-                let vm = Dependent { link: Arc::clone(&self.link), lost: Arc::clone(&self.lost) };
+                let vm = Dependent { link: Arc::clone(&self.link), forced: Arc::clone(&self.forced) };
                 filling.add_view(faults, start, Arc::new(vm));
             }
             ToPlatform::Announce => self.announced(files),
@@ -380,7 +386,7 @@ impl Node {
 #[derive(Debug)]
 struct Dependent {
     link: Arc<PlatformLink>,
-    lost: Arc<OnceLock<String>>,
+    forced: Arc<OnceLock<End>>,
 }
 
 impl Told for Dependent {
@@ -392,7 +398,7 @@ impl Told for Dependent {
 
     fn is_lost(&self, why: &str) {
         // It may stand still at a page that never comes: whoever serves it ends its process.
-        self.lost.get_or_init(|| why.to_owned());
+        self.forced.get_or_init(|| End::SourceLost(why.to_owned()));
         self.link.shut_down();
     }
 }
@@ -430,8 +436,8 @@ impl Drop for Node {
             Awaited::Fork(fork) => fork.child_gone(&format!("the node of {} died", self.identity.name)),
             Awaited::Caller(_) => {}
             Awaited::Nobody => {
-                if let Some(why) = self.lost.get() {
-                    self.end = Some(End::SourceLost(why.clone()));
+                if let Some(end) = self.forced.get() {
+                    self.end = Some(end.clone());
                 }
                 self.platform.events.write(&Event::Ended { vm: &self.identity, how: self.end.as_ref() });
                 if self.identity.generation == 0 {

@@ -2,8 +2,8 @@
 
 use std::{
     collections::{BTreeMap, btree_map},
-    sync::{Arc, Condvar, Mutex, PoisonError},
-    time::Instant,
+    sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, Weak},
+    time::{Duration, Instant},
 };
 
 use uuid::Uuid;
@@ -11,7 +11,8 @@ use uuid::Uuid;
 use super::Error;
 use crate::{
     api::Ended,
-    machine::{Config, VmIdentity},
+    cluster::clone::filling::Filling,
+    machine::{Config, End, VmIdentity},
     sync::lock,
     wire::PlatformLink,
 };
@@ -31,6 +32,10 @@ pub(super) struct Entry {
     pub(super) since: Instant,
     /// Whether it runs.
     pub(super) runs: bool,
+    /// Who fills its memory, where that did not come as a whole before it.
+    pub(super) filling: Option<Weak<Filling>>,
+    /// How it was ended from outside, once it was.
+    pub(super) forced: Arc<OnceLock<End>>,
 }
 
 /// The VMs of a platform.
@@ -117,6 +122,24 @@ impl Registry {
         }
     }
 
+    /// Says who fills a VM's memory.
+    pub(super) fn depends(&self, id: Uuid, filling: &Arc<Filling>) {
+        if let Some(entry) = lock(&self.state).vms.get_mut(&id) {
+            entry.filling = Some(Arc::downgrade(filling));
+        }
+    }
+
+    /// Ends a VM, if it is there, and says whether nothing is left of it within the limit.
+    pub(super) fn end(&self, id: Uuid, limit: Duration) -> bool {
+        let state = lock(&self.state);
+        if let Some(entry) = state.vms.get(&id) {
+            entry.forced.get_or_init(|| End::Stopped);
+            entry.link.shut_down();
+        }
+        let waited = self.changed.wait_timeout_while(state, limit, |state| state.vms.contains_key(&id));
+        !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
+    }
+
     /// Takes a VM out, when nothing is left of it.
     pub(super) fn leave(&self, id: Uuid) {
         let mut state = lock(&self.state);
@@ -135,6 +158,18 @@ impl Registry {
         let mut entries: Vec<&Entry> = state.vms.values().collect();
         entries.sort_by_key(|entry| (entry.vm.generation, entry.since));
         (entries.into_iter().map(make).collect(), state.ended.values().cloned().collect())
+    }
+
+    /// Makes something of one VM, if it is there.
+    pub(super) fn get<T>(&self, id: Uuid, make: impl FnOnce(&Entry) -> T) -> Option<T> {
+        lock(&self.state).vms.get(&id).map(make)
+    }
+
+    /// IDs and names of all VMs that are there, and of those that have ended that have copies.
+    pub(super) fn known(&self) -> Vec<(Uuid, String)> {
+        let state = lock(&self.state);
+        let ended = state.ended.values().map(|ended| (ended.id, ended.name.clone()));
+        state.vms.values().map(|entry| (entry.vm.id, entry.vm.name.clone())).chain(ended).collect()
     }
 
     /// Lets no new VMs come, and breaks the connections to those that there are: whoever serves one ends it then.
@@ -189,7 +224,8 @@ mod tests {
             generation: 1,
         };
         let config = Config { ram_bytes: 5 << 20, vcpus: 1 };
-        Entry { link: Arc::clone(link), vm, config, pid: 0, since: Instant::now(), runs: false }
+        let (filling, forced) = (None, Arc::default());
+        Entry { link: Arc::clone(link), vm, config, pid: 0, since: Instant::now(), runs: false, filling, forced }
     }
 
     #[test]
@@ -234,6 +270,31 @@ mod tests {
         assert_eq!(ended(), [1, 2]);
         registry.leave(Uuid::from_u128(3));
         assert!(ended().is_empty());
+    }
+
+    #[test]
+    fn one_vm_is_ended_and_waited_for() {
+        let registry = Registry::default();
+        let links = [1, 2].map(|id| {
+            let (link, theirs) = PlatformLink::pair().unwrap();
+            let link = Arc::new(link);
+            registry.enter(entry(id, 0, &link)).unwrap();
+            (link, theirs)
+        });
+        let (first, second) = (Uuid::from_u128(1), Uuid::from_u128(2));
+        assert!(!registry.end(first, Duration::ZERO), "whoever serves it has not ended it yet");
+        assert_eq!(registry.get(first, |entry| entry.forced.get().cloned()), Some(Some(End::Stopped)));
+        assert_eq!(registry.get(second, |entry| entry.forced.get().cloned()), Some(None));
+        let patience = Duration::from_secs(60);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                assert!(matches!(links[0].0.receive(), Err(crate::wire::link::Error::Closed)));
+                registry.leave(first);
+            });
+            assert!(registry.end(first, patience));
+        });
+        assert!(registry.end(first, patience), "it has ended");
+        assert_eq!(registry.known(), [(second, String::new())]);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::{
 
 use http_body_util::{BodyExt, Limited};
 use hyper::{
-    Method, Request, StatusCode,
+    HeaderMap, Method, Request, StatusCode,
     body::{Body, Bytes, Frame},
     client::conn::http1::{self, SendRequest},
     header,
@@ -233,6 +233,14 @@ impl Connection {
     /// # Errors
     /// [`Error`], but for those of [`Connection::open`].
     pub fn ask(&mut self, method: Method, path: &str, content: Content) -> Result<Bytes, Error> {
+        Ok(self.exchange(method, path, content)?.1)
+    }
+
+    /// Asks, and gives the head of the answer too.
+    ///
+    /// # Errors
+    /// As [`Connection::ask`].
+    pub fn exchange(&mut self, method: Method, path: &str, content: Content) -> Result<(HeaderMap, Bytes), Error> {
         let broken = |source| Error::Exchange { platform: self.platform.clone(), source };
         let begun_within = self.patience.filter(|_| matches!(content, Content::Whole(_)));
         let request = Request::builder().method(method).uri(path).header(header::HOST, "platform");
@@ -240,22 +248,24 @@ impl Connection {
         let request = request.map_err(|source| self.answer_error(source))?;
         let (sender, platform) = (&mut self.sender, &self.platform);
         let between = self.patience;
-        let (status, answer) = self.runtime.block_on(async {
+        let (head, answer) = self.runtime.block_on(async {
             let response = within(begun_within, platform, async {
                 sender.ready().await.map_err(broken)?;
                 sender.send_request(request).await.map_err(broken)
             });
             let response = response.await??;
-            let (status, mut body) = (response.status(), Limited::new(response.into_body(), MAX_ANSWER_BYTES));
+            let (head, body) = response.into_parts();
+            let mut body = Limited::new(body, MAX_ANSWER_BYTES);
             let mut answer = Vec::new();
             while let Some(frame) = within(between, platform, body.frame()).await? {
                 let frame = frame.map_err(|source| Error::Answer { platform: platform.clone(), source })?;
                 answer.extend_from_slice(&frame.into_data().unwrap_or_default());
             }
-            Ok((status, Bytes::from(answer)))
+            Ok((head, Bytes::from(answer)))
         })?;
+        let status = head.status;
         if status.is_success() {
-            return Ok(answer);
+            return Ok((head.headers, answer));
         }
         let failure = serde_json::from_slice(&answer);
         let why = failure.map_or_else(|_| format!("the platform refuses: {status}"), |Failure { error }| error);

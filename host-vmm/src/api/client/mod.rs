@@ -10,8 +10,10 @@ use anyhow::{Context, bail, ensure};
 use hyper::Method;
 
 mod connection;
+mod log;
 
 pub use connection::{Connection, Content, Endpoint, Error};
+pub use log::{Log, Piece};
 
 use super::{CloneWish, Image, Place, Platforms, Spawn, Spawned, Transfer, Vms, folder};
 use crate::cluster::{
@@ -19,45 +21,55 @@ use crate::cluster::{
     placement::{Explanation, Wish},
 };
 
-/// A connection to the platform with this socket, or to the only one that this user runs.
+/// A connection to this platform, or to the only one that this user runs.
 ///
 /// # Errors
 /// Where there is none, or it does not answer.
-pub fn connect(socket: Option<&Path>) -> anyhow::Result<Connection> {
-    let socket = socket.map_or_else(find_socket, |socket| Ok(socket.to_owned()))?;
-    Ok(Connection::open(&Endpoint::Socket(socket))?)
+pub fn connect(platform: Option<&Endpoint>) -> anyhow::Result<Connection> {
+    let platform =
+        platform.map_or_else(|| Ok(Endpoint::Socket(find_socket()?)), |platform| anyhow::Ok(platform.clone()))?;
+    Ok(Connection::open(&platform)?)
 }
 
-/// The VMs of a platform: that with this socket, or the only one that this user runs.
+/// The VMs of a platform: of this one, or of the only one that this user runs.
 ///
 /// # Errors
 /// Where there is none, or it does not answer.
-pub fn vms(socket: Option<&Path>) -> anyhow::Result<Vms> {
-    Ok(connect(socket)?.ask_for(Method::GET, "/v1/vms", Content::none())?)
+pub fn vms(platform: Option<&Endpoint>) -> anyhow::Result<Vms> {
+    Ok(connect(platform)?.ask_for(Method::GET, "/v1/vms", Content::none())?)
+}
+
+/// Has it stop one of them, and waits until that has ended.
+///
+/// # Errors
+/// As [`vms`], or where it has no such VM.
+pub fn stop(platform: Option<&Endpoint>, vm: &str) -> anyhow::Result<()> {
+    connect(platform)?.ask(Method::DELETE, &vm_path(vm)?, Content::none())?;
+    Ok(())
 }
 
 /// Its images.
 ///
 /// # Errors
 /// As [`vms`].
-pub fn images(socket: Option<&Path>) -> anyhow::Result<Vec<Image>> {
-    Ok(connect(socket)?.ask_for(Method::GET, "/v1/images", Content::none())?)
+pub fn images(platform: Option<&Endpoint>) -> anyhow::Result<Vec<Image>> {
+    Ok(connect(platform)?.ask_for(Method::GET, "/v1/images", Content::none())?)
 }
 
 /// One of them.
 ///
 /// # Errors
 /// As [`vms`], or where it has no such image.
-pub fn image(socket: Option<&Path>, id: &str) -> anyhow::Result<Image> {
-    Ok(connect(socket)?.ask_for(Method::GET, &image_path(id)?, Content::none())?)
+pub fn image(platform: Option<&Endpoint>, id: &str) -> anyhow::Result<Image> {
+    Ok(connect(platform)?.ask_for(Method::GET, &image_path(id)?, Content::none())?)
 }
 
 /// Has it let go of one.
 ///
 /// # Errors
 /// As [`image`].
-pub fn remove_image(socket: Option<&Path>, id: &str) -> anyhow::Result<()> {
-    connect(socket)?.ask(Method::DELETE, &image_path(id)?, Content::none())?;
+pub fn remove_image(platform: Option<&Endpoint>, id: &str) -> anyhow::Result<()> {
+    connect(platform)?.ask(Method::DELETE, &image_path(id)?, Content::none())?;
     Ok(())
 }
 
@@ -65,9 +77,9 @@ pub fn remove_image(socket: Option<&Path>, id: &str) -> anyhow::Result<()> {
 ///
 /// # Errors
 /// As [`image`], or where it can't.
-pub fn save_image(socket: Option<&Path>, id: &str, path: &Path, compress: bool) -> anyhow::Result<()> {
+pub fn save_image(platform: Option<&Endpoint>, id: &str, path: &Path, compress: bool) -> anyhow::Result<()> {
     let path = Content::json(&place(path, compress)?)?;
-    connect(socket)?.ask(Method::POST, &format!("{}/save", image_path(id)?), path)?;
+    connect(platform)?.ask(Method::POST, &format!("{}/save", image_path(id)?), path)?;
     Ok(())
 }
 
@@ -75,8 +87,8 @@ pub fn save_image(socket: Option<&Path>, id: &str, path: &Path, compress: bool) 
 ///
 /// # Errors
 /// As [`vms`], or where it can't.
-pub fn load_image(socket: Option<&Path>, path: &Path) -> anyhow::Result<Image> {
-    Ok(connect(socket)?.ask_for(Method::POST, "/v1/images", Content::json(&place(path, false)?)?)?)
+pub fn load_image(platform: Option<&Endpoint>, path: &Path) -> anyhow::Result<Image> {
+    Ok(connect(platform)?.ask_for(Method::POST, "/v1/images", Content::json(&place(path, false)?)?)?)
 }
 
 fn place(path: &Path, compress: bool) -> anyhow::Result<Place> {
@@ -87,45 +99,51 @@ fn place(path: &Path, compress: bool) -> anyhow::Result<Place> {
 ///
 /// # Errors
 /// As [`image`], or where it can't.
-pub fn spawn(socket: Option<&Path>, id: &str, count: u32) -> anyhow::Result<Spawned> {
+pub fn spawn(platform: Option<&Endpoint>, id: &str, count: u32) -> anyhow::Result<Spawned> {
     let wish = Content::json(&Spawn { count })?;
-    Ok(connect(socket)?.ask_for(Method::POST, &format!("{}/spawn", image_path(id)?), wish)?)
+    Ok(connect(platform)?.ask_for(Method::POST, &format!("{}/spawn", image_path(id)?), wish)?)
 }
 
 /// Has it launch copies of one on another platform.
 ///
 /// # Errors
 /// As [`image`], or where it can't.
-pub fn clone_image(socket: Option<&Path>, id: &str, wish: &CloneWish) -> anyhow::Result<Spawned> {
+pub fn clone_image(platform: Option<&Endpoint>, id: &str, wish: &CloneWish) -> anyhow::Result<Spawned> {
     let wish = Content::json(wish)?;
-    Ok(connect(socket)?.ask_for(Method::POST, &format!("{}/clone", image_path(id)?), wish)?)
+    Ok(connect(platform)?.ask_for(Method::POST, &format!("{}/clone", image_path(id)?), wish)?)
 }
 
 /// The clones that it sends.
 ///
 /// # Errors
 /// As [`vms`].
-pub fn transfers(socket: Option<&Path>) -> anyhow::Result<Vec<Transfer>> {
-    Ok(connect(socket)?.ask_for(Method::GET, "/v1/transfers", Content::none())?)
+pub fn transfers(platform: Option<&Endpoint>) -> anyhow::Result<Vec<Transfer>> {
+    Ok(connect(platform)?.ask_for(Method::GET, "/v1/transfers", Content::none())?)
 }
 
 /// The platforms that it knows.
 ///
 /// # Errors
 /// As [`vms`], or where it is not one of several.
-pub fn platforms(socket: Option<&Path>) -> anyhow::Result<Platforms> {
-    Ok(connect(socket)?.ask_for(Method::GET, "/v1/platforms", Content::none())?)
+pub fn platforms(platform: Option<&Endpoint>) -> anyhow::Result<Platforms> {
+    Ok(connect(platform)?.ask_for(Method::GET, "/v1/platforms", Content::none())?)
 }
 
 /// Where copies of a VM there would go, and why.
 ///
 /// # Errors
 /// As [`platforms`].
-pub fn explain(socket: Option<&Path>, wish: Wish) -> anyhow::Result<Explanation> {
-    let mut connection = connect(socket)?;
+pub fn explain(platform: Option<&Endpoint>, wish: Wish) -> anyhow::Result<Explanation> {
+    let mut connection = connect(platform)?;
     let own: Member = connection.ask_for(Method::GET, "/v1/platform", Content::none())?;
     let wish = Content::json(&Wish { source: own.name, ..wish })?;
     Ok(connection.ask_for(Method::POST, "/v1/place", wish)?)
+}
+
+fn vm_path(vm: &str) -> anyhow::Result<String> {
+    let is_name = |character: char| character.is_ascii_alphanumeric() || "-.".contains(character);
+    ensure!(!vm.is_empty() && vm.chars().all(is_name), "{vm:?} is no name of a VM, and no ID");
+    Ok(format!("/v1/vms/{vm}"))
 }
 
 fn image_path(id: &str) -> anyhow::Result<String> {
@@ -150,6 +168,20 @@ fn find_socket() -> anyhow::Result<PathBuf> {
         (Some(last), others) => {
             let names = others.iter().chain([&last]).map(|path| format!("\n  {}", path.display()));
             bail!("several platforms run; name one by --api:{}", names.collect::<String>())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_named_can_be_nothing_else() {
+        assert_eq!(vm_path("web.1").unwrap(), "/v1/vms/web.1");
+        assert_eq!(image_path("ab-1").unwrap(), "/v1/images/ab-1");
+        for bad in ["", "/", "../images", "a/log", "a b", "a?from=1", "a%2f", "a#", "\n"] {
+            assert!(vm_path(bad).is_err() && image_path(bad).is_err(), "{bad:?}");
         }
     }
 }

@@ -3,13 +3,13 @@
 use std::{io, sync::Arc};
 
 use axum::{
-    Json, Router,
+    Json,
     body::{Body, to_bytes},
     extract::{ConnectInfo, Path, State},
     http::StatusCode,
-    routing::{post, put},
 };
 use http_body_util::BodyExt;
+use utoipa_axum::{router::OpenApiRouter, routes};
 use uuid::Uuid;
 
 use super::{Refusal, work};
@@ -23,16 +23,18 @@ use crate::{
     platform::Platform,
 };
 
-pub(super) fn routes() -> Router<Arc<Platform>> {
-    Router::new()
-        .route("/v1/clones/{id}", put(order).get(stage).delete(abort))
-        .route("/v1/clones/{id}/capsule", put(describe))
-        .route("/v1/clones/{id}/chunks", post(chunks))
-        .route("/v1/clones/{id}/prepare", post(prepare))
-        .route("/v1/clones/{id}/commit", post(commit))
+pub(super) fn routes() -> OpenApiRouter<Arc<Platform>> {
+    OpenApiRouter::default()
+        .routes(routes!(order_clone, clone_stage, abort_clone))
+        .routes(routes!(describe_clone))
+        .routes(routes!(take_chunks))
+        .routes(routes!(prepare_clone))
+        .routes(routes!(commit_clone))
 }
 
-async fn order(
+/// Has room kept for copies that are to come. Over a network, a platform does that in its own name alone.
+#[utoipa::path(put, path = "/v1/clones/{id}", params(("id" = Uuid, Path)), request_body = Order, responses((status = 200, description = "How far it is", body = Stage)))]
+async fn order_clone(
     State(platform): State<Arc<Platform>>,
     ConnectInfo(peer): ConnectInfo<Peer>,
     Path(id): Path<Uuid>,
@@ -49,11 +51,19 @@ async fn order(
     Ok(Json(platform.order_clone(id, order)?))
 }
 
-async fn stage(State(platform): State<Arc<Platform>>, Path(id): Path<Uuid>) -> Result<Json<Stage>, Refusal> {
+/// Tells how far a clone is.
+#[utoipa::path(get, path = "/v1/clones/{id}", params(("id" = Uuid, Path)), responses((status = 200, description = "How far it is", body = Stage)))]
+async fn clone_stage(State(platform): State<Arc<Platform>>, Path(id): Path<Uuid>) -> Result<Json<Stage>, Refusal> {
     Ok(Json(platform.clone_stage(id)?))
 }
 
-async fn describe(
+/// Checks whether a clone can run here.
+#[utoipa::path(
+    put, path = "/v1/clones/{id}/capsule", params(("id" = Uuid, Path)),
+    request_body(content_type = "application/octet-stream", description = "Header and description of its capsule"),
+    responses((status = 200, description = "The chunks of its memory that are not here yet", body = Missing))
+)]
+async fn describe_clone(
     State(platform): State<Arc<Platform>>,
     Path(id): Path<Uuid>,
     body: Body,
@@ -63,8 +73,16 @@ async fn describe(
     Ok(Json(work(move || platform.describe_clone(id, &capsule)).await?))
 }
 
-/// Takes chunks in as they come: this runs beside others that do the same for other connections.
-async fn chunks(
+/// Takes chunks of a clone's memory in as they come, on as many connections as the source likes.
+#[utoipa::path(
+    post, path = "/v1/clones/{id}/chunks", params(("id" = Uuid, Path)),
+    request_body(
+        content_type = "application/octet-stream",
+        description = "For each chunk a record: its number and its length, 32 bits each, little-endian, and then its data"
+    ),
+    responses((status = 204, description = "All of them are here"))
+)]
+async fn take_chunks(
     State(platform): State<Arc<Platform>>,
     Path(id): Path<Uuid>,
     mut body: Body,
@@ -80,15 +98,21 @@ async fn chunks(
     Ok(StatusCode::NO_CONTENT)
 }
 
-async fn prepare(State(platform): State<Arc<Platform>>, Path(id): Path<Uuid>) -> Result<Json<Stage>, Refusal> {
+/// Launches the copies, which wait.
+#[utoipa::path(post, path = "/v1/clones/{id}/prepare", params(("id" = Uuid, Path)), responses((status = 200, description = "How far it is", body = Stage)))]
+async fn prepare_clone(State(platform): State<Arc<Platform>>, Path(id): Path<Uuid>) -> Result<Json<Stage>, Refusal> {
     Ok(Json(work(move || platform.prepare_clone(id)).await?))
 }
 
-async fn commit(State(platform): State<Arc<Platform>>, Path(id): Path<Uuid>) -> Result<Json<Stage>, Refusal> {
+/// Lets the copies run.
+#[utoipa::path(post, path = "/v1/clones/{id}/commit", params(("id" = Uuid, Path)), responses((status = 200, description = "How far it is", body = Stage)))]
+async fn commit_clone(State(platform): State<Arc<Platform>>, Path(id): Path<Uuid>) -> Result<Json<Stage>, Refusal> {
     Ok(Json(work(move || platform.commit_clone(id)).await?))
 }
 
-async fn abort(State(platform): State<Arc<Platform>>, Path(id): Path<Uuid>) -> Result<Json<Stage>, Refusal> {
+/// Undoes a clone that does not run yet.
+#[utoipa::path(delete, path = "/v1/clones/{id}", params(("id" = Uuid, Path)), responses((status = 200, description = "How far it is", body = Stage)))]
+async fn abort_clone(State(platform): State<Arc<Platform>>, Path(id): Path<Uuid>) -> Result<Json<Stage>, Refusal> {
     Ok(Json(work(move || platform.abort_clone(id)).await?))
 }
 

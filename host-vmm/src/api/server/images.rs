@@ -3,11 +3,11 @@
 use std::{path, sync::Arc};
 
 use axum::{
-    Json, Router,
+    Json,
     extract::{Path, State},
     http::StatusCode,
-    routing::{get, post},
 };
+use utoipa_axum::{router::OpenApiRouter, routes};
 use vmfork_abi::MAX_CHILDREN;
 
 use super::{Refusal, work};
@@ -17,33 +17,50 @@ use crate::{
 };
 
 /// What anybody may ask who reaches the API.
-pub(super) fn routes() -> Router<Arc<Platform>> {
-    Router::new()
-        .route("/v1/images", get(images))
-        .route("/v1/images/{id}", get(image).delete(remove_image))
-        .route("/v1/images/{id}/spawn", post(spawn))
-        .route("/v1/images/{id}/clone", post(clone_image))
-        .route("/v1/transfers", get(transfers))
+pub(super) fn routes() -> OpenApiRouter<Arc<Platform>> {
+    OpenApiRouter::default()
+        .routes(routes!(images))
+        .routes(routes!(image, remove_image))
+        .routes(routes!(spawn))
+        .routes(routes!(clone_image))
+        .routes(routes!(transfers))
 }
 
 /// What only users of this host may ask: it names files of this host.
-pub(super) fn local_routes() -> Router<Arc<Platform>> {
-    Router::new().route("/v1/images", post(load_image)).route("/v1/images/{id}/save", post(save_image))
+pub(super) fn local_routes() -> OpenApiRouter<Arc<Platform>> {
+    OpenApiRouter::default().routes(routes!(load_image)).routes(routes!(save_image))
 }
 
+/// Lists the images.
+#[utoipa::path(get, path = "/v1/images", responses((status = 200, description = "The oldest one first", body = Vec<Image>)))]
 async fn images(State(platform): State<Arc<Platform>>) -> Result<Json<Vec<Image>>, Refusal> {
     Ok(Json(platform.images()?))
 }
 
+/// Shows one image, by its ID, or how that begins.
+#[utoipa::path(
+    get, path = "/v1/images/{id}", params(("id" = String, Path)),
+    responses((status = 200, description = "The image", body = Image))
+)]
 async fn image(State(platform): State<Arc<Platform>>, Path(id): Path<String>) -> Result<Json<Image>, Refusal> {
     Ok(Json(platform.image(&id)?))
 }
 
+/// Lets go of an image. VMs that run from it go on.
+#[utoipa::path(
+    delete, path = "/v1/images/{id}", params(("id" = String, Path)),
+    responses((status = 204, description = "It is not kept any more"))
+)]
 async fn remove_image(State(platform): State<Arc<Platform>>, Path(id): Path<String>) -> Result<StatusCode, Refusal> {
     platform.remove_image(&id)?;
     Ok(StatusCode::NO_CONTENT)
 }
 
+/// Launches copies of an image.
+#[utoipa::path(
+    post, path = "/v1/images/{id}/spawn", params(("id" = String, Path)), request_body = Spawn,
+    responses((status = 200, description = "All of them run", body = Spawned))
+)]
 async fn spawn(
     State(platform): State<Arc<Platform>>,
     Path(id): Path<String>,
@@ -54,6 +71,11 @@ async fn spawn(
     Ok(Json(Spawned { vms: copies.into_iter().map(|vm| Copied { id: vm.id, name: vm.name }).collect() }))
 }
 
+/// Launches copies of an image on another platform.
+#[utoipa::path(
+    post, path = "/v1/images/{id}/clone", params(("id" = String, Path)), request_body = CloneWish,
+    responses((status = 200, description = "All of them run there", body = Spawned))
+)]
 async fn clone_image(
     State(platform): State<Arc<Platform>>,
     Path(id): Path<String>,
@@ -63,6 +85,8 @@ async fn clone_image(
     Ok(Json(Spawned { vms: work(move || platform.clone_image(&id, &to, count, lazy)).await? }))
 }
 
+/// Lists the clones that are being sent on behalf of operators.
+#[utoipa::path(get, path = "/v1/transfers", responses((status = 200, description = "How far each is", body = Vec<Transfer>)))]
 async fn transfers(State(platform): State<Arc<Platform>>) -> Json<Vec<Transfer>> {
     Json(platform.transfers())
 }
@@ -75,6 +99,11 @@ fn check_count(count: u32) -> Result<(), Refusal> {
     Err(Refusal(StatusCode::BAD_REQUEST, format!("the count must be from 1 to {MAX_CHILDREN}")))
 }
 
+/// Writes an image to a file of the platform's host. Only users of that host may do that, over its socket.
+#[utoipa::path(
+    post, path = "/v1/images/{id}/save", params(("id" = String, Path)), request_body = Place,
+    responses((status = 204, description = "It is there"))
+)]
 async fn save_image(
     State(platform): State<Arc<Platform>>,
     Path(id): Path<String>,
@@ -85,6 +114,11 @@ async fn save_image(
     Ok(StatusCode::NO_CONTENT)
 }
 
+/// Keeps the image that a file of the platform's host holds. Only users of that host may do that, over its socket.
+#[utoipa::path(
+    post, path = "/v1/images", request_body = Place,
+    responses((status = 200, description = "The image", body = Image))
+)]
 async fn load_image(
     State(platform): State<Arc<Platform>>,
     Json(Place { path, .. }): Json<Place>,

@@ -12,23 +12,25 @@ use std::{
 
 use axum::{
     Json, Router,
-    extract::State,
     http::StatusCode,
     response::{IntoResponse, Response},
-    routing::get,
 };
 use tokio::{
     runtime::{self, Runtime},
     sync::watch,
     task::JoinSet,
 };
+use utoipa::OpenApi;
+use utoipa_axum::router::OpenApiRouter;
 
 mod clones;
+mod description;
 mod images;
 mod platforms;
 mod supplies;
+mod vms;
 
-use super::{Failure, Vms};
+use super::Failure;
 use crate::{
     cluster::{
         peer::Peer,
@@ -103,7 +105,7 @@ pub fn serve(platform: &Arc<Platform>, path: &Path, network: Option<&Network>) -
             }
         })?;
         address = listener.address().ok();
-        let routes = shared_routes().with_state(Arc::clone(platform));
+        let routes = Router::from(shared_routes()).with_state(Arc::clone(platform));
         let service = routes.into_make_service_with_connect_info::<Peer>();
         let stop = wait(stopped.clone());
         tasks.spawn_on(async { axum::serve(listener, service).with_graceful_shutdown(stop).await }, runtime.handle());
@@ -111,7 +113,7 @@ pub fn serve(platform: &Arc<Platform>, path: &Path, network: Option<&Network>) -
     let listener = UnixListener::bind(path).map_err(failed)?;
     let server = Server { path: path.to_owned(), address, stop: Some(stop), ended };
     listener.set_nonblocking(true).map_err(failed)?;
-    let routes = shared_routes().merge(images::local_routes()).with_state(Arc::clone(platform));
+    let routes = Router::from(all_routes()).with_state(Arc::clone(platform));
     let service = routes.into_make_service_with_connect_info::<Peer>();
     let local = async {
         let listener = tokio::net::UnixListener::from_std(listener)?;
@@ -142,13 +144,19 @@ async fn wait(mut stopped: watch::Receiver<()>) {
 }
 
 /// What anybody may ask who reaches the API.
-fn shared_routes() -> Router<Arc<Platform>> {
-    Router::new()
-        .route("/v1/vms", get(vms))
+fn shared_routes() -> OpenApiRouter<Arc<Platform>> {
+    OpenApiRouter::with_openapi(description::Head::openapi())
+        .merge(description::routes())
+        .merge(vms::routes())
         .merge(images::routes())
         .merge(clones::routes())
         .merge(platforms::routes())
         .merge(supplies::routes())
+}
+
+/// What users of this host may ask.
+fn all_routes() -> OpenApiRouter<Arc<Platform>> {
+    shared_routes().merge(images::local_routes())
 }
 
 impl Server {
@@ -170,11 +178,6 @@ impl Drop for Server {
     }
 }
 
-async fn vms(State(platform): State<Arc<Platform>>) -> Json<Vms> {
-    // It reads from /proc for each VM: this thread has nothing else to do.
-    Json(platform.vms())
-}
-
 /// Does what takes a while: not on the thread that answers others.
 async fn work<T, E>(work: impl FnOnce() -> Result<T, E> + Send + 'static) -> Result<T, Refusal>
 where
@@ -192,8 +195,11 @@ struct Refusal(StatusCode, String);
 impl From<Error> for Refusal {
     fn from(error: Error) -> Self {
         let status = match error {
-            Error::NoImage(_) => StatusCode::NOT_FOUND,
-            Error::Ambiguous(_) | Error::Full { .. } | Error::Stopping | Error::Kept(_) => StatusCode::CONFLICT,
+            Error::NoImage(_) | Error::NoVm(_) => StatusCode::NOT_FOUND,
+            Error::Lingers(_) => StatusCode::SERVICE_UNAVAILABLE,
+            Error::Ambiguous(_) | Error::AmbiguousVm(_) | Error::Full { .. } | Error::Stopping | Error::Kept(_) => {
+                StatusCode::CONFLICT
+            }
             Error::ImageFile { .. } => StatusCode::UNPROCESSABLE_ENTITY,
             Error::Alone | Error::Cluster(_) => StatusCode::NOT_FOUND,
             Error::Send { .. } => StatusCode::BAD_GATEWAY,

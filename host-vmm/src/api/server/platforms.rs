@@ -2,11 +2,8 @@
 
 use std::{sync::Arc, time::Instant};
 
-use axum::{
-    Json, Router,
-    extract::State,
-    routing::{get, post},
-};
+use axum::{Json, extract::State};
+use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::Refusal;
 use crate::{
@@ -18,14 +15,18 @@ use crate::{
     platform::{Error, Platform},
 };
 
-pub(super) fn routes() -> Router<Arc<Platform>> {
-    Router::new().route("/v1/platform", get(own)).route("/v1/platforms", get(platforms)).route("/v1/place", post(place))
+pub(super) fn routes() -> OpenApiRouter<Arc<Platform>> {
+    OpenApiRouter::default().routes(routes!(own_platform)).routes(routes!(platforms)).routes(routes!(place))
 }
 
-async fn own(State(platform): State<Arc<Platform>>) -> Result<Json<Member>, Refusal> {
+/// Shows the platform that is asked, as one of a cluster.
+#[utoipa::path(get, path = "/v1/platform", responses((status = 200, description = "The platform", body = Member)))]
+async fn own_platform(State(platform): State<Arc<Platform>>) -> Result<Json<Member>, Refusal> {
     Ok(Json((platform.cluster().ok_or(Error::Alone)?.own)()))
 }
 
+/// Lists the platforms that one knows.
+#[utoipa::path(get, path = "/v1/platforms", responses((status = 200, description = "The one that is asked comes first", body = Platforms)))]
 async fn platforms(State(platform): State<Arc<Platform>>) -> Result<Json<Platforms>, Refusal> {
     let cluster = platform.cluster().ok_or(Error::Alone)?;
     let own = api::Platform { member: (cluster.own)(), age_ms: 0 };
@@ -41,6 +42,11 @@ async fn platforms(State(platform): State<Arc<Platform>>) -> Result<Json<Platfor
     Ok(Json(Platforms { platforms, partitioned: cluster.directory.is_partitioned() }))
 }
 
+/// Tells where copies of a VM would go, and why.
+#[utoipa::path(
+    post, path = "/v1/place", request_body = Wish,
+    responses((status = 200, description = "What speaks for each platform, and what against it", body = Explanation))
+)]
 async fn place(State(platform): State<Arc<Platform>>, Json(wish): Json<Wish>) -> Result<Json<Explanation>, Refusal> {
     Ok(Json(platform.explain(&wish)?))
 }

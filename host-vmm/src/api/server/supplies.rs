@@ -3,12 +3,12 @@
 use std::{io, sync::Arc};
 
 use axum::{
-    Json, Router,
+    Json,
     body::Bytes,
     extract::{ConnectInfo, Path, State},
     http::StatusCode,
-    routing::{delete, get, post},
 };
+use utoipa_axum::{router::OpenApiRouter, routes};
 use uuid::Uuid;
 
 use super::{Refusal, work};
@@ -22,11 +22,8 @@ use crate::{
     platform::Platform,
 };
 
-pub(super) fn routes() -> Router<Arc<Platform>> {
-    Router::new()
-        .route("/v1/supplies/{id}", delete(done))
-        .route("/v1/supplies/{id}/chunks", post(chunks))
-        .route("/v1/supplies/{id}/manifest", get(manifest))
+pub(super) fn routes() -> OpenApiRouter<Arc<Platform>> {
+    OpenApiRouter::default().routes(routes!(end_supply)).routes(routes!(supply_chunks)).routes(routes!(supply_manifest))
 }
 
 /// The memory of a clone, for the platform that it is for.
@@ -44,7 +41,15 @@ fn find(platform: &Platform, id: Uuid, peer: &Peer) -> Result<Arc<Supply>, Refus
     Err(Refusal(StatusCode::FORBIDDEN, format!("{peer} is not where the clone {id} runs")))
 }
 
-async fn chunks(
+/// Gives some chunks of the memory of a lazy clone that runs elsewhere, by their numbers: at most 64 at once.
+#[utoipa::path(
+    post, path = "/v1/supplies/{id}/chunks", params(("id" = Uuid, Path)), request_body = Vec<u32>,
+    responses((
+        status = 200, content_type = "application/octet-stream",
+        description = "For each chunk a record: its number and its length, 32 bits each, little-endian, and then its data"
+    ))
+)]
+async fn supply_chunks(
     State(platform): State<Arc<Platform>>,
     ConnectInfo(peer): ConnectInfo<Peer>,
     Path(id): Path<Uuid>,
@@ -54,7 +59,15 @@ async fn chunks(
     work(move || supply.chunks(&positions)).await
 }
 
-async fn manifest(
+/// Tells what all of that memory is.
+#[utoipa::path(
+    get, path = "/v1/supplies/{id}/manifest", params(("id" = Uuid, Path)),
+    responses((
+        status = 200, content_type = "application/octet-stream",
+        description = "Its layers with a digest of each chunk, in the encoding of capsules"
+    ))
+)]
+async fn supply_manifest(
     State(platform): State<Arc<Platform>>,
     ConnectInfo(peer): ConnectInfo<Peer>,
     Path(id): Path<Uuid>,
@@ -63,7 +76,12 @@ async fn manifest(
     work(move || platform.manifest(&supply)).await
 }
 
-async fn done(
+/// Lets go of that memory, since all of it has come.
+#[utoipa::path(
+    delete, path = "/v1/supplies/{id}", params(("id" = Uuid, Path)),
+    responses((status = 204, description = "It is not kept for the clone any more"))
+)]
+async fn end_supply(
     State(platform): State<Arc<Platform>>,
     ConnectInfo(peer): ConnectInfo<Peer>,
     Path(id): Path<Uuid>,

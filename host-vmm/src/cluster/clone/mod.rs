@@ -29,6 +29,7 @@
 use std::{ops::Range, time::Duration};
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 pub mod filling;
 mod parcel;
@@ -50,7 +51,7 @@ pub const LEASE: Duration = Duration::from_secs(20);
 pub const MAX_RANGES: usize = 4096;
 
 /// What a source asks a target for.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Order {
     /// Name of the source's platform.
@@ -65,9 +66,10 @@ pub struct Order {
 }
 
 /// What a target lacks.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Missing {
-    /// Numbers of chunks, in the order in which the description has them.
+    /// Numbers of chunks, in the order in which the description has them: from `start` on, up to the one before `end`.
+    #[schema(value_type = Vec<Object>)]
     pub chunks: Vec<Range<u32>>,
 }
 
@@ -80,7 +82,7 @@ impl Missing {
 }
 
 /// How far a clone is.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(tag = "stage", rename_all = "kebab-case")]
 pub enum Stage {
     /// There is room for it.

@@ -16,6 +16,7 @@
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 use uuid::Uuid;
 
 mod choice;
@@ -37,7 +38,7 @@ use super::member::Member;
 use crate::machine::Config;
 
 /// Where a guest wants copies of itself.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Where {
     /// Wherever the operator's rules say.
@@ -50,11 +51,11 @@ pub enum Where {
 }
 
 /// Copies that are to be placed.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Wish {
     /// Their type.
     pub vm_type: String,
-    /// How many; [`vmfork_abi::MAX_CHILDREN`] at most where a guest asks.
+    /// How many; where a guest asks, as many at most as one fork may make.
     pub count: u32,
     /// Their shape.
     pub config: Config,

@@ -8,6 +8,7 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use super::{
     Policy, Score, Wish,
@@ -23,7 +24,7 @@ pub const MAX_TOLD: usize = 64;
 const MAX_NAMED: usize = 8;
 
 /// Why a platform takes no copies, or no more. What comes first is nearest to taking some.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Cause {
     /// It has no free node.
@@ -63,7 +64,7 @@ impl fmt::Display for Cause {
 }
 
 /// Why a platform takes no copies, or no more, in words too.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Obstacle {
     /// Which kind of reason it is.
     pub cause: Cause,
@@ -72,7 +73,7 @@ pub struct Obstacle {
 }
 
 /// What a decision makes of one platform.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Reason {
     /// Its name.
     pub platform: String,
@@ -138,7 +139,7 @@ impl fmt::Display for Unplaceable {
 }
 
 /// What a decision makes of all platforms.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Explanation {
     /// Type of the copies.
     pub vm_type: String,

@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 use vmfork_abi::is_vm_type;
 
 use crate::cluster::member::MAX_LABELS;
@@ -70,7 +71,7 @@ pub enum Error {
 }
 
 /// By what copies are placed, of all platforms that may take them.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Policy {
     /// On the platform of the VM that is copied, and nowhere else.

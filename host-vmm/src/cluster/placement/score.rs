@@ -7,6 +7,7 @@
 //! another (with a weight of 1, a fifth to a half more copies came too late in simulations).
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use super::room::{Candidate, Case, available_bytes, charge_bytes};
 use crate::cluster::member::Load;
@@ -26,7 +27,7 @@ const IMAGE: u32 = 2;
 pub(super) const MOST_LOCALITY: u32 = FULL * (READY + IMAGE);
 
 /// What a platform's score consists of, in points: as it would be with the next copy there. More is better.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Score {
     /// For memory left.
     pub memory: u32,

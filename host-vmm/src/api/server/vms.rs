@@ -1,0 +1,125 @@
+//! What is asked of VMs.
+
+use std::{sync::Arc, time::Duration};
+
+use axum::{
+    Json,
+    extract::{ConnectInfo, Path, Query, State},
+    http::StatusCode,
+    response::{IntoResponse, Response},
+};
+use serde::Deserialize;
+use utoipa::IntoParams;
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use super::{Refusal, work};
+use crate::{
+    api::{LAST_PIECE, NEXT_OFFSET, Vm, Vms},
+    cluster::peer::{Peer, Role},
+    platform::Platform,
+};
+
+/// Longest time for which anybody waits for more of a log.
+const MAX_WAIT: Duration = Duration::from_secs(60);
+
+pub(super) fn routes() -> OpenApiRouter<Arc<Platform>> {
+    OpenApiRouter::default().routes(routes!(vms)).routes(routes!(vm, stop_vm)).routes(routes!(vm_log))
+}
+
+/// What of a log is wanted.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
+struct Wanted {
+    /// Bytes from the log's start; 0 where it is not given.
+    #[serde(default)]
+    from: u64,
+    /// For how many milliseconds to wait for more where there is nothing; at most a minute.
+    #[serde(default)]
+    wait_ms: u64,
+}
+
+/// Lists the VMs.
+#[utoipa::path(get, path = "/v1/vms", responses((status = 200, description = "Those that there are, and who they come from", body = Vms)))]
+async fn vms(State(platform): State<Arc<Platform>>) -> Json<Vms> {
+    // It reads from /proc for each VM: this thread has nothing else to do.
+    Json(platform.vms())
+}
+
+/// Shows one VM, by its name, its ID, or how that begins.
+#[utoipa::path(
+    get, path = "/v1/vms/{id}", params(("id" = String, Path)),
+    responses((status = 200, description = "The VM", body = Vm))
+)]
+async fn vm(State(platform): State<Arc<Platform>>, Path(id): Path<String>) -> Result<Json<Vm>, Refusal> {
+    Ok(Json(platform.vm(&id)?))
+}
+
+/// Stops one VM, by its name, its ID, or how that begins.
+///
+/// One that has ended already is as it should be, for as long as it is known. Over a network, only operators may do that.
+#[utoipa::path(
+    delete, path = "/v1/vms/{id}", params(("id" = String, Path)),
+    responses((status = 204, description = "It has ended"))
+)]
+async fn stop_vm(
+    State(platform): State<Arc<Platform>>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    Path(id): Path<String>,
+) -> Result<StatusCode, Refusal> {
+    check_operator(&peer, "stops VMs")?;
+    work(move || platform.stop_vm(&id)).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Reads the log of a VM's console, from an offset on: at most 1 MiB at once.
+///
+/// The VM may have ended. Over a network, only operators may do that.
+#[utoipa::path(
+    get, path = "/v1/vms/{id}/log", params(("id" = String, Path), Wanted),
+    responses((
+        status = 200, description = "A piece of the log, as the VM has written it", content_type = "application/octet-stream",
+        headers(
+            ("host-vmm-next-offset" = u64, description = "Where the next piece begins"),
+            ("host-vmm-last-piece" = bool, description = "Whether the VM has ended, and nothing comes after this piece")
+        )
+    ))
+)]
+async fn vm_log(
+    State(platform): State<Arc<Platform>>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    Path(id): Path<String>,
+    Query(Wanted { from, wait_ms }): Query<Wanted>,
+) -> Result<Response, Refusal> {
+    check_operator(&peer, "reads VMs' logs")?;
+    platform.await_log(&id, from, Duration::from_millis(wait_ms).min(MAX_WAIT)).await?;
+    let piece = work(move || platform.log(&id, from)).await?;
+    let head = [(NEXT_OFFSET, piece.next.to_string()), (LAST_PIECE, piece.is_last.to_string())];
+    Ok((head, piece.bytes).into_response())
+}
+
+/// Refuses other platforms: what they need of VMs here, they have by clones.
+fn check_operator(peer: &Peer, what: &str) -> Result<(), Refusal> {
+    match peer {
+        Peer::Certified(holder) if holder.role() != Role::Operator => {
+            Err(Refusal(StatusCode::FORBIDDEN, format!("{peer} is no operator, and only an operator {what}")))
+        }
+        Peer::Certified(_) | Peer::Local => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cluster::peer::Holder;
+
+    #[test]
+    fn other_platforms_stop_no_vms() {
+        let peer = |role| Peer::Certified(Holder::new("alpha", role).unwrap());
+        assert!(check_operator(&peer(Role::Operator), "stops VMs").is_ok());
+        assert!(check_operator(&Peer::Local, "stops VMs").is_ok());
+        let Refusal(status, why) = check_operator(&peer(Role::Platform), "stops VMs").unwrap_err();
+        assert_eq!(status, StatusCode::FORBIDDEN);
+        assert_eq!(why, "the platform alpha is no operator, and only an operator stops VMs");
+    }
+}
