@@ -2,7 +2,7 @@
 
 use std::{
     net::{SocketAddr, TcpListener},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::Command,
 };
 
@@ -21,15 +21,31 @@ impl Platforms {
     /// Where there are no ports left, or no certificates can be made.
     pub fn with_certificates(names: &[&'static str]) -> Self {
         let folder = TempDir::with_prefix("vmfork-test-").expect("a folder");
-        let cert = |arguments: &[&str]| {
-            let mut command = Command::new(assets::path("bin/host-vmm"));
-            let done =
-                command.arg("cert").args(arguments).arg("--dir").arg(folder.path()).output().expect("host-vmm cert");
-            assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
-        };
-        cert(&["init"]);
-        names.iter().for_each(|name| cert(&["issue", name]));
+        cert(&folder, &["init"]);
+        names.iter().for_each(|name| cert(&folder, &["issue", name]));
         Self(Self::new(names).0, Some(folder))
+    }
+
+    /// Issues an operator's certificate, and gives its file without the ending, as `--as` takes it.
+    ///
+    /// # Panics
+    /// Where none can be made, or there are no certificates here.
+    pub fn operator(&self, name: &str) -> PathBuf {
+        let folder = self.1.as_ref().expect("platforms with certificates");
+        cert(folder, &["issue", name, "--operator"]);
+        folder.path().join(name)
+    }
+
+    /// What a command of `host-vmm` prints that asks one of them over the network, by this certificate.
+    ///
+    /// # Errors
+    /// Where it fails.
+    pub fn ask(&self, name: &str, certificate: &Path, command: &[&str]) -> anyhow::Result<String> {
+        let at = format!("{name}@{}", self.address(name));
+        let mut program = Command::new(assets::path("bin/host-vmm"));
+        let output = program.args(command).args(["--at", &at]).arg("--as").arg(certificate).output()?;
+        anyhow::ensure!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(String::from_utf8(output.stdout)?)
     }
 
     /// So called, without certificates.
@@ -78,4 +94,10 @@ impl Platforms {
         };
         format!("name = \"{name}\"\nlisten = \"{}\"\n{trust}\nready = 2\npeers = [{peers}]\n{more}", self.address(name))
     }
+}
+
+fn cert(folder: &TempDir, arguments: &[&str]) {
+    let mut command = Command::new(assets::path("bin/host-vmm"));
+    let done = command.arg("cert").args(arguments).arg("--dir").arg(folder.path()).output().expect("host-vmm cert");
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
 }

@@ -263,10 +263,19 @@ impl Running {
     /// # Errors
     /// Where it fails.
     pub fn ask(&self, command: &[&str]) -> anyhow::Result<String> {
-        let mut program = Command::new(assets::path("bin/host-vmm"));
-        let output = program.args(command).arg("--api").arg(self.socket()).output()?;
+        let output = self.start(command)?.wait_with_output()?;
         anyhow::ensure!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
         Ok(String::from_utf8(output.stdout)?)
+    }
+
+    /// Starts a command of `host-vmm` that asks this platform.
+    ///
+    /// # Errors
+    /// Where it can't be started.
+    pub fn start(&self, command: &[&str]) -> io::Result<Child> {
+        let mut program = Command::new(assets::path("bin/host-vmm"));
+        program.args(command).arg("--api").arg(self.socket());
+        program.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()
     }
 
     /// Sends `host-vmm` a signal.

@@ -85,6 +85,13 @@ fn forks_of_one_two_and_eight_make_different_vms() {
     }
     let of = |field: &'static str| children.iter().map(move |copy| copy["fork"][field].clone());
     all_differ("VM IDs", of("vm_id"));
+    // The parent knows all of them, and they know of no copies.
+    let listed: Vec<&Value> =
+        copies.iter().flat_map(|copy| copy["fork"]["copies"].as_array().expect("a list")).collect();
+    let ids: BTreeSet<String> = listed.iter().map(|copy| copy["vm_id"].to_string()).collect();
+    assert_eq!(ids, of("vm_id").map(|id| id.to_string()).collect());
+    assert!(listed.iter().all(|copy| copy["placement"] == "local" && copy["platform"] == ""), "{listed:?}");
+    assert!(of("copies").all(|copies| copies == Value::Array(Vec::new())));
     all_differ("names", of("name"));
     all_differ("host names", children.iter().map(|copy| copy["hostname"].clone()));
     all_differ("random UUIDs", copies.iter().map(|copy| copy["uuid"].clone()));

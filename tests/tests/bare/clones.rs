@@ -190,7 +190,10 @@ fn platforms_with_certificates_clone_lazily_and_what_has_come_is_an_image() {
     target.ask(&["spawn", "--image", image]).expect("a copy of what has come");
     let lines = target.wait_for_lines("", 2 * expected.len()).expect("the copy runs");
     assert_eq!(numbers(&lines, "web.2"), expected);
-    wait_until(&target, &["ps", "--json"], |vms| vms["vms"].as_array().is_some_and(|vms| vms.len() == 2));
+    let vms = wait_until(&target, &["ps", "--json"], |vms| vms["vms"].as_array().is_some_and(|vms| vms.len() == 2));
+    for vm in vms["vms"].as_array().expect("an array") {
+        assert_eq!((&vm["state"], &vm["missing_bytes"]), (&"running".into(), &Value::Null));
+    }
 }
 
 #[test]
@@ -234,6 +237,9 @@ fn a_lazy_clone_ends_where_its_source_is_gone() {
     way.set(Fault::StallAfter(0));
     source.type_bytes(b"!").expect("a guest that waits");
     target.node("web.1").expect("the clone is launched, and waits for its first page");
+    let missing = |vms: &Value| vms["vms"][0]["missing_bytes"].as_u64();
+    let vms = wait_until(&target, &["ps", "--json"], |vms| vms["vms"][0]["state"] == "dependent");
+    assert!(missing(&vms).is_some_and(|bytes| (1..=64 << 20).contains(&bytes)), "{vms}");
     source.signal(Signal::SIGKILL).expect("a signal");
     way.set(Fault::CutAfter(0));
     drop(way);

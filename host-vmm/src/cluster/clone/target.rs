@@ -204,6 +204,12 @@ impl Incoming {
         lock(&self.progress)
     }
 
+    /// Whether something is done for it that may take longer than its source's lease.
+    fn is_at_work(&self) -> bool {
+        let is_described = matches!(self.described.try_lock(), Err(TryLockError::WouldBlock));
+        is_described || matches!(*lock(&self.progress), Progress::Preparing)
+    }
+
     fn refuse(&self, progress: &Progress, what: &'static str) -> Error {
         Error::Stage { id: self.id, stage: progress.name(), what }
     }
@@ -233,8 +239,7 @@ impl Clones {
         let all: Vec<Arc<Incoming>> = lock(&self.by_id).values().cloned().collect();
         let is_decided = |incoming: &Incoming| lock(&incoming.progress).is_decided();
         for incoming in &all {
-            let is_at_work = matches!(incoming.described.try_lock(), Err(TryLockError::WouldBlock));
-            if !is_decided(incoming) && !is_at_work && lock(&incoming.heard).elapsed() >= LEASE {
+            if !is_decided(incoming) && !incoming.is_at_work() && lock(&incoming.heard).elapsed() >= LEASE {
                 tracing::warn!(clone = %incoming.id, source = incoming.order.source, "a clone's source is gone");
                 incoming.abort("its source was not heard of for the time of its lease");
             }

@@ -131,7 +131,7 @@ impl Pair {
         self.way.set(vmfork_tests::proxy::Fault::None);
         let wish = CloneWish { to: "b".into(), count: 1, lazy: false };
         let started = Instant::now();
-        client::clone_image(Some(&self.source.socket()), image, &wish)?;
+        client::clone_image(Some(&client::Endpoint::Socket(self.source.socket())), image, &wish)?;
         Ok((started.elapsed(), self.way.passed()))
     }
 
