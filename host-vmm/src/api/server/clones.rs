@@ -120,7 +120,7 @@ impl From<Error> for Refusal {
     fn from(error: Error) -> Self {
         let status = match error {
             Error::Order(_) | Error::Capsule(_) | Error::Chunks(_) | Error::Filling(_) => StatusCode::BAD_REQUEST,
-            Error::Other(_) | Error::Stage { .. } => StatusCode::CONFLICT,
+            Error::Other(_) | Error::Stage { .. } | Error::CutOff => StatusCode::CONFLICT,
             Error::TooMany => StatusCode::TOO_MANY_REQUESTS,
             Error::Unknown(_) => StatusCode::NOT_FOUND,
             Error::Incompatible(_) => StatusCode::UNPROCESSABLE_ENTITY,

@@ -47,6 +47,9 @@ pub enum Error {
     /// There are too many.
     #[error("{MAX_CLONES} clones are under way already")]
     TooMany,
+    /// Others may take the platform for gone, and have its VMs made anew.
+    #[error("this platform is cut off from its cluster: it takes no VMs until it is back; ask another one")]
+    CutOff,
     /// Nobody has ordered it, or it was forgotten.
     #[error("there is no clone {0}")]
     Unknown(Uuid),
@@ -278,6 +281,9 @@ impl Platform {
         let mut by_id = lock(&self.clones().by_id);
         if let Some(known) = by_id.get(&id) {
             return if known.order == order { Ok(known.progress().stage()) } else { Err(Error::Other(id)) };
+        }
+        if self.cluster().is_some_and(|cluster| cluster.directory.is_partitioned()) {
+            return Err(Error::CutOff);
         }
         if by_id.values().filter(|incoming| !lock(&incoming.progress).is_decided()).count() >= MAX_CLONES {
             return Err(Error::TooMany);
