@@ -70,7 +70,7 @@ pub enum Error {
     #[error("the capsule can't be taken")]
     Capsule(#[from] capsule::Error),
     /// The platform can't run it.
-    #[error("this platform can't run the VM: {0}")]
+    #[error(transparent)]
     Incompatible(#[from] Incompatible),
     /// The memory of a lazy clone can't be filled.
     #[error("the memory can't be filled")]
