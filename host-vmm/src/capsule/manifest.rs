@@ -159,6 +159,10 @@ impl Manifest {
         if self.layers.len() > MAX_LAYERS || self.pages > MAX_RAM_BYTES / PAGE_BYTES {
             return Err(Error::Invalid("the memory is too large, or has too many layers"));
         }
+        let all_pages = self.layers.iter().try_fold(0u64, |all, layer| all.checked_add(layer.file_pages));
+        if all_pages.is_none_or(|pages| pages > MAX_RAM_BYTES / PAGE_BYTES) {
+            return Err(Error::Invalid("its layers are too large together"));
+        }
         for LayerManifest { file_pages, runs, chunks } in &self.layers {
             if *file_pages > MAX_RAM_BYTES / PAGE_BYTES || runs.len() > MAX_EXTENTS {
                 return Err(Error::Invalid("a layer is too large, or has too many runs"));

@@ -12,6 +12,7 @@ use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
 
 use super::{
     asked::endpoint,
+    image::print_spawned,
     table::{Column, size, table},
 };
 use crate::{
@@ -111,14 +112,7 @@ pub fn clone(options: &cli::Clone) -> anyhow::Result<ExitCode> {
         drop(sender.send(client::clone_image(ask.as_ref(), &image, &wish)));
     });
     let spawned = show_progress(platform.as_ref(), &options.to, &done)?;
-    if options.json {
-        println!("{}", serde_json::to_string(&spawned)?);
-    } else {
-        for vm in &spawned.vms {
-            println!("{}", vm.name);
-        }
-    }
-    Ok(ExitCode::SUCCESS)
+    print_spawned(&spawned, options.json)
 }
 
 fn show_progress(

@@ -11,7 +11,7 @@ use super::{
     table::{Column, size, table},
 };
 use crate::{
-    api::{Image, client},
+    api::{Image, Spawned, client},
     arch::layout::PAGE_BYTES,
     capsule::{self, Description, compat::Requirements},
     cli::{self, ImageCommand},
@@ -131,8 +131,13 @@ impl Inspection {
 /// Where no platform answers, or it can't launch them.
 pub fn spawn(options: &cli::Spawn) -> anyhow::Result<ExitCode> {
     let spawned = client::spawn(endpoint(&options.platform)?.as_ref(), &options.image, options.count)?;
-    if options.json {
-        println!("{}", serde_json::to_string(&spawned)?);
+    print_spawned(&spawned, options.json)
+}
+
+/// Says which VMs were made.
+pub(super) fn print_spawned(spawned: &Spawned, json: bool) -> anyhow::Result<ExitCode> {
+    if json {
+        println!("{}", serde_json::to_string(spawned)?);
     } else {
         for vm in &spawned.vms {
             println!("{}", vm.name);

@@ -235,18 +235,11 @@ impl Away {
 
     /// Launches copies here after all.
     fn launch_here(&self, slots: &[Slot]) {
+        let learned = Arc::default();
         let launch = Launch {
-            config: self.about.config,
-            original: &self.about.original,
-            vm_type: &self.about.vm_type,
-            slots,
-            total: self.total,
             arrivals: self.total,
-            seq: self.about.seq,
-            fault: None,
-            learned: &Arc::default(),
             is_foreign: self.is_foreign,
-            filling: None,
+            ..Launch::of_image(&self.about, &learned, slots, self.total)
         };
         let files = std::iter::once(self.rendezvous.file()).chain(self.files.iter().map(AsRef::as_ref));
         let listed = list(&self.rendezvous, slots, &self.platform.name(), Location::Local).map_err(Error::from);

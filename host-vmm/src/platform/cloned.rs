@@ -20,7 +20,7 @@ use super::{
 use crate::{
     arch::profile::Profile,
     capsule::{
-        self, About, Assembly, Capsule, Description, Incompatible,
+        self, Assembly, Capsule, Description, Incompatible,
         compat::{Offer, Requirements},
     },
     cluster::clone::{
@@ -153,20 +153,8 @@ impl Platform {
         let parcel = Parcel::new(description, capsule.files.clone()).map_err(Error::Capsule)?;
         let image = self.receive(capsule, parcel);
         let (capsule, learned) = image.parts();
-        let About { vm_type, original, config, seq, .. } = &capsule.about;
-        let launch = Launch {
-            config: *config,
-            original,
-            vm_type,
-            slots,
-            total,
-            arrivals: u32::try_from(slots.len()).unwrap_or(u32::MAX),
-            seq: *seq,
-            fault: None,
-            learned,
-            is_foreign: image.is_foreign(),
-            filling: None,
-        };
+        let launch =
+            Launch { is_foreign: image.is_foreign(), ..Launch::of_image(&capsule.about, learned, slots, total) };
         Fork::of_image(self, launch, &capsule.state, &capsule.files)
     }
 
@@ -181,20 +169,12 @@ impl Platform {
         total: u32,
     ) -> Result<Copies, Error> {
         let capsule = filling.capsule().map_err(Error::Filling)?;
-        let About { vm_type, original, config, seq, .. } = &capsule.about;
-        self.check_memory(vm_type, *config, slots.len())?;
+        self.check_memory(&capsule.about.vm_type, capsule.about.config, slots.len())?;
+        let learned = Arc::default();
         let launch = Launch {
-            config: *config,
-            original,
-            vm_type,
-            slots,
-            total,
-            arrivals: u32::try_from(slots.len()).unwrap_or(u32::MAX),
-            seq: *seq,
-            fault: None,
-            learned: &Arc::default(),
             is_foreign: self.is_foreign(filling.description()),
             filling: Some(filling),
+            ..Launch::of_image(&capsule.about, &learned, slots, total)
         };
         Fork::of_image(self, launch, &capsule.state, &capsule.files)
     }

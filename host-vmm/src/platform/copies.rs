@@ -9,6 +9,7 @@ use vmfork_abi::{ListedCopy, Location, PLATFORM_BYTES, pad_text};
 
 use super::{Error, Platform, fork::Fork, node::Node, prefetch::Learned};
 use crate::{
+    capsule::About,
     cluster::clone::filling::Filling,
     fork::rendezvous::{self, Rendezvous},
     machine::{Config, VmIdentity, new_id},
@@ -83,6 +84,25 @@ pub(super) struct Launch<'a> {
     pub(super) is_foreign: bool,
     /// Who fills their memory, where it is not there as a whole yet.
     pub(super) filling: Option<&'a Arc<Filling>>,
+}
+
+impl<'a> Launch<'a> {
+    /// Some of the `total` copies of an image, all of whose memory is there. They wait for each other alone.
+    pub(super) fn of_image(about: &'a About, learned: &'a Arc<Learned>, slots: &'a [Slot], total: u32) -> Self {
+        Self {
+            config: about.config,
+            original: &about.original,
+            vm_type: &about.vm_type,
+            slots,
+            total,
+            arrivals: u32::try_from(slots.len()).unwrap_or(u32::MAX),
+            seq: about.seq,
+            fault: None,
+            learned,
+            is_foreign: false,
+            filling: None,
+        }
+    }
 }
 
 impl Fork {

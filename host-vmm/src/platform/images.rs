@@ -361,21 +361,9 @@ impl Platform {
     pub fn spawn(self: &Arc<Self>, id: &str, count: u32) -> Result<Vec<VmIdentity>, Error> {
         let image = self.images.find(id)?;
         let (capsule, learned) = image.parts();
-        let About { vm_type, original, config, seq, .. } = &capsule.about;
         let slots = slots(count)?;
-        let launch = Launch {
-            config: *config,
-            original,
-            vm_type,
-            slots: &slots,
-            total: count,
-            arrivals: count,
-            seq: *seq,
-            fault: None,
-            learned,
-            is_foreign: image.is_foreign,
-            filling: None,
-        };
+        let launch =
+            Launch { is_foreign: image.is_foreign, ..Launch::of_image(&capsule.about, learned, &slots, count) };
         Fork::of_image(self, launch, &capsule.state, &capsule.files)?.commit()
     }
 }

@@ -8,9 +8,8 @@ use axum::{
     http::StatusCode,
 };
 use utoipa_axum::{router::OpenApiRouter, routes};
-use vmfork_abi::MAX_CHILDREN;
 
-use super::{Refusal, work};
+use super::{Refusal, check_count, work};
 use crate::{
     api::{CloneWish, Copied, Image, Place, Spawn, Spawned, Transfer},
     platform::Platform,
@@ -89,14 +88,6 @@ async fn clone_image(
 #[utoipa::path(get, path = "/v1/transfers", responses((status = 200, description = "How far each is", body = Vec<Transfer>)))]
 async fn transfers(State(platform): State<Arc<Platform>>) -> Json<Vec<Transfer>> {
     Json(platform.transfers())
-}
-
-/// Refuses to make no copies, or more than a fork ever makes.
-fn check_count(count: u32) -> Result<(), Refusal> {
-    if (1..=MAX_CHILDREN).contains(&count) {
-        return Ok(());
-    }
-    Err(Refusal(StatusCode::BAD_REQUEST, format!("the count must be from 1 to {MAX_CHILDREN}")))
 }
 
 /// Writes an image to a file of the platform's host. Only users of that host may do that, over its socket.

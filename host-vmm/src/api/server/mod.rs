@@ -22,6 +22,7 @@ use tokio::{
 };
 use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
+use vmfork_abi::MAX_CHILDREN;
 
 mod clones;
 mod description;
@@ -70,6 +71,9 @@ pub enum ServeError {
     /// The address can't be listened on.
     #[error("can't serve the API for others")]
     Network(#[from] tls::Error),
+    /// Nobody can be told the address.
+    #[error("can't find out on which address the API is served for others")]
+    Address(#[source] io::Error),
 }
 
 /// Where the API is served. Dropping it takes the socket away, once those are answered who have asked.
@@ -104,7 +108,7 @@ pub fn serve(platform: &Arc<Platform>, path: &Path, network: Option<&Network>) -
                 Network::Plain(address) => tls::Listener::bind_plain(*address).await,
             }
         })?;
-        address = listener.address().ok();
+        address = Some(listener.address().map_err(ServeError::Address)?);
         let routes = Router::from(shared_routes()).with_state(Arc::clone(platform));
         let service = routes.into_make_service_with_connect_info::<Peer>();
         let stop = wait(stopped.clone());
@@ -126,6 +130,14 @@ pub fn serve(platform: &Arc<Platform>, path: &Path, network: Option<&Network>) -
     };
     thread::Builder::new().name("api".into()).spawn(run).map_err(failed)?;
     Ok(server)
+}
+
+/// Refuses to make no copies, or more than a fork ever makes.
+fn check_count(count: u32) -> Result<(), Refusal> {
+    if (1..=MAX_CHILDREN).contains(&count) {
+        return Ok(());
+    }
+    Err(Refusal(StatusCode::BAD_REQUEST, format!("the count must be from 1 to {MAX_CHILDREN}")))
 }
 
 fn run(runtime: &Runtime, mut tasks: JoinSet<io::Result<()>>) {

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Instant};
 use axum::{Json, extract::State};
 use utoipa_axum::{router::OpenApiRouter, routes};
 
-use super::Refusal;
+use super::{Refusal, check_count};
 use crate::{
     api::{self, Platforms},
     cluster::{
@@ -48,5 +48,6 @@ async fn platforms(State(platform): State<Arc<Platform>>) -> Result<Json<Platfor
     responses((status = 200, description = "What speaks for each platform, and what against it", body = Explanation))
 )]
 async fn place(State(platform): State<Arc<Platform>>, Json(wish): Json<Wish>) -> Result<Json<Explanation>, Refusal> {
+    check_count(wish.count)?;
     Ok(Json(platform.explain(&wish)?))
 }

@@ -295,6 +295,14 @@ impl Platform {
         Ok(Stage::Reserved)
     }
 
+    /// Name of the platform that sends a clone.
+    ///
+    /// # Errors
+    /// [`Error::Unknown`].
+    pub fn clone_source(&self, id: Uuid) -> Result<String, Error> {
+        Ok(self.clones().find(id)?.order.source.clone())
+    }
+
     /// Takes in what a capsule says of itself, checks whether it can run here, and says what of its memory is missing.
     ///
     /// # Errors
