@@ -5,6 +5,7 @@
 //! - [`user`]: a guest without an operating system that runs at CPL 3, for the bench, and for tests of many forks.
 //! - [`faults`]: the steps of a fork that can be made to fail.
 //! - [`cluster`]: several platforms on one host.
+//! - [`etcd`]: what they may know each other by.
 //! - [`process`]: what a process has of the host's resources.
 //! - [`proxy`]: a way between two platforms on which things go wrong.
 //!
@@ -14,6 +15,7 @@ pub mod assets;
 pub mod bare;
 pub mod cluster;
 mod elf;
+pub mod etcd;
 pub mod faults;
 pub mod process;
 pub mod proxy;

@@ -28,7 +28,7 @@ use super::{ERROR, INDEX, STATUS, printed};
 const FORKS: u32 = 1000;
 
 /// What a process has open, but for the files in its test's own folder.
-fn descriptors(pid: u32) -> BTreeMap<String, usize> {
+pub(super) fn descriptors(pid: u32) -> BTreeMap<String, usize> {
     let open = process::descriptors(pid).expect("the process's descriptors");
     open.into_iter().filter(|(name, _)| !name.contains("vmfork-test-") && !name.contains("bare-")).collect()
 }
@@ -160,16 +160,16 @@ fn end(pid: u32) -> nix::Result<()> {
 }
 
 /// All that VMs take of the host, but for memory: processes, descriptors and mappings.
-type Taken = (usize, BTreeMap<String, usize>, BTreeMap<String, usize>, BTreeMap<String, usize>);
+pub(super) type Taken = (usize, BTreeMap<String, usize>, BTreeMap<String, usize>, BTreeMap<String, usize>);
 
-fn taken(running: &Running, node: u32) -> Taken {
+pub(super) fn taken(running: &Running, node: u32) -> Taken {
     let nodes = running.nodes().expect("processes").len();
     (nodes, descriptors(running.pid()), descriptors(node), mappings(node))
 }
 
 /// What is taken once nothing happens any more after forks: the next one is announced, with its file for what is written to, a shell stands
 /// by for it, and `ready` more are there.
-fn at_rest(running: &Running, node: u32, ready: usize) -> Taken {
+pub(super) fn at_rest(running: &Running, node: u32, ready: usize) -> Taken {
     let deadline = Instant::now() + PATIENCE;
     let (mut last, mut equal) = (taken(running, node), 0);
     while equal < 10 {

@@ -43,10 +43,10 @@ fn run_steps(steps: &mut Steps, arguments: &cli::Test) -> Result<()> {
     if let Some(error) = setup::kvm_error() {
         eprintln!("xtask: SKIPPED on this machine: tests on bare guests. /dev/kvm can't be opened: {error}");
     } else {
-        steps.run("bare guests", || here(&tests.path("bare")?, filter, &assets))?;
+        steps.run("bare guests", || here(&tests.path("bare")?, filter, &assets, etcd.as_deref()))?;
     }
     if steps.quiet("probe", || is_kvm_usable(&programs.path("host-vmm")?))? {
-        return steps.run("Linux guests", || here(&tests.path("guests")?, filter, &assets));
+        return steps.run("Linux guests", || here(&tests.path("guests")?, filter, &assets, None));
     }
     eprintln!("xtask: this machine's KVM can't run Linux guests (`host-vmm check` says why): they run in the lab");
     steps.quiet("setup of the lab", setup::qemu)?;
@@ -63,10 +63,11 @@ fn run_steps(steps: &mut Steps, arguments: &cli::Test) -> Result<()> {
     Ok(())
 }
 
-/// Runs a test program on this machine.
-fn here(program: &Path, filter: Option<&str>, assets: &Assets) -> Result<()> {
+/// Runs a test program on this machine, which may need an etcd.
+fn here(program: &Path, filter: Option<&str>, assets: &Assets, etcd: Option<&Path>) -> Result<()> {
     let mut command = Command::new(program);
-    let status = command.args(filter).env("VMFORK_ASSETS", &assets.dir).status();
+    let etcd = etcd.map(|program| ("VMFORK_ETCD", program));
+    let status = command.args(filter).env("VMFORK_ASSETS", &assets.dir).envs(etcd).status();
     let status = status.with_context(|| format!("can't run {}", program.display()))?;
     if !status.success() {
         bail!("{} failed: {status}", program.display());

@@ -15,8 +15,13 @@ use vmfork_tests::{
     bare::{Script, control},
     cluster::Platforms,
     proxy::{Fault, Proxy},
-    vmm::{PATIENCE, Running, Vmm},
+    vmm::{PATIENCE, Running, Vmm, console_line},
 };
+
+mod cluster;
+mod etcd;
+mod faults;
+mod killed;
 
 use super::{ERROR, ID, INDEX, ROLE, STATUS, join, list, listed, printed};
 
@@ -27,7 +32,7 @@ const FLAGS: usize = PAGE.request.offset + 12;
 const DATA: u64 = 0x40_0000;
 
 /// Waits until a platform knows so many, itself among them.
-fn know_each_other(running: &Running, count: usize) {
+pub(super) fn know_each_other(running: &Running, count: usize) {
     let deadline = Instant::now() + PATIENCE;
     loop {
         // Where it has only just started, nobody answers.
@@ -47,6 +52,41 @@ fn forker(count: u32, flags: u32) -> Script {
     let fork = fork.store(control(FLAGS), flags).ring();
     let answer = Script::new().print(control(STATUS)).print(control(ERROR)).print(control(ROLE)).print(control(INDEX));
     join(fork, answer.print(DATA))
+}
+
+/// A guest that forks each time it is told to, so many times. Parent and copies print how it went and their index; copies then stand still.
+fn forks_when_told(times: u64, count: u32, flags: u32) -> Script {
+    (1..=times).fold(Script::new(), |script, seq| {
+        let fork = script.wait_for_input().request(seq, "web", count).store(control(FLAGS), flags).ring();
+        let answer = fork.print(control(STATUS)).print(control(ERROR)).print(control(INDEX));
+        answer.only_if(control(ROLE), Role::Child.number(), Script::new().hang())
+    })
+}
+
+/// What the booted VM says of its forks: status and error code of each.
+fn outcomes(lines: &[(String, String)]) -> Vec<(u32, u32)> {
+    numbers(lines, "vm").chunks_exact(3).map(|fork| (fork[0], fork[1])).collect()
+}
+
+/// Has the booted VM fork once more, and gives how all of its forks went until now.
+fn fork_again(running: &mut Running, forks: usize) -> Vec<(u32, u32)> {
+    running.type_bytes(b"!").expect("a guest that waits");
+    let mut lines = Vec::new();
+    let answered = running.wait_for("an answer", |event| {
+        lines.extend(console_line(event, "").filter(|(name, _)| name == "vm"));
+        (lines.len() == 3 * forks).then_some(())
+    });
+    answered.expect("the parent goes on");
+    outcomes(&lines)
+}
+
+/// The VMs of a platform, once there are so many, and all of them run.
+pub(super) fn vms(running: &Running, count: usize) -> Vec<Value> {
+    let all_run = |vms: &[Value]| vms.len() == count && vms.iter().all(|vm| vm["state"] == "running");
+    let list = wait_until(running, &["ps", "--json"], |list| {
+        list["vms"].as_array().is_some_and(|vms| all_run(vms.as_slice()))
+    });
+    list["vms"].as_array().expect("an array").clone()
 }
 
 #[test]
@@ -319,7 +359,7 @@ fn whatever_is_changed_on_the_way_no_clone_is_another_one() {
     let mut target = target;
     target
         .wait_for("what all clones have", |event| {
-            let line = vmfork_tests::vmm::console_line(event, "")?;
+            let line = console_line(event, "")?;
             names.insert(line.0);
             (names.len() as u64 == vms).then_some(())
         })

@@ -1,0 +1,107 @@
+//! Platforms that know each other by an etcd, which may be gone, or out of reach.
+
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use tempfile::NamedTempFile;
+use vmfork_abi::{ErrorCode, Status, flags};
+use vmfork_tests::{
+    cluster::Platforms,
+    etcd::Etcd,
+    proxy::{Fault, Proxy},
+    vmm::{Running, Vmm},
+};
+
+use super::{fork_again, forks_when_told, know_each_other, vms, wait_until};
+
+const FORKED: (u32, u32) = (Status::Forked.number(), 0);
+const NO_PLACE: (u32, u32) = (Status::Failed.number(), ErrorCode::Place.number());
+
+/// A platform with a VM that forks each time it is told to, into one copy on another platform.
+fn source(config: &str, times: u64) -> (Running, NamedTempFile) {
+    let kernel = forks_when_told(times, 1, flags::REMOTE).to_kernel();
+    let source = Vmm::kernel(kernel.path()).option("--mem", "64M").config(config);
+    (source.start().expect("host-vmm starts"), kernel)
+}
+
+/// Waits until a platform says whether it is cut off from the others.
+fn is_cut_off(running: &Running, is: bool) {
+    wait_until(running, &["platforms", "--json"], |known| known["partitioned"] == is);
+}
+
+/// The names of those that a platform knows, its own first.
+fn names(known: &Value) -> Vec<&str> {
+    let platforms = known["platforms"].as_array().map_or(&[][..], Vec::as_slice);
+    platforms.iter().filter_map(|platform| platform["name"].as_str()).collect()
+}
+
+#[test]
+fn an_etcd_can_come_and_go_while_vms_go_on() {
+    let Some(mut etcd) = Etcd::start() else { return };
+    let platforms = Platforms::new(&["a", "b", "c"]);
+    let config = |name| platforms.config_by_etcd(name, etcd.address(), "");
+    let target = Vmm::serve(&config("b")).start().expect("a platform");
+    let killed = Vmm::serve(&config("c")).start().expect("a platform");
+    let (mut source, _kernel) = source(&config("a"), 3);
+    know_each_other(&source, 3);
+    know_each_other(&target, 3);
+    killed.signal(Signal::SIGKILL).expect("a signal");
+    let begun = Instant::now();
+    know_each_other(&source, 2);
+    // etcd looks for leases that have ended now and then.
+    assert!(
+        begun.elapsed() < Duration::from_secs(8),
+        "a platform with a lease of 3 s was there for {:?}",
+        begun.elapsed()
+    );
+    assert_eq!(fork_again(&mut source, 1), [FORKED]);
+    vms(&target, 1);
+
+    etcd.kill();
+    is_cut_off(&source, true);
+    is_cut_off(&target, true);
+    assert_eq!(fork_again(&mut source, 2), [FORKED, NO_PLACE]);
+    vms(&target, 1);
+    etcd.restart();
+    is_cut_off(&source, false);
+    is_cut_off(&target, false);
+    know_each_other(&source, 2);
+    assert_eq!(fork_again(&mut source, 3), [FORKED, NO_PLACE, FORKED]);
+    vms(&target, 2);
+    vms(&source, 1);
+}
+
+#[test]
+fn a_platform_that_is_cut_off_keeps_its_vms_and_gets_no_new_ones() {
+    let Some(etcd) = Etcd::start() else { return };
+    let platforms = Platforms::new(&["a", "b", "c"]);
+    let way = Proxy::start(etcd.address()).expect("a proxy");
+    let others = Vmm::serve(&platforms.config_by_etcd("c", etcd.address(), "")).start().expect("a platform");
+    let target = Vmm::serve(&platforms.config_by_etcd("b", way.address(), "")).start().expect("a platform");
+    // It knows the others by a list too: so it goes on to ask the one that is cut off.
+    let peer = format!("{{ name = \"b\", address = \"{}\" }}", platforms.address("b"));
+    let pinned = "[placement.\"*\"]\npolicy = \"pinned\"\npinned = [\"b\"]";
+    let more = format!("peers = [{peer}]\nkeep = [\"web\"]\n{pinned}");
+    let (mut source, _kernel) = source(&platforms.config_by_etcd("a", etcd.address(), &more), 3);
+    for platform in [&source, &target, &others] {
+        know_each_other(platform, 3);
+    }
+    assert_eq!(fork_again(&mut source, 1), [FORKED]);
+    let clone = vms(&target, 1);
+    way.set(Fault::StallAfter(0));
+    is_cut_off(&target, true);
+    wait_until(&others, &["platforms", "--json"], |known| names(known) == ["c", "a"]);
+    wait_until(&source, &["platforms", "--json"], |known| names(known) == ["a", "b", "c"]);
+    assert_eq!(fork_again(&mut source, 2), [FORKED, NO_PLACE]);
+    let images = wait_until(&source, &["image", "ls", "--json"], |images| images[0]["id"].is_string());
+    let image = images[0]["id"].as_str().expect("an ID");
+    let refused = source.ask(&["clone", "--image", image, "--to", "b"]).expect_err("a platform that is cut off");
+    assert!(refused.to_string().contains("cut off from its cluster"), "{refused:#}");
+    assert_eq!(vms(&target, 1)[0]["id"], clone[0]["id"]);
+    way.set(Fault::None);
+    is_cut_off(&target, false);
+    know_each_other(&others, 3);
+    assert_eq!(fork_again(&mut source, 3), [FORKED, NO_PLACE, FORKED]);
+    vms(&target, 2);
+}
