@@ -1,6 +1,9 @@
 use super::*;
 use crate::capsule::{file::tests::content, unpack};
 
+/// A file that a program of that version has written, made smaller: of a guest that had done no more than to fork.
+const GOLDEN: &[u8] = include_bytes!("version-1.capsule.zst");
+
 /// What a program of that version has written.
 pub(crate) fn saved_as_version_1(capsule: &Capsule) -> Vec<u8> {
     let (machine, image) = unpack(&capsule.state, &capsule.files).unwrap();
@@ -37,6 +40,22 @@ fn loaded(bytes: &[u8]) -> Result<Capsule, Error> {
     let mut file = tempfile::tempfile().unwrap();
     file.write_all(bytes).unwrap();
     crate::capsule::file::load(&file)
+}
+
+#[test]
+fn what_a_program_of_that_version_has_written_is_loaded_and_can_be_described() {
+    let bytes = zstd::stream::decode_all(GOLDEN).unwrap();
+    let capsule = loaded(&bytes).unwrap();
+    let About { vm_type, original, config, seq, .. } = &capsule.about;
+    assert_eq!((vm_type.as_str(), original.name.as_str(), *seq), ("web", "vm", 1));
+    assert_eq!((config.ram_bytes, config.vcpus), (32 << 20, 1));
+    let (machine, image) = unpack(&capsule.state, &capsule.files).unwrap();
+    assert_eq!((machine.config, machine.vcpus.len(), image.pages()), (*config, 1, 8192));
+    let memory = content(&image.layers()[0].file);
+    // Its code is where the kernel was loaded, behind the first 2 MiB.
+    assert!(memory[0x20_0000..0x20_1000].iter().any(|&byte| byte != 0));
+    let description = capsule.describe(&crate::capsule::Digests::default()).unwrap().0;
+    assert_eq!(description.memory.data_bytes(), 12 * PAGE_BYTES);
 }
 
 #[test]

@@ -12,6 +12,7 @@ use vmfork_tests::{
 mod clones;
 mod left_behind;
 mod memory;
+mod older;
 mod operator;
 mod prefetch;
 
