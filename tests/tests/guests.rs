@@ -9,6 +9,7 @@ use nix::{
 use serde_json::Value;
 use vmfork_abi::ErrorCode;
 use vmfork_tests::{
+    cluster::Platforms,
     faults::{self, STEPS},
     process,
     vmm::{Ended, Running, Vmm, console_line},
@@ -129,6 +130,37 @@ fn children_fork_again() {
     for (generation, (_, line)) in (1..).zip(&generations) {
         let parent = started(generation - 1)["id"].as_str().expect("an ID");
         assert_eq!(line, &format!("{generation} parent {parent}"));
+    }
+}
+
+#[test]
+fn an_application_goes_on_counting_on_another_platform() {
+    let platforms = Platforms::new(&["a", "b"]);
+    let mut target = start(Vmm::serve(&platforms.config("b", "")));
+    for (lazy, name) in [(false, "web.1"), (true, "web.2")] {
+        let config = platforms.config("a", &format!("[clone]\nlazy = {lazy}"));
+        let mut source = start(guest(&["count-elsewhere"]).option("--mem", "256M").config(&config));
+        source.wait_for_line("READY").expect("a guest that is ready");
+        let known: Value = serde_json::from_str(&source.ask(&["platforms", "--json"]).expect("a list")).expect("JSON");
+        assert_eq!(known["platforms"].as_array().expect("an array").len(), 2, "{known}");
+        source.type_line("go on").expect("a console that takes input");
+        let (_, count) = source.wait_for_line("COUNT ").expect("a parent that goes on counting");
+        let (_, parent) = source.wait_for_line("COPY ").expect("the parent's identity");
+        let mut of_clone = |prefix: &str| {
+            let of = |event: &Value| console_line(event, prefix).filter(|(vm, _)| vm == name).map(|(_, line)| line);
+            target.wait_for(prefix, of).expect("a clone that goes on")
+        };
+        assert_eq!(of_clone("COUNT "), count);
+        let [parent, clone]: [Value; 2] =
+            [parent, of_clone("COPY ")].map(|line| serde_json::from_str(&line).expect("JSON"));
+        assert_eq!((&clone["fork"]["role"], &clone["fork"]["parent_id"]), (&"child".into(), &parent["fork"]["vm_id"]));
+        for what in ["hostname", "uuid", "random"] {
+            assert_ne!(clone[what], parent[what], "{what}");
+        }
+        let ended = |event: &Value| (event["event"] == "ended" && event["name"] == name).then(|| event["how"].clone());
+        assert_eq!(target.wait_for("its end", ended).expect("an end"), "PoweredOff");
+        source.type_line("go on").expect("a console that takes input");
+        assert_eq!(source.end().expect("an end").code, Some(0));
     }
 }
 

@@ -29,7 +29,7 @@ use nix::{
     unistd::Pid,
 };
 use serde_json::json;
-use vmfork::{Fork, ForkError, ForkRequest, Role};
+use vmfork::{Fork, ForkError, ForkRequest, Placement, Role};
 use vmfork_abi::{Request, doorbell};
 use vmfork_tests::bare::{CONTROL_PAGE, DOORBELL};
 
@@ -59,6 +59,8 @@ enum Command {
     Threads { threads: usize, children: u32 },
     /// Ask for a fork again and again; print the error codes of those that fail.
     Errors { times: u32 },
+    /// Count, fork to another platform when told to, and go on counting there.
+    CountElsewhere,
     /// Fork, and do nothing.
     Idle { children: u32 },
     /// Fork for ever; each child lives a moment.
@@ -84,6 +86,7 @@ fn main() -> anyhow::Result<()> {
         Command::Nested { depth } => nested(depth)?,
         Command::Threads { threads, children } => threads_go_on(threads, children)?,
         Command::Errors { times } => errors(times)?,
+        Command::CountElsewhere => count_elsewhere()?,
         Command::Idle { children } => {
             let fork = fork("web", children)?;
             println!("IDLE {}", fork.index);
@@ -101,8 +104,12 @@ fn fork(vm_type: &str, count: u32) -> anyhow::Result<Fork> {
 
 /// Forks once the console has sent everything: what is still to be sent, every copy would send.
 fn try_fork(vm_type: &str, count: u32) -> anyhow::Result<Result<Fork, ForkError>> {
+    request_fork(&ForkRequest::new(vm_type, count)?)
+}
+
+fn request_fork(request: &ForkRequest) -> anyhow::Result<Result<Fork, ForkError>> {
     tcdrain(stdout()).context("the console does not take its output")?;
-    Ok(vmfork::fork(&ForkRequest::new(vm_type, count)?))
+    Ok(vmfork::fork(request))
 }
 
 /// Waits for a line on standard input: the test's word to go on.
@@ -189,6 +196,35 @@ fn memory(mib: usize, children: u32) -> anyhow::Result<()> {
     thread::sleep(Duration::from_secs(2));
     check_pages(&memory, u64::from(fork.index))?;
     println!("CHILD ok {}", memory.len() / PAGE);
+    Ok(())
+}
+
+/// Counts in a thread. Each copy prints how far that was when it was to fork, and how far it is a while later.
+fn count_elsewhere() -> anyhow::Result<()> {
+    let counter = Arc::new(AtomicU64::new(0));
+    let count = || counter.load(Ordering::Relaxed);
+    let counting = Arc::clone(&counter);
+    thread::spawn(move || {
+        loop {
+            counting.fetch_add(1, Ordering::Relaxed);
+            thread::sleep(Duration::from_millis(1));
+        }
+    });
+    println!("READY");
+    line()?;
+    let before = count();
+    let fork = request_fork(&ForkRequest::new("web", 1)?.placed(Placement::Remote))??;
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while count() < before + 100 {
+        ensure!(Instant::now() < deadline, "the count does not go on from {before}: it is {}", count());
+        thread::sleep(Duration::from_millis(10));
+    }
+    println!("COUNT {before}");
+    print_copy(&fork)?;
+    if fork.role == Role::Parent {
+        // The memory of its copy may still be on its way.
+        line()?;
+    }
     Ok(())
 }
 
