@@ -230,7 +230,7 @@ impl Away {
             }),
             Err(error) => tracing::error!(platform, error = chain(&error), "copies that were sent there may not run"),
         }
-        self.fork.settled(slots.len());
+        self.fork.sent(slots.len());
     }
 
     /// Launches copies here after all.

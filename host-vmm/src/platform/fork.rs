@@ -273,9 +273,16 @@ impl Fork {
         lock(&self.state).away += count;
     }
 
-    /// Says that so many of them are where they should be, or that it is known what became of them.
+    /// Says that so many of them are not on their way any more.
     pub(super) fn settled(&self, count: usize) {
         lock(&self.state).away -= count;
+    }
+
+    /// Says that it is known what became of so many of them, after all were let run.
+    pub(super) fn sent(&self, count: usize) {
+        let mut state = lock(&self.state);
+        state.away -= count;
+        self.part(&state);
     }
 
     /// Says that so many of them could not be sent, and will not run.
@@ -314,10 +321,15 @@ impl Fork {
         // Nothing that anybody says of the fork touches it any more.
         state.children.retain(|child| !Arc::ptr_eq(child, link));
         state.left -= 1;
-        if state.left == 0 {
+        self.part(&state);
+        self.changed.notify_all();
+    }
+
+    /// Lets go of where its sides have met, once all of its copies run.
+    fn part(&self, state: &State) {
+        if state.left == 0 && state.away == 0 {
             *lock(&self.rendezvous) = None;
         }
-        self.changed.notify_all();
     }
 
     fn rendezvous(&self) -> Option<Arc<Rendezvous>> {
