@@ -108,7 +108,7 @@ pub struct Run {
     #[arg(long, value_name = "FILE")]
     pub trace: Option<PathBuf>,
     /// Be a platform of a cluster too, which is set up by this file. It says what other options say otherwise.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["log_dir", "events", "trace", "max_vms", "limits", "keep", "ready", "no_prefetch"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["log_dir", "events", "trace", "max_vms", "limits", "keep", "ready", "no_prefetch", "cpu_profile"])]
     pub config: Option<PathBuf>,
     /// Answer `host-vmm ps` and others on this socket, instead of one in the folder for this user's sockets.
     #[arg(long, value_name = "SOCKET")]

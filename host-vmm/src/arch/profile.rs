@@ -6,7 +6,8 @@
 //!
 //! What model-specific registers promise can't be cut down, so a profile other than `host` never shows that they are there:
 //! IA32_ARCH_CAPABILITIES (`arch_capabilities`), IA32_CORE_CAPABILITIES and IA32_PERF_CAPABILITIES (`pdcm`). A guest that can't read the
-//! first one takes its CPU for one with every flaw, and guards itself against all of them: right on every host, and slower than need be on some.
+//! first one guards itself against each flaw that this register could deny: slower than need be on some hosts. What a kernel takes from the CPU's model
+//! instead, it has taken from that of the host where it booted: for others, a cluster should be of one maker's generations with the same flaws.
 //! Registers that are not shown are no part of a vCPU's state.
 
 use std::{

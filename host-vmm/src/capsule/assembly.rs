@@ -81,6 +81,9 @@ impl Assembly {
         if *blake3::hash(&content).as_bytes() != chunk.digest {
             return Err(Error::Digest("the memory"));
         }
+        if manifest::pages_in(&content) != chunk.pages {
+            return Err(Error::Invalid("other pages of a chunk are zero than it says"));
+        }
         Ok(content)
     }
 

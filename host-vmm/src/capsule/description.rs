@@ -17,6 +17,9 @@ use crate::{
 /// Kinds from here on say something that nobody needs to know.
 const OPTIONAL: u32 = 1 << 31;
 
+/// Longest name of a VM in bytes.
+const MAX_NAME_BYTES: usize = 128;
+
 /// Most parts of a description.
 const MAX_PARTS: usize = 64;
 
@@ -58,6 +61,21 @@ struct Section {
     kind: u32,
     version: u32,
     body: Vec<u8>,
+}
+
+impl About {
+    /// Checks the names: they are shown, and copies are called after them.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`].
+    pub(super) fn check(&self) -> Result<(), Error> {
+        let VmIdentity { name, vm_type, .. } = &self.original;
+        let is_name = |name: &String| name.len() <= MAX_NAME_BYTES && name.bytes().all(|byte| byte.is_ascii_graphic());
+        if vmfork_abi::is_vm_type(&self.vm_type) && [name, vm_type].into_iter().all(is_name) {
+            return Ok(());
+        }
+        Err(Error::Invalid("its VM type is none, or the VM that it is of has an impossible name"))
+    }
 }
 
 /// Something that is a part of a description.
@@ -173,9 +191,7 @@ impl Description {
         let (vm, vcpus, devices) = (parts.need()?, parts.need()?, parts.need()?);
         let machine = MachineState { config: about.config, vm, vcpus, devices, tsc_khz, capabilities };
         let (memory, stored) = (parts.need::<Manifest>()?, parts.take()?);
-        if !vmfork_abi::is_vm_type(&about.vm_type) {
-            return Err(Error::Invalid("its VM type is none"));
-        }
+        about.check()?;
         memory.check()?;
         let Config { ram_bytes, vcpus } = about.config;
         let is_of_shape =

@@ -132,16 +132,20 @@ fn read_memory(
     assembly: &Assembly,
     take: impl Fn(usize, &[u8]) -> Result<(), Error> + Sync,
 ) -> Result<(), Error> {
-    let data_bytes = assembly.chunks().iter().map(|(_, chunk)| chunk.data_bytes());
+    let chunks = || assembly.chunks().iter().map(|(_, chunk)| chunk);
     let sizes: Vec<u64> = match &assembly.description().stored {
         Some(stored) if header.is_compressed && stored.len() == assembly.chunks().len() => {
             stored.iter().copied().map(u64::from).collect()
         }
-        None if !header.is_compressed => data_bytes.collect(),
+        None if !header.is_compressed => chunks().map(|chunk| chunk.data_bytes()).collect(),
         _ => return Err(Error::Invalid("it does not say how its memory is stored")),
     };
     if sizes.iter().try_fold(0, |sum: u64, bytes| sum.checked_add(*bytes)) != Some(header.data_bytes) {
         return Err(Error::Invalid("it has more or less memory than its layers"));
+    }
+    let most = |bytes: u64| zstd::zstd_safe::compress_bound(usize::try_from(bytes).unwrap_or(0)) as u64;
+    if sizes.iter().zip(chunks()).any(|(stored, chunk)| *stored > most(chunk.data_bytes())) {
+        return Err(Error::Invalid("a chunk is stored in more bytes than it can need"));
     }
     let mut end = DATA_OFFSET;
     let places = sizes.iter().map(|bytes| {

@@ -167,6 +167,10 @@ impl Manifest {
             if *file_pages > MAX_RAM_BYTES / PAGE_BYTES || runs.len() > MAX_EXTENTS {
                 return Err(Error::Invalid("a layer is too large, or has too many runs"));
             }
+            let run_pages = runs.iter().try_fold(0u64, |all, run| all.checked_add(run.pages));
+            if run_pages.is_none_or(|pages| pages > self.pages) {
+                return Err(Error::Invalid("the runs of a layer are larger than the memory"));
+            }
             if !chunks.is_sorted_by(|one, next| one.number < next.number) {
                 return Err(Error::Invalid("the chunks of a layer are not sorted"));
             }

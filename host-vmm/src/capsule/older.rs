@@ -83,14 +83,16 @@ pub(super) fn load(file: &File, header: &Header, description: &[u8]) -> Result<C
     let machine = MachineState { config, vm, vcpus, devices, tsc_khz: None, capabilities: Vec::new() };
     let state = pack(&machine, &image(pages, layers, &files)?, &files)?;
     let Description { id, created_ns, vm_type, original, config, seq, .. } = description;
-    Ok(Capsule { about: About { id, created_ns, vm_type, original, config, seq }, state, files })
+    let about = About { id, created_ns, vm_type, original, config, seq };
+    about.check()?;
+    Ok(Capsule { about, state, files })
 }
 
 /// Checks that the layers are of a possible size, that their runs are sorted and within them, and that the pages are all theirs.
 fn check(description: &Description, data_bytes: u64) -> Result<(), Error> {
-    let Description { layers, state, vm_type, .. } = description;
-    if layers.len() > MAX_LAYERS || state.len() > MAX_BYTES || !vmfork_abi::is_vm_type(vm_type) {
-        return Err(Error::Invalid("it has too many layers, too large a state, or no VM type"));
+    let Description { layers, state, .. } = description;
+    if layers.len() > MAX_LAYERS || state.len() > MAX_BYTES {
+        return Err(Error::Invalid("it has too many layers, or too large a state"));
     }
     let mut pages: u64 = 0;
     for layer in layers {

@@ -31,7 +31,9 @@ pub(super) fn map<T: Sync, R: Send, E: Send>(
     };
     let workers = threads::processors().min(items.len());
     let parts = thread::scope(|scope| {
-        let others: Vec<_> = (1..workers).map(|_| scope.spawn(work)).collect();
+        // With fewer threads than there could be, it takes longer.
+        let others = (1..workers).map_while(|_| thread::Builder::new().spawn_scoped(scope, work).ok());
+        let others: Vec<_> = others.collect();
         let own = work();
         let join = |other: thread::ScopedJoinHandle<'_, _>| {
             other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))

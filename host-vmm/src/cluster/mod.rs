@@ -46,6 +46,8 @@ pub enum Error {
 
 /// A platform's place among others.
 pub struct Cluster {
+    /// The platform's own name.
+    pub name: String,
     /// How the others are known.
     pub directory: Directory,
     /// What it says of itself.

@@ -111,12 +111,13 @@ pub fn clone(options: &cli::Clone) -> anyhow::Result<ExitCode> {
         // Nobody listens any more where this command has failed.
         drop(sender.send(client::clone_image(ask.as_ref(), &image, &wish)));
     });
-    let spawned = show_progress(platform.as_ref(), &options.to, &done)?;
+    let spawned = show_progress(platform.as_ref(), &options.image, &options.to, &done)?;
     print_spawned(&spawned, options.json)
 }
 
 fn show_progress(
     platform: Option<&Endpoint>,
+    image: &str,
     to: &str,
     done: &mpsc::Receiver<anyhow::Result<api::Spawned>>,
 ) -> anyhow::Result<api::Spawned> {
@@ -137,7 +138,9 @@ fn show_progress(
             Err(RecvTimeoutError::Disconnected) => anyhow::bail!("the thread that asks the platform panicked"),
         }
         let transfers = client::transfers(platform).unwrap_or_default();
-        let Some(transfer) = transfers.iter().find(|transfer| transfer.to == to && transfer.wanted_bytes > 0) else {
+        let Some(transfer) = transfers.iter().find(|transfer| {
+            transfer.to == to && transfer.image.to_string().starts_with(image) && transfer.wanted_bytes > 0
+        }) else {
             continue;
         };
         let Transfer { wanted_bytes, sent_bytes, spared_bytes, .. } = *transfer;

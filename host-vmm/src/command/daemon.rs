@@ -27,6 +27,7 @@ use crate::{
         load,
         member::{Load, Member},
         membership::{self, Directory, check},
+        peer::{Holder, Role},
         placement::Rules,
         tls::Credentials,
     },
@@ -65,6 +66,9 @@ impl Daemon {
         let platform = Platform::new(settings)?;
         let credentials = config.and_then(|config| config.tls.as_ref());
         let credentials = credentials.map(|tls| Credentials::load(&tls.ca, &tls.cert, &tls.key)).transpose()?;
+        if let (Some(config), Some(credentials)) = (config, &credentials) {
+            check_holder(credentials.holder(), &config.name)?;
+        }
         let network = config.and_then(|config| config.listen).map(|address| match &credentials {
             Some(credentials) => Network::Tls(address, credentials.clone()),
             None => Network::Plain(address),
@@ -76,6 +80,16 @@ impl Daemon {
         }
         Ok(Self { platform, server })
     }
+}
+
+/// Checks whether a certificate is that of the platform: nobody would believe it else.
+fn check_holder(holder: &Holder, name: &str) -> anyhow::Result<()> {
+    let is_own = holder.role() == Role::Platform && holder.name() == name;
+    anyhow::ensure!(
+        is_own,
+        "the certificate in tls.cert is that of {holder}, and this platform is called {name}: give it another name or certificate"
+    );
+    Ok(())
 }
 
 /// Serves the API. Where nobody has named a socket for it, or wants it for others, VMs run without it too.
@@ -138,7 +152,7 @@ fn join(
     })?;
     let Sending { lazy, connections, bandwidth } = config.sending;
     let sending = source::Settings { connections, bandwidth: Some(bandwidth).filter(|bandwidth| *bandwidth > 0), lazy };
-    Ok(Cluster { directory, own, credentials, rules, sending })
+    Ok(Cluster { name: config.name.clone(), directory, own, credentials, rules, sending })
 }
 
 /// Makes room for the files that so many VMs need.

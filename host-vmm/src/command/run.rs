@@ -67,7 +67,7 @@ pub fn run(options: cli::Run) -> anyhow::Result<ExitCode> {
     let log_dir = settings.log_dir.clone();
     // Before any thread starts.
     let signals = block_signals()?;
-    let socket = config.as_ref().and_then(|config| config.api.as_deref()).or(options.api.as_deref());
+    let socket = options.api.as_deref().or(config.as_ref().and_then(|config| config.api.as_deref()));
     let Daemon { platform, server } = Daemon::start(settings, socket, config.as_ref())?;
     let stopped = Arc::new(AtomicU8::new(NOT_STOPPED));
     on_signal(signals, {

@@ -26,6 +26,8 @@ pub struct Vcpu {
     pub(super) msrs: Vec<u32>,
     /// What it held by itself, until a state is written into it.
     pub(super) fresh: Option<Box<VcpuState>>,
+    /// How fast the guest's time-stamp counter runs, and the host's, in kHz, where they are told apart.
+    pub(super) tsc_khz: Option<(u32, u32)>,
     kicker: Kicker,
 }
 
@@ -38,7 +40,8 @@ impl Vcpu {
         has_xcrs: bool,
     ) -> Result<Self, Error> {
         let kicker = Kicker::new(id, &fd, run_bytes)?;
-        Ok(Self { id, fd, xsave_bytes, has_xcrs, cpuid: Vec::new(), msrs: Vec::new(), fresh: None, kicker })
+        let (cpuid, msrs) = (Vec::new(), Vec::new());
+        Ok(Self { id, fd, xsave_bytes, has_xcrs, cpuid, msrs, fresh: None, tsc_khz: None, kicker })
     }
 
     /// Which vCPU this is.
@@ -161,14 +164,16 @@ impl Vcpu {
         }
     }
 
-    /// Has the time-stamp counter count at `khz` (KVM_SET_TSC_KHZ): as fast as on the host where a guest was captured, which has measured it
+    /// Has the time-stamp counter count at `khz` (KVM_SET_TSC_KHZ), on a host whose own counts at `host_khz`: as fast as on the host where a guest was captured, which has measured it
     /// there. Comes before [`Vcpu::restore`], since what that writes into the counter is in its own units. Within KVM's tolerance (250 ppm) nothing
     /// changes but what kvmclock tells.
     ///
     /// # Errors
     /// [`Error::VcpuCall`], as where this host can't scale the counter ([`Model::tsc_scaling`](super::Model::tsc_scaling)) and counts otherwise.
-    pub fn set_tsc_khz(&self, khz: u32) -> Result<(), Error> {
-        self.fd.set_tsc_khz(khz).map_err(self.call("KVM_SET_TSC_KHZ"))
+    pub fn set_tsc_khz(&mut self, khz: u32, host_khz: Option<u32>) -> Result<(), Error> {
+        self.fd.set_tsc_khz(khz).map_err(self.call("KVM_SET_TSC_KHZ"))?;
+        self.tsc_khz = Some(khz).zip(host_khz);
+        Ok(())
     }
 
     /// Those of `indices` that this vCPU has, as it turns out by reading them.

@@ -256,7 +256,8 @@ impl Vcpu {
         if let (Time::Onward, Some(tsc)) = (time, changed.iter_mut().find(|msr| msr.index == TSC)) {
             // KVM gives vCPUs whose counters are written within a second one and the same offset (kernel source,
             // kvm_synchronize_tsc), so that they agree, whatever the time between these calls.
-            tsc.value = tsc.value.wrapping_add(host_tsc().wrapping_sub(saved_tsc));
+            let elapsed = host_tsc().wrapping_sub(saved_tsc);
+            tsc.value = tsc.value.wrapping_add(self.tsc_khz.map_or(elapsed, |khz| scaled(elapsed, khz)));
         }
         self.write_msrs(&changed)
     }
@@ -284,8 +285,27 @@ fn indices(msrs: &[Msr]) -> impl Iterator<Item = u32> {
     msrs.iter().map(|msr| msr.index)
 }
 
+/// So many units of the host's time-stamp counter in those of a guest's, by how fast the guest's runs and the host's.
+fn scaled(elapsed: u64, (khz, host_khz): (u32, u32)) -> u64 {
+    let scaled = u128::from(elapsed) * u128::from(khz) / u128::from(host_khz.max(1));
+    u64::try_from(scaled).unwrap_or(u64::MAX)
+}
+
 /// This host's time-stamp counter.
 fn host_tsc() -> u64 {
     // SAFETY: every processor with 64-bit mode has the instruction, and it has no effect but its result.
     unsafe { _rdtsc() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn elapsed_time_is_counted_as_the_guest_counts_it() {
+        assert_eq!(scaled(3_000_000, (2_500_000, 3_000_000)), 2_500_000);
+        assert_eq!(scaled(2_500_000, (3_000_000, 2_500_000)), 3_000_000);
+        assert_eq!(scaled(7, (1, 1)), 7);
+        assert_eq!(scaled(u64::MAX, (u32::MAX, 0)), u64::MAX);
+    }
 }

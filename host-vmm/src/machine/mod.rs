@@ -65,8 +65,12 @@ impl Machine {
     /// # Errors
     /// [`memory::Error::Faults`].
     pub fn become_whole(&self) -> Result<(), memory::Error> {
-        let Some(faults) = lock(&self.faults).take() else { return Ok(()) };
-        faults.unwatch(lock(&self.memory).mapping())
+        // A fork that looks meanwhile waits: what it does with the memory comes after this.
+        let mut faults = lock(&self.faults);
+        if let Some(watched) = faults.take() {
+            watched.unwatch(lock(&self.memory).mapping())?;
+        }
+        Ok(())
     }
 }
 

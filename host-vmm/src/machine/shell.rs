@@ -253,9 +253,10 @@ impl Shell {
         faults.map_or(Ok(()), |faults| faults.watch(memory.mapping()))?;
         self.vm.restore(&state.vm, time)?;
         // Captured on a host whose counters run at another speed, the guest goes on with the one that it has measured.
-        let tsc_khz = state.tsc_khz.filter(|_| state.tsc_khz != self.workshop.host.model.tsc_khz);
+        let host_khz = self.workshop.host.model.tsc_khz;
+        let tsc_khz = state.tsc_khz.filter(|_| state.tsc_khz != host_khz);
         for (vcpu, state) in self.vcpus.iter_mut().zip(&state.vcpus) {
-            tsc_khz.map_or(Ok(()), |khz| vcpu.set_tsc_khz(khz))?;
+            tsc_khz.map_or(Ok(()), |khz| vcpu.set_tsc_khz(khz, host_khz))?;
             vcpu.restore(state, time)?;
         }
         Ok(Restored { vm: self.vm, vcpus: self.vcpus, memory })

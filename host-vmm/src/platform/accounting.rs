@@ -9,7 +9,11 @@ use std::{
 
 use uuid::Uuid;
 
-use super::{Error, Platform, logs::Piece, registry::Entry};
+use super::{
+    Error, Platform,
+    logs::{Follower, Piece},
+    registry::Entry,
+};
 use crate::api::{Memory, State, Vm, Vms};
 
 /// How long it is waited for the end of a VM that is stopped.
@@ -51,6 +55,11 @@ impl Platform {
             tokio::time::timeout(limit, log.reaches(from)).await.unwrap_or(());
         }
         Ok(())
+    }
+
+    /// Says that somebody follows a log: for as long as it is there, or is to come again, the platform does not come to its end.
+    pub(crate) fn follow_log(&self) -> Follower {
+        self.consoles.logs().follow()
     }
 
     /// What a VM has written to its console, from an offset on; that of one that has ended too, for as long as it is known.

@@ -87,7 +87,8 @@ impl Platform {
         for share in decision.shares {
             let own: Vec<Slot> = slots.by_ref().take(usize::try_from(share.count).unwrap_or(usize::MAX)).collect();
             if share.platform == wish.source {
-                placed.here = own;
+                // Another cluster may have a platform of the same name.
+                placed.here.extend(own);
             } else {
                 placed.away.push(Share { platform: share.platform, slots: own });
             }
@@ -197,7 +198,7 @@ impl Away {
         let failed = |error| Error::Send { platform: share.platform.clone(), source: Box::new(error) };
         let endpoint = cluster.find(&share.platform).map_err(Error::Cluster)?;
         list(&self.rendezvous, &share.slots, &share.platform, Location::Remote)?;
-        let (source, slots) = ((cluster.own)().name, share.slots.clone());
+        let (source, slots) = (cluster.name.clone(), share.slots.clone());
         let order = clone::Order { source, slots, total: self.total, lazy: cluster.sending.lazy };
         let fork = Arc::clone(&self.fork);
         let (id, is_wanted) = (new_id().map_err(Error::Id)?, Arc::new(move || !fork.is_off()));
@@ -242,7 +243,7 @@ impl Away {
             ..Launch::of_image(&self.about, &learned, slots, self.total)
         };
         let files = std::iter::once(self.rendezvous.file()).chain(self.files.iter().map(AsRef::as_ref));
-        let listed = list(&self.rendezvous, slots, &self.platform.name(), Location::Local).map_err(Error::from);
+        let listed = list(&self.rendezvous, slots, self.platform.name(), Location::Local).map_err(Error::from);
         let launched = listed.and_then(|()| self.fork.launch(&self.platform, launch, &files.collect::<Vec<_>>(), None));
         match launched.and_then(|nodes| nodes.into_iter().try_for_each(Node::serve)) {
             Ok(()) => self.fork.settled(slots.len()),
@@ -257,7 +258,7 @@ impl Away {
             config: self.about.config,
             location: self.location,
             images: Vec::new(),
-            source: self.platform.name(),
+            source: self.platform.name().to_owned(),
         }
     }
 }

@@ -6,7 +6,7 @@ use std::{
     collections::HashMap,
     fs::{self, File},
     io::{self, Read, Write},
-    os::fd::AsFd,
+    os::{fd::AsFd, unix::fs::FileExt},
     path::PathBuf,
     sync::{Arc, Condvar, Mutex, PoisonError},
     thread,
@@ -146,10 +146,15 @@ impl Shared {
         // The sources are let go at once: a terminal that takes nothing must not keep new VMs from being added.
         let Some(source) = lock(&self.sources).open.get(&token).map(Arc::clone) else { return };
         if !lock(&source).read(&self.events) {
-            lock(&source).log.has_ended();
             lock(&self.sources).open.remove(&token);
             self.drained.notify_all();
         }
+    }
+}
+
+impl Drop for Source {
+    fn drop(&mut self) {
+        self.log.has_ended();
     }
 }
 
@@ -194,7 +199,8 @@ impl Source {
             Some(file) => Ok(file),
             none => File::create(self.log.path()).map(|file| none.insert(file)),
         };
-        match file.and_then(|file| file.write_all(bytes)) {
+        // What could be written in part only is written over.
+        match file.and_then(|file| file.write_all_at(bytes, self.log.written_bytes())) {
             Ok(()) => self.log.has_grown(wanted),
             Err(error) => {
                 tracing::warn!(log = %self.log.path().display(), %error, "console output is missing in the log");

@@ -151,7 +151,7 @@ impl Fork {
                 let image = files.get(1..).unwrap_or_default();
                 fork.send_away(platform, &rendezvous, &launch, order.location, away, image)?;
             }
-            list(&rendezvous, &here, &platform.name(), Location::Local)?;
+            list(&rendezvous, &here, platform.name(), Location::Local)?;
             if here.is_empty() { Ok(Vec::new()) } else { fork.launch(platform, launch, &files, standby.take()) }
         });
         let served = launched.and_then(|nodes| {
@@ -416,7 +416,7 @@ impl Platform {
             config: original.config,
             location: order.location,
             images: Vec::new(),
-            source: self.name(),
+            source: self.name().to_owned(),
         };
         self.choose(slots(order.count)?, &wish, &[])
     }

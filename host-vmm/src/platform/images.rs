@@ -25,7 +25,7 @@ use super::{
 };
 use crate::{
     api,
-    capsule::{self, About, Capsule, Digests, file},
+    capsule::{self, About, Capsule, Description, Difference, Digests, Incompatible, file},
     clock::wall_clock_ns,
     cluster::{clone::Parcel, member::MAX_IMAGES},
     fork::rendezvous::Rendezvous,
@@ -344,7 +344,9 @@ impl Platform {
         let file = File::open(path).map_err(|error| failed(capsule::Error::Io("open the file", error)));
         let capsule = file::load(&file?).map_err(failed)?;
         let (id, config) = (capsule.about.id, capsule.about.config);
-        let is_foreign = self.is_foreign(&capsule.outline().map_err(failed)?.0);
+        let description = capsule.outline().map_err(failed)?.0;
+        self.check_loaded(path, &description)?;
+        let is_foreign = self.is_foreign(&description);
         // As for one of a fork.
         self.pool.add_user(config);
         if !self.images.add_loaded(Image::new(capsule, Arc::default(), is_foreign)) {
@@ -352,6 +354,19 @@ impl Platform {
             return Err(Error::Kept(id));
         }
         self.image(&id.to_string())
+    }
+
+    /// Checks whether copies of a loaded image can run here. What an older format does not tell is taken for right: whoever loads a file knows
+    /// where it comes from.
+    fn check_loaded(&self, path: &Path, description: &Description) -> Result<(), Error> {
+        let Err(Incompatible(mut differences)) = self.check_compatible(&description.requirements)? else {
+            return Ok(());
+        };
+        differences.retain(|difference| !matches!(difference, Difference::Tsc { needed: None, .. }));
+        if differences.is_empty() {
+            return Ok(());
+        }
+        Err(Error::Unfit { path: path.to_owned(), source: Incompatible(differences) })
     }
 
     /// Launches copies of an image.

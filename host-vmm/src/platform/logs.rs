@@ -9,7 +9,8 @@ use std::{
     io,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex},
+    sync::{Arc, Condvar, Mutex, PoisonError},
+    time::{Duration, Instant},
 };
 
 use tokio::sync::watch;
@@ -19,6 +20,9 @@ use crate::{machine::VmIdentity, sync::lock};
 
 /// Most VMs whose logs are known: beyond that, those are forgotten that have ended first. Their files stay.
 const MAX_LOGS: usize = 4096;
+
+/// Within what time somebody who follows a log asks again.
+const RETURN: Duration = Duration::from_millis(500);
 
 /// Most bytes of a log that are read at once.
 pub(super) const MAX_PIECE_BYTES: u64 = 1 << 20;
@@ -57,6 +61,11 @@ impl Log {
         &self.path
     }
 
+    /// How many bytes of it are in the file.
+    pub(super) fn written_bytes(&self) -> u64 {
+        self.progress.borrow().written_bytes
+    }
+
     /// Says that so many more bytes are in the file.
     pub(super) fn has_grown(&self, bytes: u64) {
         self.progress.send_modify(|progress| progress.written_bytes += bytes);
@@ -90,16 +99,74 @@ impl Log {
     }
 }
 
+/// Who follows logs. A platform that comes to its end lets them read that first.
+#[derive(Debug, Default)]
+struct Followers {
+    state: Mutex<Following>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Following {
+    /// How many are being answered.
+    asking: usize,
+    /// When the last one was told that there is more to come.
+    comes_again: Option<Instant>,
+}
+
+/// Somebody who follows a log, while that is answered.
+#[derive(Debug)]
+pub(crate) struct Follower {
+    followers: Arc<Followers>,
+    /// Whether there is more to come.
+    pub(crate) comes_again: bool,
+}
+
+impl Drop for Follower {
+    fn drop(&mut self) {
+        let mut state = lock(&self.followers.state);
+        state.asking -= 1;
+        if self.comes_again {
+            state.comes_again = Some(Instant::now());
+        }
+        drop(state);
+        self.followers.changed.notify_all();
+    }
+}
+
 /// The logs of a platform, the oldest first.
 #[derive(Debug, Default)]
-pub(super) struct Logs(Mutex<VecDeque<Arc<Log>>>);
+pub(super) struct Logs {
+    known: Mutex<VecDeque<Arc<Log>>>,
+    followers: Arc<Followers>,
+}
 
 impl Logs {
+    /// Says that somebody follows a log.
+    pub(super) fn follow(&self) -> Follower {
+        lock(&self.followers.state).asking += 1;
+        Follower { followers: Arc::clone(&self.followers), comes_again: false }
+    }
+
+    /// Waits until all who follow logs have read them to their ends, or don't come again; no longer than `limit`.
+    pub(super) fn wait_read(&self, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        let mut state = lock(&self.followers.state);
+        loop {
+            let back_by = state.comes_again.map(|since| since + RETURN);
+            let now = Instant::now();
+            let until = if state.asking > 0 { Some(deadline) } else { back_by.filter(|back_by| *back_by > now) };
+            let Some(until) = until.filter(|_| now < deadline) else { return };
+            let left = until.min(deadline).saturating_duration_since(now);
+            state = self.followers.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
     /// Adds that of a VM.
     pub(super) fn add(&self, vm: &VmIdentity, path: PathBuf) -> Arc<Log> {
         let progress = watch::Sender::new(Progress::default());
         let log = Arc::new(Log { id: vm.id, name: vm.name.clone(), path, progress });
-        let mut logs = lock(&self.0);
+        let mut logs = lock(&self.known);
         if logs.len() >= MAX_LOGS
             && let Some(oldest) = logs.iter().position(|log| log.progress.borrow().is_over)
         {
@@ -111,12 +178,12 @@ impl Logs {
 
     /// That of a VM.
     pub(super) fn find(&self, id: Uuid) -> Option<Arc<Log>> {
-        lock(&self.0).iter().rev().find(|log| log.id == id).cloned()
+        lock(&self.known).iter().rev().find(|log| log.id == id).cloned()
     }
 
     /// IDs and names of all VMs whose logs are known.
     pub(super) fn known(&self) -> Vec<(Uuid, String)> {
-        lock(&self.0).iter().map(|log| (log.id, log.name.clone())).collect()
+        lock(&self.known).iter().map(|log| (log.id, log.name.clone())).collect()
     }
 }
 

@@ -9,6 +9,7 @@ use std::{
     os::fd::AsFd,
     path::PathBuf,
     sync::{Arc, Mutex, OnceLock, atomic::AtomicUsize, mpsc},
+    time::Duration,
 };
 
 mod accounting;
@@ -60,6 +61,9 @@ use outgoing::Transfers;
 use pool::Pool;
 use registry::Registry;
 use trace::Trace;
+
+/// How long a platform that comes to its end waits for those who follow logs.
+const LAST_READERS: Duration = Duration::from_secs(5);
 
 /// How a platform is set up.
 #[derive(Debug)]
@@ -233,6 +237,14 @@ pub enum Error {
     /// No ID could be drawn.
     #[error("the system has no random bytes for an ID")]
     Id(#[source] io::Error),
+    /// A loaded image needs what this host does not have.
+    #[error("can't use {path}")]
+    Unfit {
+        /// The file.
+        path: PathBuf,
+        /// What is different.
+        source: capsule::Incompatible,
+    },
     /// A node asks for a type that no guest can ask for.
     #[error("{0:?} is no VM type")]
     Type(String),
@@ -334,8 +346,8 @@ impl Platform {
     }
 
     /// Its name among others; empty where there are none.
-    pub fn name(&self) -> String {
-        self.cluster.get().map_or_else(String::new, |cluster| (cluster.own)().name)
+    pub fn name(&self) -> &str {
+        self.cluster.get().map_or("", |cluster| &cluster.name)
     }
 
     /// Boots a VM, and gives back the way to its console. Its output goes to this program's output as it is.
@@ -372,24 +384,27 @@ impl Platform {
         Ok(ConsoleInput(link))
     }
 
-    /// Waits until all VMs have ended, no image is kept, and all output is written, and says how the first VM ended: `None` where its
-    /// node died.
+    /// Waits until all VMs have ended, no image is kept, no clone elsewhere needs memory from here, all output is written, and those have
+    /// read it who follow it; and says how the first VM ended: `None` where its node died.
     pub fn wait(&self) -> Option<End> {
         loop {
             self.registry.wait_empty();
             self.images.wait_empty();
+            self.supplies.wait_empty();
             if self.registry.is_empty() {
                 break;
             }
         }
         self.pool.close();
         self.consoles.wait_drained();
+        self.consoles.logs().wait_read(LAST_READERS);
         lock(&self.root_end).take()
     }
 
     /// Ends all VMs, and lets no new ones come.
     pub fn stop(&self) {
         self.clones.close();
+        self.supplies.close();
         self.images.close();
         self.pool.close();
         self.registry.stop();

@@ -13,10 +13,11 @@ use crate::{
             source::{self, IsWanted, Progress},
             supply::Supply,
         },
-        member::{Load, Ready},
+        member::{Load, MAX_SHAPES, Ready},
+        membership::check,
         placement::{Explanation, Wish},
     },
-    machine::new_id,
+    machine::{Config, new_id},
     sync::lock,
 };
 
@@ -62,7 +63,7 @@ impl Platform {
         let entry = Entry { id, image: image.id(), to: to.to_owned(), progress: Arc::clone(&progress) };
         lock(&self.transfers.0).push(entry);
         let _listed = Listed { transfers: &self.transfers, id };
-        let order = Order { source: self.name(), slots: slots(count)?, total: count, lazy };
+        let order = Order { source: self.name().to_owned(), slots: slots(count)?, total: count, lazy };
         let failed = |error| Error::Send { platform: to.to_owned(), source: Box::new(error) };
         let is_wanted: IsWanted = Arc::new(|| true);
         let prepared = if lazy {
@@ -100,7 +101,9 @@ impl Platform {
     pub(crate) fn fill_in(&self, load: Load) -> Load {
         let number = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
         let (vms, is_stopping) = self.registry.count();
-        let ready = self.pool.ready_shells().into_iter();
+        // Others believe nobody who names impossible shapes, or too many; and clones bring their own.
+        let is_told = |(config, shells): &(Config, usize)| *shells > 0 && check::is_shape(*config);
+        let ready = self.pool.ready_shells().into_iter().filter(is_told).take(MAX_SHAPES);
         Load {
             vms: number(vms),
             max_vms: number(self.max_vms),

@@ -159,6 +159,9 @@ impl Pool {
     pub(super) fn add_user(&self, config: Config) {
         let now = Instant::now();
         let mut shelves = lock(&self.shelves);
+        if shelves.closed {
+            return;
+        }
         let shelf = shelves.by_shape.entry(config);
         let empty = || Shelf { shells: Vec::new(), users: 0, standing_by: Arc::default(), asked: now, refill: now };
         shelf.or_insert_with(empty).users += 1;

@@ -1,6 +1,6 @@
 //! What operators do with single VMs, on the host and from elsewhere.
 
-use std::thread;
+use std::{io::Read, thread};
 
 use host_vmm::{
     api::client::{Connection, Content, Endpoint, Error},
@@ -57,11 +57,15 @@ fn vms_are_stopped_one_by_one_and_their_logs_stay() {
     }
     running.ask(&["stop", "web.2"]).expect("a stopped VM");
     // With the last VM, the platform comes to its end, and tells those that wait before that.
-    let follower = running.start(&["logs", "--follow", "vm"]).expect("host-vmm logs");
+    let mut follower = running.start(&["logs", "--follow", "vm"]).expect("host-vmm logs");
+    let parent = format!("{:08x}\n{:08x}\n", Role::Parent.number(), 0);
+    let mut read = vec![0; parent.len()];
+    follower.stdout.as_mut().expect("its output").read_exact(&mut read).expect("what there is of the log");
+    assert_eq!(String::from_utf8_lossy(&read), parent);
     running.ask(&["stop", "vm"]).expect("a stopped VM");
     let follower = follower.wait_with_output().expect("an end");
     assert!(follower.status.success(), "{}", String::from_utf8_lossy(&follower.stderr));
-    assert_eq!(String::from_utf8_lossy(&follower.stdout), format!("{:08x}\n{:08x}\n", Role::Parent.number(), 0));
+    assert_eq!(String::from_utf8_lossy(&follower.stdout), "", "nothing more was written");
     let ended = running.end().expect("host-vmm ends");
     for name in ["vm", "web.1", "web.2"] {
         assert_eq!(ended.how(name), Some(&"Stopped".into()), "{name}");
@@ -83,27 +87,71 @@ fn an_operator_asks_from_elsewhere_and_is_no_platform() {
     let images: Value = serde_json::from_str(&ask(&["image", "ls", "--json"]).expect("images")).expect("JSON");
     let image = images[0]["id"].as_str().expect("an ID");
     assert_eq!(ask(&["spawn", "--image", image]).expect("a copy"), "web.3\n");
-    let log = thread::scope(|scope| {
+    let (log, stopped) = thread::scope(|scope| {
         let follower = scope.spawn(|| ask(&["logs", "--follow", "web.1"]));
-        ask(&["stop", "web.1", "web.3"]).expect("stopped VMs");
-        follower.join().expect("no panic").expect("all of the log")
+        let stopped = ask(&["stop", "web.1", "web.3"]);
+        if stopped.is_err() {
+            // The follower ends with the platform.
+            running.signal(Signal::SIGKILL).expect("a signal");
+        }
+        (follower.join().expect("no panic"), stopped)
     });
-    assert_eq!(log, running.log("web.1").expect("a log"));
+    stopped.expect("stopped VMs");
+    assert_eq!(log.expect("all of the log"), running.log("web.1").expect("a log"));
     assert_eq!(names(&ask(&["ps", "--json"]).expect("a list")), ["vm", "web.2"]);
     let refused = |result: anyhow::Result<String>| result.expect_err("a refusal").to_string();
     assert!(refused(ask(&["image", "save", image, "/tmp/image"])).contains("without --at"));
     let folder = alice.parent().expect("a folder");
     assert!(refused(platforms.ask("a", &folder.join("b"), &["stop", "vm"])).contains("is no operator"));
+    running.signal(Signal::SIGTERM).expect("a signal");
+    assert_eq!(running.end().expect("host-vmm ends").how("web.3"), Some(&"Stopped".into()));
+}
 
-    let file = |name: &str| folder.join(name);
-    let credentials = Credentials::load(&file("ca.pem"), &file("alice.pem"), &file("alice.key")).expect("credentials");
-    let open = |name: &str| {
-        let (platform, credentials) = (name.to_owned(), credentials.clone());
-        let endpoint = tls::Endpoint::Tls { address: platforms.address("a"), platform, credentials };
-        Connection::open(&Endpoint::Network(endpoint))
+#[test]
+fn what_somebody_may_ask_depends_on_who_he_is() {
+    let platforms = Platforms::with_certificates(&["a", "b"]);
+    let alice = platforms.operator("alice");
+    let folder = alice.parent().expect("a folder");
+    let kernel = stayers();
+    let vmm = Vmm::kernel(kernel.path()).option("--mem", "64M").config(&platforms.config("a", "keep = [\"web\"]"));
+    let mut running = vmm.start().expect("host-vmm starts");
+    running.wait_for_lines("0000000", 6).expect("all VMs");
+    let images: Value = serde_json::from_str(&running.ask(&["image", "ls", "--json"]).expect("images")).expect("JSON");
+    let image = images[0]["id"].as_str().expect("an ID");
+    let file = |name: String| folder.join(name);
+    let open = |platform: &str, by: &str| {
+        let [certificate, key] = ["pem", "key"].map(|ending| file(format!("{by}.{ending}")));
+        let credentials = Credentials::load(&file("ca.pem".into()), &certificate, &key).expect("credentials");
+        let (address, platform) = (platforms.address("a"), platform.to_owned());
+        Connection::open(&Endpoint::Network(tls::Endpoint::Tls { address, platform, credentials }))
     };
-    assert!(matches!(open("b"), Err(Error::Tls { .. })), "it is not the platform b");
-    let mut connection = open("a").expect("a connection");
+    assert!(matches!(open("b", "alice"), Err(Error::Tls { .. })), "it is not the platform b");
+    let mut connection = open("a", "alice").expect("a connection");
+    let mut of_platform = open("a", "b").expect("a connection");
+    let refusal = |connection: &mut Connection, method: Method, path: &str, content: &Value| match connection.ask(
+        method,
+        path,
+        Content::json(content).expect("JSON"),
+    ) {
+        Err(Error::Refused { status, .. }) => status.as_u16(),
+        other => panic!("{path}: {other:?}"),
+    };
+    // What other platforms need they have by clones.
+    for (method, path, content) in [
+        (Method::GET, "/v1/vms".to_owned(), json!(null)),
+        (Method::GET, "/v1/vms/web.2/log".to_owned(), json!(null)),
+        (Method::DELETE, "/v1/vms/web.2".to_owned(), json!(null)),
+        (Method::GET, "/v1/images".to_owned(), json!(null)),
+        (Method::DELETE, format!("/v1/images/{image}"), json!(null)),
+        (Method::POST, format!("/v1/images/{image}/spawn"), json!({ "count": 1 })),
+        (Method::POST, format!("/v1/images/{image}/clone"), json!({ "to": "b", "count": 1, "lazy": false })),
+    ] {
+        assert_eq!(refusal(&mut of_platform, method, &path, &content), 403, "{path}");
+    }
+    // Whoever may ask all of that names no files of the host from elsewhere.
+    let place = json!({ "path": "/tmp/image" });
+    assert_eq!(refusal(&mut connection, Method::POST, "/v1/images", &place), 405);
+    assert_eq!(refusal(&mut connection, Method::POST, &format!("/v1/images/{image}/save"), &place), 404);
     let clone = format!("/v1/clones/{}", uuid::Uuid::from_u128(1));
     let slots = json!([{ "id": uuid::Uuid::from_u128(2), "index": 1 }]);
     for source in ["b", "alice"] {
@@ -124,5 +172,5 @@ fn an_operator_asks_from_elsewhere_and_is_no_platform() {
         }
     }
     running.signal(Signal::SIGTERM).expect("a signal");
-    assert_eq!(running.end().expect("host-vmm ends").how("web.3"), Some(&"Stopped".into()));
+    running.end().expect("host-vmm ends");
 }

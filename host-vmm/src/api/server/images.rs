@@ -42,7 +42,7 @@ async fn images(State(platform): State<Arc<Platform>>) -> Result<Json<Vec<Image>
     responses((status = 200, description = "The image", body = Image))
 )]
 async fn image(State(platform): State<Arc<Platform>>, Path(id): Path<String>) -> Result<Json<Image>, Refusal> {
-    Ok(Json(platform.image(&id)?))
+    Ok(Json(work(move || platform.image(&id)).await?))
 }
 
 /// Lets go of an image. VMs that run from it go on.
@@ -51,7 +51,7 @@ async fn image(State(platform): State<Arc<Platform>>, Path(id): Path<String>) ->
     responses((status = 204, description = "It is not kept any more"))
 )]
 async fn remove_image(State(platform): State<Arc<Platform>>, Path(id): Path<String>) -> Result<StatusCode, Refusal> {
-    platform.remove_image(&id)?;
+    work(move || platform.remove_image(&id)).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 

@@ -12,7 +12,9 @@ use std::{
 
 use axum::{
     Json, Router,
+    extract::{ConnectInfo, Request},
     http::StatusCode,
+    middleware::{self, Next},
     response::{IntoResponse, Response},
 };
 use tokio::{
@@ -34,7 +36,7 @@ mod vms;
 use super::Failure;
 use crate::{
     cluster::{
-        peer::Peer,
+        peer::{Peer, Role},
         tls::{self, Credentials},
     },
     error::chain,
@@ -155,15 +157,35 @@ async fn wait(mut stopped: watch::Receiver<()>) {
     while stopped.changed().await.is_ok() {}
 }
 
-/// What anybody may ask who reaches the API.
+/// What may be asked over a network too: by other platforms what they need for clones, and by operators all of it.
 fn shared_routes() -> OpenApiRouter<Arc<Platform>> {
+    let operators = OpenApiRouter::default().merge(vms::routes()).merge(images::routes()).merge(platforms::routes());
     OpenApiRouter::with_openapi(description::Head::openapi())
+        .merge(operators.route_layer(middleware::from_fn(check_operator)))
         .merge(description::routes())
-        .merge(vms::routes())
-        .merge(images::routes())
+        .merge(platforms::own_routes())
         .merge(clones::routes())
-        .merge(platforms::routes())
         .merge(supplies::routes())
+}
+
+/// Refuses other platforms.
+async fn check_operator(
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    request: Request,
+    next: Next,
+) -> Result<Response, Refusal> {
+    if is_operator(&peer) {
+        return Ok(next.run(request).await);
+    }
+    Err(Refusal(StatusCode::FORBIDDEN, format!("{peer} is no operator, and only operators may ask that")))
+}
+
+/// Whether somebody may do what an operator may: users of this host may do that too.
+fn is_operator(peer: &Peer) -> bool {
+    match peer {
+        Peer::Certified(holder) => holder.role() == Role::Operator,
+        Peer::Local => true,
+    }
 }
 
 /// What users of this host may ask.
@@ -212,7 +234,7 @@ impl From<Error> for Refusal {
             Error::Ambiguous(_) | Error::AmbiguousVm(_) | Error::Full { .. } | Error::Stopping | Error::Kept(_) => {
                 StatusCode::CONFLICT
             }
-            Error::ImageFile { .. } => StatusCode::UNPROCESSABLE_ENTITY,
+            Error::ImageFile { .. } | Error::Unfit { .. } => StatusCode::UNPROCESSABLE_ENTITY,
             Error::Alone | Error::Cluster(_) => StatusCode::NOT_FOUND,
             Error::Send { .. } => StatusCode::BAD_GATEWAY,
             _ => StatusCode::INTERNAL_SERVER_ERROR,

@@ -2,21 +2,26 @@
 
 use std::{sync::Arc, time::Instant};
 
-use axum::{Json, extract::State};
+use axum::{Json, extract::State, http::StatusCode};
 use utoipa_axum::{router::OpenApiRouter, routes};
 
-use super::{Refusal, check_count};
+use super::{Refusal, check_count, work};
 use crate::{
     api::{self, Platforms},
     cluster::{
-        member::Member,
+        member::{MAX_IMAGES, Member},
         placement::{Explanation, Wish},
     },
     platform::{Error, Platform},
 };
 
 pub(super) fn routes() -> OpenApiRouter<Arc<Platform>> {
-    OpenApiRouter::default().routes(routes!(own_platform)).routes(routes!(platforms)).routes(routes!(place))
+    OpenApiRouter::default().routes(routes!(platforms)).routes(routes!(place))
+}
+
+/// What other platforms ask too.
+pub(super) fn own_routes() -> OpenApiRouter<Arc<Platform>> {
+    OpenApiRouter::default().routes(routes!(own_platform))
 }
 
 /// Shows the platform that is asked, as one of a cluster.
@@ -49,5 +54,8 @@ async fn platforms(State(platform): State<Arc<Platform>>) -> Result<Json<Platfor
 )]
 async fn place(State(platform): State<Arc<Platform>>, Json(wish): Json<Wish>) -> Result<Json<Explanation>, Refusal> {
     check_count(wish.count)?;
-    Ok(Json(platform.explain(&wish)?))
+    if wish.images.len() > MAX_IMAGES {
+        return Err(Refusal(StatusCode::BAD_REQUEST, format!("a VM is of at most {MAX_IMAGES} images")));
+    }
+    Ok(Json(work(move || platform.explain(&wish)).await?))
 }

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use axum::{
     Json,
-    extract::{ConnectInfo, Path, Query, State},
+    extract::{Path, Query, State},
     http::StatusCode,
     response::{IntoResponse, Response},
 };
@@ -15,8 +15,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use super::{Refusal, work};
 use crate::{
     api::{LAST_PIECE, NEXT_OFFSET, Vm, Vms},
-    cluster::peer::{Peer, Role},
-    platform::Platform,
+    platform::{Error, Platform},
 };
 
 /// Longest time for which anybody waits for more of a log.
@@ -41,9 +40,9 @@ struct Wanted {
 
 /// Lists the VMs.
 #[utoipa::path(get, path = "/v1/vms", responses((status = 200, description = "Those that there are, and who they come from", body = Vms)))]
-async fn vms(State(platform): State<Arc<Platform>>) -> Json<Vms> {
-    // It reads from /proc for each VM: this thread has nothing else to do.
-    Json(platform.vms())
+async fn vms(State(platform): State<Arc<Platform>>) -> Result<Json<Vms>, Refusal> {
+    // It reads from /proc for each VM.
+    work(move || Ok::<_, Error>(Json(platform.vms()))).await
 }
 
 /// Shows one VM, by its name, its ID, or how that begins.
@@ -52,7 +51,7 @@ async fn vms(State(platform): State<Arc<Platform>>) -> Json<Vms> {
     responses((status = 200, description = "The VM", body = Vm))
 )]
 async fn vm(State(platform): State<Arc<Platform>>, Path(id): Path<String>) -> Result<Json<Vm>, Refusal> {
-    Ok(Json(platform.vm(&id)?))
+    Ok(Json(work(move || platform.vm(&id)).await?))
 }
 
 /// Stops one VM, by its name, its ID, or how that begins.
@@ -62,12 +61,7 @@ async fn vm(State(platform): State<Arc<Platform>>, Path(id): Path<String>) -> Re
     delete, path = "/v1/vms/{id}", params(("id" = String, Path)),
     responses((status = 204, description = "It has ended"))
 )]
-async fn stop_vm(
-    State(platform): State<Arc<Platform>>,
-    ConnectInfo(peer): ConnectInfo<Peer>,
-    Path(id): Path<String>,
-) -> Result<StatusCode, Refusal> {
-    check_operator(&peer, "stops VMs")?;
+async fn stop_vm(State(platform): State<Arc<Platform>>, Path(id): Path<String>) -> Result<StatusCode, Refusal> {
     work(move || platform.stop_vm(&id)).await?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -87,39 +81,15 @@ async fn stop_vm(
 )]
 async fn vm_log(
     State(platform): State<Arc<Platform>>,
-    ConnectInfo(peer): ConnectInfo<Peer>,
     Path(id): Path<String>,
     Query(Wanted { from, wait_ms }): Query<Wanted>,
 ) -> Result<Response, Refusal> {
-    check_operator(&peer, "reads VMs' logs")?;
+    let mut follower = (wait_ms > 0).then(|| platform.follow_log());
     platform.await_log(&id, from, Duration::from_millis(wait_ms).min(MAX_WAIT)).await?;
     let piece = work(move || platform.log(&id, from)).await?;
+    if let Some(follower) = &mut follower {
+        follower.comes_again = !piece.is_last;
+    }
     let head = [(NEXT_OFFSET, piece.next.to_string()), (LAST_PIECE, piece.is_last.to_string())];
     Ok((head, piece.bytes).into_response())
-}
-
-/// Refuses other platforms: what they need of VMs here, they have by clones.
-fn check_operator(peer: &Peer, what: &str) -> Result<(), Refusal> {
-    match peer {
-        Peer::Certified(holder) if holder.role() != Role::Operator => {
-            Err(Refusal(StatusCode::FORBIDDEN, format!("{peer} is no operator, and only an operator {what}")))
-        }
-        Peer::Certified(_) | Peer::Local => Ok(()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::cluster::peer::Holder;
-
-    #[test]
-    fn other_platforms_stop_no_vms() {
-        let peer = |role| Peer::Certified(Holder::new("alpha", role).unwrap());
-        assert!(check_operator(&peer(Role::Operator), "stops VMs").is_ok());
-        assert!(check_operator(&Peer::Local, "stops VMs").is_ok());
-        let Refusal(status, why) = check_operator(&peer(Role::Platform), "stops VMs").unwrap_err();
-        assert_eq!(status, StatusCode::FORBIDDEN);
-        assert_eq!(why, "the platform alpha is no operator, and only an operator stops VMs");
-    }
 }

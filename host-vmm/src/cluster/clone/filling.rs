@@ -69,6 +69,11 @@ pub enum Error {
     /// Memory is there that nobody has put there.
     #[error("a node has changed the memory that it runs in, or this kernel fills more of it than one page at a time")]
     Changed,
+    /// Nobody could tell what copies lack.
+    #[error(
+        "this host has no /dev/userfaultfd, or this user may not open it, and a clone can't depend on its source so"
+    )]
+    NoFaults(#[source] io::Error),
     /// Memory can't be filled page by page.
     #[error(
         "this kernel fills shared memory by huge pages (see shmem_enabled), and a clone can't depend on its source so"
@@ -119,6 +124,7 @@ impl Filling {
     /// [`Error`] where the description is none of a memory, or there can be no files for it.
     pub fn new(description: Description) -> Result<Self, Error> {
         check_single_pages()?;
+        memory::faults::device().map(drop).map_err(Error::NoFaults)?;
         let memory = &description.memory;
         let file = |layer: &LayerManifest| Ok(Arc::new(memory::fillable("vm-lazy", layer.file_pages * PAGE_BYTES)?));
         let files: Vec<Arc<File>> = memory.layers.iter().map(file).collect::<Result<_, memory::Error>>()?;

@@ -3,6 +3,7 @@
 use std::{collections::HashMap, fs::File, io, sync::Arc};
 
 use hyper::body::Bytes;
+use rustix::fs::{SealFlags, fcntl_get_seals};
 
 use super::Record;
 use crate::capsule::{self, Capsule, Chunk, Description, Digest, Digests, Header, LayerManifest};
@@ -80,6 +81,11 @@ impl Parcel {
     }
 }
 
+/// Whether nobody can write to a file, by whatever way.
+fn is_sealed(file: &File) -> bool {
+    fcntl_get_seals(file).is_ok_and(|seals| seals.contains(SealFlags::WRITE))
+}
+
 /// The memory of images that are there: who is sent another image need not be sent what that has in common with them.
 #[derive(Debug)]
 pub struct Stock {
@@ -97,12 +103,13 @@ impl Stock {
         Self { chunks: all.collect(), parcels }
     }
 
-    /// The file of a layer that has the same content.
+    /// The file of a layer that has the same content, and to which nobody can write any more: a node may have kept a way to do so to what it has
+    /// frozen itself.
     pub fn layer(&self, wanted: &LayerManifest) -> Option<Arc<File>> {
         let is_same = |layer: &LayerManifest| layer.file_pages == wanted.file_pages && layer.chunks == wanted.chunks;
         self.parcels.iter().find_map(|parcel| {
             let at = parcel.description.memory.layers.iter().position(is_same)?;
-            Some(Arc::clone(&parcel.files[at]))
+            Some(&parcel.files[at]).filter(|file| is_sealed(file)).map(Arc::clone)
         })
     }
 

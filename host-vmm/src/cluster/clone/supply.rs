@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs::File,
     io,
-    sync::{Arc, Mutex},
+    sync::{Arc, Condvar, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -226,26 +226,44 @@ impl Supply {
 
 /// The memories that a platform still sends.
 #[derive(Debug, Default)]
-pub struct Supplies(Mutex<BTreeMap<Uuid, Arc<Supply>>>);
+pub struct Supplies {
+    by_id: Mutex<BTreeMap<Uuid, Arc<Supply>>>,
+    changed: Condvar,
+}
 
 impl Supplies {
     /// Adds one, for the clone with this ID.
     pub fn add(&self, id: Uuid, supply: &Arc<Supply>) {
-        lock(&self.0).insert(id, Arc::clone(supply));
+        lock(&self.by_id).insert(id, Arc::clone(supply));
     }
 
     /// The one for a clone.
     pub fn find(&self, id: Uuid) -> Option<Arc<Supply>> {
-        lock(&self.0).get(&id).cloned()
+        lock(&self.by_id).get(&id).cloned()
     }
 
     /// Lets go of one.
     pub fn remove(&self, id: Uuid) {
-        lock(&self.0).remove(&id);
+        lock(&self.by_id).remove(&id);
+        self.changed.notify_all();
+    }
+
+    /// Lets go of all.
+    pub fn close(&self) {
+        lock(&self.by_id).clear();
+        self.changed.notify_all();
+    }
+
+    /// Waits until there is none.
+    pub fn wait_empty(&self) {
+        let by_id = lock(&self.by_id);
+        drop(self.changed.wait_while(by_id, |by_id| !by_id.is_empty()).unwrap_or_else(PoisonError::into_inner));
     }
 
     /// Lets go of those that nobody has asked for in a while, and nobody works with. To be called now and then.
     pub fn tend(&self) {
-        lock(&self.0).retain(|_, supply| Arc::strong_count(supply) > 1 || lock(&supply.asked).elapsed() < KEPT);
+        let is_needed = |supply: &Arc<Supply>| Arc::strong_count(supply) > 1 || lock(&supply.asked).elapsed() < KEPT;
+        lock(&self.by_id).retain(|_, supply| is_needed(supply));
+        self.changed.notify_all();
     }
 }

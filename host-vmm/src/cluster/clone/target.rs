@@ -282,7 +282,8 @@ impl Platform {
         if let Some(known) = by_id.get(&id) {
             return if known.order == order { Ok(known.progress().stage()) } else { Err(Error::Other(id)) };
         }
-        if self.cluster().is_some_and(|cluster| cluster.directory.is_partitioned()) {
+        // One that is being started is not among others yet.
+        if self.cluster().ok_or(platform::Error::Alone)?.directory.is_partitioned() {
             return Err(Error::CutOff);
         }
         if by_id.values().filter(|incoming| !lock(&incoming.progress).is_decided()).count() >= MAX_CLONES {

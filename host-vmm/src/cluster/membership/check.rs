@@ -100,12 +100,16 @@ pub(super) fn parse_json<T: serde::de::DeserializeOwned>(json: &[u8]) -> Result<
 /// # Errors
 /// [`Error`]: what is wrong with it.
 pub fn check(member: &Member) -> Result<(), Error> {
-    let Member { name, cluster, address, labels: all, cpu_profile, load } = member;
+    if is_reachable(member.address) { check_alone(member) } else { Err(Error::Address(member.address)) }
+}
+
+/// The same of one that nobody needs to reach.
+///
+/// # Errors
+/// As [`check`].
+pub fn check_alone(Member { name, cluster, address: _, labels: all, cpu_profile, load }: &Member) -> Result<(), Error> {
     if let Some(bad) = [name, cluster].into_iter().find(|name| !is_vm_type(name)) {
         return Err(Error::Name(shown(bad, NAME_CHARS)));
-    }
-    if !is_reachable(*address) {
-        return Err(Error::Address(*address));
     }
     labels(all)?;
     if !cpu_profile.is_empty() && !is_label_name(cpu_profile) {
@@ -152,7 +156,8 @@ fn is_label_value(value: &str) -> bool {
     value.len() <= MAX_LABEL_BYTES && value.bytes().all(|byte| byte.is_ascii_graphic() || byte == b' ')
 }
 
-fn is_shape(shape: Config) -> bool {
+/// Whether there can be VMs of a shape.
+pub(crate) fn is_shape(shape: Config) -> bool {
     let Config { ram_bytes, vcpus } = shape;
     let is_size = (MIN_RAM_BYTES..=MAX_RAM_BYTES).contains(&ram_bytes) && ram_bytes.is_multiple_of(PAGE_BYTES);
     is_size && (1..=MAX_VCPUS).contains(&vcpus)

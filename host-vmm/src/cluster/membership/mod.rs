@@ -104,7 +104,8 @@ impl Directory {
     pub fn start(settings: Settings) -> Result<Self, Error> {
         let Settings { own, lease, etcd, peers, ask } = settings;
         let member = own();
-        check::check(&member).map_err(Error::Own)?;
+        // Others are told where it is by etcd alone.
+        if etcd.is_some() { check::check(&member) } else { check::check_alone(&member) }.map_err(Error::Own)?;
         let shared = Arc::new(Shared::new(Known::new(&member, lease, etcd.is_some())));
         let (name, cluster) = (member.name.clone(), member.cluster.clone());
         let is_own = |peer: &Peer| (&peer.name, &peer.cluster) == (&name, &cluster);

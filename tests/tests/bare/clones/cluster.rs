@@ -15,6 +15,15 @@ use vmfork_tests::{
 use super::{INDEX, forker, know_each_other, numbers, vms, wait_until};
 
 #[test]
+fn a_platform_that_serves_nobody_else_needs_no_address() {
+    let platform = Vmm::serve("name = \"a\"\n").start().expect("a platform");
+    let known = wait_until(&platform, &["platforms", "--json"], |known| known["platforms"].is_array());
+    assert_eq!(known["platforms"].as_array().expect("an array").len(), 1, "{known}");
+    platform.signal(Signal::SIGTERM).expect("a signal");
+    assert!(platform.end().is_ok());
+}
+
+#[test]
 fn copies_are_spread_over_all_platforms() {
     const NAMES: [&str; 8] = ["a", "b", "c", "d", "e", "f", "g", "h"];
     // Making a VM takes 20 ms in the lab.
