@@ -3,9 +3,10 @@
 use std::{
     fmt, io,
     path::PathBuf,
-    pin::Pin,
+    pin::{Pin, pin},
+    sync::{Arc, Mutex},
     task::{Context, Poll},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use http_body_util::{BodyExt, Limited};
@@ -23,10 +24,13 @@ use tokio::{
 };
 
 use super::super::Failure;
-use crate::cluster::tls;
+use crate::{cluster::tls, sync::lock};
 
 /// Longest answer in bytes.
 const MAX_ANSWER_BYTES: usize = 64 << 20;
+
+/// How long a platform has to take in what is long to send, and to take one more piece of it.
+const LONG: Duration = Duration::from_secs(120);
 
 /// Why a platform was not asked, or does not do what it was asked for.
 #[derive(Debug, thiserror::Error)]
@@ -163,7 +167,14 @@ impl Content {
     }
 }
 
-impl Body for Content {
+/// Content on its way.
+struct Sent {
+    content: Content,
+    /// When some of it was taken last.
+    taken: Arc<Mutex<Instant>>,
+}
+
+impl Body for Sent {
     type Data = Bytes;
     type Error = io::Error;
 
@@ -171,17 +182,19 @@ impl Body for Content {
         mut self: Pin<&mut Self>,
         _context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
-        Poll::Ready(match &mut *self {
-            Self::Whole(bytes) => bytes.take().map(|bytes| Ok(Frame::data(bytes))),
-            Self::Pieces(pieces) => pieces.next().map(|piece| piece.map(Frame::data)),
-        })
+        let frame = match &mut self.content {
+            Content::Whole(bytes) => bytes.take().map(|bytes| Ok(Frame::data(bytes))),
+            Content::Pieces(pieces) => pieces.next().map(|piece| piece.map(Frame::data)),
+        };
+        *lock(&self.taken) = Instant::now();
+        Poll::Ready(frame)
     }
 }
 
 /// A connection by which a platform is asked, one question after another.
 pub struct Connection {
     platform: String,
-    sender: SendRequest<Content>,
+    sender: SendRequest<Sent>,
     runtime: Runtime,
     patience: Option<Duration>,
 }
@@ -216,8 +229,8 @@ impl Connection {
         Ok(Self { platform, sender, runtime, patience: None })
     }
 
-    /// Has the platform begin each answer within this time, and go on with it as soon; but for what is long to send, which may take as long to
-    /// take in.
+    /// Has the platform begin each answer within this time, and go on with it as soon. What is long to send may be long to take in: for that it
+    /// has [`LONG`] since it has taken the last piece.
     #[must_use]
     pub fn with_patience(self, patience: Duration) -> Self {
         Self { patience: Some(patience), ..self }
@@ -242,18 +255,27 @@ impl Connection {
     /// As [`Connection::ask`].
     pub fn exchange(&mut self, method: Method, path: &str, content: Content) -> Result<(HeaderMap, Bytes), Error> {
         let broken = |source| Error::Exchange { platform: self.platform.clone(), source };
-        let begun_within = self.patience.filter(|_| matches!(content, Content::Whole(_)));
+        let most = |patience| if matches!(content, Content::Whole(_)) { patience } else { LONG.max(patience) };
+        let limit = self.patience.map(most);
+        let taken = Arc::new(Mutex::new(Instant::now()));
         let request = Request::builder().method(method).uri(path).header(header::HOST, "platform");
-        let request = request.header(header::CONTENT_TYPE, content.media_type()).body(content);
+        let media_type = content.media_type();
+        let content = Sent { content, taken: Arc::clone(&taken) };
+        let request = request.header(header::CONTENT_TYPE, media_type).body(content);
         let request = request.map_err(|source| self.answer_error(source))?;
         let (sender, platform) = (&mut self.sender, &self.platform);
         let between = self.patience;
         let (head, answer) = self.runtime.block_on(async {
-            let response = within(begun_within, platform, async {
+            let mut exchange = pin!(async {
                 sender.ready().await.map_err(broken)?;
                 sender.send_request(request).await.map_err(broken)
             });
-            let response = response.await??;
+            let response = loop {
+                match within(limit, platform, &mut exchange).await {
+                    Err(_) if limit.is_some_and(|limit| lock(&taken).elapsed() < limit) => {}
+                    response => break response??,
+                }
+            };
             let (head, body) = response.into_parts();
             let mut body = Limited::new(body, MAX_ANSWER_BYTES);
             let mut answer = Vec::new();
@@ -287,7 +309,7 @@ impl Connection {
     }
 }
 
-async fn begin<S>(stream: S, platform: &str) -> Result<SendRequest<Content>, Error>
+async fn begin<S>(stream: S, platform: &str) -> Result<SendRequest<Sent>, Error>
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
@@ -306,4 +328,22 @@ where
 async fn within<T>(limit: Option<Duration>, platform: &str, work: impl Future<Output = T>) -> Result<T, Error> {
     let Some(patience) = limit else { return Ok(work.await) };
     tokio::time::timeout(patience, work).await.map_err(|_| Error::Silent { platform: platform.to_owned(), patience })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[test]
+    fn nobody_is_waited_for_for_ever() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let _listener = UnixListener::bind(&path).unwrap();
+        let mut connection =
+            Connection::open(&Endpoint::Socket(path)).unwrap().with_patience(Duration::from_millis(20));
+        let asked = connection.ask(Method::GET, "/", Content::none());
+        assert!(matches!(asked, Err(error @ Error::Silent { .. }) if error.may_pass()));
+    }
 }
