@@ -34,7 +34,13 @@ const CONSOLE_LINES: usize = 20;
 
 /// The kernel's command line. The emulated TSC is as steady as this machine's, but doesn't say so: without
 /// `tsc=reliable`, the kernel would take every time from an emulated HPET.
-const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable random.trust_cpu=on";
+///
+/// Its timer ticks all the time, instead of being set for each event. QEMU's processor thread changes the word of its pending
+/// interrupts when a nested guest is entered and left, and takes no lock for that: an interrupt of this very moment is forgotten.
+/// It stays in the local APIC, but nothing wakes the processor for it until another one comes. Where it was that of the only timer,
+/// which is set once the last event has come, the lab stood still for ever.
+const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable nohz=off highres=off \
+    random.trust_cpu=on";
 
 /// The machine. EPYC-Rome with `svm` is an AMD CPU with nested paging. It has no XSAVE, since QEMU does not let a nested
 /// hypervisor see a guest's XSETBV: the guest's kernel would warn that sizes contradict each other, and lose AVX state.
