@@ -203,7 +203,32 @@ struct FileChunks {
     chunks: Vec<Chunk>,
 }
 
+/// The same knowledge, apart: what is found out with it is not known elsewhere until that [learns](Digests::learn) it.
+impl Clone for Digests {
+    fn clone(&self) -> Self {
+        Self(Mutex::new(lock(&self.0).clone()))
+    }
+}
+
 impl Digests {
+    /// Takes over what was found out of files that are certain not to change any more: that of a booted VM's memory is written to again where
+    /// its fork fails.
+    pub fn learn(&self, from: &Self) {
+        let found = lock(&from.0).clone();
+        for (id, chunks) in found {
+            self.enter(id, chunks);
+        }
+    }
+
+    fn enter(&self, id: FileId, chunks: Arc<FileChunks>) {
+        let mut known = lock(&self.0);
+        if known.iter().all(|(other, _)| *other != id) {
+            let surplus = (known.len() + 1).saturating_sub(MAX_KNOWN_FILES);
+            known.drain(..surplus);
+            known.push((id, chunks));
+        }
+    }
+
     fn of(&self, file: &File) -> io::Result<Arc<FileChunks>> {
         let metadata = file.metadata()?;
         let id = (metadata.dev(), metadata.ino(), metadata.ctime(), metadata.ctime_nsec(), metadata.len());
@@ -213,10 +238,7 @@ impl Digests {
         }
         let bytes = metadata.len();
         let made = Arc::new(FileChunks { pages: bytes.div_ceil(PAGE_BYTES), chunks: chunks_of(file, bytes)? });
-        let mut known = lock(&self.0);
-        let surplus = (known.len() + 1).saturating_sub(MAX_KNOWN_FILES);
-        known.drain(..surplus);
-        known.push((id, Arc::clone(&made)));
+        self.enter(id, Arc::clone(&made));
         Ok(made)
     }
 }
@@ -313,6 +335,17 @@ mod tests {
         let count = pages.len() as u64;
         let image = Image::new(count, vec![Arc::new(Layer::whole(Arc::new(file(pages)), count))]).unwrap();
         Manifest::of(&image, &Digests::default()).unwrap()
+    }
+
+    #[test]
+    fn what_is_found_out_apart_is_known_once_it_is_learnt() {
+        let (all, file) = (Digests::default(), file(&[1, 0, 2]));
+        let apart = all.clone();
+        let found = apart.of(&file).unwrap();
+        assert!(lock(&all.0).is_empty());
+        all.learn(&apart);
+        all.learn(&apart);
+        assert!(lock(&all.0).len() == 1 && Arc::ptr_eq(&all.of(&file).unwrap(), &found));
     }
 
     proptest! {

@@ -15,7 +15,7 @@ use super::{
     node::Node,
 };
 use crate::{
-    capsule::{About, Capsule},
+    capsule::{About, Capsule, Digests},
     clock::wall_clock_ns,
     cluster::{
         clone::{self, Parcel, source, supply::Supply},
@@ -62,6 +62,8 @@ struct Away {
     rendezvous: Arc<Rendezvous>,
     /// The image's files.
     files: Vec<Arc<File>>,
+    /// What is known of these: where the fork fails, the parent may write to them again.
+    digests: Digests,
     about: About,
     total: u32,
     location: Where,
@@ -125,6 +127,7 @@ impl Fork {
             fork: Arc::clone(self),
             rendezvous: Arc::clone(rendezvous),
             files: files.map_err(Error::Start)?,
+            digests: platform.digests.clone(),
             about,
             total: launch.total,
             location,
@@ -156,7 +159,7 @@ impl Away {
         if self.platform.cluster.get().is_some_and(|cluster| cluster.sending.lazy) {
             return Ok(Sent::Lazily(Box::new(capsule)));
         }
-        Ok(Sent::Whole(Arc::new(Parcel::of(&capsule, &self.platform.digests).map_err(Error::Capsule)?)))
+        Ok(Sent::Whole(Arc::new(Parcel::of(&capsule, &self.digests).map_err(Error::Capsule)?)))
     }
 
     /// Has copies launched where they are to go, all at once. `tried` are platforms that could not.
@@ -225,6 +228,7 @@ impl Away {
             return self.fork.gone(slots.len(), &chain(&error));
         }
         self.fork.is_certain(&self.platform);
+        self.platform.digests.learn(&self.digests);
         match prepared.commit() {
             Ok(vms) => vms.iter().for_each(|vm| {
                 self.platform.events.write(&Event::Sent { id: vm.id, name: &vm.name, platform, seq: self.about.seq });

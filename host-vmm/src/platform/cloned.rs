@@ -57,9 +57,9 @@ impl Platform {
         &self.supplies
     }
 
-    /// What all of a memory is that is still being sent.
+    /// What all of a memory is that is still being sent. Nothing is remembered of that: whether its fork is certain is not known here.
     pub(crate) fn manifest(&self, supply: &Supply) -> Result<Bytes, capsule::Error> {
-        supply.manifest(&self.digests)
+        supply.manifest(&self.digests.clone())
     }
 
     /// The clones that come to this platform.
