@@ -27,7 +27,7 @@ use crate::{
 };
 
 /// Version of the state in a capsule: another one with each change of [`MachineState`], of guest-physical addresses, or of the interface
-/// between VMMs.
+/// between VMMs; but for what only some states have, in a part of its own, which programs refuse that do not know it.
 pub const STATE_VERSION: u32 = 1;
 
 /// Versions of the state that this program can restore.

@@ -9,7 +9,7 @@ use uuid::Uuid;
 use super::{Error, codec, compat::Requirements, manifest::Manifest};
 use crate::{
     arch::layout::PAGE_BYTES,
-    devices::DevicesState,
+    devices::{ControlPageState, DevicesState},
     kvm::{VcpuState, VmState},
     machine::{Config, MachineState, VmIdentity},
 };
@@ -36,7 +36,7 @@ pub struct About {
     pub original: VmIdentity,
     /// Shape of its copies.
     pub config: Config,
-    /// Number of the guest's request that it was made for.
+    /// Number of the guest's request that it was made for; 0 where an operator has asked.
     pub seq: u64,
 }
 
@@ -115,6 +115,7 @@ parts! {
     DevicesState: 6, "the devices", 1;
     Manifest: 7, "the memory", 1;
     Vec<u32>: 8, "the sizes of compressed chunks", 1;
+    ControlPageState: 9, "what guest and VMM have said to each other", 1;
 }
 
 /// What a machine's state has of no other part.
@@ -157,7 +158,7 @@ impl Description {
     /// # Errors
     /// [`Error::Codec`].
     pub fn to_bytes(&self) -> Result<Vec<u8>, Error> {
-        let MachineState { vm, vcpus, devices, tsc_khz, capabilities, config: _ } = &self.machine;
+        let MachineState { vm, vcpus, devices, control_page, tsc_khz, capabilities, config: _ } = &self.machine;
         let mut sections = vec![
             Section::of(&self.about)?,
             Section::of(&self.requirements)?,
@@ -169,6 +170,10 @@ impl Description {
         ];
         if let Some(stored) = &self.stored {
             sections.push(Section::of(stored)?);
+        }
+        // Most guests have asked for the copies, and been answered. An older program knows that, and nothing else.
+        if *control_page != ControlPageState::forked(self.about.seq) {
+            sections.push(Section::of(control_page)?);
         }
         Ok(codec::encode(&sections)?)
     }
@@ -189,7 +194,8 @@ impl Description {
         let (about, requirements): (About, Requirements) = (parts.need()?, parts.need()?);
         let Machine { tsc_khz, capabilities } = parts.need()?;
         let (vm, vcpus, devices) = (parts.need()?, parts.need()?, parts.need()?);
-        let machine = MachineState { config: about.config, vm, vcpus, devices, tsc_khz, capabilities };
+        let control_page = parts.take()?.unwrap_or_else(|| ControlPageState::forked(about.seq));
+        let machine = MachineState { config: about.config, vm, vcpus, devices, control_page, tsc_khz, capabilities };
         let (memory, stored) = (parts.need::<Manifest>()?, parts.take()?);
         about.check()?;
         memory.check()?;

@@ -6,7 +6,8 @@ use uuid::Uuid;
 use super::*;
 use crate::{
     arch::layout::PAGE_BYTES,
-    capsule::{About, older::tests::saved_as_version_1, pack},
+    capsule::{About, older::tests::saved_as_version_1, pack, unpack},
+    devices::ControlPageState,
     machine::{Config, MachineState, VmIdentity},
     memory::{self, Image, Layer, Run},
 };
@@ -28,7 +29,7 @@ fn layer(pages: &[u8]) -> Arc<Layer> {
 pub(crate) fn capsule(layers: &[Vec<u8>]) -> Capsule {
     let layers: Vec<_> = std::iter::once(&vec![0; 40]).chain(layers).map(|pages| layer(pages)).collect();
     let files: Vec<_> = layers.iter().map(|layer| Arc::clone(&layer.file)).collect();
-    let machine = MachineState::blank();
+    let machine = MachineState { control_page: ControlPageState::forked(10), ..MachineState::blank() };
     let state = pack(&machine, &Image::new(PAGES, layers).unwrap(), &files).unwrap();
     let original = VmIdentity {
         id: Uuid::from_u128(7),
@@ -193,4 +194,18 @@ fn a_file_is_saved_whole_or_not_at_all() {
     assert!(save_as(&broken, &path, false).is_err());
     assert_eq!(std::fs::read(&path).unwrap(), before);
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn what_a_guest_was_told_is_saved_where_it_did_not_ask_for_the_copies() {
+    let asked = capsule(&[]);
+    let (machine, image) = unpack(&asked.state, &asked.files).unwrap();
+    let not_asked = MachineState { control_page: ControlPageState::forked(9), ..machine };
+    let state = pack(&not_asked, &image, &asked.files).unwrap();
+    let not_asked = Capsule { about: asked.about.clone(), state, files: asked.files.clone() };
+    for (capsule, parts) in [(&asked, 7), (&not_asked, 8)] {
+        assert_eq!(loaded(&saved(capsule, false)).unwrap().state, capsule.state);
+        let described = capsule.outline().unwrap().0.to_bytes().unwrap();
+        assert_eq!(described[..8], u64::to_le_bytes(parts), "older programs know seven parts");
+    }
 }

@@ -14,7 +14,7 @@ use uuid::Uuid;
 use super::{About, Capsule, Error, Header, LayerContents, MAX_BYTES, codec, header::DATA_OFFSET, image, pack};
 use crate::{
     arch::layout::{MAX_RAM_BYTES, PAGE_BYTES},
-    devices::DevicesState,
+    devices::{ControlPageState, DevicesState},
     kvm::{VcpuState, VmState},
     machine::{Config, MachineState, VmIdentity},
     memory::{self, MAX_LAYERS},
@@ -80,7 +80,8 @@ pub(super) fn load(file: &File, header: &Header, description: &[u8]) -> Result<C
     }
     let Contents { machine: Machine { config, vm, vcpus, devices }, pages, layers } =
         codec::decode(&description.state)?;
-    let machine = MachineState { config, vm, vcpus, devices, tsc_khz: None, capabilities: Vec::new() };
+    let control_page = ControlPageState::forked(description.seq);
+    let machine = MachineState { config, vm, vcpus, devices, control_page, tsc_khz: None, capabilities: Vec::new() };
     let state = pack(&machine, &image(pages, layers, &files)?, &files)?;
     let Description { id, created_ns, vm_type, original, config, seq, .. } = description;
     let about = About { id, created_ns, vm_type, original, config, seq };

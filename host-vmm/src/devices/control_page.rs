@@ -2,11 +2,16 @@
 //!
 //! The guest can write all of the page at any time. So the request is copied out once and only the copy is looked at, and what
 //! the VMM wrote is never read back. A list of many copies reaches into the pages behind it.
+//!
+//! Header, identity and list are each VM's own. What guest and VMM have said to each other, request and response, is state: a copy that its
+//! guest did not ask for may have been about to ask for something else, or to read an answer, and finds both as they were.
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use vmfork_abi::{
     ABI_VERSION, CopyList, Header, Identity, ListedCopy, MAGIC, PAGE, PAGE_BYTES, REGION_BYTES, Request, Response,
+    Status,
 };
 
 use crate::memory::{self, Mapping};
@@ -15,6 +20,26 @@ use crate::memory::{self, Mapping};
 #[derive(Debug, Clone)]
 pub struct ControlPage {
     mapping: Arc<Mapping>,
+}
+
+/// Request and response as they stand in the page, one behind the other. All bytes are a state; nobody looks at them but the guest.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ControlPageState([[u8; 32]; STATE_BYTES / 32]);
+
+/// Size of the state in bytes.
+const STATE_BYTES: usize = Request::BYTES + Response::BYTES;
+
+const _: () = assert!(PAGE.request.offset + Request::BYTES == PAGE.response.offset);
+const _: () = assert!(STATE_BYTES.is_multiple_of(32));
+
+impl ControlPageState {
+    /// The state in a copy that the request `seq` has made: it is answered, and nothing is asked for any more.
+    pub fn forked(seq: u64) -> Self {
+        let mut state = Self::default();
+        let response = Response { seq, status: Status::Forked.number(), ..Default::default() };
+        state.0.as_flattened_mut()[Request::BYTES..].copy_from_slice(&response.to_bytes());
+        state
+    }
 }
 
 impl ControlPage {
@@ -68,6 +93,24 @@ impl ControlPage {
         Ok(Request::from_bytes(&bytes))
     }
 
+    /// Copies the state out.
+    ///
+    /// # Errors
+    /// As [`ControlPage::request`].
+    pub fn save(&self) -> Result<ControlPageState, memory::Error> {
+        let mut state = ControlPageState::default();
+        self.mapping.read(PAGE.request.offset, state.0.as_flattened_mut())?;
+        Ok(state)
+    }
+
+    /// Writes the state.
+    ///
+    /// # Errors
+    /// As [`ControlPage::request`].
+    pub fn restore(&self, state: &ControlPageState) -> Result<(), memory::Error> {
+        self.mapping.write(PAGE.request.offset, state.0.as_flattened())
+    }
+
     /// Writes the response.
     ///
     /// # Errors
@@ -110,6 +153,33 @@ mod tests {
             page.mapping().write(0, &[filling; PAGE_BYTES]).unwrap();
             assert_eq!(page.request().unwrap().to_bytes(), [filling; Request::BYTES]);
         }
+    }
+
+    #[test]
+    fn a_restored_page_is_equal_but_for_who_it_belongs_to() {
+        let (page, copy) = (ControlPage::new().unwrap(), ControlPage::new().unwrap());
+        page.mapping()
+            .write(PAGE.request.offset, &Request { seq: 7, count: 2, ..Default::default() }.to_bytes())
+            .unwrap();
+        page.respond(&Response { seq: 6, status: 2, error: 3, ..Default::default() }).unwrap();
+        page.identify(&Identity { index: 1, ..Default::default() }).unwrap();
+        copy.restore(&page.save().unwrap()).unwrap();
+        assert_eq!(copy.save().unwrap(), page.save().unwrap());
+        assert_eq!(copy.request().unwrap(), Request { seq: 7, count: 2, ..Default::default() });
+        let mut identity = [0; Identity::BYTES];
+        copy.mapping().read(PAGE.identity.offset, &mut identity).unwrap();
+        assert_eq!(identity, [0; Identity::BYTES]);
+    }
+
+    #[test]
+    fn a_request_that_made_a_copy_is_answered_there() {
+        let page = ControlPage::new().unwrap();
+        page.restore(&ControlPageState::forked(7)).unwrap();
+        let mut response = [0; Response::BYTES];
+        page.mapping().read(PAGE.response.offset, &mut response).unwrap();
+        let forked = Response { seq: 7, status: Status::Forked.number(), ..Default::default() };
+        assert_eq!(Response::from_bytes(&response), forked);
+        assert_eq!(page.request().unwrap(), Request::default());
     }
 
     #[test]

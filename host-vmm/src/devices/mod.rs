@@ -13,7 +13,7 @@ mod control_page;
 pub mod power;
 mod serial;
 
-pub use control_page::ControlPage;
+pub use control_page::{ControlPage, ControlPageState};
 pub use serial::{Error, Serial, SerialState};
 
 use crate::{

@@ -102,7 +102,7 @@ fn meet(
     let (machine, vcpus, signal, order) = timeline.time(Step::Launch, || -> Result<_, Error> {
         let order = order()?;
         let (machine, vcpus) = unnamed.name(order.identity.clone());
-        let signal = Signal::to_child(&machine, order.seq)?;
+        let signal = Signal::to_child(&machine)?;
         rendezvous.arrive(order.arrivals)?;
         // The platform has kept it off the parent's until now. While the parent takes note, there is time for this.
         threads::use_all_processors();

@@ -38,7 +38,7 @@ use crate::{
     capsule,
     clock::monotonic_ns,
     descriptors,
-    devices::Paused,
+    devices::{ControlPageState, Paused},
     error::chain,
     kvm::{self, Vcpu},
     machine::{self, FirstExit, GateError, LeftBehind, Machine, MachineState, Stopped, Successor},
@@ -264,7 +264,7 @@ impl Engine {
         let stopped = timeline.step(Step::Quiesce, || Ok(machine.gate.stop_others(vcpu.id())?))?;
         timeline.step(Step::Complete, || vcpu.complete_exit().map_err(Error::Complete))?;
         let devices = machine.devices.pause();
-        let state = timeline.step(Step::Capture, || capture(machine, vcpu, &stopped, &devices))?;
+        let state = timeline.step(Step::Capture, || capture(machine, order.seq, vcpu, &stopped, &devices))?;
         children.wake()?;
         let files = plan.files().to_vec();
         let (image, onward) = timeline.step(Step::Freeze, || {
@@ -302,14 +302,21 @@ impl Engine {
     }
 }
 
-/// Reads the state of the machine. All vCPUs are stopped, and have completed their exits.
-fn capture(machine: &Machine, vcpu: &Vcpu, stopped: &Stopped<'_>, devices: &Paused<'_>) -> Result<MachineState, Error> {
+/// Reads the state of the machine, as its copies are to have it. All vCPUs are stopped, and have completed their exits.
+fn capture(
+    machine: &Machine,
+    seq: u64,
+    vcpu: &Vcpu,
+    stopped: &Stopped<'_>,
+    devices: &Paused<'_>,
+) -> Result<MachineState, Error> {
     Ok(MachineState {
         config: machine.config,
         // Before the VM's part: reading a vCPU's run state takes in what is pending.
         vcpus: stopped.states(vcpu.save().map_err(Error::Capture)?)?,
         vm: machine.vm.get().save().map_err(Error::Capture)?,
         devices: devices.save(),
+        control_page: ControlPageState::forked(seq),
         tsc_khz: machine.tsc_khz,
         capabilities: machine.workshop.host.model.capabilities.clone(),
     })

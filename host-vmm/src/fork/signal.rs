@@ -51,10 +51,10 @@ impl Signal {
         Ok(Self { copies, ..signal })
     }
 
-    /// Tells a child that it comes from the request `seq`.
-    pub(super) fn to_child(machine: &Machine, seq: u64) -> Result<Self, Error> {
+    /// Tells a child who it is. What its guest has asked for, and was answered, has come with the machine's state.
+    pub(super) fn to_child(machine: &Machine) -> Result<Self, Error> {
         let identity = lock(&machine.identity).clone();
-        Self::new(identity, Role::Child, Some(seq))
+        Self::new(identity, Role::Child, None)
     }
 
     fn new(identity: VmIdentity, role: Role, answers: Option<u64>) -> Result<Self, Error> {

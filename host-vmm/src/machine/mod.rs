@@ -19,7 +19,7 @@ pub use shell::{Config, Error, Shell, Unnamed, Workshop};
 pub use successor::{LeftBehind, Spare, Successor};
 
 use crate::{
-    devices::{ControlPage, Devices, DevicesState},
+    devices::{ControlPage, ControlPageState, Devices, DevicesState},
     kvm::{CurrentVm, Vcpu, VcpuState, VmState},
     memory::{self, Faults, View},
     sync::lock,
@@ -88,6 +88,8 @@ pub struct MachineState {
     pub vcpus: Vec<VcpuState>,
     /// The devices.
     pub devices: DevicesState,
+    /// What guest and VMM have said to each other.
+    pub control_page: ControlPageState,
     /// How fast its time-stamp counters run, in kHz; `None` where nobody could tell.
     pub tsc_khz: Option<u32>,
     /// Names of the capabilities of KVM that its guest, or its state, may use, of those that not every host has.
@@ -103,6 +105,7 @@ impl MachineState {
             vm: VmState::blank(),
             vcpus: vec![VcpuState::sample(Vec::new(), Vec::new(), 0, 0)],
             devices: DevicesState::power_on(),
+            control_page: ControlPageState::default(),
             tsc_khz: None,
             capabilities: Vec::new(),
         }

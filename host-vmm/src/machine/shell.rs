@@ -16,7 +16,7 @@ use crate::{
         regs,
     },
     boot::{self, Payload},
-    devices::{self, ControlPage, Devices, DevicesState},
+    devices::{self, ControlPage, ControlPageState, Devices, DevicesState},
     kvm::{self, CurrentVm, Host, Model, Time, Vcpu, VcpuId, Vm},
     memory::{self, Faults, Ground, Image, Mapping, PageMap, View, WorkingSet},
 };
@@ -178,6 +178,7 @@ impl Shell {
             vm: self.vm.save().ok()?,
             vcpus,
             devices: DevicesState::power_on(),
+            control_page: ControlPageState::default(),
             tsc_khz: *tsc_khz,
             capabilities: capabilities.clone(),
         })
@@ -227,6 +228,7 @@ impl Shell {
         let Restored { vm, vcpus, memory } = self.take_state(state, image, Time::FromCapture, faults.as_ref())?;
         let vm = Arc::new(CurrentVm::new(vm));
         let devices = Devices::restore(&state.devices, &vm, console)?;
+        control_page.restore(&state.control_page)?;
         let tsc_khz = state.tsc_khz.or(workshop.host.model.tsc_khz);
         Ok(Unnamed { workshop, config, vm, memory, control_page, devices, vcpus, tsc_khz, faults })
     }
