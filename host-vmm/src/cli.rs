@@ -16,7 +16,7 @@ use crate::{
 
 mod platform;
 
-pub use platform::{Elsewhere, Logs, Platform, Stop};
+pub use platform::{Elsewhere, Fork, Logs, Platform, Stop};
 
 /// Runs Linux guests on KVM that can fork themselves.
 #[derive(Debug, Parser)]
@@ -39,6 +39,8 @@ pub enum Command {
     Ps(Ps),
     /// Draw which VM of a platform comes from which.
     Tree(Tree),
+    /// Fork a VM of a platform, though its guest has not asked for it.
+    Fork(Fork),
     /// Stop VMs of a platform.
     Stop(Stop),
     /// Print what a VM has written to its console.
@@ -47,7 +49,7 @@ pub enum Command {
     Image(Image),
     /// Launch copies of an image that a platform keeps.
     Spawn(Spawn),
-    /// Launch copies of an image on another platform.
+    /// Launch copies of an image, or of a VM that runs, on another platform.
     Clone(Clone),
     /// List the platforms that one knows.
     Platforms(Platforms),
@@ -258,12 +260,12 @@ pub struct Spawn {
 /// Options of `clone`.
 #[derive(Debug, Args)]
 pub struct Clone {
-    /// The platform that has the image.
+    /// The platform that has what is copied.
     #[command(flatten)]
     pub platform: Platform,
-    /// The image's ID, or how that begins.
-    #[arg(long, value_name = "ID")]
-    pub image: String,
+    /// What is copied.
+    #[command(flatten)]
+    pub original: Original,
     /// Name of the platform where the copies are to run; CLUSTER/NAME where several clusters have one of that name.
     #[arg(long, value_name = "PLATFORM")]
     pub to: String,
@@ -276,6 +278,18 @@ pub struct Clone {
     /// Print one JSON object.
     #[arg(long)]
     pub json: bool,
+}
+
+/// What `clone` copies: one of these.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub struct Original {
+    /// The image's ID, or how that begins.
+    #[arg(long, value_name = "ID")]
+    pub image: Option<String>,
+    /// The VM's name, or its ID, or how that begins. It is forked, though its guest has not asked for it, and goes on.
+    #[arg(long, value_name = "VM")]
+    pub vm: Option<String>,
 }
 
 /// Options of `platforms`.

@@ -17,6 +17,7 @@ fn main() -> ExitCode {
         Command::Serve(options) => command::serve(&options),
         Command::Ps(options) => command::ps(&options),
         Command::Tree(options) => command::tree(&options),
+        Command::Fork(options) => command::fork(&options),
         Command::Stop(options) => command::stop(&options),
         Command::Logs(options) => command::logs(&options),
         Command::Image(options) => command::image(&options.command),

@@ -46,6 +46,12 @@ global_asm!(
     "    je 80f",
     "    cmp eax, 9",
     "    je 95f",
+    "    cmp eax, 10",
+    "    je 100f",
+    "    cmp eax, 11",
+    "    je 110f",
+    "    cmp eax, 12",
+    "    je 120f",
     "3:  hlt",
     "    jmp 3b",
     "10: mov [rbx], ecx", // store 4 bytes
@@ -106,6 +112,22 @@ global_asm!(
     "    jz 96b",
     "    mov edx, 0x3f8",
     "    in al, dx",
+    "    jmp 2b",
+    "100: inc dword ptr [rbx]", // count so many times
+    "    dec ecx",
+    "    jnz 100b",
+    "    jmp 2b",
+    "110: cmp [rbx], ecx", // wait until 4 bytes are as they should be, or for a byte of input
+    "    je 2b",
+    "    mov edx, 0x3fd",
+    "    in al, dx",
+    "    test al, 1",
+    "    jz 110b",
+    "    mov edx, 0x3f8",
+    "    in al, dx",
+    "    jmp 2b",
+    "120: imul rcx, rcx, 24", // go back so many steps
+    "    sub rbp, rcx",
     "    jmp 2b",
     "90: mov ecx, 8", // print EDI in hexadecimal, and a new line
     "91: rol edi, 4",
@@ -199,6 +221,26 @@ impl Script {
         self = self.step(8, address, u64::from(value) | skip << 32);
         self.steps.extend(then.steps);
         self
+    }
+
+    /// Adds one to four bytes of memory, so many times, which are not none.
+    #[must_use]
+    pub fn count(self, address: u64, times: u32) -> Self {
+        self.step(10, address, u64::from(times))
+    }
+
+    /// Waits until four bytes of memory have this value, or something is typed at the console.
+    #[must_use]
+    pub fn wait_for_input_or(self, address: u64, value: u32) -> Self {
+        self.step(11, address, u64::from(value))
+    }
+
+    /// Does something again and again.
+    #[must_use]
+    pub fn forever(mut self, what: Self) -> Self {
+        let steps = what.steps.len() as u64 + 1;
+        self.steps.extend(what.steps);
+        self.step(12, 0, steps)
     }
 
     /// Stands still.

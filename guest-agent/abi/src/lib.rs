@@ -5,6 +5,10 @@
 //! instruction completes. By then there are several VMs: the parent, and every copy, each with a page of its own. The parent's has a
 //! [`CopyList`] too.
 //!
+//! An operator can fork a VM too. Its guest is not told: nothing in the parent's page changes, whatever the guest is about to do with it. In a
+//! copy's page [`Request`] and [`Response`] stand as the parent had them at that instant, and the [`Identity`] is the copy's own: a child's,
+//! with another ID. A ring that comes while such a fork is under way is refused ([`ErrorCode::Busy`]).
+//!
 //! The page is little-endian. Each part is a `#[repr(C)]` struct without padding; [`PAGE`] gives the parts' offsets. Either side
 //! copies a part out of the page once, as bytes, and looks only at the copy.
 #![no_std]

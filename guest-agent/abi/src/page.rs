@@ -154,7 +154,7 @@ part! {
     /// How the VMM answered.
     Response (64) {
         /// Number of the request that this answers. A request whose number it is not was not looked at: another vCPU's fork was under
-        /// way ([`ErrorCode::Busy`](crate::ErrorCode::Busy)).
+        /// way ([`ErrorCode::Busy`](crate::ErrorCode::Busy)). A fork that an operator asks for answers none.
         0 seq: u64,
         /// A [`Status`](crate::Status).
         8 status: u32,
@@ -172,7 +172,7 @@ part! {
         0 role: u32,
         /// Which child of its fork this is, from 1 to `count`; 0 in a parent and in a booted VM.
         4 index: u32,
-        /// How many children the latest fork made; 0 in a booted VM.
+        /// How many children the latest fork made that this VM has asked for, or comes from; 0 in a booted VM.
         8 count: u32,
         /// How many forks lie between this VM and a booted one.
         12 generation: u32,
@@ -180,9 +180,10 @@ part! {
         16 vm_id: [u8; 16],
         /// ID of the VM that this one is a copy of; zero in a booted VM.
         32 parent_id: [u8; 16],
-        /// Random bytes that no other VM was given, fresh after every fork.
+        /// Random bytes that no other VM was given, fresh in every copy, and after every fork that this VM has asked for.
         48 seed: [u8; 64],
-        /// Wall-clock time when this VM's vCPUs were last started after a launch or a fork, in nanoseconds since 1970 (UTC).
+        /// Wall-clock time when this VM's vCPUs were last started after a launch or a fork that it has asked for, in nanoseconds since
+        /// 1970 (UTC).
         112 wall_clock_ns: u64,
         /// Name of this VM on its platform, such as `web.2`, NUL-padded.
         120 name: [u8; NAME_BYTES],

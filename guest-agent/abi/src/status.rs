@@ -31,9 +31,9 @@ macro_rules! numbered {
 }
 
 numbered! {
-    /// Which side of the latest fork this VM is.
+    /// Which side this VM is of the latest fork that it has asked for, or comes from.
     Role {
-        /// Booted, and never part of a fork.
+        /// Booted, and has never asked for a fork.
         Booted = 0, "booted";
         /// It asked for the fork.
         Parent = 1, "parent";
@@ -73,7 +73,7 @@ numbered! {
         UnknownCommand = 1, "the doorbell's command is unknown";
         /// The calling VM is not a launched VM of its VMM, for instance since it is being stopped.
         NotLaunched = 2, "the VM is not launched";
-        /// A fork of this VM is under way already.
+        /// A fork of this VM is under way already: one that another vCPU has asked for, or an operator.
         Busy = 3, "a fork of this VM is under way";
         /// The count is 0 or more than the VMM allows.
         InvalidCount = 4, "the count of children is out of range";

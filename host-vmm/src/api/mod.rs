@@ -8,6 +8,8 @@
 //! | `GET /v1/vms/VM` | [`Vm`] |
 //! | `DELETE /v1/vms/VM` | nothing, once it has ended |
 //! | `GET /v1/vms/VM/log?from=OFFSET&wait_ms=TIME` | bytes of its console's log, with [`NEXT_OFFSET`] and [`LAST_PIECE`] as headers |
+//! | `POST /v1/vms/VM/fork`, with a [`ForkWish`] | [`Forked`] |
+//! | `POST /v1/vms/VM/clone`, with a [`CloneWish`] | [`Forked`] |
 //! | `GET /v1/images` | an array of [`Image`] |
 //! | `GET /v1/images/ID` | [`Image`] |
 //! | `DELETE /v1/images/ID` | nothing |
@@ -24,7 +26,8 @@
 //! An ID may be cut short, for as long as it stands for one image only, or one VM; a VM may be called by its name too. What fails is told as
 //! a [`Failure`].
 //!
-//! Over a network, nobody saves or loads images, for that names files of the platform's host; and only operators stop VMs and read their logs.
+//! Over a network, nobody saves or loads images, for that names files of the platform's host; and only operators stop and fork VMs and read
+//! their logs.
 
 use std::{
     env, fs, io,
@@ -47,7 +50,7 @@ use crate::{
         compat::READABLE_STATE_VERSIONS,
         header::{OLDEST_VERSION, VERSION},
     },
-    cluster::member::Member,
+    cluster::{member::Member, placement::Where},
 };
 
 /// The header of a piece of a log that tells where the next one begins, in bytes.
@@ -238,6 +241,48 @@ pub struct CloneWish {
     /// Whether they are to run before all of their memory has come.
     #[serde(default)]
     pub lazy: bool,
+}
+
+/// A wish for copies of a VM that runs.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct ForkWish {
+    /// How many.
+    pub count: u32,
+    /// Where they are to run.
+    #[serde(default)]
+    pub location: Where,
+}
+
+/// Copies that a fork has made.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct Forked {
+    /// All of them, lowest index first.
+    pub vms: Vec<ForkedVm>,
+}
+
+/// One copy that a fork has made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ForkedVm {
+    /// Its ID.
+    pub id: Uuid,
+    /// Its name on its platform.
+    pub name: String,
+    /// Which of the fork's copies it is, from 1.
+    pub index: u32,
+    /// Name of the platform where it runs; empty where there is one platform alone.
+    pub platform: String,
+    /// Whether that is its parent's.
+    pub placement: Placement,
+}
+
+/// Where a copy runs, as seen from its parent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Placement {
+    /// On the parent's platform.
+    Local,
+    /// On another one.
+    Remote,
 }
 
 /// A clone that is being sent.

@@ -4,7 +4,8 @@ use std::{net::SocketAddr, path::PathBuf, str::FromStr};
 
 use clap::Args;
 
-use super::vm_name;
+use super::{copies, vm_name};
+use crate::cluster::placement::Where;
 
 /// Which platform is asked.
 #[derive(Debug, Args)]
@@ -40,6 +41,25 @@ impl FromStr for Elsewhere {
             address.parse().map_err(|_| format!("{address:?} is no address with a port, such as 192.0.2.1:7070"))?;
         Ok(Self { name, address })
     }
+}
+
+/// Options of `fork`.
+#[derive(Debug, Args)]
+pub struct Fork {
+    /// The platform.
+    #[command(flatten)]
+    pub platform: Platform,
+    /// Its name, or its ID, or how that begins.
+    pub vm: String,
+    /// How many copies.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = copies())]
+    pub count: u32,
+    /// Where they are to run.
+    #[arg(long = "where", value_name = "PLACE", default_value = "any", value_enum)]
+    pub location: Where,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Options of `stop`.

@@ -8,10 +8,12 @@ use std::{
     time::Duration,
 };
 
+use anyhow::Context;
 use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
 
 use super::{
     asked::endpoint,
+    fork::print_forked,
     image::print_spawned,
     table::{Column, size, table},
 };
@@ -97,21 +99,24 @@ pub fn place(options: &cli::Place) -> anyhow::Result<ExitCode> {
     Ok(if explanation.placed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Launches copies of a kept image on another platform, and shows how far that is.
+/// Launches copies of a VM on another platform, or of a kept image, and then shows how far that is.
 ///
 /// # Errors
 /// Where no platform answers, or it can't be done.
 pub fn clone(options: &cli::Clone) -> anyhow::Result<ExitCode> {
     let platform = endpoint(&options.platform)?;
     let wish = CloneWish { to: options.to.clone(), count: options.count, lazy: options.lazy };
-    let image = options.image.clone();
+    if let Some(vm) = &options.original.vm {
+        return print_forked(&client::clone_vm(platform.as_ref(), vm, &wish)?, options.json);
+    }
+    let image = options.original.image.clone().context("neither --image nor --vm says what is copied")?;
     let (sender, done) = mpsc::channel();
-    let ask = platform.clone();
+    let (ask, id) = (platform.clone(), image.clone());
     thread::spawn(move || {
         // Nobody listens any more where this command has failed.
-        drop(sender.send(client::clone_image(ask.as_ref(), &image, &wish)));
+        drop(sender.send(client::clone_image(ask.as_ref(), &id, &wish)));
     });
-    let spawned = show_progress(platform.as_ref(), &options.image, &options.to, &done)?;
+    let spawned = show_progress(platform.as_ref(), &image, &options.to, &done)?;
     print_spawned(&spawned, options.json)
 }
 

@@ -12,11 +12,10 @@ use vmfork_abi::{ErrorCode, ListedCopy};
 use super::{
     Error,
     rendezvous::{self, Rendezvous},
-    request::Order,
     standby::Bell,
     whereabouts,
 };
-use crate::wire::{NodeLink, Step, ToNode, ToPlatform, link};
+use crate::wire::{ForkOrder, NodeLink, Step, ToNode, ToPlatform, link};
 
 /// How long copies may take until they are ready to run: a thousand can start at once on a host without hardware virtualisation, and some may
 /// have gone to other platforms with all of their memory. The platform ends what it sees to fail earlier.
@@ -49,21 +48,21 @@ pub(super) struct Met {
 pub(super) fn place<'a>(
     link: &'a NodeLink,
     replies: &'a Replies,
-    order: &Order,
+    order: &ForkOrder,
     rendezvous: Rendezvous,
     files: &[Arc<File>],
     bell: Option<Bell>,
     fault: Option<Step>,
 ) -> Result<Children<'a>, Error> {
-    let rendezvous = rendezvous.with_children(order.count);
+    let count = order.count();
+    let rendezvous = rendezvous.with_children(count);
     rendezvous.occupy()?;
     let announced = bell.is_some();
-    let Order { seq, count, vm_type, location } = order.clone();
-    let fork = ToPlatform::Fork { count, vm_type, seq, location, announced, fault };
+    let fork = ToPlatform::Fork { order: order.clone(), announced, fault };
     let image = if announced { &[] } else { files };
     let files = std::iter::once(rendezvous.file()).chain(image.iter().map(AsRef::as_ref));
     link.send(&fork, &files.map(AsFd::as_fd).collect::<Vec<_>>())?;
-    Ok(Children { link, replies, rendezvous: Some(rendezvous), count: order.count, bell })
+    Ok(Children { link, replies, rendezvous: Some(rendezvous), count, bell })
 }
 
 impl Children<'_> {

@@ -8,16 +8,21 @@
 //!
 //! [`Engine::vm_fork`] is the table of contents: a line a step. What a step has done is undone by dropping its result, last
 //! step first, so that a fork that fails anywhere leaves the parent running and nothing behind.
+//!
+//! A guest asks by its doorbell ([`Engine::ring`]), an operator by the platform ([`Engine::order`]). Either way the thread of a vCPU goes
+//! through the steps: of the one that rang, or of one that was called from the guest, between two instructions ([`Engine::carry_out`]).
+//! Only a guest that has asked is told of the fork. One that has not may be about to ring, or about to read the answer to its own
+//! request: its page stays as it is, and its copies find request and response in theirs as it has them, beside who they are.
 
 use std::{
     collections::VecDeque,
     sync::{
-        Arc, Mutex, TryLockError,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
 };
 
-use vmfork_abi::{ErrorCode, Request};
+use vmfork_abi::ErrorCode;
 
 mod child;
 mod children;
@@ -27,6 +32,7 @@ mod signal;
 mod standby;
 mod supplies;
 mod timeline;
+mod turn;
 mod whereabouts;
 
 pub use child::Child;
@@ -44,11 +50,12 @@ use crate::{
     machine::{self, FirstExit, GateError, LeftBehind, Machine, MachineState, Stopped, Successor},
     memory::{self, Changes, Onward},
     sync::lock,
-    wire::{NodeLink, Report, Step, link},
+    wire::{Asker, ForkOrder, NodeLink, Report, Step, ToPlatform, link},
 };
 use children::Met;
 use supplies::Supplies;
 use timeline::Timeline;
+use turn::Turns;
 
 /// Descriptors that a VM that forks has room for.
 const DESCRIPTORS: u64 = 256;
@@ -86,13 +93,13 @@ pub enum Error {
     /// The parent can't go on in another VM.
     #[error("can't bring the parent to where it goes on")]
     Successor(#[from] machine::Error),
-    /// A fork of this VM is under way.
+    /// A fork of this VM is under way, for which somebody has asked.
     #[error("a fork of this VM is under way")]
-    Busy,
+    Busy(Asker),
     /// The platform refused, or could not launch the children.
     #[error("the platform launched no children: {why}")]
     Platform {
-        /// What the guest is told.
+        /// What whoever has asked is told.
         code: ErrorCode,
         /// The platform's reason.
         why: String,
@@ -109,11 +116,11 @@ pub enum Error {
 }
 
 impl Error {
-    /// What the guest is told.
+    /// What whoever has asked is told.
     pub fn code(&self) -> ErrorCode {
         match self {
             Self::Refused(code) | Self::Platform { code, .. } => *code,
-            Self::Busy | Self::Quiesce(GateError::Busy) => ErrorCode::Busy,
+            Self::Busy(_) | Self::Quiesce(GateError::Busy) => ErrorCode::Busy,
             Self::Quiesce(GateError::Ended) => ErrorCode::NotLaunched,
             Self::Quiesce(GateError::Timeout(_)) | Self::Complete(_) => ErrorCode::Quiesce,
             Self::Quiesce(GateError::Save(_)) | Self::Capture(_) => ErrorCode::Capture,
@@ -126,7 +133,7 @@ impl Error {
     }
 }
 
-/// A ring of the doorbell that was served, for somebody else to report and to clear up after.
+/// A fork that was made or not, for somebody else to report and to clear up after.
 #[derive(Debug)]
 pub struct Served {
     /// How it went.
@@ -145,14 +152,15 @@ pub struct Remains {
     left_behind: Option<LeftBehind>,
 }
 
-/// Serves the doorbell of one VM.
+/// Forks one VM.
 #[derive(Debug)]
 pub struct Engine {
     machine: Arc<Machine>,
     link: Arc<NodeLink>,
     supplies: Supplies,
-    /// What the platform answers to a fork; whoever holds it is the one who forks.
-    replies: Mutex<Replies>,
+    turns: Turns,
+    /// The children for which an operator has asked, until a vCPU's thread takes that up.
+    ordered: Mutex<Option<u32>>,
     /// Whether the VM is one that forks.
     forks: AtomicBool,
     /// Whether something is still there that the VM has left behind.
@@ -164,11 +172,11 @@ pub struct Engine {
 impl Engine {
     /// The engine of `machine`, whose platform answers by `replies`.
     pub fn new(machine: Arc<Machine>, link: Arc<NodeLink>, replies: Replies, faults: Vec<Step>) -> Self {
-        let (supplies, replies, faults) = (Supplies::default(), Mutex::new(replies), Mutex::new(faults.into()));
+        let (supplies, turns, faults) = (Supplies::default(), Turns::new(replies), Mutex::new(faults.into()));
         // Copies are made to work, and booted VMs to be copied.
         let forks = AtomicBool::new(lock(&machine.identity).generation == 0);
         let is_clearing = AtomicBool::new(false);
-        Self { machine, link, supplies, replies, forks, is_clearing, faults }
+        Self { machine, link, supplies, turns, ordered: Mutex::default(), forks, is_clearing, faults }
     }
 
     /// Makes what the next fork will use up, where there is time for it. Without it, that fork takes longer.
@@ -206,23 +214,63 @@ impl Engine {
     }
 
     /// Serves a ring of the doorbell. Called on the thread of the vCPU that rang; when it returns, the vCPU goes on, and finds the
-    /// answer in the control page. What it gives is for [`Engine::clear_away`] and a report.
+    /// answer in the control page.
     pub fn ring(&self, vcpu: &mut Vcpu, command: Option<u32>) -> Served {
-        let rung_ns = monotonic_ns();
-        let mut timeline = Timeline::new(lock(&self.faults).pop_front());
         // The request is copied out once; from here on only the copy is looked at.
         let request = self.machine.control_page.request();
         let seq = request.as_ref().map_or(0, |request| request.seq);
-        let outcome = request.map_err(Error::from).and_then(|request| {
-            let outcome = self.vm_fork(vcpu, command, &request, &mut timeline);
-            // Another vCPU's fork is under way: the page is that one's to answer.
-            if let Err(error) = &outcome
-                && error.code() != ErrorCode::Busy
-            {
-                signal::refuse(&self.machine, request.seq, error.code())?;
-            }
-            outcome
-        });
+        let check = || request::validate(command, &request?).map_err(Error::Refused);
+        self.serve(vcpu, Asker::Guest, seq, check, |outcome| match outcome {
+            // Another vCPU has rung before: the page is that one's to answer.
+            Ok(_) | Err(Error::Busy(Asker::Guest)) => Ok(()),
+            Err(error) => signal::refuse(&self.machine, seq, error.code()),
+        })
+    }
+
+    /// Takes an operator's order for so many children. Where there is no fork under way, the thread of a vCPU is called to
+    /// [carry it out](Self::carry_out). The platform hears what comes of it.
+    ///
+    /// # Errors
+    /// [`link::Error`]: the platform hears nothing any more.
+    pub fn order(&self, count: u32) -> Result<(), link::Error> {
+        let mut ordered = lock(&self.ordered);
+        let free = if ordered.is_some() { Err(Error::Busy(Asker::Operator)) } else { self.turns.check() };
+        if let Err(error) = free {
+            return self.answer(Err(&error));
+        }
+        *ordered = Some(count);
+        drop(ordered);
+        self.machine.gate.call();
+        Ok(())
+    }
+
+    /// Carries out the order of an operator, if there is one. Called on the thread of a vCPU that has left its guest for that.
+    pub fn carry_out(&self, vcpu: &mut Vcpu) -> Option<Served> {
+        let count = lock(&self.ordered).take()?;
+        let check = || Ok(ForkOrder::Operator { count });
+        Some(self.serve(vcpu, Asker::Operator, 0, check, |outcome| self.answer(outcome.as_ref().map(drop))))
+    }
+
+    /// Tells the platform what has come of an operator's order.
+    fn answer(&self, outcome: Result<(), &Error>) -> Result<(), link::Error> {
+        let code = outcome.map_or_else(Error::code, |()| ErrorCode::None).number();
+        let why = outcome.map_or_else(|error| chain(error), |()| String::new());
+        self.link.send(&ToPlatform::Answer { code, why }, &[])
+    }
+
+    /// Forks the VM as `check` says, and gives whoever has asked his `answer`. What it gives is for [`Engine::clear_away`] and a report.
+    fn serve<E: Into<Error>>(
+        &self,
+        vcpu: &mut Vcpu,
+        asked_by: Asker,
+        seq: u64,
+        check: impl FnOnce() -> Result<ForkOrder, Error>,
+        answer: impl FnOnce(&Result<Remains, Error>) -> Result<(), E>,
+    ) -> Served {
+        let began_ns = monotonic_ns();
+        let mut timeline = Timeline::new(lock(&self.faults).pop_front());
+        let outcome = self.vm_fork(vcpu, asked_by, check, &mut timeline);
+        let answered = answer(&outcome).map_err(Into::into);
         if let Err(error) = vcpu.tell_paused() {
             tracing::warn!(%error, "can't tell the guest that it was stopped");
         }
@@ -230,27 +278,23 @@ impl Engine {
             Ok(remains) => (Ok(remains.count), Some(remains)),
             Err(error) => (Err(error), None),
         };
-        let report = timeline.into_report(seq, rung_ns, outcome);
+        let report = timeline.into_report(asked_by, seq, began_ns, answered.and(outcome));
         Served { report, first_exit: self.machine.exits.watch(), remains }
     }
 
     fn vm_fork(
         &self,
         vcpu: &mut Vcpu,
-        command: Option<u32>,
-        request: &Request,
+        asked_by: Asker,
+        check: impl FnOnce() -> Result<ForkOrder, Error>,
         timeline: &mut Timeline,
     ) -> Result<Remains, Error> {
         let machine = &self.machine;
         let order = timeline.step(Step::Validate, || {
-            let order = request::validate(command, request).map_err(Error::Refused)?;
+            let order = check()?;
             if machine.is_whole() { Ok(order) } else { Err(Error::Refused(ErrorCode::Incomplete)) }
         })?;
-        let replies = match self.replies.try_lock() {
-            Ok(replies) => replies,
-            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => return Err(Error::Busy),
-        };
+        let turn = self.turns.take(asked_by)?;
         let mut view = lock(&machine.memory);
         let fault = timeline.fault();
         let (plan, mut children) = timeline.step(Step::Place, || {
@@ -258,13 +302,13 @@ impl Engine {
             let plan = view.plan(&supply.delta);
             let bell = supply.take_bell(&plan);
             let rendezvous = supply.rendezvous;
-            let children = children::place(&self.link, &replies, &order, rendezvous, plan.files(), bell, fault)?;
+            let children = children::place(&self.link, turn.replies(), &order, rendezvous, plan.files(), bell, fault)?;
             Ok((plan, children))
         })?;
         let stopped = timeline.step(Step::Quiesce, || Ok(machine.gate.stop_others(vcpu.id())?))?;
         timeline.step(Step::Complete, || vcpu.complete_exit().map_err(Error::Complete))?;
         let devices = machine.devices.pause();
-        let state = timeline.step(Step::Capture, || capture(machine, order.seq, vcpu, &stopped, &devices))?;
+        let state = timeline.step(Step::Capture, || capture(machine, &order, vcpu, &stopped, &devices))?;
         children.wake()?;
         let files = plan.files().to_vec();
         let (image, onward) = timeline.step(Step::Freeze, || {
@@ -288,24 +332,28 @@ impl Engine {
             }
         })?;
         timeline.step(Step::Launch, || children.wait())?;
-        let signal =
-            timeline.step(Step::Signal, || Ok(Signal::to_parent(machine, &order, children.whereabouts()?)?))?;
+        let signal = timeline.step(Step::Signal, || match &order {
+            ForkOrder::Guest { seq, count, .. } => {
+                Ok(Some(Signal::to_parent(machine, *seq, *count, children.whereabouts()?)?))
+            }
+            ForkOrder::Operator { .. } => Ok(None),
+        })?;
         let met = timeline.step(Step::Commit, || children.commit())?;
         timeline.step(Step::Thaw, || {
             let left_behind = successor.map(|successor| successor.take_over(machine, &mut view, vcpu, &stopped));
             self.is_clearing.fetch_or(left_behind.is_some(), Ordering::Relaxed);
-            signal.give(machine)?;
+            signal.map_or(Ok(()), |signal| signal.give(machine))?;
             drop((devices, stopped));
             self.forks.store(true, Ordering::Relaxed);
-            Ok(Remains { count: order.count, met, left_behind })
+            Ok(Remains { count: order.count(), met, left_behind })
         })
     }
 }
 
-/// Reads the state of the machine, as its copies are to have it. All vCPUs are stopped, and have completed their exits.
+/// Reads the state of the machine. All vCPUs are stopped, and have completed their exits.
 fn capture(
     machine: &Machine,
-    seq: u64,
+    order: &ForkOrder,
     vcpu: &Vcpu,
     stopped: &Stopped<'_>,
     devices: &Paused<'_>,
@@ -316,7 +364,10 @@ fn capture(
         vcpus: stopped.states(vcpu.save().map_err(Error::Capture)?)?,
         vm: machine.vm.get().save().map_err(Error::Capture)?,
         devices: devices.save(),
-        control_page: ControlPageState::forked(seq),
+        control_page: match order {
+            ForkOrder::Guest { seq, .. } => ControlPageState::forked(*seq),
+            ForkOrder::Operator { .. } => machine.control_page.save()?,
+        },
         tsc_khz: machine.tsc_khz,
         capabilities: machine.workshop.host.model.capabilities.clone(),
     })

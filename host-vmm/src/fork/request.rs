@@ -2,23 +2,10 @@
 
 use vmfork_abi::{ErrorCode, MAX_CHILDREN, Request, doorbell, flags, is_vm_type, padded_text};
 
-use crate::cluster::placement::Where;
-
-/// A request that can be served.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Order {
-    /// The guest's number for it.
-    pub(super) seq: u64,
-    /// How many children, from 1 to [`MAX_CHILDREN`].
-    pub(super) count: u32,
-    /// Under which type; a valid one.
-    pub(super) vm_type: String,
-    /// Where.
-    pub(super) location: Where,
-}
+use crate::{cluster::placement::Where, wire::ForkOrder};
 
 /// Checks a ring's command, and the copy of the request that came with it.
-pub(super) fn validate(command: Option<u32>, request: &Request) -> Result<Order, ErrorCode> {
+pub(super) fn validate(command: Option<u32>, request: &Request) -> Result<ForkOrder, ErrorCode> {
     if command != Some(doorbell::FORK) {
         return Err(ErrorCode::UnknownCommand);
     }
@@ -35,7 +22,7 @@ pub(super) fn validate(command: Option<u32>, request: &Request) -> Result<Order,
         return Err(ErrorCode::InvalidCount);
     }
     let vm_type = padded_text(&request.vm_type).filter(|name| is_vm_type(name)).ok_or(ErrorCode::InvalidType)?;
-    Ok(Order { seq: request.seq, count: request.count, vm_type: vm_type.to_owned(), location })
+    Ok(ForkOrder::Guest { seq: request.seq, count: request.count, vm_type: vm_type.to_owned(), location })
 }
 
 #[cfg(test)]
@@ -51,10 +38,9 @@ mod tests {
 
     #[test]
     fn a_good_request_is_an_order() {
-        let order = validate(Some(doorbell::FORK), &good()).unwrap();
-        assert_eq!(order, Order { seq: 9, count: 4, vm_type: "web".into(), location: Where::Any });
-        for (flags, location) in [(flags::LOCAL, Where::Local), (flags::REMOTE, Where::Remote)] {
-            assert_eq!(validate(Some(doorbell::FORK), &Request { flags, ..good() }).unwrap().location, location);
+        for (flags, location) in [(0, Where::Any), (flags::LOCAL, Where::Local), (flags::REMOTE, Where::Remote)] {
+            let order = validate(Some(doorbell::FORK), &Request { flags, ..good() }).unwrap();
+            assert_eq!(order, ForkOrder::Guest { seq: 9, count: 4, vm_type: "web".into(), location });
         }
     }
 
@@ -78,8 +64,8 @@ mod tests {
         #[test]
         fn no_bytes_do_harm(bytes in proptest::collection::vec(any::<u8>(), Request::BYTES), command: Option<u32>) {
             let request = Request::from_bytes(bytes.as_slice().try_into().unwrap());
-            if let Ok(order) = validate(command, &request) {
-                prop_assert!(is_vm_type(&order.vm_type) && (1..=MAX_CHILDREN).contains(&order.count));
+            if let Ok(ForkOrder::Guest { vm_type, count, .. }) = validate(command, &request) {
+                prop_assert!(is_vm_type(&vm_type) && (1..=MAX_CHILDREN).contains(&count));
             }
         }
     }

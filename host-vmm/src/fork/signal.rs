@@ -4,7 +4,6 @@ use std::io;
 
 use vmfork_abi::{ErrorCode, Identity, ListedCopy, Response, Role, Status};
 
-use super::request::Order;
 use crate::{
     clock::wall_clock_ns,
     machine::{Machine, VmIdentity},
@@ -29,8 +28,14 @@ pub enum Error {
 pub struct Signal {
     identity: VmIdentity,
     page: Identity,
-    response: Option<Response>,
-    /// The copies that a parent has made, as far as it is known where they are.
+    answer: Option<Answer>,
+}
+
+/// The answer to a request that has made a fork.
+#[derive(Debug)]
+struct Answer {
+    seq: u64,
+    /// The copies, as far as it is known where they are.
     copies: Vec<ListedCopy>,
 }
 
@@ -40,28 +45,24 @@ impl Signal {
     /// # Errors
     /// [`Error::Seed`].
     pub fn to_booted(machine: &Machine) -> Result<Self, Error> {
-        let identity = lock(&machine.identity).clone();
-        Self::new(identity, Role::Booted, None)
+        Self::new(lock(&machine.identity).clone(), Role::Booted, None)
     }
 
-    /// Tells the parent that the fork was made, and where its copies went. It is made ready before that is certain: giving it can't fail for want of anything.
-    pub(super) fn to_parent(machine: &Machine, order: &Order, copies: Vec<ListedCopy>) -> Result<Self, Error> {
-        let identity = VmIdentity { index: 0, count: order.count, ..lock(&machine.identity).clone() };
-        let signal = Self::new(identity, Role::Parent, Some(order.seq))?;
-        Ok(Self { copies, ..signal })
+    /// Tells the parent that its request `seq` has made `count` copies, and where these went. It is made ready before that is certain: giving
+    /// it can't fail for want of anything.
+    pub(super) fn to_parent(machine: &Machine, seq: u64, count: u32, copies: Vec<ListedCopy>) -> Result<Self, Error> {
+        let identity = VmIdentity { index: 0, count, ..lock(&machine.identity).clone() };
+        Self::new(identity, Role::Parent, Some(Answer { seq, copies }))
     }
 
     /// Tells a child who it is. What its guest has asked for, and was answered, has come with the machine's state.
     pub(super) fn to_child(machine: &Machine) -> Result<Self, Error> {
-        let identity = lock(&machine.identity).clone();
-        Self::new(identity, Role::Child, None)
+        Self::new(lock(&machine.identity).clone(), Role::Child, None)
     }
 
-    fn new(identity: VmIdentity, role: Role, answers: Option<u64>) -> Result<Self, Error> {
+    fn new(identity: VmIdentity, role: Role, answer: Option<Answer>) -> Result<Self, Error> {
         let page = identity.to_page(role).map_err(Error::Seed)?;
-        let status = Status::Forked.number();
-        let response = answers.map(|seq| Response { seq, status, ..Default::default() });
-        Ok(Self { identity, page, response, copies: Vec::new() })
+        Ok(Self { identity, page, answer })
     }
 
     /// Gives it, with the time as it is now.
@@ -71,9 +72,10 @@ impl Signal {
     pub fn give(self, machine: &Machine) -> Result<(), Error> {
         let page = Identity { wall_clock_ns: wall_clock_ns(), ..self.page };
         machine.control_page.identify(&page)?;
-        if let Some(response) = &self.response {
-            machine.control_page.list(response.seq, &self.copies)?;
-            machine.control_page.respond(response)?;
+        if let Some(Answer { seq, copies }) = &self.answer {
+            machine.control_page.list(*seq, copies)?;
+            let status = Status::Forked.number();
+            machine.control_page.respond(&Response { seq: *seq, status, ..Default::default() })?;
         }
         *lock(&machine.identity) = self.identity;
         Ok(())

@@ -6,7 +6,7 @@ use super::Error;
 use crate::{
     clock::monotonic_ns,
     error::chain,
-    wire::{Report, Step, Timing},
+    wire::{Asker, Report, Step, Timing},
 };
 
 /// The steps of one side of a fork, as they happen.
@@ -48,12 +48,12 @@ impl Timeline {
     }
 
     /// What is told of the fork.
-    pub(super) fn into_report(self, seq: u64, rung_ns: u64, outcome: Result<u32, Error>) -> Report {
+    pub(super) fn into_report(self, asked_by: Asker, seq: u64, rung_ns: u64, outcome: Result<u32, Error>) -> Report {
         let pause_ns = monotonic_ns().saturating_sub(rung_ns);
         let (count, code, why) = match outcome {
             Ok(count) => (count, ErrorCode::None, None),
             Err(error) => (0, error.code(), Some(chain(&error))),
         };
-        Report { seq, count, code: code.number(), why, rung_ns, pause_ns, untold: 0, steps: self.steps }
+        Report { asked_by, seq, count, code: code.number(), why, rung_ns, pause_ns, untold: 0, steps: self.steps }
     }
 }

@@ -2,6 +2,8 @@
 //!
 //! A vCPU that was kicked comes to [`Gate::pass`]. While somebody holds [`Stopped`], it completes its pending exit, reads its own
 //! state (KVM wants a vCPU's calls from its own thread), and waits there. Each vCPU of a fork thus saves itself, all at once.
+//!
+//! Who needs the thread of a vCPU, whichever it is, [calls](Gate::call): the next one that passes hears of it.
 
 use std::{
     sync::{Condvar, Mutex, PoisonError},
@@ -52,6 +54,17 @@ pub enum GateError {
     Save(#[source] kvm::Error),
 }
 
+/// How a vCPU comes out of the gate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Passage {
+    /// It runs on.
+    Free,
+    /// It is called, and runs on when it has seen what for.
+    Called,
+    /// The VM has ended.
+    Ended,
+}
+
 /// The gate of one VM.
 #[derive(Debug)]
 pub struct Gate {
@@ -71,6 +84,8 @@ struct State {
     stop: Option<u64>,
     /// Stops so far.
     stops: u64,
+    /// Whether somebody calls, and none has heard of it yet.
+    is_called: bool,
     /// What each vCPU that waits at the gate has saved.
     parked: Vec<Option<Result<VcpuState, kvm::Error>>>,
     end: Option<End>,
@@ -92,7 +107,8 @@ impl Gate {
         let parked = vcpus.iter().map(|_| None).collect();
         let successors = vcpus.iter().map(|_| None).collect();
         let kickers = vcpus.iter().map(|vcpu| vcpu.kicker().clone()).collect();
-        let state = State { kickers, successors, left_behind: Vec::new(), stop: None, stops: 0, parked, end: None };
+        let (left_behind, stop, stops, is_called, end) = (Vec::new(), None, 0, false, None);
+        let state = State { kickers, successors, left_behind, stop, stops, is_called, parked, end };
         Self { state: Mutex::new(state), changed: Condvar::new() }
     }
 
@@ -138,21 +154,38 @@ impl Gate {
         }
     }
 
-    /// Waits while the vCPUs are stopped. Called by a vCPU's thread when it was kicked; returns whether to run on.
+    /// Calls the thread of some vCPU out of the guest, between two instructions: of the last one, for the first one has most to do in most
+    /// guests.
+    pub fn call(&self) {
+        let mut state = lock(&self.state);
+        state.is_called = true;
+        if let Some(last) = state.kickers.last() {
+            last.kick();
+        }
+    }
+
+    /// Waits while the vCPUs are stopped. Called by a vCPU's thread when it was kicked.
     ///
     /// # Errors
     /// [`kvm::Error`] where the guest can't be told that it was stopped.
-    pub fn pass(&self, vcpu: &mut Vcpu) -> Result<bool, kvm::Error> {
+    pub(super) fn pass(&self, vcpu: &mut Vcpu) -> Result<Passage, kvm::Error> {
         loop {
             // Before the state is looked at: a kick that comes later is for something that comes later.
             vcpu.kicker().clear();
-            let wanted = lock(&self.state).wants_stop();
-            let Some(stop) = wanted else { break };
+            let mut state = lock(&self.state);
+            let Some(stop) = state.wants_stop() else {
+                let is_called = std::mem::take(&mut state.is_called);
+                return Ok(match state.end {
+                    Some(_) => Passage::Ended,
+                    None if is_called => Passage::Called,
+                    None => Passage::Free,
+                });
+            };
+            drop(state);
             let saved = vcpu.complete_exit().and_then(|()| vcpu.save());
             self.park(vcpu, stop, saved);
             vcpu.tell_paused()?;
         }
-        Ok(lock(&self.state).end.is_none())
     }
 
     fn park(&self, vcpu: &mut Vcpu, stop: u64, saved: Result<VcpuState, kvm::Error>) {
@@ -229,8 +262,8 @@ impl Stopped<'_> {
             own.kicker().adopt();
             state.left_behind.push(std::mem::replace(vcpu, own));
         }
-        // An end that came meanwhile has kicked those that are left behind.
-        if state.end.is_some() {
+        // An end or a call that came meanwhile has kicked those that are left behind.
+        if state.end.is_some() || state.is_called {
             state.kickers.iter().for_each(Kicker::kick);
         }
     }

@@ -14,7 +14,7 @@ mod successor;
 pub use exits::{Exits, FirstExit};
 pub use gate::{End, Gate, GateError, Stopped};
 pub use identity::{VmIdentity, new_id};
-pub use run::run;
+pub use run::{Call, run};
 pub use shell::{Config, Error, Shell, Unnamed, Workshop};
 pub use successor::{LeftBehind, Spare, Successor};
 

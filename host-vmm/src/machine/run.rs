@@ -4,7 +4,7 @@ use std::{sync::Arc, thread};
 
 use vmfork_abi::doorbell;
 
-use super::{End, Machine};
+use super::{End, Machine, gate::Passage};
 use crate::{
     arch::layout::{CONTROL_PAGE, DOORBELL_PORT},
     devices::power::PowerEvent,
@@ -22,23 +22,33 @@ enum Next {
     End(End),
 }
 
+/// For what a vCPU's thread has left its guest, between two instructions. The guest goes on when it is served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Call {
+    /// The guest has rung the doorbell: with this command, or `None` where the access was malformed.
+    Ring(Option<u32>),
+    /// Somebody [calls](super::Gate::call).
+    Gate,
+}
+
 /// Runs the vCPUs until the VM ends, and says how it did: the first one on the calling thread, each of the others on its own.
 ///
-/// `ring` is called on the thread of the vCPU that rang the doorbell, with the command, or `None` where the access was malformed.
-pub fn run(machine: &Arc<Machine>, vcpus: Vec<Vcpu>, ring: impl Fn(&mut Vcpu, Option<u32>) + Send + Sync) -> End {
+/// `answer` is called on the thread of the vCPU that has left its guest for a call.
+pub fn run(machine: &Arc<Machine>, vcpus: Vec<Vcpu>, answer: impl Fn(&mut Vcpu, Call) + Send + Sync) -> End {
     let mut vcpus = vcpus.into_iter();
     let first = vcpus.next();
     thread::scope(|scope| {
         for vcpu in vcpus {
             let name = vcpu.id().to_string();
-            let ring = &ring;
-            let spawned = thread::Builder::new().name(name).spawn_scoped(scope, move || run_vcpu(machine, vcpu, ring));
+            let answer = &answer;
+            let run = move || run_vcpu(machine, vcpu, answer);
+            let spawned = thread::Builder::new().name(name).spawn_scoped(scope, run);
             if let Err(error) = spawned {
                 machine.gate.end(End::Broken(format!("can't start a vCPU's thread: {error}")));
             }
         }
         if let Some(first) = first {
-            run_vcpu(machine, first, &ring);
+            run_vcpu(machine, first, &answer);
         }
     });
     // Each vCPU has left because of it.
@@ -46,25 +56,25 @@ pub fn run(machine: &Arc<Machine>, vcpus: Vec<Vcpu>, ring: impl Fn(&mut Vcpu, Op
 }
 
 /// Runs a vCPU until the VM ends. Where it can't go on, the VM has ended.
-fn run_vcpu(machine: &Machine, vcpu: Vcpu, ring: impl Fn(&mut Vcpu, Option<u32>)) {
-    if let Err(error) = serve_vcpu(machine, vcpu, ring) {
+fn run_vcpu(machine: &Machine, vcpu: Vcpu, answer: impl Fn(&mut Vcpu, Call)) {
+    if let Err(error) = serve_vcpu(machine, vcpu, answer) {
         machine.gate.end(End::Broken(chain(&error)));
     }
 }
 
-fn serve_vcpu(machine: &Machine, mut vcpu: Vcpu, ring: impl Fn(&mut Vcpu, Option<u32>)) -> Result<(), kvm::Error> {
+fn serve_vcpu(machine: &Machine, mut vcpu: Vcpu, answer: impl Fn(&mut Vcpu, Call)) -> Result<(), kvm::Error> {
     vcpu.kicker().adopt();
     loop {
         let exit = vcpu.run()?;
         machine.exits.happened();
         match serve(machine, exit) {
             Next::Run => {}
-            Next::Ring(command) => ring(&mut vcpu, command),
-            Next::Pass => {
-                if !machine.gate.pass(&mut vcpu)? {
-                    return Ok(());
-                }
-            }
+            Next::Ring(command) => answer(&mut vcpu, Call::Ring(command)),
+            Next::Pass => match machine.gate.pass(&mut vcpu)? {
+                Passage::Free => {}
+                Passage::Called => answer(&mut vcpu, Call::Gate),
+                Passage::Ended => return Ok(()),
+            },
             Next::End(end) => {
                 machine.gate.end(end);
                 return Ok(());

@@ -65,7 +65,7 @@ pub(super) struct Launch {
 enum News {
     /// The machine runs.
     Begun { machine: Arc<Machine>, engine: Arc<Engine>, launch: Option<Launch> },
-    /// The doorbell was rung.
+    /// A fork was made, or not.
     Served(Served),
 }
 
@@ -177,7 +177,7 @@ impl Companion {
 }
 
 impl Reporter {
-    /// Reports a ring of the doorbell, and clears up after it. Of forks that fail, no more than some are told.
+    /// Reports a fork, and clears up after it. Of forks that fail, no more than some are told.
     pub(super) fn report(&self, mut served: Served) {
         if served.remains.is_none() {
             let Some(untold) = lock(&self.failures).enter(Instant::now()) else { return };
@@ -199,14 +199,14 @@ impl Reporter {
 
 fn accompany(
     machine: &Arc<Machine>,
-    engine: &Engine,
+    engine: &Arc<Engine>,
     launch: Option<Launch>,
     link: &Arc<NodeLink>,
     replies: mpsc::Sender<ToNode>,
     mailbox: &mut Mailbox,
 ) {
     let told = link.send(&ToPlatform::Running, &[]);
-    if let Err(error) = listen(machine, link, replies) {
+    if let Err(error) = listen(machine, engine, link, replies) {
         machine.gate.end(End::Broken(format!("can't start a thread: {error}")));
     }
     if let Some(Launch { working_set: Prefetch::Fill(working_set), .. }) = &launch {
@@ -275,10 +275,15 @@ fn add_first_run(steps: &mut Vec<Timing>, first_exit: &FirstExit) {
 }
 
 /// Starts the thread that takes what the platform says.
-fn listen(machine: &Arc<Machine>, link: &Arc<NodeLink>, replies: mpsc::Sender<ToNode>) -> io::Result<()> {
-    let (machine, link) = (Arc::clone(machine), Arc::clone(link));
+fn listen(
+    machine: &Arc<Machine>,
+    engine: &Arc<Engine>,
+    link: &Arc<NodeLink>,
+    replies: mpsc::Sender<ToNode>,
+) -> io::Result<()> {
+    let (machine, engine, link) = (Arc::clone(machine), Arc::clone(engine), Arc::clone(link));
     threads::background("platform", move || {
-        let end = match take_messages(&machine, &link, &replies) {
+        let end = match take_messages(&machine, &engine, &link, &replies) {
             Ok(()) => End::Orphaned,
             Err(error) => End::Broken(format!("can't start a thread: {error}")),
         };
@@ -288,7 +293,12 @@ fn listen(machine: &Arc<Machine>, link: &Arc<NodeLink>, replies: mpsc::Sender<To
 }
 
 /// Takes messages until the platform is gone.
-fn take_messages(machine: &Arc<Machine>, link: &NodeLink, replies: &mpsc::Sender<ToNode>) -> io::Result<()> {
+fn take_messages(
+    machine: &Arc<Machine>,
+    engine: &Engine,
+    link: &NodeLink,
+    replies: &mpsc::Sender<ToNode>,
+) -> io::Result<()> {
     // Few VMs ever get console input. The guest may not take it for long, so that it needs a thread of its own.
     let mut console: Option<mpsc::Sender<Vec<u8>>> = None;
     loop {
@@ -300,6 +310,7 @@ fn take_messages(machine: &Arc<Machine>, link: &NodeLink, replies: &mpsc::Sender
                 }
                 true
             }
+            Ok((ToNode::Fork { count }, _)) => engine.order(count).is_ok(),
             Ok((ToNode::Input(bytes), _)) => {
                 let console = match &mut console {
                     Some(console) => console,

@@ -55,7 +55,15 @@ pub fn run(host: &Arc<Host>, spawn: &Spawn, link: NodeLink, console: File) -> an
     let Ready { machine, vcpus, faults, launch } = ready;
     let engine = Arc::new(Engine::new(Arc::clone(&machine), Arc::clone(&link), replies, faults));
     let companion = companion.begin(Arc::clone(&machine), Arc::clone(&engine), launch);
-    let end = machine::run(&machine, vcpus, |vcpu, command| companion.report(engine.ring(vcpu, command)));
+    let end = machine::run(&machine, vcpus, |vcpu, call| {
+        let served = match call {
+            machine::Call::Ring(command) => Some(engine.ring(vcpu, command)),
+            machine::Call::Gate => engine.carry_out(vcpu),
+        };
+        if let Some(served) = served {
+            companion.report(served);
+        }
+    });
     companion.finish();
     match link.send(&ToPlatform::Ended(end), &[]) {
         Ok(()) | Err(link::Error::Closed) => Ok(()),

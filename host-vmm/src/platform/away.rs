@@ -11,10 +11,12 @@ use super::{
     Error, Platform,
     copies::{Launch, Slot, list},
     events::Event,
-    fork::Fork,
+    fork::{Fork, Target},
     node::Node,
+    outgoing::short,
 };
 use crate::{
+    api::{ForkedVm, Placement},
     capsule::{About, Capsule, Digests},
     clock::wall_clock_ns,
     cluster::{
@@ -47,6 +49,13 @@ pub(super) struct Placed {
     pub(super) away: Vec<Share>,
 }
 
+impl Placed {
+    /// All of them on one other platform.
+    pub(super) fn on(platform: &str, slots: Vec<Slot>) -> Self {
+        Self { here: Vec::new(), away: vec![Share { platform: platform.to_owned(), slots }] }
+    }
+}
+
 /// What is sent.
 enum Sent {
     /// All of it, before the copies run.
@@ -66,7 +75,9 @@ struct Away {
     digests: Digests,
     about: About,
     total: u32,
-    location: Where,
+    target: Target,
+    /// Whether they run before all of their memory is there.
+    lazy: bool,
     /// Whether they were shown another CPU than this platform's guests are.
     is_foreign: bool,
     /// What copies write to first, if that is known.
@@ -109,7 +120,7 @@ impl Fork {
         platform: &Arc<Platform>,
         rendezvous: &Arc<Rendezvous>,
         launch: &Launch<'_>,
-        location: Where,
+        target: &Target,
         shares: Vec<Share>,
         files: &[File],
     ) -> Result<(), Error> {
@@ -122,6 +133,10 @@ impl Fork {
             config: launch.config,
             seq: launch.seq,
         };
+        let lazy = match target {
+            Target::Chosen(_) => platform.cluster.get().is_some_and(|cluster| cluster.sending.lazy),
+            Target::Platform { lazy, .. } => *lazy,
+        };
         let away = Away {
             platform: Arc::clone(platform),
             fork: Arc::clone(self),
@@ -130,7 +145,8 @@ impl Fork {
             digests: platform.digests.clone(),
             about,
             total: launch.total,
-            location,
+            target: target.clone(),
+            lazy,
             is_foreign: launch.is_foreign,
             working_set: launch.learned.of_next_fork(),
         };
@@ -156,7 +172,7 @@ impl Away {
     fn content(&self) -> Result<Sent, Error> {
         let state = self.rendezvous.wait_state(|| self.fork.is_off())?;
         let capsule = Capsule { about: self.about.clone(), state, files: self.files.clone() };
-        if self.platform.cluster.get().is_some_and(|cluster| cluster.sending.lazy) {
+        if self.lazy {
             return Ok(Sent::Lazily(Box::new(capsule)));
         }
         Ok(Sent::Whole(Arc::new(Parcel::of(&capsule, &self.digests).map_err(Error::Capsule)?)))
@@ -189,8 +205,9 @@ impl Away {
             return self.fork.gone(count, &chain(&error));
         }
         tracing::warn!(platform, error = chain(&error), "copies can't be sent there");
+        let Target::Chosen(location) = self.target else { return self.fork.gone(count, &chain(&error)) };
         let tried = [tried, &[platform]].concat();
-        match self.platform.choose(slots, &self.wish(count), &tried) {
+        match self.platform.choose(slots, &self.wish(count, location), &tried) {
             Ok(placed) if tried.len() < MAX_TRIES => self.dispatch(placed, content, &tried),
             _ => self.fork.gone(count, &chain(&error)),
         }
@@ -200,9 +217,10 @@ impl Away {
         let cluster = self.platform.cluster.get().ok_or(Error::Alone)?;
         let failed = |error| Error::Send { platform: share.platform.clone(), source: Box::new(error) };
         let endpoint = cluster.find(&share.platform).map_err(Error::Cluster)?;
-        list(&self.rendezvous, &share.slots, &share.platform, Location::Remote)?;
+        let platform = short(&share.platform);
+        list(&self.rendezvous, &share.slots, platform, Location::Remote)?;
         let (source, slots) = (cluster.name.clone(), share.slots.clone());
-        let order = clone::Order { source, slots, total: self.total, lazy: cluster.sending.lazy };
+        let order = clone::Order { source, slots, total: self.total, lazy: self.lazy };
         let fork = Arc::clone(&self.fork);
         let (id, is_wanted) = (new_id().map_err(Error::Id)?, Arc::new(move || !fork.is_off()));
         match content {
@@ -210,7 +228,7 @@ impl Away {
                 source::send(endpoint, id, &order, parcel, &cluster.sending, &Arc::default(), is_wanted).map_err(failed)
             }
             Sent::Lazily(capsule) => {
-                let supply = Arc::new(Supply::of(capsule, &share.platform).map_err(Error::Capsule)?);
+                let supply = Arc::new(Supply::of(capsule, platform).map_err(Error::Capsule)?);
                 self.platform.supplies.add(id, &supply);
                 let sent = source::send_lazily(endpoint, id, &order, &supply, self.working_set.as_ref(), is_wanted);
                 sent.inspect_err(|_| self.platform.supplies.remove(id)).map_err(failed)
@@ -229,13 +247,20 @@ impl Away {
         }
         self.fork.is_certain(&self.platform);
         self.platform.digests.learn(&self.digests);
-        match prepared.commit() {
-            Ok(vms) => vms.iter().for_each(|vm| {
-                self.platform.events.write(&Event::Sent { id: vm.id, name: &vm.name, platform, seq: self.about.seq });
-            }),
-            Err(error) => tracing::error!(platform, error = chain(&error), "copies that were sent there may not run"),
+        let vms = prepared.commit().unwrap_or_else(|error| {
+            tracing::error!(platform, error = chain(&error), "copies that were sent there may not run");
+            Vec::new()
+        });
+        let platform = short(platform);
+        for vm in &vms {
+            self.platform.events.write(&Event::Sent { id: vm.id, name: &vm.name, platform, seq: self.about.seq });
         }
-        self.fork.sent(slots.len());
+        let copy = |Slot { id, index }: &Slot| {
+            let name = vms.iter().find(|vm| vm.id == *id)?.name.clone();
+            let (platform, placement) = (platform.to_owned(), Placement::Remote);
+            Some(ForkedVm { id: *id, name, index: *index, platform, placement })
+        };
+        self.fork.sent(slots.len(), slots.iter().filter_map(copy));
     }
 
     /// Launches copies here after all.
@@ -255,12 +280,12 @@ impl Away {
         }
     }
 
-    fn wish(&self, count: usize) -> Wish {
+    fn wish(&self, count: usize, location: Where) -> Wish {
         Wish {
             vm_type: self.about.vm_type.clone(),
             count: u32::try_from(count).unwrap_or(u32::MAX),
             config: self.about.config,
-            location: self.location,
+            location,
             images: Vec::new(),
             source: self.platform.name().to_owned(),
         }

@@ -23,7 +23,7 @@ pub(super) enum Event<'a> {
         /// Process of its node.
         pid: u32,
     },
-    /// A VM's doorbell was served.
+    /// A VM was forked, or was not though somebody has asked for it.
     Forked {
         parent: &'a VmIdentity,
         #[serde(flatten)]

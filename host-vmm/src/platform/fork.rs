@@ -22,6 +22,7 @@ use super::{
     process::Shell,
 };
 use crate::{
+    api::{ForkedVm, Placement},
     cluster::placement::{Where, Wish},
     error::chain,
     fork::rendezvous::Rendezvous,
@@ -36,13 +37,28 @@ const HEAD_START: Duration = Duration::from_millis(1);
 /// How long children may take to run that may.
 const COMMITTED_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// What a parent asks for.
+/// Where the copies of a fork go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Target {
+    /// Where they are placed, within this.
+    Chosen(Where),
+    /// All of them to one other platform.
+    Platform {
+        /// Its name, or CLUSTER/NAME.
+        name: String,
+        /// Whether they are to run before all of their memory has come.
+        lazy: bool,
+    },
+}
+
+/// What is asked for.
 #[derive(Debug)]
 pub(super) struct Order {
     pub(super) count: u32,
     pub(super) vm_type: String,
+    /// Number of the guest's request; 0 where an operator has asked.
     pub(super) seq: u64,
-    pub(super) location: Where,
+    pub(super) target: Target,
     pub(super) fault: Option<Step>,
 }
 
@@ -91,6 +107,8 @@ struct State {
     left: usize,
     /// How many copies are on their way to other platforms.
     away: usize,
+    /// Those that run.
+    running: Vec<ForkedVm>,
     /// Whether it was called off.
     is_called_off: bool,
     /// Why it can't succeed.
@@ -149,7 +167,7 @@ impl Fork {
             }
             if !away.is_empty() {
                 let image = files.get(1..).unwrap_or_default();
-                fork.send_away(platform, &rendezvous, &launch, order.location, away, image)?;
+                fork.send_away(platform, &rendezvous, &launch, &order.target, away, image)?;
             }
             list(&rendezvous, &here, platform.name(), Location::Local)?;
             if here.is_empty() { Ok(Vec::new()) } else { fork.launch(platform, launch, &files, standby.take()) }
@@ -276,13 +294,16 @@ impl Fork {
     /// Says that so many of them are not on their way any more.
     pub(super) fn settled(&self, count: usize) {
         lock(&self.state).away -= count;
+        self.changed.notify_all();
     }
 
-    /// Says that it is known what became of so many of them, after all were let run.
-    pub(super) fn sent(&self, count: usize) {
+    /// Says that it is known what became of so many of them, after all were let run: which run.
+    pub(super) fn sent(&self, count: usize, running: impl IntoIterator<Item = ForkedVm>) {
         let mut state = lock(&self.state);
+        state.running.extend(running);
         state.away -= count;
         self.part(&state);
+        self.changed.notify_all();
     }
 
     /// Says that so many of them could not be sent, and will not run.
@@ -314,15 +335,31 @@ impl Fork {
         }
     }
 
-    /// Says that the child at the other end of `link` runs: then all will.
-    pub(super) fn child_runs(&self, platform: &Platform, link: &Arc<PlatformLink>) {
+    /// Says that the child `vm` at the other end of `link` runs: then all will.
+    pub(super) fn child_runs(&self, platform: &Platform, vm: &VmIdentity, link: &Arc<PlatformLink>) {
         self.is_certain(platform);
         let mut state = lock(&self.state);
+        state.running.push(ForkedVm {
+            id: vm.id,
+            name: vm.name.clone(),
+            index: vm.index,
+            platform: platform.name().to_owned(),
+            placement: Placement::Local,
+        });
         // Nothing that anybody says of the fork touches it any more.
         state.children.retain(|child| !Arc::ptr_eq(child, link));
         state.left -= 1;
         self.part(&state);
         self.changed.notify_all();
+    }
+
+    /// Waits until it is known of each copy what became of it, after all were let run, and says which run, lowest index first.
+    pub(super) fn copies(&self) -> Vec<ForkedVm> {
+        let is_waiting = |state: &mut State| state.left > 0 || state.away > 0;
+        let waited = self.changed.wait_timeout_while(lock(&self.state), COMMITTED_TIMEOUT, is_waiting);
+        let mut running = waited.unwrap_or_else(PoisonError::into_inner).0.running.clone();
+        running.sort_by_key(|copy| copy.index);
+        running
     }
 
     /// Lets go of where its sides have met, once all of its copies run.
@@ -410,15 +447,20 @@ impl Platform {
         if !self.limits.are_none() {
             self.check_limits(original, order)?;
         }
+        let slots = slots(order.count)?;
+        let location = match &order.target {
+            Target::Chosen(location) => *location,
+            Target::Platform { name, .. } => return Ok(Placed::on(name, slots)),
+        };
         let wish = Wish {
             vm_type: order.vm_type.clone(),
             count: order.count,
             config: original.config,
-            location: order.location,
+            location,
             images: Vec::new(),
             source: self.name().to_owned(),
         };
-        self.choose(slots(order.count)?, &wish, &[])
+        self.choose(slots, &wish, &[])
     }
 
     /// Checks the limit for the memory of all VMs of a type, of which so many more are to come.

@@ -12,6 +12,8 @@ use std::{
     time::Duration,
 };
 
+use vmfork_abi::ErrorCode;
+
 mod accounting;
 mod away;
 mod cloned;
@@ -23,6 +25,7 @@ mod images;
 mod limits;
 mod logs;
 mod node;
+mod ordered;
 mod outgoing;
 mod pool;
 mod prefetch;
@@ -35,6 +38,7 @@ pub use cloned::Reservation;
 pub use console::ConsoleInput;
 pub(crate) use copies::is_slots;
 pub use copies::{Copies, Slot};
+pub use fork::Target;
 pub use images::Keep;
 pub use limits::{Limit, Limited};
 pub use terminal::{Terminal, read_keys};
@@ -171,6 +175,29 @@ pub enum Error {
     /// A VM does not end.
     #[error("the VM {0} is being stopped, and has not ended yet: look for it again later")]
     Lingers(uuid::Uuid),
+    /// A VM was not forked for an operator.
+    #[error("the VM {vm} was not forked: {why}{}", ordered::advice(*code))]
+    NotForked {
+        /// The VM, as the operator has called it.
+        vm: String,
+        /// What a guest would be told.
+        code: ErrorCode,
+        /// The reason.
+        why: String,
+    },
+    /// Copies of a fork are gone before they were seen to run.
+    #[error("the VM {vm} was forked, and of {count} copies {running} run: `host-vmm ps` lists them")]
+    Lost {
+        /// The VM, as the operator has called it.
+        vm: String,
+        /// How many copies were made.
+        count: u32,
+        /// How many of them run.
+        running: usize,
+    },
+    /// A VM does not say what has come of a fork.
+    #[error("the VM {0} has not said whether it was forked: `host-vmm ps` lists its copies, if there are any")]
+    NoAnswer(uuid::Uuid),
     /// The log of a console can't be read.
     #[error("can't read the console log of the VM {vm}")]
     ReadLog {

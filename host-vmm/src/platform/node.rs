@@ -13,8 +13,9 @@ use vmfork_abi::ErrorCode;
 
 use super::{
     Error, Event, Platform,
-    fork::{Fork, Order, Original, Place, open_rendezvous},
+    fork::{Fork, Order, Original, Place, Target, open_rendezvous},
     limits::Recent,
+    ordered::Ordered,
     pool::Standby,
     prefetch::Learned,
     process::{Process, Shell},
@@ -29,7 +30,7 @@ use crate::{
     memory::Faults,
     sync::lock,
     threads,
-    wire::{PlatformLink, ToNode, ToPlatform, is_timeline, link},
+    wire::{ForkOrder, MAX_WHY_BYTES, PlatformLink, Step, ToNode, ToPlatform, is_timeline, link},
 };
 
 /// Stack of a thread that serves a node, in bytes: there may be a thousand of them.
@@ -102,6 +103,8 @@ pub(super) struct Node {
     filling: Option<Arc<Filling>>,
     /// How it was ended from outside, once it was.
     forced: Arc<OnceLock<End>>,
+    /// The fork that an operator has ordered.
+    ordered: Arc<Ordered>,
     end: Option<End>,
 }
 
@@ -114,7 +117,7 @@ impl Node {
         awaited: Awaited,
     ) -> Result<Self, Error> {
         let Shell { config, link, console, process } = shell;
-        let forced = Arc::default();
+        let (forced, ordered) = (Arc::default(), Arc::default());
         let entry = Entry {
             link: Arc::clone(&link),
             vm: identity.clone(),
@@ -124,6 +127,7 @@ impl Node {
             runs: false,
             filling: None,
             forced: Arc::clone(&forced),
+            ordered: Arc::clone(&ordered),
         };
         platform.registry.enter(entry)?;
         platform.pool.add_user(config);
@@ -145,6 +149,7 @@ impl Node {
             is_foreign: false,
             filling: None,
             forced,
+            ordered,
             end: None,
         })
     }
@@ -231,22 +236,11 @@ impl Node {
                 filling.add_view(faults, start, Arc::new(vm));
             }
             ToPlatform::Announce => self.announced(files),
-            ToPlatform::Fork { count, vm_type, seq, location, announced, fault } => {
-                // A fork before this one that is neither certain nor called off was forgotten by the node, and not by its children.
-                if let Some(forgotten) = self.fork.take().filter(|fork| !fork.is_over()) {
-                    forgotten.abort();
-                }
-                let order = Order { count, vm_type, seq, location, fault };
-                let here = Place { files, rendezvous: None, standby: None };
-                let place = self.announced.take_if(|_| announced).map_or(here, Announced::into_place);
-                let Self { identity: vm, config, recent, learned, is_foreign, .. } = self;
-                let mut original = Original { vm, config: *config, recent, learned, is_foreign: *is_foreign };
-                let fork = Fork::begin(&self.platform, &mut original, &order, place)?;
-                if !fork.has_failed() {
-                    self.lent = None;
-                }
-                self.make_way(&fork);
-                self.fork = Some(fork);
+            ToPlatform::Fork { order, announced, fault } => self.begin_fork(order, announced, fault, files)?,
+            ToPlatform::Answer { code, why } => {
+                let code = ErrorCode::from_number(code).filter(|_| why.len() <= MAX_WHY_BYTES);
+                let answered = code.and_then(|code| self.ordered.answered(code, why));
+                answered.ok_or_else(|| failed(link::Error::Unexpected("Answer".into())))?;
             }
             ToPlatform::Touched(working_set) => {
                 let unexpected = || failed(link::Error::Unexpected("Touched".into()));
@@ -269,6 +263,46 @@ impl Node {
             ToPlatform::Ended(end) => self.end = Some(end),
         }
         Ok(true)
+    }
+
+    /// Has the children of a fork launched. Of an operator's order, the node is believed nothing that the platform knows.
+    fn begin_fork(
+        &mut self,
+        order: ForkOrder,
+        announced: bool,
+        fault: Option<Step>,
+        files: Vec<File>,
+    ) -> Result<(), Error> {
+        let is_ordered = matches!(order, ForkOrder::Operator { .. });
+        let order = match order {
+            ForkOrder::Guest { seq, count, vm_type, location } => {
+                Order { count, vm_type, seq, target: Target::Chosen(location), fault }
+            }
+            ForkOrder::Operator { count } => {
+                let unexpected = || link::Error::Unexpected("Fork".into());
+                let target = self.ordered.target(count).ok_or_else(unexpected);
+                let target = target.map_err(|source| Error::Node { name: self.identity.name.clone(), source })?;
+                Order { count, vm_type: self.identity.vm_type.clone(), seq: 0, target, fault }
+            }
+        };
+        // A fork before this one that is neither certain nor called off was forgotten by the node, and not by its children.
+        if let Some(forgotten) = self.fork.take().filter(|fork| !fork.is_over()) {
+            forgotten.abort();
+        }
+        let here = Place { files, rendezvous: None, standby: None };
+        let place = self.announced.take_if(|_| announced).map_or(here, Announced::into_place);
+        let Self { identity: vm, config, recent, learned, is_foreign, .. } = self;
+        let mut original = Original { vm, config: *config, recent, learned, is_foreign: *is_foreign };
+        let fork = Fork::begin(&self.platform, &mut original, &order, place)?;
+        if !fork.has_failed() {
+            self.lent = None;
+        }
+        self.make_way(&fork);
+        if is_ordered {
+            self.ordered.begun(&fork);
+        }
+        self.fork = Some(fork);
+        Ok(())
     }
 
     /// Has this thread, which is woken up for the next fork, take the processor from nobody then: a VM that forks is where it was when it
@@ -364,7 +398,7 @@ impl Node {
             self.platform.consoles.add(&self.identity, console)?;
         }
         match std::mem::replace(&mut self.awaited, Awaited::Nobody) {
-            Awaited::Fork(fork) => fork.child_runs(&self.platform, &self.link),
+            Awaited::Fork(fork) => fork.child_runs(&self.platform, &self.identity, &self.link),
             // One who has gone away does not wait.
             Awaited::Caller(caller) => drop(caller.send(Ok(()))),
             Awaited::Nobody => {}

@@ -46,7 +46,7 @@ impl Drop for Listed<'_> {
 }
 
 /// A platform's name, without its cluster's.
-fn short(name: &str) -> &str {
+pub(super) fn short(name: &str) -> &str {
     name.rsplit('/').next().unwrap_or(name)
 }
 

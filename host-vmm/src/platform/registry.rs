@@ -8,7 +8,7 @@ use std::{
 
 use uuid::Uuid;
 
-use super::Error;
+use super::{Error, ordered::Ordered};
 use crate::{
     api::Ended,
     cluster::clone::filling::Filling,
@@ -36,6 +36,8 @@ pub(super) struct Entry {
     pub(super) filling: Option<Weak<Filling>>,
     /// How it was ended from outside, once it was.
     pub(super) forced: Arc<OnceLock<End>>,
+    /// The fork that an operator has ordered.
+    pub(super) ordered: Arc<Ordered>,
 }
 
 /// The VMs of a platform.
@@ -224,8 +226,17 @@ mod tests {
             generation: 1,
         };
         let config = Config { ram_bytes: 5 << 20, vcpus: 1 };
-        let (filling, forced) = (None, Arc::default());
-        Entry { link: Arc::clone(link), vm, config, pid: 0, since: Instant::now(), runs: false, filling, forced }
+        Entry {
+            link: Arc::clone(link),
+            vm,
+            config,
+            pid: 0,
+            since: Instant::now(),
+            runs: false,
+            filling: None,
+            forced: Arc::default(),
+            ordered: Arc::default(),
+        }
     }
 
     #[test]

@@ -5,8 +5,8 @@ mod protocol;
 mod report;
 
 pub use link::Link;
-pub use protocol::{CopyOrder, Prefetch, Spawn, Spawned, ToNode, ToPlatform};
-pub use report::{Report, Step, Timing, is_timeline};
+pub use protocol::{CopyOrder, ForkOrder, Prefetch, Spawn, Spawned, ToNode, ToPlatform};
+pub use report::{Asker, MAX_WHY_BYTES, Report, Step, Timing, is_timeline};
 
 /// Descriptor of the zygote's end of its connection, from its start.
 pub const LINK_FD: i32 = 3;

@@ -9,6 +9,8 @@
 //!  Report            ──►                       ◄──   Launched
 //! ```
 //!
+//! A fork that an operator asks for begins with the platform's `Fork` to the node, and the node says by `Answer` what has come of it.
+//!
 //! What becomes of a fork is decided at the [rendezvous](crate::fork::rendezvous), without the platform. Where the parent calls it off, it
 //! says `Abort`, and goes on when the platform has cleared everything away.
 
@@ -50,12 +52,42 @@ pub enum Prefetch {
     Fill(WorkingSet),
 }
 
+/// A fork that is to be made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ForkOrder {
+    /// As the guest asks for it.
+    Guest {
+        /// The guest's number for it.
+        seq: u64,
+        /// How many children, from 1 to [`MAX_CHILDREN`](vmfork_abi::MAX_CHILDREN).
+        count: u32,
+        /// Under which type; a valid one.
+        vm_type: String,
+        /// Where the guest wants them.
+        location: Where,
+    },
+    /// As an operator asks for it, who has told the platform all that the parent need not know.
+    Operator {
+        /// How many children.
+        count: u32,
+    },
+}
+
+impl ForkOrder {
+    /// How many children.
+    pub fn count(&self) -> u32 {
+        match self {
+            Self::Guest { count, .. } | Self::Operator { count } => *count,
+        }
+    }
+}
+
 /// What a shell is to become.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct CopyOrder {
     /// Who it is.
     pub identity: VmIdentity,
-    /// Number of the request that it comes from.
+    /// Number of the guest's request that it comes from; 0 where an operator has asked.
     pub seq: u64,
     /// How many have to be ready until all of them run.
     pub arrivals: u32,
@@ -90,6 +122,11 @@ pub enum ToNode {
     Input(Vec<u8>),
     /// All of the memory is there that was still being filled.
     Whole,
+    /// An operator asks for a fork.
+    Fork {
+        /// How many children.
+        count: u32,
+    },
     /// Nothing is left of the fork that was called off.
     Aborted {
         /// What the guest is told, where the platform knows better than the parent.
@@ -115,7 +152,7 @@ pub enum ToPlatform {
     Running,
     /// How the copy was launched, once it has come to its first exit.
     Launched {
-        /// Number of the request that it comes from.
+        /// Number of the guest's request that it comes from; 0 where an operator has asked.
         seq: u64,
         /// Its steps.
         steps: Vec<Timing>,
@@ -126,14 +163,8 @@ pub enum ToPlatform {
     Announce,
     /// Launch copies of this VM. Files: the rendezvous, then those of the image, unless they were announced.
     Fork {
-        /// How many.
-        count: u32,
-        /// Under which type.
-        vm_type: String,
-        /// Number of the guest's request.
-        seq: u64,
-        /// Where the guest wants them.
-        location: Where,
+        /// Which.
+        order: ForkOrder,
         /// It comes with what was announced last.
         announced: bool,
         /// Fail at this step.
@@ -141,6 +172,13 @@ pub enum ToPlatform {
     },
     /// Clear away what there is of the fork.
     Abort,
+    /// What has come of the fork that an operator has asked for.
+    Answer {
+        /// An error code; 0 where it was made.
+        code: u32,
+        /// Why it failed.
+        why: String,
+    },
     /// How the fork went, after the VM went on.
     Report(Report),
     /// The VM has ended; the process is about to.

@@ -80,8 +80,18 @@ impl FromStr for Step {
     }
 }
 
+/// Who asks for a fork.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Asker {
+    /// The parent's guest, by its doorbell.
+    Guest,
+    /// An operator, by the platform's API.
+    Operator,
+}
+
 /// Longest reason for a failure in bytes.
-const MAX_WHY_BYTES: usize = 4096;
+pub const MAX_WHY_BYTES: usize = 4096;
 
 /// Whether these may be the steps of one side of a fork: they come from a process in which a guest runs.
 pub fn is_timeline(steps: &[Timing]) -> bool {
@@ -94,17 +104,19 @@ pub type Timing = (Step, u64, u64);
 /// How a fork went.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Report {
-    /// Number of the guest's request.
+    /// Who has asked for it.
+    pub asked_by: Asker,
+    /// Number of the guest's request; 0 where an operator has asked.
     pub seq: u64,
     /// How many children it made; 0 where it failed.
     pub count: u32,
-    /// The error code that the guest was told.
+    /// The error code that whoever asked was told.
     pub code: u32,
     /// Why it failed.
     pub why: Option<String>,
-    /// When the doorbell rang: CLOCK_MONOTONIC of this host, in nanoseconds.
+    /// When the doorbell rang, or a vCPU began with an operator's fork: CLOCK_MONOTONIC of this host, in nanoseconds.
     pub rung_ns: u64,
-    /// From the doorbell until the calling vCPU went on, in nanoseconds.
+    /// From then until that vCPU went on, in nanoseconds.
     pub pause_ns: u64,
     /// Failed forks before this one that were not reported, since there were too many.
     pub untold: u64,
@@ -126,6 +138,7 @@ mod tests {
     #[test]
     fn a_report_has_its_length() {
         let report = |steps, why: usize| Report {
+            asked_by: Asker::Guest,
             seq: 1,
             count: 0,
             code: 0,

@@ -10,6 +10,7 @@ use vmfork_tests::{
 };
 
 mod clones;
+mod forked;
 mod left_behind;
 mod memory;
 mod older;

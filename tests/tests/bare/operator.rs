@@ -141,6 +141,8 @@ fn what_somebody_may_ask_depends_on_who_he_is() {
         (Method::GET, "/v1/vms".to_owned(), json!(null)),
         (Method::GET, "/v1/vms/web.2/log".to_owned(), json!(null)),
         (Method::DELETE, "/v1/vms/web.2".to_owned(), json!(null)),
+        (Method::POST, "/v1/vms/web.2/fork".to_owned(), json!({ "count": 1 })),
+        (Method::POST, "/v1/vms/web.2/clone".to_owned(), json!({ "to": "b", "count": 1 })),
         (Method::GET, "/v1/images".to_owned(), json!(null)),
         (Method::DELETE, format!("/v1/images/{image}"), json!(null)),
         (Method::POST, format!("/v1/images/{image}/spawn"), json!({ "count": 1 })),

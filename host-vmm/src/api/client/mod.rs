@@ -15,7 +15,7 @@ mod log;
 pub use connection::{Connection, Content, Endpoint, Error};
 pub use log::{Log, Piece};
 
-use super::{CloneWish, Image, Place, Platforms, Spawn, Spawned, Transfer, Vms, folder};
+use super::{CloneWish, ForkWish, Forked, Image, Place, Platforms, Spawn, Spawned, Transfer, Vms, folder};
 use crate::cluster::{
     member::Member,
     placement::{Explanation, Wish},
@@ -46,6 +46,24 @@ pub fn vms(platform: Option<&Endpoint>) -> anyhow::Result<Vms> {
 pub fn stop(platform: Option<&Endpoint>, vm: &str) -> anyhow::Result<()> {
     connect(platform)?.ask(Method::DELETE, &vm_path(vm)?, Content::none())?;
     Ok(())
+}
+
+/// Has it fork one of them.
+///
+/// # Errors
+/// As [`stop`], or where it can't.
+pub fn fork(platform: Option<&Endpoint>, vm: &str, wish: &ForkWish) -> anyhow::Result<Forked> {
+    let wish = Content::json(wish)?;
+    Ok(connect(platform)?.ask_for(Method::POST, &format!("{}/fork", vm_path(vm)?), wish)?)
+}
+
+/// Has it fork one of them into copies on another platform.
+///
+/// # Errors
+/// As [`fork`].
+pub fn clone_vm(platform: Option<&Endpoint>, vm: &str, wish: &CloneWish) -> anyhow::Result<Forked> {
+    let wish = Content::json(wish)?;
+    Ok(connect(platform)?.ask_for(Method::POST, &format!("{}/clone", vm_path(vm)?), wish)?)
 }
 
 /// Its images.

@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use super::*;
 use crate::{
-    api::{Copied, Ended, Memory, Place, Platforms, State, Vm, Vms},
+    api::{Copied, Ended, ForkWish, Forked, ForkedVm, Memory, Place, Placement, Platforms, State, Vm, Vms},
     cluster::{
         clone::{Missing, Order, Stage},
         member::{Load, Member, Ready},
@@ -128,6 +128,15 @@ fn what_is_said_of_vms_fits() {
     let ended = vec![Ended { id: Uuid::from_u128(2), name: "vm".into(), parent: None }];
     assert_fits("Vms", &Vms { vms, ended });
     assert_fits("Version", &Version::own());
+    let copy = |platform: &str, placement| ForkedVm {
+        id: Uuid::from_u128(3),
+        name: "web.2".into(),
+        index: 1,
+        platform: platform.into(),
+        placement,
+    };
+    assert_fits("Forked", &Forked { vms: vec![copy("", Placement::Local), copy("south", Placement::Remote)] });
+    assert_fits("ForkWish", &ForkWish { count: 2, location: Where::Local });
     assert_fits("Failure", &Failure { error: "no".into() });
     assert_fits("Place", &Place { path: "/image".into(), compress: true });
 }

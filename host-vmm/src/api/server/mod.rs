@@ -24,7 +24,7 @@ use tokio::{
 };
 use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
-use vmfork_abi::MAX_CHILDREN;
+use vmfork_abi::{ErrorCode, MAX_CHILDREN};
 
 mod clones;
 mod description;
@@ -231,6 +231,8 @@ impl From<Error> for Refusal {
         let status = match error {
             Error::NoImage(_) | Error::NoVm(_) => StatusCode::NOT_FOUND,
             Error::Lingers(_) => StatusCode::SERVICE_UNAVAILABLE,
+            Error::NotForked { code, .. } => not_forked(code),
+            Error::NoAnswer(_) => StatusCode::GATEWAY_TIMEOUT,
             Error::Ambiguous(_) | Error::AmbiguousVm(_) | Error::Full { .. } | Error::Stopping | Error::Kept(_) => {
                 StatusCode::CONFLICT
             }
@@ -240,6 +242,21 @@ impl From<Error> for Refusal {
             _ => StatusCode::INTERNAL_SERVER_ERROR,
         };
         Self(status, chain(&error))
+    }
+}
+
+/// The status of a fork that was not made.
+fn not_forked(code: ErrorCode) -> StatusCode {
+    match code {
+        ErrorCode::Rate => StatusCode::TOO_MANY_REQUESTS,
+        ErrorCode::Busy
+        | ErrorCode::NotLaunched
+        | ErrorCode::Incomplete
+        | ErrorCode::Place
+        | ErrorCode::Children
+        | ErrorCode::Generation
+        | ErrorCode::Memory => StatusCode::CONFLICT,
+        _ => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }
 

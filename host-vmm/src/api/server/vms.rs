@@ -12,17 +12,22 @@ use serde::Deserialize;
 use utoipa::IntoParams;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
-use super::{Refusal, work};
+use super::{Refusal, check_count, work};
 use crate::{
-    api::{LAST_PIECE, NEXT_OFFSET, Vm, Vms},
-    platform::{Error, Platform},
+    api::{CloneWish, ForkWish, Forked, LAST_PIECE, NEXT_OFFSET, Vm, Vms},
+    platform::{Error, Platform, Target},
 };
 
 /// Longest time for which anybody waits for more of a log.
 const MAX_WAIT: Duration = Duration::from_secs(60);
 
 pub(super) fn routes() -> OpenApiRouter<Arc<Platform>> {
-    OpenApiRouter::default().routes(routes!(vms)).routes(routes!(vm, stop_vm)).routes(routes!(vm_log))
+    OpenApiRouter::default()
+        .routes(routes!(vms))
+        .routes(routes!(vm, stop_vm))
+        .routes(routes!(fork_vm))
+        .routes(routes!(clone_vm))
+        .routes(routes!(vm_log))
 }
 
 /// What of a log is wanted.
@@ -64,6 +69,41 @@ async fn vm(State(platform): State<Arc<Platform>>, Path(id): Path<String>) -> Re
 async fn stop_vm(State(platform): State<Arc<Platform>>, Path(id): Path<String>) -> Result<StatusCode, Refusal> {
     work(move || platform.stop_vm(&id)).await?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// Forks one VM that runs, by its name, its ID, or how that begins, though its guest has not asked for it.
+///
+/// It has the limits of a fork that its guest asks for. Over a network, only operators may do that.
+#[utoipa::path(
+    post, path = "/v1/vms/{id}/fork", params(("id" = String, Path)), request_body = ForkWish,
+    responses((status = 200, description = "All of the copies run", body = Forked))
+)]
+async fn fork_vm(
+    State(platform): State<Arc<Platform>>,
+    Path(id): Path<String>,
+    Json(ForkWish { count, location }): Json<ForkWish>,
+) -> Result<Json<Forked>, Refusal> {
+    fork(platform, id, count, Target::Chosen(location)).await
+}
+
+/// Forks one VM that runs, though its guest has not asked for it, into copies on another platform.
+///
+/// It has the limits of a fork that its guest asks for. Over a network, only operators may do that.
+#[utoipa::path(
+    post, path = "/v1/vms/{id}/clone", params(("id" = String, Path)), request_body = CloneWish,
+    responses((status = 200, description = "All of the copies run there", body = Forked))
+)]
+async fn clone_vm(
+    State(platform): State<Arc<Platform>>,
+    Path(id): Path<String>,
+    Json(CloneWish { to, count, lazy }): Json<CloneWish>,
+) -> Result<Json<Forked>, Refusal> {
+    fork(platform, id, count, Target::Platform { name: to, lazy }).await
+}
+
+async fn fork(platform: Arc<Platform>, id: String, count: u32, target: Target) -> Result<Json<Forked>, Refusal> {
+    check_count(count)?;
+    Ok(Json(Forked { vms: work(move || platform.fork_vm(&id, count, target)).await? }))
 }
 
 /// Reads the log of a VM's console, from an offset on: at most 1 MiB at once.

@@ -37,7 +37,7 @@ use self::{
 use super::member::Member;
 use crate::machine::Config;
 
-/// Where a guest wants copies of itself.
+/// Where copies of a VM are wanted, by its guest or by an operator.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Where {

@@ -1,0 +1,150 @@
+//! Forks that operators ask for: the order to the VM's node, and what comes of it.
+
+use std::{
+    sync::{Arc, Mutex, mpsc},
+    time::Duration,
+};
+
+use vmfork_abi::ErrorCode;
+
+use super::{
+    Error, Platform,
+    fork::{Fork, Target},
+};
+use crate::{api::ForkedVm, sync::lock, wire::ToNode};
+
+/// How long a VM may take to answer: longer than its children have to become ready, here and elsewhere.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(660);
+
+/// What has come of an order: the fork, which can't be called off any more, or why there is none.
+type Outcome = Result<Arc<Fork>, (ErrorCode, String)>;
+
+/// The fork that is ordered of one VM, until its node has answered.
+#[derive(Debug, Default)]
+pub(super) struct Ordered(Mutex<Option<Pending>>);
+
+#[derive(Debug)]
+struct Pending {
+    count: u32,
+    target: Target,
+    /// Once it has begun.
+    fork: Option<Arc<Fork>>,
+    caller: mpsc::Sender<Outcome>,
+}
+
+impl Ordered {
+    /// Enters an order; `None` where there is one.
+    fn enter(&self, count: u32, target: Target) -> Option<mpsc::Receiver<Outcome>> {
+        let mut pending = lock(&self.0);
+        if pending.is_some() {
+            return None;
+        }
+        let (caller, outcome) = mpsc::channel();
+        *pending = Some(Pending { count, target, fork: None, caller });
+        Some(outcome)
+    }
+
+    /// Where the copies go, of which the node says that so many are ordered; `None` where they are not.
+    pub(super) fn target(&self, count: u32) -> Option<Target> {
+        let pending = lock(&self.0);
+        pending.as_ref().filter(|pending| pending.count == count).map(|pending| pending.target.clone())
+    }
+
+    /// Says that the node has begun to carry it out.
+    pub(super) fn begun(&self, fork: &Arc<Fork>) {
+        if let Some(pending) = &mut *lock(&self.0) {
+            pending.fork = Some(Arc::clone(fork));
+        }
+    }
+
+    /// Takes the node's answer; `None` where there is nothing to be answered so.
+    pub(super) fn answered(&self, code: ErrorCode, why: String) -> Option<()> {
+        let Pending { fork, caller, .. } = lock(&self.0).take()?;
+        let outcome = if code == ErrorCode::None { Ok(fork?) } else { Err((code, why)) };
+        // One who waits no longer has been told so.
+        drop(caller.send(outcome));
+        Some(())
+    }
+}
+
+impl Platform {
+    /// Forks a VM that has not asked for it, and says which copies run then.
+    ///
+    /// # Errors
+    /// [`Error`]: there are no copies then; but for [`Error::Lost`], and [`Error::NoAnswer`].
+    pub fn fork_vm(&self, named: &str, count: u32, target: Target) -> Result<Vec<ForkedVm>, Error> {
+        if let Target::Platform { name, .. } = &target {
+            // The VM is not stopped for nothing.
+            self.cluster.get().ok_or(Error::Alone)?.find(name).map_err(Error::Cluster)?;
+        }
+        let id = self.find_vm(named)?;
+        let failed = |code, why: &str| Error::NotForked { vm: named.to_owned(), code, why: why.to_owned() };
+        let has_ended = || failed(ErrorCode::NotLaunched, "it has ended");
+        let entered = self.registry.get(id, |entry| match entry.runs {
+            true => {
+                let outcome = entry.ordered.enter(count, target);
+                let outcome = outcome.ok_or_else(|| failed(ErrorCode::Busy, "another operator forks it"))?;
+                Ok((Arc::clone(&entry.link), outcome))
+            }
+            false => Err(failed(ErrorCode::NotLaunched, "it does not run yet")),
+        });
+        let (link, outcome) = entered.ok_or_else(has_ended)??;
+        // A node that a guest has broken may read nothing.
+        link.try_send(&ToNode::Fork { count }, &[]).map_err(|_| has_ended())?;
+        let fork = match outcome.recv_timeout(ANSWER_TIMEOUT) {
+            Ok(Ok(fork)) => fork,
+            Ok(Err((code, why))) => return Err(failed(code, &why)),
+            Err(mpsc::RecvTimeoutError::Disconnected) => return Err(has_ended()),
+            Err(mpsc::RecvTimeoutError::Timeout) => return Err(Error::NoAnswer(id)),
+        };
+        let copies = fork.copies();
+        if copies.len() == usize::try_from(count).unwrap_or(usize::MAX) {
+            Ok(copies)
+        } else {
+            Err(Error::Lost { vm: named.to_owned(), count, running: copies.len() })
+        }
+    }
+}
+
+/// What an operator can do about a fork that was not made.
+pub(super) fn advice(code: ErrorCode) -> &'static str {
+    match code {
+        ErrorCode::Busy => "; try again when that is over",
+        ErrorCode::Rate => "; try again in a second",
+        ErrorCode::Incomplete => "; try again when `host-vmm ps` says that it is running",
+        _ => "",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{cluster::placement::Where, fork::rendezvous::Rendezvous};
+
+    #[test]
+    fn a_vm_has_one_order_until_it_is_answered() {
+        let ordered = Ordered::default();
+        assert!(ordered.target(2).is_none() && ordered.answered(ErrorCode::None, String::new()).is_none());
+        for code in [ErrorCode::None, ErrorCode::Rate] {
+            let outcome = ordered.enter(2, Target::Chosen(Where::Remote)).unwrap();
+            assert!(ordered.enter(1, Target::Chosen(Where::Any)).is_none());
+            assert!(ordered.target(1).is_none(), "nobody has ordered one");
+            assert!(matches!(ordered.target(2), Some(Target::Chosen(Where::Remote))));
+            let fork = Fork::meeting_in(Arc::new(Rendezvous::new().unwrap()));
+            ordered.begun(&fork);
+            ordered.answered(code, "no".into()).unwrap();
+            match outcome.recv().unwrap() {
+                Ok(made) => assert!(code == ErrorCode::None && Arc::ptr_eq(&made, &fork)),
+                Err(refused) => assert_eq!(refused, (ErrorCode::Rate, "no".into())),
+            }
+        }
+    }
+
+    #[test]
+    fn a_fork_that_has_not_begun_is_not_made() {
+        let ordered = Ordered::default();
+        let outcome = ordered.enter(1, Target::Chosen(Where::Any)).unwrap();
+        assert!(ordered.answered(ErrorCode::None, String::new()).is_none());
+        assert!(outcome.recv().is_err(), "nobody will answer");
+    }
+}
