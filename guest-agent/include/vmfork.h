@@ -43,7 +43,7 @@ extern "C" {
 #define VMFORK_EPROTOCOL (-6) /* The VMM's answer is not valid. Which VM this is, is not known: do not go on. */
 #define VMFORK_EPARENT (-7)   /* The fork was made; this is the parent, and could not finish it. */
 #define VMFORK_ECHILD (-8)    /* The fork was made; this is a child with an incomplete identity: do not go on. */
-#define VMFORK_ECOPIED (-9)   /* Another caller's fork made this VM while this caller waited for its own. */
+#define VMFORK_ECOPIED (-9)   /* Somebody else's fork made this VM while this caller waited for its own. */
 
 /* The VMM made no fork, for the reason `code`, one of VMFORK_REFUSED_*. */
 #define VMFORK_REFUSED(code) (-100 - (code))

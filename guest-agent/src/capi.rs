@@ -53,7 +53,7 @@ const TEXTS: [(c_int, &CStr); 10] = [
     (EPROTOCOL, c"the VMM's answer is not valid"),
     (EPARENT, c"the fork was made, but this parent could not finish it"),
     (ECHILD, c"this VM is a child without a complete identity"),
-    (ECOPIED, c"this VM is a copy made by another caller's fork"),
+    (ECOPIED, c"this VM is a copy made by somebody else's fork"),
 ];
 
 /// What each refusal means, at the index of its error code.

@@ -80,12 +80,17 @@ impl ControlPage {
         (copies_offset as usize).saturating_add(copies_bytes as usize).max(PAGE_BYTES)
     }
 
-    /// Who this VM is, and how it came out of its latest fork, unchecked.
+    /// Who this VM is, and how it came out of its latest fork, unchecked. Where an operator forks the VM meanwhile, this begins in the one and
+    /// ends in its copy: the copy starts again.
     pub(crate) fn account(&self) -> Account {
-        let identity = self.identity();
-        let is_parent = identity.role == Role::Parent.number();
-        let (listed, copies) = is_parent.then(|| self.copies()).flatten().unwrap_or_default();
-        Account { identity, listed, copies }
+        loop {
+            let identity = self.identity();
+            let is_parent = identity.role == Role::Parent.number();
+            let (listed, copies) = is_parent.then(|| self.copies()).flatten().unwrap_or_default();
+            if self.identity() == identity {
+                return Account { identity, listed, copies };
+            }
+        }
     }
 
     /// How many copies are listed, and the copies; `None` where there is no list. Where it is, is asked anew each time: since this page was

@@ -1,6 +1,7 @@
 //! The fork, in the order in which it happens.
 
-use std::io;
+use std::time::Duration;
+use std::{io, thread};
 
 use vmfork_abi::{ErrorCode, Role};
 
@@ -10,6 +11,11 @@ use crate::raw::{DoorbellPort, Scheduling};
 use crate::{
     Fork, ForkRequest, IdentityError, LockError, OpenError, OutcomeError, PrivilegeError, Vmm, identity, privilege,
 };
+
+/// How often, and after what time, a request is made again that is refused since an operator forks this VM. For most of that time the VM stands
+/// still.
+const TRIES: u32 = 100;
+const PAUSE: Duration = Duration::from_millis(10);
 
 /// Why a fork was not made, or why this VM must not go on after it; [`ForkError::role`] tells which.
 #[derive(Debug, thiserror::Error)]
@@ -21,9 +27,9 @@ pub enum ForkError {
     /// The guest-wide lock can't be had.
     #[error("the fork lock can't be taken")]
     Lock(#[source] LockError),
-    /// Another caller's fork made this VM while this caller waited for its turn. Its request is the parent's to make:
+    /// Another caller's fork made this VM while this caller waited for its turn, or an operator's. Its request is the parent's to make:
     /// were it made here too, forks would multiply.
-    #[error("this VM is a copy made by another caller's fork")]
+    #[error("this VM is a copy made by somebody else's fork")]
     Copied,
     /// The caller could not give a copy its identity.
     #[error("the caller may not set up a copy")]
@@ -125,6 +131,8 @@ impl ForkError {
 struct Tools {
     port: DoorbellPort,
     pool: RandomPool,
+    /// Of this VM, when the request was made.
+    generation: u32,
     /// Held until the identity is complete too: another fork in between would copy a VM that is half itself.
     _lock: ForkLock,
 }
@@ -142,7 +150,8 @@ impl Vmm {
 
     /// Forks this VM, and returns in the parent and in every child.
     ///
-    /// Callers in one guest are served one after another; see [`ForkError::Copied`] for those that wait. A child's random
+    /// Callers in one guest are served one after another, and after an operator who forks this VM; see [`ForkError::Copied`] for those that
+    /// wait. A child's random
     /// pool, host name and clock are its own before this returns, and before any other task of the calling vCPU runs.
     /// Tasks on other vCPUs are not held back.
     ///
@@ -154,8 +163,20 @@ impl Vmm {
     /// [`ForkError`], in the caller's VM or in a copy: see [`ForkError::role`].
     pub fn fork(&self, request: &ForkRequest) -> Result<Fork, ForkError> {
         let tools = self.prepare()?;
+        for _ in 1..TRIES {
+            match self.fork_once(&tools, request) {
+                Err(ForkError::Refused(ErrorCode::Busy)) => thread::sleep(PAUSE),
+                other => return other,
+            }
+            self.check_original(tools.generation)?;
+        }
+        self.fork_once(&tools, request)
+    }
+
+    /// Asks for a fork once.
+    fn fork_once(&self, tools: &Tools, request: &ForkRequest) -> Result<Fork, ForkError> {
         let old = raise().map_err(|source| ForkError::Raise { source })?;
-        let forked = self.ring(&tools, request);
+        let forked = self.ring(tools, request);
         let lowered = old.apply();
         let fork = forked?;
         lowered.map_err(|source| ForkError::Lower { role: fork.role, source })?;
@@ -169,10 +190,13 @@ impl Vmm {
         let pool = RandomPool::open().map_err(|source| ForkError::OpenRandom { source })?;
         let generation = self.route.identity().generation;
         let lock = ForkLock::acquire().map_err(ForkError::Lock)?;
-        if self.route.identity().generation != generation {
-            return Err(ForkError::Copied);
-        }
-        Ok(Tools { port, pool, _lock: lock })
+        self.check_original(generation)?;
+        Ok(Tools { port, pool, generation, _lock: lock })
+    }
+
+    /// Checks that this is not a copy of the VM that had this generation.
+    fn check_original(&self, generation: u32) -> Result<(), ForkError> {
+        if self.route.identity().generation == generation { Ok(()) } else { Err(ForkError::Copied) }
     }
 
     /// Rings, and makes the VM in which that returns the one that it should be.
