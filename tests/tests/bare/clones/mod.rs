@@ -1,6 +1,7 @@
 //! Copies that go to other platforms.
 
 use std::{
+    collections::BTreeSet,
     fs,
     process::Command,
     thread,
@@ -333,7 +334,7 @@ fn whatever_is_changed_on_the_way_no_clone_is_another_one() {
     let platforms = Platforms::new(&["a", "b"]);
     let way = Proxy::start(platforms.address("b")).expect("a proxy");
     let config = platforms.config_by_way("a", Some(("b", way.address())), "keep = [\"web\"]");
-    let target = Vmm::serve(&platforms.config("b", "max_vms = 2000")).start().expect("a platform");
+    let mut target = Vmm::serve(&platforms.config("b", "max_vms = 2000")).start().expect("a platform");
     let (source, image, _kernel) = source_with_image(&config);
     know_each_other(&source, 2);
     let clone = || source.ask(&["clone", "--image", &image, "--to", "b"]);
@@ -351,23 +352,15 @@ fn whatever_is_changed_on_the_way_no_clone_is_another_one() {
     println!("{clones} of {} clones run", rounds + 1);
     clone().expect("a clone, when nothing is changed");
     // What was said to run runs; what was not may run all the same, where only the answer was lost.
-    let vms = wait_until(&target, &["ps", "--json"], |vms| vms["vms"].is_array());
-    let vms = vms["vms"].as_array().expect("an array").len() as u64;
-    assert!((clones + 1..=rounds + 2).contains(&vms), "{clones} clones, {vms} VMs");
-    let mut names = std::collections::BTreeSet::new();
+    let all_run = |vms: &Vec<Value>| vms.iter().all(|vm| vm["state"] == "running");
+    let vms = wait_until(&target, &["ps", "--json"], |list| list["vms"].as_array().is_some_and(all_run));
+    let vms = vms["vms"].as_array().expect("an array").len();
+    assert!((clones + 1..=rounds + 2).contains(&(vms as u64)), "{clones} clones, {vms} VMs");
     let expected = what_a_copy_has();
-    let mut target = target;
-    target
-        .wait_for("what all clones have", |event| {
-            let line = console_line(event, "")?;
-            names.insert(line.0);
-            (names.len() as u64 == vms).then_some(())
-        })
-        .expect("all clones run");
-    target.signal(Signal::SIGTERM).expect("a signal");
-    let ended = target.end().expect("the target ends");
+    let lines = target.wait_for_lines("", vms * expected.len()).expect("all clones run");
+    let names: BTreeSet<&str> = lines.iter().map(|(name, _)| name.as_str()).collect();
+    assert_eq!(names.len(), vms);
     for name in names {
-        let has = printed(&ended, &name);
-        assert!(expected.starts_with(&has), "{name}: {has:?}");
+        assert_eq!(numbers(&lines, name), expected, "{name}");
     }
 }
