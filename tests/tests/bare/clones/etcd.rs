@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use tempfile::NamedTempFile;
-use vmfork_abi::{ErrorCode, Status, flags};
+use vmfork_abi::flags;
 use vmfork_tests::{
     cluster::Platforms,
     etcd::Etcd,
@@ -13,10 +13,7 @@ use vmfork_tests::{
     vmm::{Running, Vmm},
 };
 
-use super::{fork_again, forks_when_told, know_each_other, vms, wait_until};
-
-const FORKED: (u32, u32) = (Status::Forked.number(), 0);
-const NO_PLACE: (u32, u32) = (Status::Failed.number(), ErrorCode::Place.number());
+use super::{FORKED, NO_PLACE, fork_again, forks_when_told, know_each_other, vms, wait_until};
 
 /// A platform with a VM that forks each time it is told to, into one copy on another platform.
 fn source(config: &str, times: u64) -> (Running, NamedTempFile) {

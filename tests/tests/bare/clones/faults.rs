@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use vmfork_abi::{ErrorCode, Status, flags};
+use vmfork_abi::flags;
 use vmfork_tests::{
     assets,
     cluster::Platforms,
@@ -14,16 +14,7 @@ use vmfork_tests::{
     vmm::{PATIENCE, Vmm},
 };
 
-use super::{fork_again, forks_when_told, know_each_other, source_with_image, vms};
-
-/// How often it is looked how far something is.
-const LOOK: Duration = Duration::from_millis(1);
-
-/// A target is not forgotten while nothing sensible is heard of it.
-const LONG_LEASE: &str = "lease_seconds = 60";
-
-const FORKED: (u32, u32) = (Status::Forked.number(), 0);
-const NO_PLACE: (u32, u32) = (Status::Failed.number(), ErrorCode::Place.number());
+use super::{FORKED, LONG_LEASE, LOOK, NO_PLACE, fork_again, forks_when_told, know_each_other, source_with_image, vms};
 
 /// Waits until more than so many bytes have passed since the fault was set.
 fn wait_passed(way: &Proxy, bytes: u64) {
@@ -76,6 +67,26 @@ fn what_should_be_a_certificate_and_is_garbage_makes_the_fork_fail() {
     vms(&target, 1);
 }
 
+/// Does something on a way that stalls once more than so many bytes have passed, and goes on after a while.
+fn on_a_way_that_stalls<T>(way: &Proxy, after: u64, pause: Duration, work: impl FnOnce() -> T) -> T {
+    way.set(Fault::StallAfter(after));
+    let is_over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while way.passed() <= after && !is_over.load(Ordering::SeqCst) {
+                thread::sleep(LOOK);
+            }
+            if !is_over.load(Ordering::SeqCst) {
+                thread::sleep(pause);
+            }
+            way.set(Fault::None);
+        });
+        let done = work();
+        is_over.store(true, Ordering::SeqCst);
+        done
+    })
+}
+
 #[test]
 fn wherever_the_way_stalls_and_comes_back_there_is_one_clone() {
     let rounds: u64 = if assets::in_lab() { 10 } else { 100 };
@@ -91,21 +102,46 @@ fn wherever_the_way_stalls_and_comes_back_there_is_one_clone() {
     let bytes = way.passed();
     for round in 1..=rounds {
         target.ask(&["image", "rm", &image]).expect("an image that has come");
-        let at = bytes * (round * 617 % 1009) / 1009;
-        way.set(Fault::StallAfter(at));
-        let is_over = AtomicBool::new(false);
-        let cloned = thread::scope(|scope| {
-            scope.spawn(|| {
-                while way.passed() <= at && !is_over.load(Ordering::SeqCst) {
-                    thread::sleep(LOOK);
-                }
-                way.set(Fault::None);
-            });
-            let cloned = clone();
-            is_over.store(true, Ordering::SeqCst);
-            cloned
-        });
+        let cloned = on_a_way_that_stalls(&way, bytes * (round * 617 % 1009) / 1009, Duration::ZERO, clone);
         cloned.unwrap_or_else(|error| panic!("round {round}: {error:#}"));
         assert_eq!(vms(&target, usize::try_from(round).expect("small") + 1).len() as u64, round + 1);
     }
+}
+
+/// Where a way stalls, in thousandths of what passes for a clone: most of that is memory, and the last of it is what lets the clone run.
+const STALLS: [u64; 6] = [0, 300, 600, 900, 970, 990];
+
+#[test]
+fn where_answers_come_later_than_anybody_waits_for_them_there_is_one_clone() {
+    let stalls = if assets::in_lab() { &STALLS[..2] } else { &STALLS };
+    // All of them wait at the same time.
+    let stalled: usize = thread::scope(|scope| {
+        let rounds: Vec<_> = stalls.iter().map(|at| scope.spawn(|| has_one_clone_stalled(*at))).collect();
+        rounds.into_iter().map(|round| usize::from(round.join().expect("one clone"))).sum()
+    });
+    println!("{stalled} of {} clones have waited", stalls.len());
+    // What passes beside a clone is not always the same: those behind may not have come so far.
+    assert!(stalled >= stalls.len().div_ceil(2));
+}
+
+/// Makes a clone on a way that stalls for a long time, and says whether that was so.
+fn has_one_clone_stalled(at_permille: u64) -> bool {
+    /// Longer than a source waits for an answer, which is 10 s, and shorter than its target waits for it, which is 20 s.
+    const STALL: Duration = Duration::from_secs(11);
+    let platforms = Platforms::new(&["a", "b"]);
+    let way = Proxy::start(platforms.address("b")).expect("a proxy");
+    let config = format!("{LONG_LEASE}\nkeep = [\"web\"]");
+    let config = platforms.config_by_way("a", Some(("b", way.address())), &config);
+    let target = Vmm::serve(&platforms.config("b", "")).start().expect("a platform");
+    let (source, image, _kernel) = source_with_image(&config);
+    know_each_other(&source, 2);
+    let clone = || source.ask(&["clone", "--image", &image, "--to", "b"]);
+    way.set(Fault::None);
+    clone().expect("a clone");
+    let bytes = way.passed();
+    target.ask(&["image", "rm", &image]).expect("an image that has come");
+    let begun = Instant::now();
+    on_a_way_that_stalls(&way, bytes * at_permille / 1000, STALL, clone).expect("a clone after all");
+    vms(&target, 2);
+    begun.elapsed() >= STALL
 }

@@ -32,6 +32,16 @@ const FLAGS: usize = PAGE.request.offset + 12;
 /// What a guest has in its memory that its copies have too.
 const DATA: u64 = 0x40_0000;
 
+/// How a fork has gone: status and error code.
+const FORKED: (u32, u32) = (Status::Forked.number(), 0);
+const NO_PLACE: (u32, u32) = (Status::Failed.number(), ErrorCode::Place.number());
+
+/// How platforms are set up that forget none of the others while nothing is heard of it.
+const LONG_LEASE: &str = "lease_seconds = 60";
+
+/// How often it is looked how far something is.
+const LOOK: Duration = Duration::from_millis(1);
+
 /// Waits until a platform knows so many, itself among them.
 pub(super) fn know_each_other(running: &Running, count: usize) {
     let deadline = Instant::now() + PATIENCE;
