@@ -134,9 +134,9 @@ pub struct PlatformConfig {
 pub struct Sending {
     /// Whether copies of guests' forks run before all of their memory has come. They depend on this platform until it has.
     pub lazy: bool,
-    /// Connections for the memory of one clone.
+    /// Connections for the memory of one clone that is not lazy.
     pub connections: usize,
-    /// Most bytes of memory that are sent within a second for one clone; 0: as many as possible.
+    /// Most bytes of memory that are sent within a second for one clone that is not lazy; 0: as many as possible.
     pub bandwidth: u64,
 }
 

@@ -19,6 +19,7 @@ use vmfork_tests::{
     vmm::{PATIENCE, Running, Vmm, console_line},
 };
 
+mod bandwidth;
 mod cluster;
 mod etcd;
 mod faults;
