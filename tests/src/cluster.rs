@@ -1,6 +1,7 @@
-//! Several platforms on one host, as `host-vmm` is told of them.
+//! Several platforms, as `host-vmm` is told of them.
 
 use std::{
+    fmt::Display,
     net::{SocketAddr, TcpListener},
     path::{Path, PathBuf},
     process::Command,
@@ -8,19 +9,31 @@ use std::{
 
 use tempfile::TempDir;
 
-use crate::assets;
+use crate::{assets, network::Network};
 
-/// Platforms that know each other by a list, over loopback addresses, and the folder with their certificates, if they have some.
+/// Where a platform listens that has a host of its own.
+const PORT: u16 = 7070;
+
+/// Platforms, where each of them listens, and the folder with their certificates, if they have some.
 #[derive(Debug)]
 pub struct Platforms(Vec<(&'static str, SocketAddr)>, Option<TempDir>);
 
 impl Platforms {
-    /// So called, that know each other by certificates of a CA of their own.
+    /// So called, over loopback addresses, that know each other by certificates of a CA of their own.
     ///
     /// # Panics
     /// Where there are no ports left, or no certificates can be made.
     pub fn with_certificates(names: &[&'static str]) -> Self {
         Self::new(names).with_own_ca()
+    }
+
+    /// Those of a network, each on its own host, that know each other by certificates of a CA of their own.
+    ///
+    /// # Panics
+    /// Where there are no such hosts, or no certificates can be made.
+    pub fn on(network: &Network, names: &[&'static str]) -> Self {
+        let address = |name| SocketAddr::from((network.host(name).address(), PORT));
+        Self(names.iter().map(|name| (*name, address(name))).collect(), None).with_own_ca()
     }
 
     /// The same, at the same addresses, with certificates of another CA.
@@ -57,7 +70,7 @@ impl Platforms {
         Ok(String::from_utf8(output.stdout)?)
     }
 
-    /// So called, without certificates.
+    /// So called, over loopback addresses, without certificates.
     ///
     /// # Panics
     /// Where there are no ports left.
@@ -97,8 +110,8 @@ impl Platforms {
         self.of(name, &format!("peers = [{peers}]\n{more}"))
     }
 
-    /// That of one which knows the others by an etcd at this address.
-    pub fn config_by_etcd(&self, name: &str, etcd: SocketAddr, more: &str) -> String {
+    /// That of one which knows the others by an etcd at this address, or these, with commas between them.
+    pub fn config_by_etcd(&self, name: &str, etcd: impl Display, more: &str) -> String {
         self.of(name, &format!("cluster = \"etcd://{etcd}/test\"\nlease_seconds = 3\n{more}"))
     }
 

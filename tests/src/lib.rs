@@ -4,8 +4,9 @@
 //! - [`bare`]: a guest without an operating system, that does what a test writes down.
 //! - [`user`]: a guest without an operating system that runs at CPL 3, for the bench, and for tests of many forks.
 //! - [`faults`]: the steps of a fork that can be made to fail.
-//! - [`cluster`]: several platforms on one host.
+//! - [`cluster`]: several platforms, on one host or on several.
 //! - [`etcd`]: what they may know each other by.
+//! - [`network`]: hosts of their own, for platforms that are not to share one.
 //! - [`process`]: what a process has of the host's resources.
 //! - [`proxy`]: a way between two platforms on which things go wrong.
 //!
@@ -17,6 +18,7 @@ pub mod cluster;
 mod elf;
 pub mod etcd;
 pub mod faults;
+pub mod network;
 pub mod process;
 pub mod proxy;
 pub mod user;

@@ -22,7 +22,11 @@ use nix::{
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::{assets, process};
+use crate::{
+    assets,
+    network::{self, Host},
+    process,
+};
 
 /// How long a test waits for something to happen. Guests in the lab are slow, and two tests run at a time.
 pub const PATIENCE: Duration = Duration::from_secs(180);
@@ -39,6 +43,8 @@ pub struct Vmm {
     cmdline: String,
     /// How it is a platform of a cluster, in TOML.
     config: Option<String>,
+    /// Where it runs; `None` for this machine itself.
+    host: Option<Host>,
 }
 
 impl Vmm {
@@ -56,6 +62,12 @@ impl Vmm {
     #[must_use]
     pub fn config(self, config: &str) -> Self {
         Self { config: Some(config.to_owned()), ..self }
+    }
+
+    /// Has it run on a host of its own.
+    #[must_use]
+    pub fn on(self, host: &Host) -> Self {
+        Self { host: Some(host.clone()), ..self }
     }
 
     /// Boots Linux with an image, and runs a program with arguments in it.
@@ -99,7 +111,7 @@ impl Vmm {
         let fifo = folder.path().join("events");
         mkfifo(&fifo, Mode::S_IRUSR | Mode::S_IWUSR)?;
         let host_vmm = assets::path("bin/host-vmm");
-        let mut command = Command::new(&host_vmm);
+        let mut command = network::command(self.host.as_ref(), &host_vmm);
         command.arg(if self.kernel.is_some() { "run" } else { "serve" });
         if let Some(kernel) = &self.kernel {
             command.arg("--kernel").arg(kernel).args(["--cmdline", &self.cmdline]);

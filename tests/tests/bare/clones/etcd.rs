@@ -23,12 +23,12 @@ fn source(config: &str, times: u64) -> (Running, NamedTempFile) {
 }
 
 /// Waits until a platform says whether it is cut off from the others.
-fn is_cut_off(running: &Running, is: bool) {
+pub(super) fn is_cut_off(running: &Running, is: bool) {
     wait_until(running, &["platforms", "--json"], |known| known["partitioned"] == is);
 }
 
 /// The names of those that a platform knows, its own first.
-fn names(known: &Value) -> Vec<&str> {
+pub(super) fn names(known: &Value) -> Vec<&str> {
     let platforms = known["platforms"].as_array().map_or(&[][..], Vec::as_slice);
     platforms.iter().filter_map(|platform| platform["name"].as_str()).collect()
 }

@@ -14,31 +14,41 @@ use vmfork_tests::{
     cluster::Platforms,
     proxy::{Fault, Proxy},
     user::{self, Order},
-    vmm::{PATIENCE, Running, Vmm},
+    vmm::{Ended, PATIENCE, Running, Vmm},
 };
 
 use super::{
     super::left_behind::{at_rest, become_equal, descriptors, taken},
-    fork_again, forks_when_told, know_each_other, vms, wait_until,
+    LONG_LEASE, fork_again, forks_when_told, know_each_other, vms, wait_until,
 };
 
 /// Where copies go.
-const TARGETS: [&str; 2] = ["b", "c"];
+pub(super) const TARGETS: [&str; 2] = ["b", "c"];
 
 /// How each of them is set up. No shells are ready: each process is a VM's.
-const AS_TARGET: &str = "ready = 0\nlabels = { role = \"target\" }";
+pub(super) const AS_TARGET: &str = "ready = 0\nlabels = { role = \"target\" }";
 
-/// How a platform is set up that sends its copies there, and forgets none of them meanwhile.
-const TO_TARGETS: &str = "lease_seconds = 60\n[placement.\"*\"]\npolicy = \"spread\"\nlabels = { role = \"target\" }";
+/// How a platform is set up that sends its copies there.
+pub(super) const TO_TARGETS: &str = "[placement.\"*\"]\npolicy = \"spread\"\nlabels = { role = \"target\" }";
+
+/// The same, and it forgets none of them meanwhile.
+fn to_targets() -> String {
+    format!("{LONG_LEASE}\n{TO_TARGETS}")
+}
 
 fn start(platforms: &Platforms, target: &str) -> Running {
     Vmm::serve(&platforms.config(target, AS_TARGET)).start().expect("a platform")
 }
 
 /// Has a VM fork, and gives the report of that. What else was told meanwhile is added to `told`.
-fn carry_out(source: &mut Running, order: Order, told: &mut Vec<Value>, meanwhile: impl FnOnce()) -> Value {
+pub(super) fn carry_out(source: &mut Running, order: Order, told: &mut Vec<Value>, meanwhile: impl FnOnce()) -> Value {
     source.type_bytes(&order.to_bytes()).expect("a guest that takes orders");
     meanwhile();
+    next_fork(source, told)
+}
+
+/// Waits for the report of the next fork.
+pub(super) fn next_fork(source: &mut Running, told: &mut Vec<Value>) -> Value {
     loop {
         let event = source.next_event().expect("a report");
         if event["event"] == "forked" {
@@ -48,10 +58,15 @@ fn carry_out(source: &mut Running, order: Order, told: &mut Vec<Value>, meanwhil
     }
 }
 
-/// The copies that events of a kind tell of: ID, and number of the request.
-fn copies<'e>(events: impl IntoIterator<Item = &'e Value>, kind: &str) -> Vec<(String, u64)> {
-    let events = events.into_iter().filter(|event| event["event"] == kind);
-    events.map(|event| (event["id"].to_string(), event["seq"].as_u64().expect("a number"))).collect()
+/// The IDs of the copies that have run on targets which have ended, and how many they were of each fork. None has run twice.
+pub(super) fn launched(ended: &[Ended]) -> (BTreeSet<String>, BTreeMap<u64, usize>) {
+    let (mut ids, mut by_fork) = (BTreeSet::new(), BTreeMap::new());
+    let events = ended.iter().flat_map(|ended| &ended.events);
+    for event in events.filter(|event| event["event"] == "launched") {
+        assert!(ids.insert(event["id"].to_string()), "a copy has run twice: {event}");
+        *by_fork.entry(event["seq"].as_u64().expect("a number")).or_default() += 1;
+    }
+    (ids, by_fork)
 }
 
 #[test]
@@ -62,7 +77,7 @@ fn whichever_target_is_killed_no_copy_runs_twice_and_the_parent_goes_on() {
     let platforms = Platforms::new(&["a", "b", "c"]);
     let mut targets: Vec<Running> = TARGETS.iter().map(|name| start(&platforms, name)).collect();
     let kernel = user::kernel();
-    let source = Vmm::kernel(kernel.path()).option("--mem", "64M").config(&platforms.config("a", TO_TARGETS));
+    let source = Vmm::kernel(kernel.path()).option("--mem", "64M").config(&platforms.config("a", &to_targets()));
     let mut source = source.start().expect("host-vmm starts");
     source.wait_for_line("00000001").expect("a guest that takes orders");
     know_each_other(&source, 3);
@@ -106,11 +121,7 @@ fn whichever_target_is_killed_no_copy_runs_twice_and_the_parent_goes_on() {
         target.signal(Signal::SIGTERM).expect("a signal");
         ended.push(target.end().expect("a platform that ends"));
     }
-    let launched: Vec<_> = ended.iter().flat_map(|ended| copies(&ended.events, "launched")).collect();
-    let ids: BTreeSet<_> = launched.iter().map(|(id, _)| id).collect();
-    assert_eq!(ids.len(), launched.len(), "a copy has run twice");
-    let mut by_fork: BTreeMap<u64, usize> = BTreeMap::new();
-    launched.iter().for_each(|(_, seq)| *by_fork.entry(*seq).or_default() += 1);
+    let (ids, by_fork) = launched(&ended);
     for seq in 1..=QUIET + rounds + 1 {
         let run = by_fork.get(&seq).copied().unwrap_or(0);
         // The target that was not killed has one of them at least.
@@ -133,7 +144,7 @@ fn target_of(round: u64) -> usize {
 }
 
 /// When: a part of what a fork takes.
-fn round_part(round: u64) -> f64 {
+pub(super) fn round_part(round: u64) -> f64 {
     f64::from(u32::try_from(round * 617 % 1009).expect("small")) / 700.0
 }
 
@@ -168,7 +179,7 @@ fn what_a_killed_source_has_begun_is_undone_after_its_lease() {
     let mut targets = TARGETS.map(|name| start(&platforms, name));
     let kernel = forks_when_told(2, 2, flags::REMOTE).to_kernel();
     let source = Vmm::kernel(kernel.path()).option("--mem", "64M");
-    let source = source.config(&platforms.config_by_way("a", Some(("c", way.address())), TO_TARGETS));
+    let source = source.config(&platforms.config_by_way("a", Some(("c", way.address())), &to_targets()));
     let mut source = source.start().expect("host-vmm starts");
     know_each_other(&source, 3);
     way.set(Fault::None);

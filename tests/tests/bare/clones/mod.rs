@@ -24,6 +24,7 @@ mod cluster;
 mod etcd;
 mod faults;
 mod killed;
+mod partition;
 
 use super::{ERROR, ID, INDEX, ROLE, STATUS, join, list, listed, printed};
 
@@ -68,11 +69,14 @@ fn forker(count: u32, flags: u32) -> Script {
 
 /// A guest that forks each time it is told to, so many times. Parent and copies print how it went and their index; copies then stand still.
 fn forks_when_told(times: u64, count: u32, flags: u32) -> Script {
-    (1..=times).fold(Script::new(), |script, seq| {
-        let fork = script.wait_for_input().request(seq, "web", count).store(control(FLAGS), flags).ring();
-        let answer = fork.print(control(STATUS)).print(control(ERROR)).print(control(INDEX));
-        answer.only_if(control(ROLE), Role::Child.number(), Script::new().hang())
-    })
+    (1..=times).fold(Script::new(), |script, seq| then_fork_when_told(script, seq, count, flags))
+}
+
+/// The same once more, after what it has done before.
+fn then_fork_when_told(before: Script, seq: u64, count: u32, flags: u32) -> Script {
+    let fork = before.wait_for_input().request(seq, "web", count).store(control(FLAGS), flags).ring();
+    let answer = fork.print(control(STATUS)).print(control(ERROR)).print(control(INDEX));
+    answer.only_if(control(ROLE), Role::Child.number(), Script::new().hang())
 }
 
 /// What the booted VM says of its forks: status and error code of each.
