@@ -20,7 +20,12 @@ use crate::{
     capsule::{About, Capsule, Digests},
     clock::wall_clock_ns,
     cluster::{
-        clone::{self, Parcel, source, supply::Supply},
+        Cluster,
+        clone::{
+            self, Parcel,
+            source::{self, IsWanted, Wanted},
+            supply::Supply,
+        },
         placement::{Where, Wish},
     },
     error::chain,
@@ -221,8 +226,7 @@ impl Away {
         list(&self.rendezvous, &share.slots, platform, Location::Remote)?;
         let (source, slots) = (cluster.name.clone(), share.slots.clone());
         let order = clone::Order { source, slots, total: self.total, lazy: self.lazy };
-        let fork = Arc::clone(&self.fork);
-        let (id, is_wanted) = (new_id().map_err(Error::Id)?, Arc::new(move || !fork.is_off()));
+        let (id, is_wanted) = (new_id().map_err(Error::Id)?, self.is_wanted_at(&share.platform));
         match content {
             Sent::Whole(parcel) => {
                 source::send(endpoint, id, &order, parcel, &cluster.sending, &Arc::default(), is_wanted).map_err(failed)
@@ -234,6 +238,18 @@ impl Away {
                 sent.inspect_err(|_| self.platform.supplies.remove(id)).map_err(failed)
             }
         }
+    }
+
+    /// Says how much copies are wanted on a platform. Their parent stands still until they are ready: it does not wait for one that is taken
+    /// for gone, or while this one is cut off itself.
+    fn is_wanted_at(&self, platform: &str) -> IsWanted {
+        let (fork, own, name) = (Arc::clone(&self.fork), Arc::clone(&self.platform), platform.to_owned());
+        Arc::new(move || match own.cluster.get() {
+            _ if fork.is_off() => Wanted::No,
+            Some(Cluster { directory, .. }) if directory.is_partitioned() => Wanted::WhileItWorks,
+            Some(cluster) if cluster.find(&name).is_err() => Wanted::WhileItWorks,
+            _ => Wanted::Yes,
+        })
     }
 
     /// Says that these copies are ready, and has them run when all are.

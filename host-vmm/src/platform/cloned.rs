@@ -191,7 +191,7 @@ impl Platform {
         let endpoint = cluster.find(source).map_err(Error::Cluster)?;
         let is_wanted: IsWanted = {
             let filling = Arc::downgrade(filling);
-            Arc::new(move || filling.upgrade().is_some_and(|filling| !filling.is_over()))
+            Arc::new(move || filling.upgrade().is_some_and(|filling| !filling.is_over()).into())
         };
         let supplier = || Supplier::new(endpoint.clone(), clone, Arc::clone(&is_wanted));
         let platform = Arc::downgrade(self);

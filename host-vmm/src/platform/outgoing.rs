@@ -10,7 +10,7 @@ use crate::{
     cluster::{
         clone::{
             Order,
-            source::{self, IsWanted, Progress},
+            source::{self, IsWanted, Progress, Wanted},
             supply::Supply,
         },
         member::{Load, MAX_SHAPES, Ready},
@@ -65,7 +65,7 @@ impl Platform {
         let _listed = Listed { transfers: &self.transfers, id };
         let order = Order { source: self.name().to_owned(), slots: slots(count)?, total: count, lazy };
         let failed = |error| Error::Send { platform: to.to_owned(), source: Box::new(error) };
-        let is_wanted: IsWanted = Arc::new(|| true);
+        let is_wanted: IsWanted = Arc::new(|| Wanted::Yes);
         let prepared = if lazy {
             let (capsule, learned) = image.parts();
             let supply = Arc::new(Supply::of(capsule, short(to)).map_err(Error::Capsule)?);

@@ -70,9 +70,9 @@ pub enum Error {
 /// How a clone is sent.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// Connections for its memory.
+    /// Connections for its memory, where it is not lazy.
     pub connections: usize,
-    /// Most bytes of memory that are sent within a second, on all of them together.
+    /// Most bytes of memory that are sent within a second, on all of them together, where it is not lazy.
     pub bandwidth: Option<u64>,
     /// Whether the copies of guests' forks run before all of their memory has come.
     pub lazy: bool,
@@ -121,14 +121,34 @@ impl Pace {
 /// How long a target has for each answer.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// How long it has to say that it has undone a clone.
+const LAST_WORD: Duration = Duration::from_secs(1);
+
 /// How often something is begun anew that has gone on for longer than it may take to be heard.
 const MAX_ANEW: u32 = 3;
 
 /// How often a target is told that its source is still there, while its copies wait.
 const RENEWAL: Duration = Duration::from_secs(LEASE.as_secs() / 4);
 
-/// Says whether a clone is still wanted.
-pub type IsWanted = Arc<dyn Fn() -> bool + Send + Sync>;
+/// How much a clone is wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wanted {
+    /// What goes wrong is tried again.
+    Yes,
+    /// Only while nothing goes wrong: either side is taken for gone by its cluster.
+    WhileItWorks,
+    /// Not any more.
+    No,
+}
+
+impl From<bool> for Wanted {
+    fn from(is_wanted: bool) -> Self {
+        if is_wanted { Self::Yes } else { Self::No }
+    }
+}
+
+/// Says how much a clone is wanted at present.
+pub type IsWanted = Arc<dyn Fn() -> Wanted + Send + Sync>;
 
 /// A target, which is asked again where it can't be reached.
 pub(super) struct Target {
@@ -162,7 +182,7 @@ impl Target {
     }
 
     /// Does something that does no harm when it is done twice, again and again until the target says yes or no, `limit` is over, or the clone
-    /// is not wanted any more. What is long to do, and breaks off in the middle, has its limit from there on; but not for ever.
+    /// is not wanted enough any more. What is long to do, and breaks off in the middle, has its limit from there on; but not for ever.
     pub(super) fn insist<T>(
         &mut self,
         limit: Duration,
@@ -186,7 +206,7 @@ impl Target {
             if attempt.elapsed() >= limit && anew < MAX_ANEW {
                 (began, anew) = (Instant::now(), anew + 1);
             }
-            if began.elapsed() + delay >= limit || !(self.is_wanted)() {
+            if began.elapsed() + delay >= limit || (self.is_wanted)() != Wanted::Yes {
                 return Err(error);
             }
             thread::sleep(delay);
@@ -271,7 +291,7 @@ pub fn send(
     let target = &mut prepared.target;
     let Missing { chunks } = target.describe(parcel.head())?;
     send_memory(target, parcel, chunks, settings, progress)?;
-    if !(target.is_wanted)() {
+    if (target.is_wanted)() == Wanted::No {
         return Err(Error::CalledOff);
     }
     target.prepare()?;
@@ -344,7 +364,7 @@ impl Prepared {
     /// [`Error::Aborted`] where none of them runs, [`Error::Unknown`] where nobody can tell.
     pub fn commit(mut self) -> Result<Vec<Copied>, Error> {
         self.is_decided = true;
-        self.target.is_wanted = Arc::new(|| true);
+        self.target.is_wanted = Arc::new(|| Wanted::Yes);
         let stage = self.target.insist(COMMIT_LIMIT, |connection, path| {
             connection.ask_for(Method::POST, &format!("{path}/commit"), Content::none())
         });
@@ -359,13 +379,14 @@ impl Prepared {
 
 impl Drop for Prepared {
     fn drop(&mut self) {
-        if self.is_decided {
+        // Whom this does not reach undoes it by itself, and nobody waits for long to find that out.
+        if self.is_decided || (self.target.is_wanted)() == Wanted::WhileItWorks {
             return;
         }
-        // Whom this does not reach undoes it by itself.
-        let told = self
-            .target
-            .insist(FIRST_DELAY, |connection, path| connection.ask(Method::DELETE, path, Content::none()).map(drop));
+        let told = self.target.insist(FIRST_DELAY, |connection, path| {
+            connection.set_patience(LAST_WORD);
+            connection.ask(Method::DELETE, path, Content::none()).map(drop)
+        });
         match told {
             Ok(()) | Err(client::Error::Refused { status: StatusCode::NOT_FOUND, .. }) => {}
             Err(error) => tracing::debug!(%error, "a target was not told that a clone was called off"),
@@ -387,7 +408,7 @@ impl Iterator for Pieces {
 
     fn next(&mut self) -> Option<io::Result<Bytes>> {
         let number = self.share.next()?;
-        if !(self.is_wanted)() {
+        if (self.is_wanted)() == Wanted::No {
             return Some(Err(io::Error::other("the clone is not wanted any more")));
         }
         let bytes = self.parcel.data_bytes(number);

@@ -1,7 +1,7 @@
 //! Platforms on hosts of their own, over mutual TLS, whose cables are pulled.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     thread,
     time::{Duration, Instant},
 };
@@ -13,15 +13,15 @@ use vmfork_tests::{
     etcd::Etcd,
     network::Network,
     user::{self, Order},
-    vmm::{Ended, Running, Vmm},
+    vmm::{Ended, PATIENCE, Running, Vmm},
 };
 
 use super::{
-    super::left_behind::{at_rest, become_equal, taken},
-    FORKED, NO_PLACE,
+    super::left_behind::{at_rest, become_equal, descriptors, taken},
+    FORKED, LOOK, NO_PLACE,
     etcd::{is_cut_off, names},
     fork_again, forks_when_told,
-    killed::{AS_TARGET, TARGETS, TO_TARGETS, carry_out, launched, round_part},
+    killed::{AS_TARGET, TARGETS, TO_TARGETS, carry_out, launched, next_fork, round_part},
     know_each_other, numbers, then_fork_when_told, vms, wait_until,
 };
 
@@ -179,6 +179,59 @@ fn whenever_a_cable_is_pulled_for_a_moment_all_copies_of_a_fork_run_or_none() {
         let right = if failed.contains(&seq) { 0 } else { 2 };
         assert_eq!(by_fork.get(&seq).copied().unwrap_or(0), right, "copies of fork {seq}");
     }
+}
+
+#[test]
+fn copies_that_can_not_be_sent_where_they_should_go_are_sent_elsewhere_and_nothing_is_left_there() {
+    /// How a platform is set up that takes a second to send 4 MiB, to the first of these that takes it.
+    const SLOWLY_TO_B: &str =
+        "[clone]\nbandwidth = 4194304\n[placement.\"*\"]\npolicy = \"pinned\"\npinned = [\"b\", \"c\"]";
+    /// A parent does not stand still for as long as targets wait for their sources.
+    const PAUSE: Duration = Duration::from_secs(20);
+    let Some(site) = Site::start(&["a", "b", "c", "d", "e"], &ETCD[..1]) else { return };
+    let [b, c] = TARGETS.map(|name| site.serve(name, "ready = 0"));
+    let kernel = user::kernel();
+    let mut sources = ["a", "d", "e"].map(|name| {
+        let vmm = Vmm::kernel(kernel.path()).option("--mem", "64M");
+        let mut source = site.run(name, vmm, SLOWLY_TO_B);
+        source.wait_for_line("00000001").expect("a guest that takes orders");
+        source
+    });
+    sources.iter().for_each(|source| know_each_other(source, 5));
+    let memory_files = || descriptors(b.pid()).into_iter().filter(|(name, _)| name.contains("memfd")).collect();
+    let before: Vec<_> = memory_files();
+    let order = Order { count: 1, dirty_pages: 1024, ..Order::default() };
+    for source in &mut sources {
+        let earlier = memory_files();
+        source.type_bytes(&order.to_bytes()).expect("a guest that takes orders");
+        let deadline = Instant::now() + PATIENCE;
+        while memory_files() == earlier {
+            assert!(Instant::now() < deadline, "nothing is sent");
+            thread::sleep(LOOK);
+        }
+    }
+    site.network.pull("b");
+    let pulled = Instant::now();
+    for source in &mut sources {
+        assert_eq!(next_fork(source, &mut Vec::new())["code"], 0);
+    }
+    assert!(pulled.elapsed() < PAUSE, "the parents stood still for {:?}", pulled.elapsed());
+    site.network.plug("b");
+
+    // One that is cut off itself knows that it need not wait.
+    let [a, ..] = &mut sources;
+    site.network.pull("a");
+    is_cut_off(a, true);
+    let begun = Instant::now();
+    assert_eq!(carry_out(a, order, &mut Vec::new(), || {})["code"], ErrorCode::Place.number());
+    assert!(begun.elapsed() < PAUSE, "the parent stood still for {:?}", begun.elapsed());
+    vms(a, 1);
+    site.network.plug("a");
+
+    become_equal(memory_files, || before.clone());
+    sources.iter().for_each(|source| know_each_other(source, 5));
+    let ended = [b, c].map(end_target);
+    assert_eq!(launched(&ended).1, BTreeMap::from([(1, 3)]));
 }
 
 #[test]
