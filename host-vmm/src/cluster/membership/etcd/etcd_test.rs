@@ -34,6 +34,14 @@ const SLACK: Duration = Duration::from_secs(3);
 
 const PREFIX: &str = "/host-vmm/v1/web/platforms/";
 
+#[test]
+fn mistakes_that_take_turns_are_told_once_each() {
+    let silent = || Error::Silent { address: "192.0.2.1:2379".parse().unwrap(), call: "Connect" };
+    let mut told = session::Told::default();
+    let attempts = [silent(), Error::LeaseLost, silent(), Error::LeaseLost];
+    assert_eq!(attempts.map(|error| told.is_first(&error)), [true, true, false, false]);
+}
+
 fn member(name: &str, vms: u32) -> Member {
     Member {
         name: name.into(),

@@ -1,7 +1,7 @@
 //! Sessions with an etcd, one after another, and what goes on in each.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashSet},
     convert::Infallible,
     mem,
     sync::{Arc, mpsc},
@@ -114,7 +114,7 @@ impl Registrar {
     /// Has one session after another. Ends only where it never got in, and never will.
     async fn stay(&mut self) {
         let longest = (self.settings.lease / 4).min(LONGEST_PAUSE);
-        let (mut pause, mut failures, mut last) = (SHORTEST_PAUSE, 0, None);
+        let (mut pause, mut failures, mut told) = (SHORTEST_PAUSE, 0, Told::default());
         loop {
             let began = Instant::now();
             let Err(error) = self.session(failures).await;
@@ -124,10 +124,9 @@ impl Registrar {
                 return self.answer(Err(error));
             }
             if began.elapsed() > self.settings.lease {
-                (pause, last) = (SHORTEST_PAUSE, None);
+                (pause, told) = (SHORTEST_PAUSE, Told::default());
             }
-            // Each kind of mistake is told once, not each of the many attempts.
-            if last.replace(mem::discriminant(&error)) != Some(mem::discriminant(&error)) {
+            if told.is_first(&error) {
                 tracing::warn!(why = chain(&error), "not a member of the cluster at present; trying again");
             }
             failures += 1;
@@ -368,6 +367,17 @@ impl Registrar {
         let member = (self.settings.own)();
         check::check(&member).map_err(Error::Own)?;
         serde_json::to_vec(&Entry { instance: self.settings.instance, member }).map_err(Error::Json)
+    }
+}
+
+/// Which kinds of mistakes were told: each is once, not each of the many attempts.
+#[derive(Debug, Default)]
+pub(super) struct Told(HashSet<mem::Discriminant<Error>>);
+
+impl Told {
+    /// Whether this one is the first of its kind.
+    pub(super) fn is_first(&mut self, error: &Error) -> bool {
+        self.0.insert(mem::discriminant(error))
     }
 }
 
