@@ -1,6 +1,6 @@
 //! What a process has of the host's resources, from `/proc`.
 
-use std::{collections::BTreeMap, fs, io};
+use std::{collections::BTreeMap, fs, io, time::Duration};
 
 /// Sums of a process's memory, in KiB, by their names in `/proc/PID/smaps_rollup`, such as `Pss` and `Private_Dirty`.
 ///
@@ -49,13 +49,34 @@ pub fn children(pid: u32) -> io::Result<Vec<u32>> {
     let mut children = Vec::new();
     for entry in fs::read_dir("/proc")? {
         let Some(candidate) = entry?.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
-        let Ok(stat) = fs::read_to_string(format!("/proc/{candidate}/stat")) else { continue };
-        // The name, in brackets, can hold anything; behind it come the state and the parent.
-        let parent = stat.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(1)?.parse().ok());
-        if parent == Some(pid) {
+        let Ok(parent) = stat(candidate, PARENT) else { continue };
+        if parent == u64::from(pid) {
             children.push(candidate);
         }
     }
     children.sort_unstable();
     Ok(children)
+}
+
+/// Processor time that a process has taken, all of its threads together, for itself and within the kernel.
+///
+/// # Errors
+/// Where the process is gone.
+pub fn cpu_time(pid: u32) -> io::Result<Duration> {
+    Ok(Duration::from_millis((stat(pid, USER_TIME)? + stat(pid, SYSTEM_TIME)?) * 1000 / TICKS_PER_SECOND))
+}
+
+/// Fields of `/proc/PID/stat`, counted from the one behind the name (proc(5)).
+const PARENT: usize = 1;
+const USER_TIME: usize = 11;
+const SYSTEM_TIME: usize = 12;
+
+/// What the kernel counts such times in, for all programs on x86.
+const TICKS_PER_SECOND: u64 = 100;
+
+fn stat(pid: u32, field: usize) -> io::Result<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // The name, in brackets, can hold anything.
+    let value = stat.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(field)?.parse().ok());
+    value.ok_or_else(|| io::ErrorKind::InvalidData.into())
 }

@@ -33,7 +33,7 @@ pub enum Fault {
     StallAfter(u64),
     /// Each piece comes later by this.
     Delay(Duration),
-    /// Whoever connects is answered with something that makes no sense.
+    /// All connections break, and whoever connects is answered with something that makes no sense.
     Garbage,
 }
 
@@ -83,6 +83,9 @@ impl Proxy {
         let mut current = self.shared.fault();
         self.shared.passed.store(0, Ordering::SeqCst);
         *current = fault;
+        if fault == Fault::Garbage {
+            self.shared.cut();
+        }
     }
 
     /// How many bytes have passed since then.

@@ -3,14 +3,13 @@
 use std::{
     fs::File,
     ops::Range,
-    os::unix::fs::FileExt,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
 };
 
-use super::{Capsule, Chunk, Description, Error, LayerManifest, manifest};
+use super::{Capsule, Chunk, Description, Error, LayerManifest};
 use crate::{arch::layout::PAGE_BYTES, memory};
 
 /// Name of a layer's memory file, as `/proc` shows it.
@@ -70,21 +69,15 @@ impl Assembly {
         &self.chunks
     }
 
-    /// Checks a chunk's pages that are not zero, one behind another, and gives the chunk.
+    /// Checks a chunk's pages that are not zero, one behind another.
     ///
     /// # Errors
     /// [`Error::Invalid`] or [`Error::Digest`] where they are not those of this chunk.
-    pub fn check(&self, number: usize, data: &[u8]) -> Result<Vec<u8>, Error> {
+    pub fn check(&self, number: usize, data: &[u8]) -> Result<(), Error> {
         let (layer, chunk) = self.chunk(number)?;
-        let bytes = self.description.memory.layers[layer].chunk_bytes(&chunk);
-        let content = manifest::expand(chunk.pages, data, bytes)?;
-        if *blake3::hash(&content).as_bytes() != chunk.digest {
-            return Err(Error::Digest("the memory"));
-        }
-        if manifest::pages_in(&content) != chunk.pages {
-            return Err(Error::Invalid("other pages of a chunk are zero than it says"));
-        }
-        Ok(content)
+        let bytes = self.description.memory.layers[layer].chunk_bytes(chunk.number);
+        let found = Chunk::of(chunk.number, chunk.pages, data, bytes)?;
+        if found == chunk { Ok(()) } else { Err(Error::Digest("the memory")) }
     }
 
     /// Takes a chunk's pages in that are not zero, one behind another.
@@ -92,10 +85,10 @@ impl Assembly {
     /// # Errors
     /// As [`Assembly::check`], or [`Error::Io`] where there is no memory for them.
     pub fn put(&self, number: usize, data: &[u8]) -> Result<(), Error> {
-        let content = self.check(number, data)?;
+        self.check(number, data)?;
         let (layer, chunk) = self.chunk(number)?;
         if let LayerFile::New(file) = &self.files[layer] {
-            write_pages(file, &chunk, &content)?;
+            chunk.write(file, data)?;
         }
         self.is_there[number].store(true, Ordering::Release);
         Ok(())
@@ -138,19 +131,4 @@ impl Assembly {
         let files = self.files.iter().map(|file| Arc::clone(file.file())).collect();
         Ok((Capsule::from_description(&self.description, files)?, self.description))
     }
-}
-
-/// Writes the pages of a chunk that are not zero to its layer's file.
-pub(super) fn write_pages(file: &File, chunk: &Chunk, content: &[u8]) -> Result<(), Error> {
-    let page_bytes = usize::try_from(PAGE_BYTES).unwrap_or(usize::MAX);
-    let from = |page: u32| chunk.pages.unbounded_shr(page);
-    let mut page = chunk.pages.trailing_zeros();
-    while from(page) != 0 {
-        let end = page + from(page).trailing_ones();
-        let bytes = |page: u32| (page as usize * page_bytes).min(content.len());
-        let written = file.write_all_at(&content[bytes(page)..bytes(end)], chunk.offset() + bytes(page) as u64);
-        written.map_err(|error| Error::Io("write to memory", error))?;
-        page = end.saturating_add(from(end).trailing_zeros());
-    }
-    Ok(())
 }

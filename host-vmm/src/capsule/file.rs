@@ -32,8 +32,9 @@ pub fn save(capsule: &Capsule, file: &File, compress: bool) -> Result<(), Error>
     let mut stored = Vec::new();
     let chunks: Vec<_> = description.memory.chunks().collect();
     for batch in chunks.chunks(BATCH) {
-        let data = parallel::map(batch, |(layer, chunk)| {
-            let data = description.memory.layers[*layer].read(&image.layers()[*layer].file, chunk)?;
+        let data = parallel::map(batch, |_, (layer, chunk)| {
+            let mut data = Vec::new();
+            chunk.read(&image.layers()[*layer].file, &mut data)?;
             if compress { compressed(&data) } else { Ok(data) }
         })?;
         for data in data {
@@ -153,14 +154,14 @@ fn read_memory(
         (end - bytes, *bytes)
     });
     let places: Vec<_> = assembly.chunks().iter().enumerate().zip(places).collect();
-    parallel::map(&places, |((number, (_, chunk)), (at, bytes))| {
-        let mut data = vec![0; usize::try_from(*bytes).unwrap_or(0)];
-        file.read_exact_at(&mut data, *at).map_err(|error| Error::Io("read the capsule", error))?;
-        if header.is_compressed {
-            let most = usize::try_from(chunk.data_bytes()).unwrap_or(0);
-            data = zstd::bulk::decompress(&data, most).map_err(|_| Error::Digest("the memory"))?;
+    parallel::map(&places, |data, ((number, (_, chunk)), (at, bytes))| {
+        data.resize(usize::try_from(*bytes).unwrap_or(0), 0);
+        file.read_exact_at(data, *at).map_err(|error| Error::Io("read the capsule", error))?;
+        if !header.is_compressed {
+            return take(*number, data);
         }
-        take(*number, &data)
+        let most = usize::try_from(chunk.data_bytes()).unwrap_or(0);
+        take(*number, &zstd::bulk::decompress(data, most).map_err(|_| Error::Digest("the memory"))?)
     })?;
     Ok(())
 }

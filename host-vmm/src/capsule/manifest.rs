@@ -6,50 +6,18 @@
 use std::{
     fs::File,
     io,
-    os::unix::fs::{FileExt, MetadataExt},
+    os::unix::fs::MetadataExt,
     sync::{Arc, Mutex},
 };
 
 use serde::{Deserialize, Serialize};
 
-use super::{Error, assembly, parallel};
+use super::{CHUNK_BYTES, CHUNK_PAGES, Chunk, Error, chunk, parallel};
 use crate::{
     arch::layout::{MAX_RAM_BYTES, PAGE_BYTES},
-    memory::{Image, Layer, MAX_EXTENTS, MAX_LAYERS, Run},
+    memory::{self, Image, Layer, MAX_EXTENTS, MAX_LAYERS, Run},
     sync::lock,
 };
-
-/// Pages of a chunk.
-pub const CHUNK_PAGES: u64 = 64;
-
-/// Bytes of a chunk.
-pub const CHUNK_BYTES: u64 = CHUNK_PAGES * PAGE_BYTES;
-
-/// A BLAKE3 digest.
-pub type Digest = [u8; 32];
-
-/// A chunk of a layer's file that is not all zero bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Chunk {
-    /// Where it is: in units of a chunk, from the start of the file.
-    pub number: u32,
-    /// Which of its pages are not zero, the first one in the lowest bit.
-    pub pages: u64,
-    /// Digest of all of its bytes, the zero ones too.
-    pub digest: Digest,
-}
-
-impl Chunk {
-    /// Offset in the layer's file in bytes.
-    pub fn offset(&self) -> u64 {
-        u64::from(self.number) * CHUNK_BYTES
-    }
-
-    /// Size of its pages that are not zero, in bytes.
-    pub fn data_bytes(&self) -> u64 {
-        u64::from(self.pages.count_ones()) * PAGE_BYTES
-    }
-}
 
 /// One layer of a memory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -72,49 +40,37 @@ impl LayerManifest {
         Ok(Self { file_pages: bytes.div_ceil(PAGE_BYTES), runs: layer.runs.clone(), chunks: Vec::new() })
     }
 
-    /// Size of one of its chunks in bytes: the last one may be shorter.
-    pub fn chunk_bytes(&self, chunk: &Chunk) -> u64 {
-        CHUNK_BYTES.min((self.file_pages * PAGE_BYTES).saturating_sub(chunk.offset()))
+    /// Size of the chunk with this number in bytes: the last one may be shorter.
+    pub fn chunk_bytes(&self, number: u32) -> u64 {
+        CHUNK_BYTES.min((self.file_pages * PAGE_BYTES).saturating_sub(u64::from(number) * CHUNK_BYTES))
     }
 
-    /// Reads the chunk with this number, whatever it holds, from the layer's file: which pages are not zero (8 bytes, little-endian), and these,
-    /// one behind another.
+    /// Reads the chunk with this number, whatever it holds, from the layer's file, and appends it to `data`: which pages are not zero (8 bytes,
+    /// little-endian), and these, one behind another.
     ///
     /// # Errors
     /// [`Error::Io`].
-    pub fn read_all(&self, file: &File, number: u32) -> Result<Vec<u8>, Error> {
-        let all = Chunk { number, pages: u64::MAX, digest: [0; 32] };
-        let mut content = vec![0; usize::try_from(self.chunk_bytes(&all)).unwrap_or(0)];
-        file.read_exact_at(&mut content, all.offset()).map_err(|error| Error::Io("read a layer", error))?;
-        let pages = pages_in(&content);
-        Ok([pages.to_le_bytes().as_slice(), &squeeze(pages, content)].concat())
+    pub fn read_unknown(&self, file: &File, number: u32, data: &mut Vec<u8>) -> Result<(), Error> {
+        let start = data.len();
+        data.extend_from_slice(&[0; size_of::<u64>()]);
+        let offset = u64::from(number) * CHUNK_BYTES;
+        let end = offset + self.chunk_bytes(number);
+        // Much of a large memory is not there.
+        let is_there = memory::has_data(file, offset..end)?;
+        let pages = if is_there { chunk::read_piece(file, offset, end - offset, data)? } else { 0 };
+        data[start..start + size_of::<u64>()].copy_from_slice(&pages.to_le_bytes());
+        Ok(())
     }
 
-    /// Writes what [`LayerManifest::read_all`] has read to the layer's file, and says what it was: nothing where all pages are zero.
+    /// Writes what [`LayerManifest::read_unknown`] has read to the layer's file, and says what it was: nothing where all pages are zero.
     ///
     /// # Errors
     /// [`Error::Invalid`] where it is none, or not of this layer; [`Error::Io`].
-    pub fn write(&self, file: &File, number: u32, data: &[u8]) -> Result<Option<Chunk>, Error> {
+    pub fn write_unknown(&self, file: &File, number: u32, data: &[u8]) -> Result<Option<Chunk>, Error> {
         let (pages, data) = data.split_first_chunk().ok_or(Error::Invalid("a chunk is cut off"))?;
-        let pages = u64::from_le_bytes(*pages);
-        let Some(last) = pages.checked_ilog2() else { return Ok(None) };
-        let chunk = Chunk { number, pages, digest: [0; 32] };
-        if u64::from(number) * CHUNK_PAGES + u64::from(last) >= self.file_pages {
-            return Err(Error::Invalid("a chunk reaches out of its layer"));
-        }
-        let content = expand(pages, data, self.chunk_bytes(&chunk))?;
-        assembly::write_pages(file, &chunk, &content)?;
-        Ok(Some(Chunk { digest: blake3::hash(&content).into(), ..chunk }))
-    }
-
-    /// Reads the pages of a chunk that are not zero, one behind another, from the layer's file.
-    ///
-    /// # Errors
-    /// [`Error::Io`].
-    pub fn read(&self, file: &File, chunk: &Chunk) -> Result<Vec<u8>, Error> {
-        let mut content = vec![0; usize::try_from(self.chunk_bytes(chunk)).unwrap_or(0)];
-        file.read_exact_at(&mut content, chunk.offset()).map_err(|error| Error::Io("read a layer", error))?;
-        Ok(squeeze(chunk.pages, content))
+        let chunk = Chunk::of(number, u64::from_le_bytes(*pages), data, self.chunk_bytes(number))?;
+        chunk.write(file, data)?;
+        Ok((chunk.pages != 0).then_some(chunk))
     }
 }
 
@@ -134,7 +90,7 @@ impl Manifest {
     /// [`Error::Io`] where a layer can't be read.
     pub fn of(image: &Image, digests: &Digests) -> Result<Self, Error> {
         let layers = image.layers().iter().map(|layer| {
-            let file = digests.of(&layer.file).map_err(|error| Error::Io("read a layer", error))?;
+            let file = digests.of(&layer.file)?;
             Ok(LayerManifest { file_pages: file.pages, runs: layer.runs.clone(), chunks: file.chunks.clone() })
         });
         Ok(Self { pages: image.pages(), layers: layers.collect::<Result<_, Error>>()? })
@@ -229,8 +185,8 @@ impl Digests {
         }
     }
 
-    fn of(&self, file: &File) -> io::Result<Arc<FileChunks>> {
-        let metadata = file.metadata()?;
+    fn of(&self, file: &File) -> Result<Arc<FileChunks>, Error> {
+        let metadata = file.metadata().map_err(|error| Error::Io("look at a layer", error))?;
         let id = (metadata.dev(), metadata.ino(), metadata.ctime(), metadata.ctime_nsec(), metadata.len());
         let found = lock(&self.0).iter().find(|(known, _)| *known == id).map(|(_, chunks)| Arc::clone(chunks));
         if let Some(found) = found {
@@ -244,10 +200,11 @@ impl Digests {
 }
 
 /// What is in a file of so many bytes.
-fn chunks_of(file: &File, bytes: u64) -> io::Result<Vec<Chunk>> {
+fn chunks_of(file: &File, bytes: u64) -> Result<Vec<Chunk>, Error> {
     let mut numbers = Vec::new();
     let mut at = 0;
-    while let Some((start, end)) = next_data(file, at, bytes)? {
+    let next = |at| next_data(file, at, bytes).map_err(|error| Error::Io("look at a layer", error));
+    while let Some((start, end)) = next(at)? {
         for number in start / CHUNK_BYTES..end.div_ceil(CHUNK_BYTES) {
             if numbers.last() != Some(&number) {
                 numbers.push(number);
@@ -255,21 +212,15 @@ fn chunks_of(file: &File, bytes: u64) -> io::Result<Vec<Chunk>> {
         }
         at = end;
     }
-    let chunks = parallel::map(&numbers, |&number| -> io::Result<Option<Chunk>> {
-        let mut content = vec![0; usize::try_from(CHUNK_BYTES.min(bytes - number * CHUNK_BYTES)).unwrap_or(0)];
-        file.read_exact_at(&mut content, number * CHUNK_BYTES)?;
-        let pages = pages_in(&content);
-        let number = u32::try_from(number).map_err(io::Error::other)?;
-        Ok((pages != 0).then(|| Chunk { number, pages, digest: blake3::hash(&content).into() }))
+    let chunks = parallel::map(&numbers, |data, &number| {
+        data.clear();
+        let (offset, number) =
+            (number * CHUNK_BYTES, u32::try_from(number).map_err(|_| Error::Invalid("a layer is too large"))?);
+        let bytes = CHUNK_BYTES.min(bytes - offset);
+        let pages = chunk::read_piece(file, offset, bytes, data)?;
+        if pages == 0 { Ok(None) } else { Chunk::of(number, pages, data, bytes).map(Some) }
     })?;
     Ok(chunks.into_iter().flatten().collect())
-}
-
-/// Which pages of a chunk are not zero.
-pub(super) fn pages_in(content: &[u8]) -> u64 {
-    let page_bytes = usize::try_from(PAGE_BYTES).unwrap_or(usize::MAX);
-    let is_zero = |page: &[u8]| page.iter().all(|&byte| byte == 0);
-    (0..).zip(content.chunks(page_bytes)).map(|(bit, page)| u64::from(!is_zero(page)) << bit).sum()
 }
 
 /// Where the next piece of a file begins and ends that is not a hole.
@@ -285,35 +236,6 @@ fn next_data(file: &File, from: u64, bytes: u64) -> io::Result<Option<(u64, u64)
     };
     let end = seek(file, SeekFrom::Hole(start))?;
     Ok((start < bytes).then(|| (start, end.min(bytes))))
-}
-
-/// The pages of a chunk that are not zero, one behind another.
-fn squeeze(pages: u64, mut content: Vec<u8>) -> Vec<u8> {
-    let page_bytes = usize::try_from(PAGE_BYTES).unwrap_or(usize::MAX);
-    let mut kept = 0;
-    for page in (0..content.len().div_ceil(page_bytes)).filter(|page| pages >> page & 1 == 1) {
-        let (from, end) = (page * page_bytes, content.len().min((page + 1) * page_bytes));
-        content.copy_within(from..end, kept);
-        kept += end - from;
-    }
-    content.truncate(kept);
-    content
-}
-
-/// The chunk of so many bytes whose pages these are.
-///
-/// # Errors
-/// [`Error::Invalid`] where they are too few or too many.
-pub(super) fn expand(pages: u64, data: &[u8], bytes: u64) -> Result<Vec<u8>, Error> {
-    let page_bytes = usize::try_from(PAGE_BYTES).unwrap_or(usize::MAX);
-    let mut content = vec![0; usize::try_from(bytes).unwrap_or(0)];
-    let mut rest = data;
-    for (_, page) in content.chunks_mut(page_bytes).enumerate().filter(|(bit, _)| pages >> bit & 1 == 1) {
-        let (own, behind) = rest.split_at_checked(page.len()).ok_or(Error::Invalid("a chunk has too few pages"))?;
-        page.copy_from_slice(own);
-        rest = behind;
-    }
-    if rest.is_empty() { Ok(content) } else { Err(Error::Invalid("a chunk has too many pages")) }
 }
 
 #[cfg(test)]
@@ -362,10 +284,6 @@ mod tests {
                 let Some(chunk) = chunk else { continue };
                 let content: Vec<u8> = own.iter().flat_map(|&byte| std::iter::repeat_n(byte, PAGE)).collect();
                 prop_assert_eq!(chunk.digest, *blake3::hash(&content).as_bytes());
-                let data = squeeze(chunk.pages, content.clone());
-                prop_assert_eq!(data.len() as u64, chunk.data_bytes());
-                prop_assert_eq!(expand(chunk.pages, &data, layer.chunk_bytes(chunk)).unwrap(), content);
-                prop_assert!(expand(chunk.pages, &data[1..], layer.chunk_bytes(chunk)).is_err());
             }
             prop_assert!(rest.next().is_none());
             let not_zero = pages.iter().filter(|&&byte| byte != 0).count() as u64;

@@ -14,6 +14,7 @@ use std::{borrow::Cow, fs::File, io, sync::Arc};
 use serde::{Deserialize, Serialize};
 
 mod assembly;
+mod chunk;
 pub mod codec;
 pub mod compat;
 mod description;
@@ -25,10 +26,11 @@ mod older;
 mod parallel;
 
 pub use assembly::Assembly;
+pub use chunk::{CHUNK_BYTES, CHUNK_PAGES, Chunk, Digest};
 pub use description::{About, Description};
 pub use difference::{Difference, Incompatible};
 pub use header::Header;
-pub use manifest::{CHUNK_BYTES, CHUNK_PAGES, Chunk, Digest, Digests, LayerManifest, Manifest};
+pub use manifest::{Digests, LayerManifest, Manifest};
 
 use crate::{
     machine::MachineState,

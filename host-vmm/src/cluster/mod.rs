@@ -21,7 +21,7 @@ pub mod peer;
 pub mod placement;
 pub mod tls;
 
-use crate::api::client::Endpoint;
+use crate::api::client::{Connections, Endpoint, Link};
 use clone::source;
 use member::Member;
 use membership::{Directory, View};
@@ -58,6 +58,8 @@ pub struct Cluster {
     pub rules: Rules,
     /// How they are sent.
     pub sending: source::Settings,
+    /// Connections to the others.
+    pub connections: Connections,
 }
 
 impl fmt::Debug for Cluster {
@@ -69,28 +71,26 @@ impl fmt::Debug for Cluster {
 }
 
 impl Cluster {
-    /// Where a platform is asked that is called NAME, or CLUSTER/NAME where several clusters have one of that name.
+    /// The way to a platform that is called NAME, or CLUSTER/NAME where several clusters have one of that name.
     ///
     /// # Errors
     /// [`Error`].
-    pub fn find(&self, name: &str) -> Result<Endpoint, Error> {
+    pub fn find(&self, name: &str) -> Result<Link, Error> {
         let view = self.directory.members();
         let (cluster, short) = name.split_once('/').map_or((None, name), |(cluster, name)| (Some(cluster), name));
         let is_it = |member: &&Member| member.name == short && cluster.is_none_or(|cluster| member.cluster == cluster);
         let mut found = members(&view).filter(is_it);
         match (found.next(), found.next()) {
-            (Some(member), None) => Ok(self.endpoint(member)),
+            (Some(member), None) => {
+                let endpoint = endpoint(&member.name, member.address, self.credentials.as_ref());
+                Ok(self.connections.link(endpoint, clone::PATIENCE))
+            }
             (None, _) => {
                 let known: Vec<&str> = members(&view).map(|member| member.name.as_str()).collect();
                 Err(Error::Unknown { name: name.to_owned(), known: known.join(", ") })
             }
             (Some(_), Some(_)) => Err(Error::Ambiguous(short.to_owned())),
         }
-    }
-
-    /// Where another platform is asked.
-    pub fn endpoint(&self, member: &Member) -> Endpoint {
-        endpoint(&member.name, member.address, self.credentials.as_ref())
     }
 
     /// Chooses where copies go.

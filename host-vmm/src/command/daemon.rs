@@ -17,7 +17,7 @@ use nix::sys::signal::{SigSet, Signal};
 use crate::{
     api::{
         self, Network,
-        client::{Connection, Content},
+        client::{Connection, Connections, Content},
     },
     arch::profile::{Profile, Subset},
     cluster::{
@@ -135,12 +135,13 @@ fn join(
         let load = weak.upgrade().map_or(Load { draining: true, ..Load::default() }, |platform| platform.fill_in(load));
         Member { load, ..member.clone() }
     });
+    let connections = Connections::default();
     let ask = {
-        let credentials = credentials.clone();
+        let (credentials, connections) = (credentials.clone(), connections.clone());
         move |peer: &Peer| {
             let endpoint = crate::cluster::endpoint(&peer.name, peer.address, credentials.as_ref());
-            let mut connection = Connection::open(&endpoint)?.with_patience(ANSWER);
-            Ok(check::parse(&connection.ask(Method::GET, "/v1/platform", Content::none())?)?)
+            let ask = |connection: &mut Connection| connection.ask(Method::GET, "/v1/platform", Content::none());
+            Ok(check::parse(&connections.link(endpoint, ANSWER).ask(ask)?)?)
         }
     };
     let directory = Directory::start(membership::Settings {
@@ -150,9 +151,10 @@ fn join(
         peers: config.peers.clone(),
         ask: Arc::new(ask),
     })?;
-    let Sending { lazy, connections, bandwidth } = config.sending;
-    let sending = source::Settings { connections, bandwidth: Some(bandwidth).filter(|bandwidth| *bandwidth > 0), lazy };
-    Ok(Cluster { name: config.name.clone(), directory, own, credentials, rules, sending })
+    let Sending { lazy, connections: at_once, bandwidth } = config.sending;
+    let bandwidth = Some(bandwidth).filter(|bandwidth| *bandwidth > 0);
+    let sending = source::Settings { connections: at_once, bandwidth, lazy };
+    Ok(Cluster { name: config.name.clone(), directory, own, credentials, rules, sending, connections })
 }
 
 /// Makes room for the files that so many VMs need.

@@ -3,12 +3,17 @@
 use std::{
     fs::File,
     io::{self, Write},
+    ops::Range,
     os::fd::AsRawFd,
 };
 
 use nix::{
     fcntl::{FcntlArg, SealFlag, fcntl},
     sys::memfd::{MFdFlags, memfd_create},
+};
+use rustix::{
+    fs::{SeekFrom, seek},
+    io::Errno,
 };
 
 use super::Error;
@@ -65,6 +70,19 @@ pub fn fillable(name: &str, bytes: u64) -> Result<File, Error> {
 /// [`Error::File`] where it can't be sealed.
 pub fn seal_filled(file: &File) -> Result<(), Error> {
     seal_future("that was filled", file)
+}
+
+/// Whether something is there within a range of a file, in bytes.
+///
+/// # Errors
+/// [`Error::File`] where it can't be looked at.
+pub fn has_data(file: &File, range: Range<u64>) -> Result<bool, Error> {
+    match seek(file, SeekFrom::Data(range.start)) {
+        Ok(data) => Ok(data < range.end),
+        // There is nothing behind that.
+        Err(Errno::NXIO) => Ok(false),
+        Err(errno) => Err(look_at_failed(errno.into())),
+    }
 }
 
 /// The same file, for somebody who may not write to it.
@@ -169,6 +187,16 @@ mod tests {
         let mut content = [0; 7];
         theirs.read_exact_at(&mut content, 0).unwrap();
         assert_eq!(&content, b"content");
+    }
+
+    #[test]
+    fn what_is_there_is_seen() {
+        const PIECE: u64 = 1 << 18;
+        let file = fillable("test", 3 * PIECE).unwrap();
+        assert!(!has_data(&file, 0..3 * PIECE).unwrap());
+        file.write_all_at(&[0], PIECE + 4096).unwrap();
+        let found: Vec<_> = (0..3).map(|at| has_data(&file, at * PIECE..(at + 1) * PIECE).unwrap()).collect();
+        assert_eq!(found, [false, true, false]);
     }
 
     #[test]

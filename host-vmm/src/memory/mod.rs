@@ -42,8 +42,8 @@ pub use ground::Ground;
 pub use image::{Extent, Image, Layer, MAX_EXTENTS, MAX_LAYERS, Run};
 pub use mapping::{Access, Mapping, touch};
 pub use memfd::{
-    check_unresizable, fillable, is_being_filled, is_immutable, read_only, seal, seal_filled, sealed, unresizable,
-    unsealed,
+    check_unresizable, fillable, has_data, is_being_filled, is_immutable, read_only, seal, seal_filled, sealed,
+    unresizable, unsealed,
 };
 pub use view::{Changes, Delta, Onward, Plan, View};
 pub use working_set::WorkingSet;

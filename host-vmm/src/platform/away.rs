@@ -221,7 +221,7 @@ impl Away {
     fn prepare(&self, share: &Share, content: &Sent) -> Result<source::Prepared, Error> {
         let cluster = self.platform.cluster.get().ok_or(Error::Alone)?;
         let failed = |error| Error::Send { platform: share.platform.clone(), source: Box::new(error) };
-        let endpoint = cluster.find(&share.platform).map_err(Error::Cluster)?;
+        let link = cluster.find(&share.platform).map_err(Error::Cluster)?;
         let platform = short(&share.platform);
         list(&self.rendezvous, &share.slots, platform, Location::Remote)?;
         let (source, slots) = (cluster.name.clone(), share.slots.clone());
@@ -229,12 +229,12 @@ impl Away {
         let (id, is_wanted) = (new_id().map_err(Error::Id)?, self.is_wanted_at(&share.platform));
         match content {
             Sent::Whole(parcel) => {
-                source::send(endpoint, id, &order, parcel, &cluster.sending, &Arc::default(), is_wanted).map_err(failed)
+                source::send(link, id, &order, parcel, &cluster.sending, &Arc::default(), is_wanted).map_err(failed)
             }
             Sent::Lazily(capsule) => {
                 let supply = Arc::new(Supply::of(capsule, platform).map_err(Error::Capsule)?);
                 self.platform.supplies.add(id, &supply);
-                let sent = source::send_lazily(endpoint, id, &order, &supply, self.working_set.as_ref(), is_wanted);
+                let sent = source::send_lazily(link, id, &order, &supply, self.working_set.as_ref(), is_wanted);
                 sent.inspect_err(|_| self.platform.supplies.remove(id)).map_err(failed)
             }
         }

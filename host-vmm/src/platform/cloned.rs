@@ -182,26 +182,27 @@ impl Platform {
         Fork::of_image(self, launch, &capsule.state, &capsule.files)
     }
 
-    /// Has the rest of a clone's memory come from its source, in the background.
+    /// The way to the source of a clone, for as long as some of its memory is missing.
     ///
     /// # Errors
-    /// [`Error`]: none of it will come.
-    pub(crate) fn fill(self: &Arc<Self>, filling: &Arc<Filling>, source: &str, clone: Uuid) -> Result<(), Error> {
+    /// [`Error`]: this platform knows no way there.
+    pub(crate) fn supplier(&self, filling: &Arc<Filling>, source: &str, clone: Uuid) -> Result<Supplier, Error> {
         let cluster = self.cluster.get().ok_or(Error::Alone)?;
-        let endpoint = cluster.find(source).map_err(Error::Cluster)?;
-        let is_wanted: IsWanted = {
-            let filling = Arc::downgrade(filling);
-            Arc::new(move || filling.upgrade().is_some_and(|filling| !filling.is_over()).into())
-        };
-        let supplier = || Supplier::new(endpoint.clone(), clone, Arc::clone(&is_wanted));
+        let link = cluster.find(source).map_err(Error::Cluster)?;
+        let filling = Arc::downgrade(filling);
+        let is_wanted: IsWanted = Arc::new(move || filling.upgrade().is_some_and(|filling| !filling.is_over()).into());
+        Ok(Supplier::new(link, clone, is_wanted))
+    }
+
+    /// Has the rest of a clone's memory come from its source, in the background. It is an image like others then.
+    pub(crate) fn fill(self: &Arc<Self>, filling: &Arc<Filling>, source: Supplier) {
         let platform = Arc::downgrade(self);
-        let whole = move |capsule: Capsule, description: Description| {
+        filling.fill_in_background(source, move |capsule, description| {
             let Some(platform) = platform.upgrade() else { return };
             match Parcel::new(description, capsule.files.clone()) {
                 Ok(parcel) => drop(platform.receive(capsule, parcel)),
                 Err(error) => tracing::warn!(error = chain(&error), "an image that has come is not kept"),
             }
-        };
-        filling.fill(supplier(), supplier(), whole).map_err(Error::Start)
+        });
     }
 }

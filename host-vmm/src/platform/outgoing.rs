@@ -58,7 +58,7 @@ impl Platform {
     pub fn clone_image(&self, image: &str, to: &str, count: u32, lazy: bool) -> Result<Vec<Copied>, Error> {
         let image = self.images.find(image)?;
         let cluster = self.cluster.get().ok_or(Error::Alone)?;
-        let endpoint = cluster.find(to).map_err(Error::Cluster)?;
+        let link = cluster.find(to).map_err(Error::Cluster)?;
         let (id, progress) = (new_id().map_err(Error::Id)?, Arc::default());
         let entry = Entry { id, image: image.id(), to: to.to_owned(), progress: Arc::clone(&progress) };
         lock(&self.transfers.0).push(entry);
@@ -70,10 +70,10 @@ impl Platform {
             let (capsule, learned) = image.parts();
             let supply = Arc::new(Supply::of(capsule, short(to)).map_err(Error::Capsule)?);
             self.supplies.add(id, &supply);
-            source::send_lazily(endpoint, id, &order, &supply, learned.of_next_fork().as_ref(), is_wanted)
+            source::send_lazily(link, id, &order, &supply, learned.of_next_fork().as_ref(), is_wanted)
         } else {
             let parcel = image.parcel(&self.digests).map_err(Error::Capsule)?;
-            source::send(endpoint, id, &order, &parcel, &cluster.sending, &progress, is_wanted)
+            source::send(link, id, &order, &parcel, &cluster.sending, &progress, is_wanted)
         };
         let sent = prepared.and_then(source::Prepared::commit);
         sent.inspect_err(|_| self.supplies.remove(id)).map_err(failed)

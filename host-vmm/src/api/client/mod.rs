@@ -10,9 +10,11 @@ use anyhow::{Context, bail, ensure};
 use hyper::Method;
 
 mod connection;
+mod link;
 mod log;
 
 pub use connection::{Connection, Content, Endpoint, Error};
+pub use link::{Connections, Link};
 pub use log::{Log, Piece};
 
 use super::{CloneWish, ForkWish, Forked, Image, Place, Platforms, Spawn, Spawned, Transfer, Vms, folder};

@@ -19,7 +19,7 @@ use super::{Refusal, work};
 use crate::{
     capsule::header::{HEADER_BYTES, MAX_DESCRIPTION_BYTES},
     cluster::{
-        clone::{Error, Missing, Order, Records, Stage},
+        clone::{Error, Missing, Order, Stage, record::Records},
         peer::{Peer, Role},
     },
     error::chain,
@@ -113,7 +113,7 @@ async fn take_chunks(Ordered { platform, id }: Ordered, mut body: Body) -> Resul
     while let Some(frame) = body.frame().await {
         let frame = frame.map_err(|error| Error::Chunks(io::Error::other(error)))?;
         let Some(piece) = frame.data_ref() else { continue };
-        records.push(piece, |record| intake.take(record)).map_err(Error::Chunks)?;
+        records.push(piece, |chunk, data| intake.take(chunk, data)).map_err(Error::Chunks)?;
     }
     records.finish().map_err(Error::Chunks)?;
     Ok(StatusCode::NO_CONTENT)

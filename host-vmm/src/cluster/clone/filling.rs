@@ -13,7 +13,6 @@
 use std::{
     fs::File,
     io,
-    ops::Range,
     os::{fd::AsFd, unix::fs::FileExt},
     sync::{
         Arc, Mutex, OnceLock,
@@ -27,10 +26,7 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::eventfd::{EfdFlags, EventFd},
 };
-use rustix::{
-    fs::{FallocateFlags, SeekFrom, fallocate, seek},
-    io::Errno,
-};
+use rustix::fs::{FallocateFlags, fallocate};
 
 use super::supply::{Error as SupplyError, Supplier};
 use crate::{
@@ -186,10 +182,10 @@ impl Filling {
         if slot.get().is_none() {
             // A node that reads where nobody watches makes an empty page be there, for all others too.
             let start = u64::from(number) * CHUNK_BYTES;
-            if has_data(&self.files[layer], start..start + CHUNK_BYTES)? {
+            if memory::has_data(&self.files[layer], start..start + CHUNK_BYTES)? {
                 return Err(Error::Changed);
             }
-            let chunk = self.description.memory.layers[layer].write(&self.files[layer], number, data)?;
+            let chunk = self.description.memory.layers[layer].write_unknown(&self.files[layer], number, data)?;
             if slot.set(chunk).is_ok() {
                 self.missing.fetch_sub(1, Ordering::Relaxed);
             }
@@ -238,34 +234,39 @@ impl Filling {
         self.ring();
     }
 
-    /// Fills it, in the background, from `demand` what somebody waits for, and from `stream` all else. Once all is there, that is given to
-    /// `whole`.
+    /// Deals with faults, in the background: what somebody waits for is had from `source`.
     ///
     /// # Errors
     /// Where there is no thread for it.
-    pub fn fill(
-        self: &Arc<Self>,
-        mut demand: Supplier,
-        mut stream: Supplier,
-        whole: impl FnOnce(Capsule, Description) + Send + 'static,
-    ) -> io::Result<()> {
+    pub fn serve_faults(self: &Arc<Self>, mut source: Supplier) -> io::Result<()> {
         let filling = Arc::clone(self);
-        thread::Builder::new().name("faults".into()).spawn(move || {
+        let deal = move || {
             while !filling.is_over() {
-                if let Err(error) = filling.deal_with_faults(&mut demand) {
+                if let Err(error) = filling.deal_with_faults(&mut source) {
                     filling.decide(Err(chain(&error)));
                 }
             }
-        })?;
+        };
+        thread::Builder::new().name("faults".into()).spawn(deal).map(drop)
+    }
+
+    /// Has all come from `source` that nobody waits for, in the background. Once all is there, that is given to `whole`.
+    pub fn fill_in_background(
+        self: &Arc<Self>,
+        mut source: Supplier,
+        whole: impl FnOnce(Capsule, Description) + Send + 'static,
+    ) {
         let filling = Arc::clone(self);
-        threads::background("filling", move || match filling.stream(&mut stream) {
+        let started = threads::background("filling", move || match filling.stream(&mut source) {
             Ok((capsule, description)) => {
                 filling.decide(Ok(()));
                 whole(capsule, description);
             }
             Err(error) => filling.decide(Err(chain(&error))),
-        })?;
-        Ok(())
+        });
+        if let Err(error) = started {
+            self.decide(Err(format!("can't start a thread that has its memory come: {error}")));
+        }
     }
 
     /// Waits for faults, and has done what they wait for.
@@ -361,16 +362,6 @@ fn make(file: &File, page: u64) -> Result<(), memory::Error> {
         .map_err(|errno| memory::Error::Faults { operation: "make a page after", source: errno.into() })
 }
 
-/// Whether something is there within a range of a file.
-fn has_data(file: &File, range: Range<u64>) -> Result<bool, memory::Error> {
-    match seek(file, SeekFrom::Data(range.start)) {
-        Ok(data) => Ok(data < range.end),
-        // There is nothing behind that.
-        Err(Errno::NXIO) => Ok(false),
-        Err(errno) => Err(memory::Error::Faults { operation: "look for memory before", source: errno.into() }),
-    }
-}
-
 /// Checks that one page of a memory file can be there, and the next one not.
 fn check_single_pages() -> Result<(), Error> {
     static ARE_SINGLE: OnceLock<bool> = OnceLock::new();
@@ -380,7 +371,7 @@ fn check_single_pages() -> Result<(), Error> {
     let file = memory::fillable("vm-probe", 4 << 20)?;
     let write = |source| memory::Error::Faults { operation: "write to memory before", source };
     file.write_all_at(&[0], 0).map_err(write)?;
-    let are_single = !has_data(&file, PAGE_BYTES..4 << 20)?;
+    let are_single = !memory::has_data(&file, PAGE_BYTES..4 << 20)?;
     if *ARE_SINGLE.get_or_init(|| are_single) { Ok(()) } else { Err(Error::HugePages) }
 }
 
@@ -432,16 +423,6 @@ impl Positions {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_page_that_a_node_has_made_is_seen() {
-        let file = memory::fillable("vm-test", 3 * CHUNK_BYTES).unwrap();
-        assert!(!has_data(&file, 0..3 * CHUNK_BYTES).unwrap());
-        file.write_all_at(&[0], CHUNK_BYTES + PAGE_BYTES).unwrap();
-        let found: Vec<_> =
-            (0..3).map(|at| has_data(&file, at * CHUNK_BYTES..(at + 1) * CHUNK_BYTES).unwrap()).collect();
-        assert_eq!(found, [false, true, false]);
-    }
 
     #[test]
     fn chunks_are_numbered_through_all_layers() {

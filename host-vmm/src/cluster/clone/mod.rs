@@ -33,19 +33,21 @@ use utoipa::ToSchema;
 
 pub mod filling;
 mod parcel;
-mod record;
+pub mod record;
 pub mod source;
 pub mod supply;
 pub mod target;
 
 pub use parcel::{Parcel, Stock};
-pub use record::{Record, Records};
 pub use target::{Clones, Error};
 
 use crate::{api::Copied, platform::Slot};
 
 /// How long a target waits for its source, once it has begun.
 pub const LEASE: Duration = Duration::from_secs(20);
+
+/// How long another platform has for each answer.
+pub const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Most ranges of chunks that a target names as missing: where there are more, it asks for what lies between them too.
 pub const MAX_RANGES: usize = 4096;

@@ -5,7 +5,7 @@ use std::{collections::HashMap, fs::File, io, sync::Arc};
 use hyper::body::Bytes;
 use rustix::fs::{SealFlags, fcntl_get_seals};
 
-use super::Record;
+use super::record;
 use crate::capsule::{self, Capsule, Chunk, Description, Digest, Digests, Header, LayerManifest};
 
 /// An image, what it says of itself, and where its memory is.
@@ -66,18 +66,20 @@ impl Parcel {
         self.chunks.get(chunk as usize).map_or(0, |(_, chunk)| chunk.data_bytes())
     }
 
-    /// A chunk as it travels.
+    /// Appends a chunk to others, as it travels.
     ///
     /// # Errors
     /// Where there is no such chunk, or it can't be read.
-    pub fn record(&self, number: u32) -> io::Result<Bytes> {
-        let (layer, chunk) = self.chunks.get(number as usize).ok_or(io::ErrorKind::NotFound)?;
-        let data = self.read(*layer, chunk).map_err(io::Error::other)?;
-        Ok(Record { chunk: number, data }.into_bytes())
+    pub fn record(&self, number: u32, records: &mut Vec<u8>) -> io::Result<()> {
+        let at = usize::try_from(number).map_err(io::Error::other)?;
+        record::append(records, number, |data| self.read(at, data))
     }
 
-    fn read(&self, layer: usize, chunk: &Chunk) -> Result<Vec<u8>, capsule::Error> {
-        self.description.memory.layers[layer].read(&self.files[layer], chunk)
+    /// Appends the pages of a chunk that are not zero.
+    fn read(&self, at: usize, data: &mut Vec<u8>) -> Result<(), capsule::Error> {
+        let (layer, chunk) = self.chunks.get(at).ok_or(capsule::Error::Invalid("there is no such chunk"))?;
+        data.reserve_exact(usize::try_from(chunk.data_bytes()).unwrap_or(0));
+        chunk.read(&self.files[*layer], data)
     }
 }
 
@@ -116,7 +118,7 @@ impl Stock {
     /// The pages that are not zero of a chunk with this digest, one behind another.
     pub fn chunk(&self, digest: &Digest) -> Option<Vec<u8>> {
         let (parcel, at) = *self.chunks.get(digest)?;
-        let (layer, chunk) = &self.parcels[parcel].chunks[at];
-        self.parcels[parcel].read(*layer, chunk).ok()
+        let mut data = Vec::new();
+        self.parcels[parcel].read(at, &mut data).ok().map(|()| data)
     }
 }

@@ -18,7 +18,7 @@ use super::{LEASE, Missing, Order, Parcel, Stage, supply::Supply};
 use crate::{
     api::{
         Copied,
-        client::{self, Connection, Content, Endpoint},
+        client::{self, Connection, Content, Link},
     },
     capsule,
     memory::WorkingSet,
@@ -118,10 +118,7 @@ impl Pace {
     }
 }
 
-/// How long a target has for each answer.
-const PATIENCE: Duration = Duration::from_secs(10);
-
-/// How long it has to say that it has undone a clone.
+/// How long a target has to say that it has undone a clone.
 const LAST_WORD: Duration = Duration::from_secs(1);
 
 /// How often something is begun anew that has gone on for longer than it may take to be heard.
@@ -152,56 +149,36 @@ pub type IsWanted = Arc<dyn Fn() -> Wanted + Send + Sync>;
 
 /// A target, which is asked again where it can't be reached.
 pub(super) struct Target {
-    endpoint: Endpoint,
+    link: Link,
     path: String,
     is_wanted: IsWanted,
-    connection: Option<Connection>,
 }
 
 impl fmt::Debug for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Target").field("endpoint", &self.endpoint).field("path", &self.path).finish_non_exhaustive()
+        f.debug_struct("Target").field("link", &self.link).field("path", &self.path).finish_non_exhaustive()
     }
 }
 
 impl Target {
-    /// The one at this endpoint, which is asked for what is below `path`.
-    pub(super) fn at(endpoint: Endpoint, path: String, is_wanted: IsWanted) -> Self {
-        Self { endpoint, path, is_wanted, connection: None }
-    }
-
-    /// Another connection to the same one.
-    fn again(&self) -> Self {
-        let (endpoint, path, is_wanted) = (self.endpoint.clone(), self.path.clone(), Arc::clone(&self.is_wanted));
-        Self { endpoint, path, is_wanted, connection: None }
-    }
-
-    fn connect(&mut self) -> Result<Connection, client::Error> {
-        let open = || Ok(Connection::open(&self.endpoint)?.with_patience(PATIENCE));
-        self.connection.take().map_or_else(open, Ok)
+    /// The one at the end of this link, which is asked for what is below `path`.
+    pub(super) fn at(link: Link, path: String, is_wanted: IsWanted) -> Self {
+        Self { link, path, is_wanted }
     }
 
     /// Does something that does no harm when it is done twice, again and again until the target says yes or no, `limit` is over, or the clone
     /// is not wanted enough any more. What is long to do, and breaks off in the middle, has its limit from there on; but not for ever.
     pub(super) fn insist<T>(
-        &mut self,
+        &self,
         limit: Duration,
         mut ask: impl FnMut(&mut Connection, &str) -> Result<T, client::Error>,
     ) -> Result<T, client::Error> {
         let (mut began, mut delay, mut anew) = (Instant::now(), FIRST_DELAY, 0);
         loop {
             let attempt = Instant::now();
-            let connected = self.connect();
-            let error = match connected {
-                Ok(mut connection) => match ask(&mut connection, &self.path) {
-                    Err(error) if error.may_pass() => error,
-                    answer => {
-                        self.connection = Some(connection);
-                        return answer;
-                    }
-                },
+            let error = match self.link.ask(|connection| ask(connection, &self.path)) {
                 Err(error) if error.may_pass() => error,
-                Err(error) => return Err(error),
+                answer => return answer,
             };
             if attempt.elapsed() >= limit && anew < MAX_ANEW {
                 (began, anew) = (Instant::now(), anew + 1);
@@ -215,7 +192,7 @@ impl Target {
     }
 
     /// Tells it what the capsule says of itself, and has it say what it lacks.
-    fn describe(&mut self, head: &Bytes) -> Result<Missing, client::Error> {
+    fn describe(&self, head: &Bytes) -> Result<Missing, client::Error> {
         self.insist(LEASE, |connection, path| {
             let head = Content::Pieces(Box::new(std::iter::once(Ok(head.clone()))));
             let missing: Missing = connection.ask_for(Method::PUT, &format!("{path}/capsule"), head)?;
@@ -227,38 +204,23 @@ impl Target {
         })
     }
 
-    fn stage(&mut self, limit: Duration) -> Result<Stage, client::Error> {
+    fn stage(&self, limit: Duration) -> Result<Stage, client::Error> {
         self.insist(limit, |connection, path| connection.ask_for(Method::GET, path, Content::none()))
     }
 
     /// Has it launch the copies, and waits until they are ready.
-    fn prepare(&mut self) -> Result<(), Error> {
-        let mut stage = Stage::Receiving;
+    fn prepare(&self) -> Result<(), Error> {
+        let mut stage = self.insist(LEASE, |connection, path| {
+            connection.ask_for(Method::POST, &format!("{path}/prepare"), Content::none())
+        })?;
         loop {
-            stage = match stage {
+            match stage {
                 Stage::Prepared | Stage::Committed { .. } => return Ok(()),
                 Stage::Aborted { why } => return Err(Error::Aborted(why)),
-                Stage::Preparing => {
-                    thread::sleep(LOOK_AGAIN);
-                    self.stage(LEASE)?
-                }
-                Stage::Receiving | Stage::Reserved => {
-                    let path = format!("{}/prepare", self.path);
-                    let asked = self.connect().and_then(|mut connection| {
-                        let stage = connection.ask_for(Method::POST, &path, Content::none())?;
-                        Ok((stage, connection))
-                    });
-                    match asked {
-                        Ok((stage, connection)) => {
-                            self.connection = Some(connection);
-                            stage
-                        }
-                        // It may have been heard all the same.
-                        Err(error) if error.may_pass() => self.stage(LEASE)?,
-                        Err(error) => return Err(error.into()),
-                    }
-                }
+                Stage::Preparing => thread::sleep(LOOK_AGAIN),
+                Stage::Reserved | Stage::Receiving => return Err(Error::Stage(format!("{stage:?}"))),
             }
+            stage = self.stage(LEASE)?;
         }
     }
 }
@@ -269,6 +231,8 @@ impl Target {
 pub struct Prepared {
     id: Uuid,
     target: Target,
+    /// What the target asks for once the copies run: it is not forgotten until then.
+    supply: Option<Arc<Supply>>,
     /// When the target has last heard of it.
     heard: Instant,
     is_decided: bool,
@@ -279,7 +243,7 @@ pub struct Prepared {
 /// # Errors
 /// [`Error`]: nothing is left of it at the target, or will be once that has not heard of it for the time of a lease.
 pub fn send(
-    endpoint: Endpoint,
+    link: Link,
     id: Uuid,
     order: &Order,
     parcel: &Arc<Parcel>,
@@ -287,8 +251,8 @@ pub fn send(
     progress: &Arc<Progress>,
     is_wanted: IsWanted,
 ) -> Result<Prepared, Error> {
-    let mut prepared = Prepared::order(endpoint, id, order, is_wanted)?;
-    let target = &mut prepared.target;
+    let mut prepared = Prepared::order(link, id, order, is_wanted)?;
+    let target = &prepared.target;
     let Missing { chunks } = target.describe(parcel.head())?;
     send_memory(target, parcel, chunks, settings, progress)?;
     if (target.is_wanted)() == Wanted::No {
@@ -304,19 +268,18 @@ pub fn send(
 /// # Errors
 /// As [`send`].
 pub fn send_lazily(
-    endpoint: Endpoint,
+    link: Link,
     id: Uuid,
     order: &Order,
-    supply: &Supply,
+    supply: &Arc<Supply>,
     working_set: Option<&WorkingSet>,
     is_wanted: IsWanted,
 ) -> Result<Prepared, Error> {
-    let mut prepared = Prepared::order(endpoint, id, order, is_wanted)?;
-    let target = &mut prepared.target;
+    let mut prepared = Prepared::order(link, id, order, is_wanted)?;
+    prepared.supply = Some(Arc::clone(supply));
+    let target = &prepared.target;
     target.describe(supply.head())?;
-    let first = supply.first_chunks(working_set);
-    let records = first.iter().map(|position| supply.record(*position)).collect::<io::Result<Vec<_>>>();
-    let records = Bytes::from(records.map_err(Error::Read)?.concat());
+    let records = supply.records(&supply.first_chunks(working_set)).map_err(Error::Read)?;
     target.insist(LEASE, |connection, path| {
         let records = Content::Pieces(Box::new(std::iter::once(Ok(records.clone()))));
         connection.ask(Method::POST, &format!("{path}/chunks"), records)
@@ -328,9 +291,9 @@ pub fn send_lazily(
 
 impl Prepared {
     /// Has a target keep room for a clone.
-    fn order(endpoint: Endpoint, id: Uuid, order: &Order, is_wanted: IsWanted) -> Result<Self, Error> {
-        let target = Target::at(endpoint, format!("/v1/clones/{id}"), is_wanted);
-        let mut prepared = Self { id, target, heard: Instant::now(), is_decided: false };
+    fn order(link: Link, id: Uuid, order: &Order, is_wanted: IsWanted) -> Result<Self, Error> {
+        let target = Target::at(link, format!("/v1/clones/{id}"), is_wanted);
+        let prepared = Self { id, target, supply: None, heard: Instant::now(), is_decided: false };
         let stage: Stage = prepared
             .target
             .insist(LEASE, |connection, path| connection.ask_for(Method::PUT, path, Content::json(order)?))?;
@@ -394,6 +357,27 @@ impl Drop for Prepared {
     }
 }
 
+/// What records were in that were sent, for those to come: new memory has to be made page by page.
+type Buffers = Arc<Mutex<Vec<Vec<u8>>>>;
+
+/// A record on its way.
+struct Sent {
+    record: Vec<u8>,
+    buffers: Buffers,
+}
+
+impl AsRef<[u8]> for Sent {
+    fn as_ref(&self) -> &[u8] {
+        &self.record
+    }
+}
+
+impl Drop for Sent {
+    fn drop(&mut self) {
+        lock(&self.buffers).push(std::mem::take(&mut self.record));
+    }
+}
+
 /// Chunks on their way, made while they are sent.
 struct Pieces {
     parcel: Arc<Parcel>,
@@ -401,6 +385,7 @@ struct Pieces {
     pace: Arc<Pace>,
     progress: Arc<Progress>,
     is_wanted: IsWanted,
+    buffers: Buffers,
 }
 
 impl Iterator for Pieces {
@@ -414,7 +399,10 @@ impl Iterator for Pieces {
         let bytes = self.parcel.data_bytes(number);
         self.pace.wait(bytes);
         self.progress.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
-        Some(self.parcel.record(number))
+        let mut record = lock(&self.buffers).pop().unwrap_or_default();
+        record.clear();
+        let made = self.parcel.record(number, &mut record);
+        Some(made.map(|()| Bytes::from_owner(Sent { record, buffers: Arc::clone(&self.buffers) })))
     }
 }
 
@@ -438,12 +426,13 @@ fn send_memory(
     let shares = wanted.chunks(wanted.len().div_ceil(settings.connections.max(1)));
     thread::scope(|scope| {
         let senders = shares.map(|share| {
-            let (mut target, pace, is_wanted) = (target.again(), &pace, Arc::clone(&target.is_wanted));
+            let (pace, is_wanted) = (&pace, &target.is_wanted);
             thread::Builder::new().name("clone".into()).spawn_scoped(scope, move || {
                 target.insist(LEASE, |connection, path| {
                     let (parcel, progress) = (Arc::clone(parcel), Arc::clone(progress));
                     let (share, pace) = (Vec::from(share).into_iter(), Arc::clone(pace));
-                    let pieces = Pieces { parcel, share, pace, progress, is_wanted: Arc::clone(&is_wanted) };
+                    let (is_wanted, buffers) = (Arc::clone(is_wanted), Buffers::default());
+                    let pieces = Pieces { parcel, share, pace, progress, is_wanted, buffers };
                     connection.ask(Method::POST, &format!("{path}/chunks"), Content::Pieces(Box::new(pieces)))
                 })
             })

@@ -12,12 +12,13 @@ use hyper::{Method, body::Bytes};
 use uuid::Uuid;
 
 use super::{
-    LEASE, Record, Records,
+    LEASE,
     filling::Positions,
+    record::{self, Records},
     source::{IsWanted, Target},
 };
 use crate::{
-    api::client::{self, Content, Endpoint},
+    api::client::{self, Content, Link},
     capsule::{self, Capsule, Description, Digests, Header, Manifest},
     memory::{Image, WorkingSet},
     sync::lock,
@@ -56,7 +57,7 @@ pub struct Supplier(Target);
 
 impl Supplier {
     /// Has the memory of a clone from its source, for as long as that is wanted.
-    pub fn new(source: Endpoint, id: Uuid, is_wanted: IsWanted) -> Self {
+    pub fn new(source: Link, id: Uuid, is_wanted: IsWanted) -> Self {
         Self(Target::at(source, format!("/v1/supplies/{id}"), is_wanted))
     }
 
@@ -82,11 +83,11 @@ impl Supplier {
         })?;
         let (mut records, mut failure) = (Records::default(), None);
         let mut awaited: BTreeSet<u32> = chunks.iter().copied().collect();
-        let taken = records.push(&answer, |Record { chunk, data }| {
+        let taken = records.push(&answer, |chunk, data| {
             if !awaited.remove(&chunk) {
                 return Err(io::Error::other(format!("nobody has asked for the chunk {chunk}")));
             }
-            take(chunk, &data).map_err(|error| {
+            take(chunk, data).map_err(|error| {
                 failure = Some(error);
                 io::ErrorKind::InvalidData.into()
             })
@@ -184,27 +185,30 @@ impl Supply {
         chunks
     }
 
-    /// A chunk as it travels.
+    /// Some chunks as they travel.
     ///
     /// # Errors
-    /// Where there is no such chunk, or it can't be read.
-    pub fn record(&self, position: u32) -> io::Result<Bytes> {
-        let (layer, number) = self.positions.find(position).ok_or(io::ErrorKind::NotFound)?;
-        let data = self.description.memory.layers[layer].read_all(&self.files[layer], number);
-        Ok(Record { chunk: position, data: data.map_err(io::Error::other)? }.into_bytes())
+    /// Where there is one that does not exist, or can't be read.
+    pub fn records(&self, positions: &[u32]) -> io::Result<Bytes> {
+        let mut records = Vec::new();
+        for &position in positions {
+            let (layer, number) = self.positions.find(position).ok_or(io::ErrorKind::NotFound)?;
+            let (layer, file) = (&self.description.memory.layers[layer], &self.files[layer]);
+            record::append(&mut records, position, |data| layer.read_unknown(file, number, data))?;
+        }
+        Ok(records.into())
     }
 
-    /// Some chunks.
+    /// Some chunks, for a target that asks for them.
     ///
     /// # Errors
-    /// As [`Supply::record`], or where they are too many.
+    /// As [`Supply::records`], or where they are too many.
     pub fn chunks(&self, positions: &[u32]) -> io::Result<Bytes> {
         if positions.len() > MAX_AT_ONCE {
             return Err(io::Error::other(format!("more than {MAX_AT_ONCE} chunks at once")));
         }
         *lock(&self.asked) = Instant::now();
-        let records = positions.iter().map(|position| self.record(*position)).collect::<io::Result<Vec<_>>>()?;
-        Ok(records.concat().into())
+        self.records(positions)
     }
 
     /// What all of it is: each chunk is looked at for that, once.

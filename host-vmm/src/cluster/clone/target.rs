@@ -15,8 +15,9 @@ use uuid::Uuid;
 use vmfork_abi::MAX_CHILDREN;
 
 use super::{
-    LEASE, MAX_RANGES, Missing, Order, Record, Stage,
+    LEASE, MAX_RANGES, Missing, Order, Stage,
     filling::{self, Filling},
+    supply::Supplier,
 };
 use crate::{
     api::Copied,
@@ -106,7 +107,7 @@ enum Progress {
     Reserved(Reservation),
     Receiving(Reservation, Memory),
     Preparing,
-    Prepared(Launched),
+    Prepared(Box<Launched>),
     Committed(Vec<Copied>),
     Aborted(String),
 }
@@ -115,20 +116,38 @@ enum Progress {
 #[derive(Debug)]
 struct Launched {
     copies: Copies,
-    /// Their memory, where it is still being filled.
-    filling: Option<Needed>,
+    /// Their memory, where some of it is missing.
+    memory: Option<Begun>,
 }
 
-/// A memory that nobody needs any more once this is dropped, but for copies that run.
+/// A memory that nobody needs any more once this is dropped, unless the rest of it is on its way.
 #[derive(Debug)]
-struct Needed {
+struct Begun {
     filling: Arc<Filling>,
-    by_running: bool,
+    /// Where the rest is to be had from, as soon as the copies run: until then, it would only keep them from that.
+    rest: Option<Supplier>,
 }
 
-impl Drop for Needed {
+impl Begun {
+    /// Has what copies wait for come from their source.
+    fn new(platform: &Platform, filling: Arc<Filling>, source: &str, clone: Uuid) -> Result<Self, Error> {
+        let supplier = || platform.supplier(&filling, source, clone);
+        let (awaited, rest) = (supplier()?, supplier()?);
+        filling.serve_faults(awaited).map_err(platform::Error::Start)?;
+        Ok(Self { rest: Some(rest), filling })
+    }
+
+    /// Has all of it come.
+    fn go_on(mut self, platform: &Arc<Platform>) {
+        if let Some(rest) = self.rest.take() {
+            platform.fill(&self.filling, rest);
+        }
+    }
+}
+
+impl Drop for Begun {
     fn drop(&mut self) {
-        if !self.by_running {
+        if self.rest.is_some() {
             self.filling.cancel();
         }
     }
@@ -375,8 +394,8 @@ impl Platform {
                 other => {
                     *progress = other;
                     return match progress.stage() {
-                        stage @ (Stage::Prepared | Stage::Committed { .. } | Stage::Aborted { .. }) => Ok(stage),
-                        _ => Err(incoming.refuse(&progress, "the end of its memory")),
+                        Stage::Reserved | Stage::Receiving => Err(incoming.refuse(&progress, "the end of its memory")),
+                        stage => Ok(stage),
                     };
                 }
             }
@@ -385,7 +404,7 @@ impl Platform {
         let mut progress = incoming.progress();
         // It may have been called off meanwhile.
         match prepared {
-            Ok(copies) if matches!(*progress, Progress::Preparing) => *progress = Progress::Prepared(copies),
+            Ok(copies) if matches!(*progress, Progress::Preparing) => *progress = Progress::Prepared(Box::new(copies)),
             Ok(copies) => {
                 let stage = progress.stage();
                 drop(progress);
@@ -406,14 +425,13 @@ impl Platform {
             Complete::Whole(assembly) => {
                 let (capsule, description) = assembly.finish()?;
                 let copies = self.launch_capsule(capsule, description, slots, *total)?;
-                Ok(Launched { copies, filling: None })
+                Ok(Launched { copies, memory: None })
             }
             Complete::Lazy(filling) => {
                 // Copies may wait for memory before they are launched: KVM reads some of it when it is given what vCPUs had in their registers.
-                let needed = Needed { filling: Arc::clone(&filling), by_running: false };
-                self.fill(&filling, source, incoming.id)?;
+                let begun = Begun::new(self, Arc::clone(&filling), source, incoming.id)?;
                 let copies = self.launch_lazily(&filling, slots, *total)?;
-                Ok(Launched { copies, filling: Some(needed) })
+                Ok(Launched { copies, memory: Some(begun) })
             }
         }
     }
@@ -422,14 +440,14 @@ impl Platform {
     ///
     /// # Errors
     /// [`Error`]: none of them runs.
-    pub fn commit_clone(&self, id: Uuid) -> Result<Stage, Error> {
+    pub fn commit_clone(self: &Arc<Self>, id: Uuid) -> Result<Stage, Error> {
         let incoming = self.clones().find(id)?;
         let mut progress = incoming.progress();
         match std::mem::replace(&mut *progress, Progress::Preparing) {
-            Progress::Prepared(Launched { copies, filling }) => match copies.commit() {
+            Progress::Prepared(launched) => match launched.copies.commit() {
                 Ok(vms) => {
-                    if let Some(mut needed) = filling {
-                        needed.by_running = true;
+                    if let Some(begun) = launched.memory {
+                        begun.go_on(self);
                     }
                     let vms = vms.into_iter().map(|vm| Copied { id: vm.id, name: vm.name }).collect();
                     *progress = Progress::Committed(vms);
@@ -473,7 +491,7 @@ impl Intake {
     ///
     /// # Errors
     /// Where it is not what the description says, there is no memory for it, or it comes too late.
-    pub fn take(&self, Record { chunk, data }: Record) -> io::Result<()> {
+    pub fn take(&self, chunk: u32, data: &[u8]) -> io::Result<()> {
         let Self(incoming) = self;
         let memory = match &*incoming.progress() {
             Progress::Receiving(_, memory) => memory.clone(),
@@ -482,9 +500,9 @@ impl Intake {
         match &memory {
             Memory::Whole(assembly) => {
                 let number = usize::try_from(chunk).map_err(io::Error::other)?;
-                assembly.put(number, &data).map_err(io::Error::other)?;
+                assembly.put(number, data).map_err(io::Error::other)?;
             }
-            Memory::Lazy(filling) => filling.put(chunk, &data).map_err(io::Error::other)?,
+            Memory::Lazy(filling) => filling.put(chunk, data).map_err(io::Error::other)?,
         }
         incoming.received_bytes.fetch_add(data.len() as u64, Ordering::Relaxed);
         Ok(())

@@ -14,7 +14,7 @@ use tokio::{
 };
 use tokio_rustls::TlsAcceptor;
 
-use super::{Credentials, Error, Fault, PATIENCE, Stream, check_loopback, tune};
+use super::{Credentials, Error, Fault, PATIENCE, Stream, buffered, check_loopback, tune};
 use crate::{
     cluster::peer::{Holder, Peer},
     error::chain,
@@ -154,14 +154,14 @@ pub(super) async fn handshake(
     address: SocketAddr,
     patience: Duration,
 ) -> Result<Stream, Fault> {
-    match timeout(patience, acceptor.accept(tcp).into_fallible()).await {
+    match timeout(patience, acceptor.accept(buffered(tcp)).into_fallible()).await {
         Ok(Ok(tls)) => {
             let certificate = tls.get_ref().1.peer_certificates().and_then(<[_]>::first);
             let holder = certificate.and_then(Holder::of).ok_or(Fault::Nobody)?;
             Ok(Stream::tls(tls.into(), Peer::Certified(holder), address))
         }
         Ok(Err((error, tcp))) => {
-            see_off(&tcp).await;
+            see_off(tcp.get_ref()).await;
             Err(error.into())
         }
         Err(_) => Err(Fault::Slow(patience)),

@@ -13,7 +13,7 @@ use std::{io, net::SocketAddr, path::PathBuf, time::Duration};
 
 use rustix::net::sockopt;
 use rustls::{AlertDescription as Alert, CertificateError, Error as Tls, server::VerifierBuilderError};
-use tokio::net::TcpStream;
+use tokio::{io::BufReader, net::TcpStream};
 
 use super::peer::{Holder, Peer};
 
@@ -252,6 +252,16 @@ fn names(presented: &[String]) -> String {
 
 fn check_loopback(address: SocketAddr) -> Result<(), Error> {
     if address.ip().is_loopback() { Ok(()) } else { Err(Error::Plain(address)) }
+}
+
+/// What TLS reads from. It takes a few KiB at a time, and a call of the system for each of them costs more than to decrypt them.
+type Tcp = BufReader<TcpStream>;
+
+/// Bytes that are read at once.
+const READ_BYTES: usize = 128 << 10;
+
+fn buffered(tcp: TcpStream) -> Tcp {
+    BufReader::with_capacity(READ_BYTES, tcp)
 }
 
 /// Has small messages sent at once, and finds out when the other side's host is gone.

@@ -14,7 +14,7 @@ use tokio::{
 };
 use tokio_rustls::TlsStream;
 
-use super::{Credentials, Error, Fault, PATIENCE, check_loopback, tls_error, tune};
+use super::{Credentials, Error, Fault, PATIENCE, Tcp, buffered, check_loopback, tls_error, tune};
 use crate::cluster::peer::{Holder, Peer, Role};
 
 /// A platform, as one that connects to it has to know it.
@@ -58,7 +58,7 @@ pub async fn connect(endpoint: &Endpoint) -> Result<Stream, Error> {
             let named = holder.and_then(|holder| Some((holder.server_name()?, holder)));
             let (name, holder) = named.ok_or_else(|| Error::Name(platform.clone()))?;
             let (tcp, peer) = (dial(*address).await?, Peer::Certified(holder));
-            let done = timeout(PATIENCE, credentials.connector().connect(name, tcp)).await;
+            let done = timeout(PATIENCE, credentials.connector().connect(name, buffered(tcp))).await;
             match done.map_err(|_| Fault::Slow(PATIENCE)).and_then(|done| done.map_err(Fault::from)) {
                 Ok(tls) => Ok(Stream::tls(tls.into(), peer, *address)),
                 Err(source) => Err(Error::Connection { peer, address: *address, source }),
@@ -83,7 +83,7 @@ pub struct Stream {
 
 enum Io {
     Plain(TcpStream),
-    Tls(Box<TlsStream<TcpStream>>),
+    Tls(Box<TlsStream<Tcp>>),
 }
 
 /// What can be read and written.
@@ -96,7 +96,7 @@ impl Stream {
         Self { io: Io::Plain(tcp), peer: Peer::Local, address }
     }
 
-    pub(super) fn tls(tls: TlsStream<TcpStream>, peer: Peer, address: SocketAddr) -> Self {
+    pub(super) fn tls(tls: TlsStream<Tcp>, peer: Peer, address: SocketAddr) -> Self {
         Self { io: Io::Tls(Box::new(tls)), peer, address }
     }
 

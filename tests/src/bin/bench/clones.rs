@@ -1,7 +1,11 @@
 //! Clones between two platforms of this host, over loopback addresses and mutual TLS; and what the same TLS moves by itself.
 
 use std::{
+    fs::File,
+    os::unix::fs::FileExt,
     path::PathBuf,
+    process,
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
@@ -26,6 +30,7 @@ use tokio::{
 use vmfork_abi::flags;
 use vmfork_tests::{
     cluster::Platforms,
+    process::cpu_time,
     proxy::Proxy,
     user::{self, Order},
     vmm::{Running, Vmm},
@@ -135,11 +140,13 @@ impl Pair {
         Ok((started.elapsed(), self.way.passed()))
     }
 
-    /// As [`Pair::clone_image`], to a target that has nothing of it.
-    pub(crate) fn clone_anew(&self, image: &str) -> Result<Duration> {
-        let (took, _) = self.clone_image(image)?;
+    /// As [`Pair::clone_image`], to a target that has nothing of it. So many bytes are moved for it.
+    pub(crate) fn clone_anew(&self, image: &str, bytes: u64) -> Result<Moved> {
+        let clock = Clock::start(&[self.source.pid(), self.target.pid()])?;
+        self.clone_image(image)?;
+        let moved = clock.stop(bytes)?;
         self.forget(image)?;
-        Ok(took)
+        Ok(moved)
     }
 
     pub(crate) fn end(self) -> Result<()> {
@@ -164,8 +171,10 @@ fn wait(platform: &Running, command: &[&str], is_right: impl Fn(&Value) -> bool)
     }
 }
 
-/// What TLS moves from memory to memory: bytes a second, on as many connections as a clone has.
-pub(crate) fn tls(bytes: usize) -> Result<f64> {
+/// What TLS alone moves from one memory to another: from one that is filled into a new one, as a clone does, or, with `cached`, from and to a
+/// buffer that stays in the processor's cache; on as many connections as a clone has.
+pub(crate) fn tls(memory: &File, cached: bool) -> Result<Moved> {
+    let bytes = memory.metadata()?.len();
     let platforms = Platforms::with_certificates(&["a", "b"]);
     let load = |name: &str| -> Result<Credentials> {
         let [ca, certificate, key]: [PathBuf; 3] = platforms.files(name).context("no certificates")?;
@@ -175,45 +184,93 @@ pub(crate) fn tls(bytes: usize) -> Result<f64> {
     runtime::Builder::new_multi_thread().worker_threads(2 * CONNECTIONS).enable_all().build()?.block_on(async {
         let mut listener = Listener::bind(([127, 0, 0, 1], 0).into(), &theirs).await?;
         let endpoint = Endpoint::Tls { address: listener.address()?, platform: "b".into(), credentials: ours };
-        let share = bytes / CONNECTIONS;
         let mut pairs = Vec::new();
         for _ in 0..CONNECTIONS {
             let (sender, (receiver, _)) = tokio::join!(connect(&endpoint), listener.accept());
             pairs.push((sender?, receiver));
         }
-        let started = Instant::now();
+        let clock = Clock::start(&[process::id()])?;
+        let copy = Arc::new(host_vmm::memory::unresizable("vm-floor", bytes)?);
+        let memory = Arc::new(memory.try_clone()?);
+        let share = bytes / CONNECTIONS as u64;
         let mut tasks: JoinSet<Result<()>> = JoinSet::new();
-        for (mut sender, mut receiver) in pairs {
+        for ((mut sender, mut receiver), start) in pairs.into_iter().zip((0..).map(|number| number * share)) {
+            let (from, to) = (Arc::clone(&memory), Arc::clone(&copy));
             tasks.spawn(async move {
-                let piece = vec![0x5a; PIECE_BYTES];
-                for _ in 0..share / PIECE_BYTES {
+                let mut piece = vec![0x5a; PIECE_BYTES];
+                for at in (start..start + share).step_by(PIECE_BYTES) {
+                    if !cached {
+                        from.read_exact_at(&mut piece, at)?;
+                    }
                     sender.write_all(&piece).await?;
                 }
                 Ok(sender.shutdown().await?)
             });
             tasks.spawn(async move {
                 let mut piece = vec![0; PIECE_BYTES];
-                let mut received = 0;
-                loop {
-                    match receiver.read(&mut piece).await? {
-                        0 => break,
-                        length => received += length,
+                for at in (start..start + share).step_by(PIECE_BYTES) {
+                    receiver.read_exact(&mut piece).await?;
+                    if !cached {
+                        to.write_all_at(&piece, at)?;
                     }
                 }
-                ensure!(received >= share / PIECE_BYTES * PIECE_BYTES, "{received} of {share} bytes came");
                 Ok(())
             });
         }
         while let Some(done) = tasks.join_next().await {
             done??;
         }
-        Ok(per_second(bytes as u64, started.elapsed()))
+        clock.stop(bytes)
     })
 }
 
+/// A memory file with something in each page.
+pub(crate) fn filled(bytes: u64) -> Result<File> {
+    let file = host_vmm::memory::unresizable("vm-floor", bytes)?;
+    let piece = vec![0x5a; PIECE_BYTES];
+    (0..bytes).step_by(PIECE_BYTES).try_for_each(|at| file.write_all_at(&piece, at))?;
+    Ok(file)
+}
+
+/// What it took to move memory.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Moved {
+    /// Bytes a second.
+    pub(crate) per_second: f64,
+    /// Processor time for each GiB, of both sides together, in seconds.
+    pub(crate) cpu_per_gib: f64,
+}
+
+/// Measures time, and what processes have of the processors meanwhile.
+#[derive(Debug)]
+struct Clock {
+    processes: Vec<(u32, Duration)>,
+    started: Instant,
+}
+
+impl Clock {
+    fn start(processes: &[u32]) -> Result<Self> {
+        let processes = processes.iter().map(|pid| Ok((*pid, cpu_time(*pid)?))).collect::<Result<_>>()?;
+        Ok(Self { processes, started: Instant::now() })
+    }
+
+    fn stop(&self, bytes: u64) -> Result<Moved> {
+        let took = self.started.elapsed();
+        let all = self.processes.iter().map(|(pid, before)| Ok(cpu_time(*pid)?.saturating_sub(*before)));
+        let cpu: Duration = all.sum::<Result<_>>()?;
+        Ok(Moved {
+            per_second: per_second(bytes, took),
+            cpu_per_gib: cpu.as_secs_f64() * f64::from(1 << 30) / exact(bytes),
+        })
+    }
+}
+
 /// Bytes a second.
-pub(crate) fn per_second(bytes: u64, time: Duration) -> f64 {
-    // 52 bits are enough for what is moved within a bench.
-    let bytes = f64::from(u32::try_from(bytes >> 12).unwrap_or(u32::MAX)) * 4096.0;
-    bytes / time.as_secs_f64()
+fn per_second(bytes: u64, time: Duration) -> f64 {
+    exact(bytes) / time.as_secs_f64()
+}
+
+/// 52 bits are enough for what is moved within a bench.
+fn exact(bytes: u64) -> f64 {
+    f64::from(u32::try_from(bytes >> 12).unwrap_or(u32::MAX)) * 4096.0
 }

@@ -9,7 +9,7 @@ use vmfork_tests::user::{ANSWER, Order, REWRITE};
 
 use crate::{
     Progress,
-    clones::{self, Pair},
+    clones::{self, Moved, Pair},
     firecracker,
     floor::{self, Addresses},
     floor_many, rest,
@@ -309,10 +309,16 @@ impl Bench {
         self.progress.begin(&format!("a full clone of {FULL_MIB} MiB"), repeats);
         let image = pair.make_image(FULL_MIB * MIB)?;
         // Before this one, nobody has looked at the chunks.
-        self.samples.add("clone.full.first", "B/s", clones::per_second(bytes, pair.clone_anew(&image)?));
+        self.samples.add("clone.full.first", "B/s", pair.clone_anew(&image, bytes)?.per_second);
+        let memory = clones::filled(bytes)?;
         for _ in 0..repeats {
-            self.samples.add("floor.tls", "B/s", clones::tls(usize::try_from(bytes)?)?);
-            self.samples.add("clone.full", "B/s", clones::per_second(bytes, pair.clone_anew(&image)?));
+            self.samples.add("floor.tls.cached", "B/s", clones::tls(&memory, true)?.per_second);
+            for (name, Moved { per_second, cpu_per_gib }) in
+                [("floor.tls", clones::tls(&memory, false)?), ("clone.full", pair.clone_anew(&image, bytes)?)]
+            {
+                self.samples.add(name, "B/s", per_second);
+                self.samples.add(&format!("{name}.cpu"), "s/GiB", cpu_per_gib);
+            }
             self.progress.step();
         }
         pair.end()?;

@@ -1,0 +1,119 @@
+//! A platform that is asked again and again: connections to it stay open between questions, since it takes longer to make one than to ask.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use super::{Connection, Endpoint, Error};
+use crate::sync::lock;
+
+/// How long a connection stays open that nobody uses.
+const IDLE: Duration = Duration::from_secs(60);
+
+/// Connections that nobody uses, one for each platform.
+#[derive(Debug, Clone, Default)]
+pub struct Connections(Arc<Mutex<BTreeMap<String, Idle>>>);
+
+#[derive(Debug)]
+struct Idle {
+    since: Instant,
+    connection: Connection,
+}
+
+/// The way to one platform.
+#[derive(Debug, Clone)]
+pub struct Link {
+    endpoint: Endpoint,
+    patience: Duration,
+    connections: Connections,
+}
+
+impl Connections {
+    /// The way to the platform at this endpoint, which has so much time for each answer.
+    pub fn link(&self, endpoint: Endpoint, patience: Duration) -> Link {
+        Link { endpoint, patience, connections: self.clone() }
+    }
+
+    fn take(&self, platform: &str) -> Option<Connection> {
+        Some(lock(&self.0).remove(platform)?.connection)
+    }
+
+    fn keep(&self, platform: String, connection: Connection) {
+        let since = Instant::now();
+        let mut all = lock(&self.0);
+        all.retain(|_, idle| since.duration_since(idle.since) < IDLE);
+        all.insert(platform, Idle { since, connection });
+    }
+}
+
+impl Link {
+    /// Asks something that does no harm when it is asked twice: a connection that was open may turn out to be closed.
+    ///
+    /// # Errors
+    /// As `ask`, and [`Error`] where there is no connection.
+    pub fn ask<T>(&self, mut ask: impl FnMut(&mut Connection) -> Result<T, Error>) -> Result<T, Error> {
+        let platform = self.endpoint.to_string();
+        if let Some(mut connection) = self.connections.take(&platform) {
+            connection.set_patience(self.patience);
+            match ask(&mut connection) {
+                Err(Error::Exchange { .. }) => {}
+                answer => return self.answered(platform, connection, answer),
+            }
+        }
+        let mut connection = Connection::open(&self.endpoint)?.with_patience(self.patience);
+        let answer = ask(&mut connection);
+        self.answered(platform, connection, answer)
+    }
+
+    fn answered<T>(&self, platform: String, connection: Connection, answer: Result<T, Error>) -> Result<T, Error> {
+        // One that has broken, or whose answer may still come, is of no use.
+        if !answer.as_ref().is_err_and(Error::may_pass) {
+            self.connections.keep(platform, connection);
+        }
+        answer
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::{BufRead, BufReader, Write},
+        os::unix::net::UnixListener,
+        thread,
+    };
+
+    use hyper::Method;
+
+    use super::*;
+    use crate::api::client::Content;
+
+    /// Answers so many questions on each of some connections, one after another, and then closes it.
+    fn answer(listener: &UnixListener, questions: &[usize]) {
+        for &count in questions {
+            let (stream, _) = listener.accept().unwrap();
+            let mut lines = BufReader::new(&stream).lines();
+            for _ in 0..count {
+                while !lines.next().unwrap().unwrap().is_empty() {}
+                (&stream).write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}").unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn a_connection_is_used_again_until_it_is_closed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let listener = UnixListener::bind(&path).unwrap();
+        let server = thread::spawn(move || answer(&listener, &[3, 2]));
+        let link = Connections::default().link(Endpoint::Socket(path), Duration::from_secs(10));
+        for _ in 0..5 {
+            let answer = link.ask(|connection| connection.ask(Method::GET, "/", Content::none())).unwrap();
+            assert_eq!(answer, "{}");
+        }
+        server.join().unwrap();
+        assert!(link.ask(|connection| connection.ask(Method::GET, "/", Content::none())).is_err());
+        assert!(lock(&link.connections.0).is_empty());
+    }
+}
