@@ -74,6 +74,7 @@ impl Platform {
             while let Some(platform) = platform.upgrade() {
                 platform.clones.tend();
                 platform.supplies.tend();
+                platform.tend_images();
                 drop(platform);
                 thread::sleep(TEND);
             }

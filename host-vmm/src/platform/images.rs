@@ -12,6 +12,7 @@ use std::{
     path::Path,
     str::FromStr,
     sync::{Arc, Condvar, Mutex, OnceLock, PoisonError},
+    time::{Duration, Instant},
 };
 
 use uuid::Uuid;
@@ -84,6 +85,9 @@ impl Keeping {
 /// Most images that stay after clones of them have come here.
 const MAX_RECEIVED: usize = 4;
 
+/// For how long: the next clone of the lineage is sent what it does not have in common with them.
+const RECEIVED_FOR: Duration = Duration::from_secs(600);
+
 /// An image that is kept, or has come here with clones of it.
 #[derive(Debug)]
 pub(super) struct Image {
@@ -139,8 +143,8 @@ pub(super) struct Images {
 struct Kept {
     /// Those that the operator wants, oldest first.
     images: Vec<Arc<Image>>,
-    /// Those that have come here with clones, oldest first: they stay until others take their place.
-    received: Vec<Arc<Image>>,
+    /// Those that have come here with clones, and when they have, oldest first: they stay for a while, or until others take their place.
+    received: Vec<(Instant, Arc<Image>)>,
     /// Whether no more are kept.
     closed: bool,
 }
@@ -198,18 +202,24 @@ impl Images {
         if kept.closed {
             return vec![Arc::clone(image)];
         }
-        let mut out: Vec<_> = kept.received.extract_if(.., |other| other.capsule.about.id == id).collect();
-        kept.received.push(Arc::clone(image));
+        let mut out: Vec<_> = kept.received.extract_if(.., |(_, other)| other.capsule.about.id == id).collect();
+        kept.received.push((Instant::now(), Arc::clone(image)));
         let surplus = kept.received.len().saturating_sub(MAX_RECEIVED);
         out.extend(kept.received.drain(..surplus));
-        out
+        out.into_iter().map(|(_, image)| image).collect()
+    }
+
+    /// Gives back those that have come with clones so long ago that they are not kept for others to come.
+    fn forget_received(&self, now: Instant) -> Vec<Arc<Image>> {
+        let is_old = |(since, _): &mut (Instant, _)| now.saturating_duration_since(*since) >= RECEIVED_FOR;
+        lock(&self.kept).received.extract_if(.., is_old).map(|(_, image)| image).collect()
     }
 
     /// All images, the oldest first.
     fn all(&self) -> Vec<Arc<Image>> {
         let Kept { images, received, .. } = &*lock(&self.kept);
         let is_kept = |id| images.iter().any(|image| image.capsule.about.id == id);
-        let others = received.iter().filter(|image| !is_kept(image.capsule.about.id));
+        let others = received.iter().map(|(_, image)| image).filter(|image| !is_kept(image.capsule.about.id));
         let mut all: Vec<_> = images.iter().chain(others).cloned().collect();
         all.sort_by_key(|image| image.capsule.about.created_ns);
         all
@@ -238,8 +248,9 @@ impl Images {
 
     fn remove(&self, id: Uuid) -> Vec<Arc<Image>> {
         let Kept { images, received, .. } = &mut *lock(&self.kept);
-        let is_it = |image: &mut Arc<Image>| image.capsule.about.id == id;
-        let out = images.extract_if(.., is_it).chain(received.extract_if(.., is_it)).collect();
+        let is_it = |image: &Arc<Image>| image.capsule.about.id == id;
+        let received = received.extract_if(.., |(_, image)| is_it(image)).map(|(_, image)| image);
+        let out = images.extract_if(.., |image| is_it(image)).chain(received).collect();
         self.changed.notify_all();
         out
     }
@@ -274,7 +285,7 @@ impl Platform {
         Ok(())
     }
 
-    /// Takes in an image that has come with clones. It stays until others have come.
+    /// Takes in an image that has come with clones. It stays for a while, or until others have come.
     pub(super) fn receive(&self, capsule: Capsule, parcel: Parcel) -> Arc<Image> {
         self.pool.add_user(capsule.about.config);
         let is_foreign = self.is_foreign(parcel.description());
@@ -282,6 +293,11 @@ impl Platform {
         let image = Arc::new(image);
         self.let_go(self.images.add_received(&image));
         image
+    }
+
+    /// Lets go of images that have come with clones a while ago. To be called now and then.
+    pub(super) fn tend_images(&self) {
+        self.let_go(self.images.forget_received(Instant::now()));
     }
 
     fn let_go(&self, images: Vec<Arc<Image>>) {
@@ -459,6 +475,20 @@ mod tests {
         images.close();
         assert_eq!(images.add(image("web", &[])).len(), 1);
         assert!(lock(&images.kept).images.is_empty());
+    }
+
+    #[test]
+    fn what_has_come_stays_for_a_while() {
+        let images = Images::new(Vec::new());
+        let received: Vec<Arc<Image>> = (0..MAX_RECEIVED + 1).map(|_| Arc::new(image("web", &[]))).collect();
+        let out: Vec<usize> = received.iter().map(|image| images.add_received(image).len()).collect();
+        assert_eq!(out, [0, 0, 0, 0, 1]);
+        assert_eq!(images.add_received(&received[2]).len(), 1, "it has come again");
+        let now = Instant::now();
+        assert!(images.forget_received(now).is_empty());
+        assert_eq!(images.all().len(), MAX_RECEIVED);
+        assert_eq!(images.forget_received(now + RECEIVED_FOR).len(), MAX_RECEIVED);
+        assert!(images.all().is_empty());
     }
 
     #[test]
