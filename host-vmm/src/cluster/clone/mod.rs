@@ -81,6 +81,12 @@ impl Missing {
         let are_sorted = self.chunks.is_sorted_by(|one, next| one.end <= next.start);
         self.chunks.len() <= MAX_RANGES && are_sorted && self.chunks.iter().all(|range| !range.is_empty())
     }
+
+    /// Whether a chunk is among them.
+    pub fn has(&self, chunk: u32) -> bool {
+        let behind = self.chunks.partition_point(|range| range.start <= chunk);
+        self.chunks[..behind].last().is_some_and(|range| range.contains(&chunk))
+    }
 }
 
 /// How far a clone is.
@@ -116,6 +122,8 @@ mod tests {
         let is_sound = |chunks: &[Range<u32>]| Missing { chunks: chunks.to_vec() }.is_sound();
         assert!(is_sound(&[]) && is_sound(&[0..1, 1..2, 5..u32::MAX]));
         assert!(!is_sound(&[0..2, 1..3]) && !is_sound(&[4..5, 0..1]) && !is_sound(&[3..3, 4..5]));
+        let missing = Missing { chunks: vec![1..3, 7..8] };
+        assert!((0..10).filter(|chunk| missing.has(*chunk)).eq([1, 2, 7]));
         let many = |count: u32| (0..count).map(|at| 2 * at..2 * at + 1).collect::<Vec<_>>();
         assert!(is_sound(&many(4096)) && !is_sound(&many(4097)));
     }

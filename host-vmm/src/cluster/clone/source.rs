@@ -193,15 +193,7 @@ impl Target {
 
     /// Tells it what the capsule says of itself, and has it say what it lacks.
     fn describe(&self, head: &Bytes) -> Result<Missing, client::Error> {
-        self.insist(LEASE, |connection, path| {
-            let head = Content::Pieces(Box::new(std::iter::once(Ok(head.clone()))));
-            let missing: Missing = connection.ask_for(Method::PUT, &format!("{path}/capsule"), head)?;
-            if missing.is_sound() {
-                Ok(missing)
-            } else {
-                Err(connection.answer_error("it misses what can't be missing"))
-            }
-        })
+        self.insist(LEASE, |connection, path| describe(connection, path, head))
     }
 
     fn stage(&self, limit: Duration) -> Result<Stage, client::Error> {
@@ -223,6 +215,12 @@ impl Target {
             stage = self.stage(LEASE)?;
         }
     }
+}
+
+fn describe(connection: &mut Connection, path: &str, head: &Bytes) -> Result<Missing, client::Error> {
+    let head = Content::Pieces(Box::new(std::iter::once(Ok(head.clone()))));
+    let missing: Missing = connection.ask_for(Method::PUT, &format!("{path}/capsule"), head)?;
+    if missing.is_sound() { Ok(missing) } else { Err(connection.answer_error("it misses what can't be missing")) }
 }
 
 /// A clone whose copies wait at their target until they may run. Dropping it ends them.
@@ -428,11 +426,21 @@ fn send_memory(
         let senders = shares.map(|share| {
             let (pace, is_wanted) = (&pace, &target.is_wanted);
             thread::Builder::new().name("clone".into()).spawn_scoped(scope, move || {
+                let (mut rest, mut again) = (share.to_vec(), false);
                 target.insist(LEASE, |connection, path| {
-                    let (parcel, progress) = (Arc::clone(parcel), Arc::clone(progress));
-                    let (share, pace) = (Vec::from(share).into_iter(), Arc::clone(pace));
-                    let (is_wanted, buffers) = (Arc::clone(is_wanted), Buffers::default());
-                    let pieces = Pieces { parcel, share, pace, progress, is_wanted, buffers };
+                    // What has come before the connection broke need not come again.
+                    if std::mem::replace(&mut again, true) {
+                        let missing = describe(connection, path, parcel.head())?;
+                        rest.retain(|chunk| missing.has(*chunk));
+                    }
+                    let pieces = Pieces {
+                        parcel: Arc::clone(parcel),
+                        share: rest.clone().into_iter(),
+                        pace: Arc::clone(pace),
+                        progress: Arc::clone(progress),
+                        is_wanted: Arc::clone(is_wanted),
+                        buffers: Buffers::default(),
+                    };
                     connection.ask(Method::POST, &format!("{path}/chunks"), Content::Pieces(Box::new(pieces)))
                 })
             })
