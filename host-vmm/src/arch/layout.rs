@@ -123,6 +123,12 @@ pub fn ram_pieces(bytes: u64) -> Vec<RamPiece> {
     pieces
 }
 
+/// The page of the guest's memory, as one piece, that a guest-physical address lies in, where that is none of the gap.
+pub fn ram_page(gpa: Gpa) -> Option<u64> {
+    let offset = if gpa < GAP_START { gpa.0 } else { gpa.0.checked_sub(GAP_END.0)? + GAP_START.0 };
+    Some(offset / PAGE_BYTES)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -133,5 +139,7 @@ mod tests {
         let pieces = ram_pieces(4 << 30);
         assert_eq!(pieces.len(), 2);
         assert_eq!(pieces[1], RamPiece { gpa: GAP_END, offset: GAP_START.0, bytes: 1 << 30 });
+        let pages = [0xfff, 0xbfff_ffff, 0xc000_0000, 0xffff_ffff, 0x1_0000_1000].map(|at| ram_page(Gpa(at)));
+        assert_eq!(pages, [Some(0), Some(0xb_ffff), None, None, Some(0xc_0001)]);
     }
 }

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use x86::msr::{IA32_TSC_DEADLINE, TSC};
 
 use super::{CpuidEntry, Error, Vcpu};
+use crate::arch::paging::Paging;
 
 /// 32-bit words of the XSAVE area that `struct kvm_xsave` holds; more follow behind it.
 const XSAVE_WORDS: usize = size_of::<kvm_xsave>() / size_of::<u32>();
@@ -76,6 +77,15 @@ impl VcpuState {
         let kvm_xcrs { nr_xcrs, xcrs, .. } = self.xcrs?;
         let count = usize::try_from(nr_xcrs).unwrap_or(usize::MAX);
         xcrs.iter().take(count).find(|register| register.xcr == 0).map(|register| register.value)
+    }
+
+    /// The guest-physical addresses that it needs at its next instruction: that of the code and of its stack, and on the way to these, as far as
+    /// `read` knows what is in memory.
+    pub fn next_addresses(&self, read: impl Fn(u64) -> Option<u64>) -> Vec<u64> {
+        let kvm_sregs { cr0, cr3, cr4, efer, cs, ss, .. } = self.sregs;
+        let paging = Paging { cr0, cr3, cr4, efer };
+        let linear = [cs.base.wrapping_add(self.regs.rip), ss.base.wrapping_add(self.regs.rsp)];
+        linear.into_iter().flat_map(|linear| paging.walk(linear, &read)).collect()
     }
 
     /// Size of the XSAVE area in bytes.

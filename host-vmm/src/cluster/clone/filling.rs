@@ -41,6 +41,9 @@ use crate::{
 /// Chunks that are asked for at once where nobody waits for one.
 const BATCH: usize = 32;
 
+/// How long copies have to themselves, once they run, until all else comes.
+const HEAD_START: Duration = Duration::from_millis(20);
+
 /// How long it is waited for faults, until it is looked whether there is anything else to do.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -257,12 +260,15 @@ impl Filling {
         whole: impl FnOnce(Capsule, Description) + Send + 'static,
     ) {
         let filling = Arc::clone(self);
-        let started = threads::background("filling", move || match filling.stream(&mut source) {
-            Ok((capsule, description)) => {
-                filling.decide(Ok(()));
-                whole(capsule, description);
+        let started = threads::background("filling", move || {
+            thread::sleep(HEAD_START);
+            match filling.stream(&mut source) {
+                Ok((capsule, description)) => {
+                    filling.decide(Ok(()));
+                    whole(capsule, description);
+                }
+                Err(error) => filling.decide(Err(chain(&error))),
             }
-            Err(error) => filling.decide(Err(chain(&error))),
         });
         if let Err(error) = started {
             self.decide(Err(format!("can't start a thread that has its memory come: {error}")));

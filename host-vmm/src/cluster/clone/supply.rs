@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs::File,
     io,
+    os::unix::fs::FileExt,
     sync::{Arc, Condvar, Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -19,6 +20,7 @@ use super::{
 };
 use crate::{
     api::client::{self, Content, Link},
+    arch::layout::{self, Gpa, PAGE_BYTES},
     capsule::{self, Capsule, Description, Digests, Header, Manifest},
     memory::{Image, WorkingSet},
     sync::lock,
@@ -174,15 +176,26 @@ impl Supply {
         &self.target
     }
 
-    /// The chunks that are sent before the clone runs: the first ones, and those of a working set.
+    /// The chunks that are sent before the clone runs: the first ones, what vCPUs need to go on, and those of a working set.
     pub fn first_chunks(&self, working_set: Option<&WorkingSet>) -> Vec<u32> {
-        let first = (0, FIRST_BYTES / crate::arch::layout::PAGE_BYTES);
-        let runs = std::iter::once(first).chain(working_set.into_iter().flat_map(WorkingSet::runs));
+        let first = (0, FIRST_BYTES / PAGE_BYTES);
+        let vcpus = self.description.machine.vcpus.iter();
+        let next = vcpus.flat_map(|vcpu| vcpu.next_addresses(|gpa| self.word(gpa)));
+        let next = next.filter_map(|gpa| Some((layout::ram_page(Gpa(gpa))?, 1)));
+        let runs = std::iter::once(first).chain(next).chain(working_set.into_iter().flat_map(WorkingSet::runs));
         let pages = runs.flat_map(|(page, pages)| page..page.saturating_add(pages).min(self.image.pages()));
         let mut chunks: Vec<u32> = pages.filter_map(|page| self.positions.of_guest_page(&self.image, page)).collect();
         chunks.sort_unstable();
         chunks.dedup();
         chunks
+    }
+
+    /// The 64 bits at an address of the guest's memory that they do not cross a page from.
+    fn word(&self, gpa: u64) -> Option<u64> {
+        let (layer, page) = self.image.find(layout::ram_page(Gpa(gpa))?)?;
+        let mut word = [0; 8];
+        self.files[layer].read_exact_at(&mut word, page * PAGE_BYTES + gpa % PAGE_BYTES).ok()?;
+        Some(u64::from_le_bytes(word))
     }
 
     /// Some chunks as they travel.
