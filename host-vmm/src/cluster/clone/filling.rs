@@ -11,11 +11,13 @@
 //! Until all is there, the clone depends on its source. If that is gone, the clone ends: it never runs with memory that is not its own.
 
 use std::{
+    collections::{BTreeMap, btree_map::Entry},
     fs::File,
     io,
+    ops::Range,
     os::{fd::AsFd, unix::fs::FileExt},
     sync::{
-        Arc, Mutex, OnceLock,
+        Arc, Mutex, MutexGuard, OnceLock,
         atomic::{AtomicU64, Ordering},
     },
     thread,
@@ -105,10 +107,8 @@ pub struct Filling {
     /// Where each page of the guest's memory is.
     image: Image,
     positions: Positions,
-    /// What has come.
-    chunks: Vec<OnceLock<Option<Chunk>>>,
-    /// Taken by whoever puts a chunk in whose position has this remainder.
-    putting: [Mutex<()>; 16],
+    /// What has come, by position: those whose position has the same remainder together.
+    come: [Mutex<BTreeMap<u32, Option<Chunk>>>; 16],
     views: Mutex<Vec<Arc<View>>>,
     /// Rung when there is another view, or an end.
     bell: EventFd,
@@ -138,8 +138,7 @@ impl Filling {
         Ok(Self {
             files,
             image,
-            putting: Default::default(),
-            chunks: (0..positions.count()).map(|_| OnceLock::new()).collect(),
+            come: Default::default(),
             missing: AtomicU64::new(u64::from(positions.count())),
             positions,
             views: Mutex::default(),
@@ -180,24 +179,26 @@ impl Filling {
     /// [`Error::Capsule`] where it can't be one of this memory, or there is no memory for it.
     pub fn put(&self, position: u32, data: &[u8]) -> Result<(), Error> {
         let (layer, number) = self.positions.find(position).ok_or(capsule::Error::Invalid("there is no such chunk"))?;
-        let slot = self.chunks.get(position as usize).ok_or(capsule::Error::Invalid("there is no such chunk"))?;
-        let _putting = lock(&self.putting[position as usize % self.putting.len()]);
-        if slot.get().is_none() {
+        let mut come = self.come(position);
+        if let Entry::Vacant(place) = come.entry(position) {
             // A node that reads where nobody watches makes an empty page be there, for all others too.
             let start = u64::from(number) * CHUNK_BYTES;
             if memory::has_data(&self.files[layer], start..start + CHUNK_BYTES)? {
                 return Err(Error::Changed);
             }
             let chunk = self.description.memory.layers[layer].write_unknown(&self.files[layer], number, data)?;
-            if slot.set(chunk).is_ok() {
-                self.missing.fetch_sub(1, Ordering::Relaxed);
-            }
+            place.insert(chunk);
+            self.missing.fetch_sub(1, Ordering::Relaxed);
         }
         Ok(())
     }
 
     fn is_there(&self, position: u32) -> bool {
-        self.chunks.get(position as usize).is_some_and(|chunk| chunk.get().is_some())
+        self.come(position).contains_key(&position)
+    }
+
+    fn come(&self, position: u32) -> MutexGuard<'_, BTreeMap<u32, Option<Chunk>>> {
+        lock(&self.come[position as usize % self.come.len()])
     }
 
     /// Deals with the faults of one more VM, in whose process the memory is at this address.
@@ -342,9 +343,8 @@ impl Filling {
             }
         }
         let mut description = self.description.clone();
-        let mut chunks = self.chunks.iter();
-        for (layer, count) in description.memory.layers.iter_mut().zip(self.positions.of_layers()) {
-            layer.chunks = chunks.by_ref().take(count).filter_map(|chunk| *chunk.get()?).collect();
+        for (layer, positions) in description.memory.layers.iter_mut().zip(self.positions.of_layers()) {
+            layer.chunks = positions.filter_map(|position| *self.come(position).get(&position)?).collect();
         }
         if source.manifest()? != description.memory {
             return Err(Error::Different);
@@ -402,9 +402,9 @@ impl Positions {
         self.first.last().copied().unwrap_or(0)
     }
 
-    /// How many chunks each layer has.
-    fn of_layers(&self) -> impl Iterator<Item = usize> {
-        self.first.windows(2).map(|pair| (pair[1] - pair[0]) as usize)
+    /// The chunks of each layer.
+    fn of_layers(&self) -> impl Iterator<Item = Range<u32>> {
+        self.first.windows(2).map(|pair| pair[0]..pair[1])
     }
 
     /// The layer of a chunk, and its number there.
@@ -438,6 +438,6 @@ mod tests {
         let found: Vec<_> = (0..5).map(|position| positions.find(position)).collect();
         assert_eq!(found, [Some((0, 0)), Some((1, 0)), Some((1, 1)), Some((3, 0)), None]);
         assert_eq!(positions.of_page(1, 64), Some(2));
-        assert!(positions.of_layers().eq([1, 2, 0, 1]));
+        assert!(positions.of_layers().eq([0..1, 1..3, 3..3, 3..4]));
     }
 }

@@ -44,6 +44,9 @@ const TYPE: &str = "bench";
 /// How long something may take that is waited for.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// How long everything is left alone after a lazy clone whose memory has come as a whole.
+const REST_AFTER_CLONE: Duration = Duration::from_millis(500);
+
 /// Connections for the memory of a clone, as by default.
 const CONNECTIONS: usize = 2;
 
@@ -114,6 +117,8 @@ impl Pair {
         };
         let images = wait(&self.target, &["image", "ls", "--json"], |images| images[0]["id"].is_string())?;
         self.forget(images[0]["id"].as_str().unwrap_or_default())?;
+        // The host takes back the memory of it.
+        thread::sleep(REST_AFTER_CLONE);
         Ok(first_exit_ns.saturating_sub(rung_ns))
     }
 
