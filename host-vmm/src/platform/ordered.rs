@@ -11,7 +11,7 @@ use super::{
     Error, Platform,
     fork::{Fork, Target},
 };
-use crate::{api::ForkedVm, sync::lock, wire::ToNode};
+use crate::{api::ForkedVm, error::chain, sync::lock, wire::ToNode};
 
 /// How long a VM may take to answer: longer than its children have to become ready, here and elsewhere.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(660);
@@ -42,6 +42,11 @@ impl Ordered {
         let (caller, outcome) = mpsc::channel();
         *pending = Some(Pending { count, target, fork: None, caller });
         Some(outcome)
+    }
+
+    /// Takes back an order that its node has not heard of.
+    fn withdraw(&self) {
+        *lock(&self.0) = None;
     }
 
     /// Where the copies go, of which the node says that so many are ordered; `None` where they are not.
@@ -84,13 +89,16 @@ impl Platform {
             true => {
                 let outcome = entry.ordered.enter(count, target);
                 let outcome = outcome.ok_or_else(|| failed(ErrorCode::Busy, "another operator forks it"))?;
-                Ok((Arc::clone(&entry.link), outcome))
+                Ok((Arc::clone(&entry.link), Arc::clone(&entry.ordered), outcome))
             }
             false => Err(failed(ErrorCode::NotLaunched, "it does not run yet")),
         });
-        let (link, outcome) = entered.ok_or_else(has_ended)??;
+        let (link, ordered, outcome) = entered.ok_or_else(has_ended)??;
         // A node that a guest has broken may read nothing.
-        link.try_send(&ToNode::Fork { count }, &[]).map_err(|_| has_ended())?;
+        if let Err(error) = link.try_send(&ToNode::Fork { count }, &[]) {
+            ordered.withdraw();
+            return Err(failed(ErrorCode::NotLaunched, &chain(&error)));
+        }
         let fork = match outcome.recv_timeout(ANSWER_TIMEOUT) {
             Ok(Ok(fork)) => fork,
             Ok(Err((code, why))) => return Err(failed(code, &why)),
@@ -146,5 +154,14 @@ mod tests {
         let outcome = ordered.enter(1, Target::Chosen(Where::Any)).unwrap();
         assert!(ordered.answered(ErrorCode::None, String::new()).is_none());
         assert!(outcome.recv().is_err(), "nobody will answer");
+    }
+
+    #[test]
+    fn an_order_that_is_taken_back_keeps_nobody_from_another() {
+        let ordered = Ordered::default();
+        let outcome = ordered.enter(1, Target::Chosen(Where::Any)).unwrap();
+        ordered.withdraw();
+        assert!(outcome.recv().is_err() && ordered.target(1).is_none());
+        assert!(ordered.enter(1, Target::Chosen(Where::Any)).is_some());
     }
 }
