@@ -4,8 +4,6 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use tempfile::NamedTempFile;
-use vmfork_abi::flags;
 use vmfork_tests::{
     cluster::Platforms,
     etcd::Etcd,
@@ -13,14 +11,7 @@ use vmfork_tests::{
     vmm::{Running, Vmm},
 };
 
-use super::{FORKED, NO_PLACE, fork_again, forks_when_told, know_each_other, vms, wait_until};
-
-/// A platform with a VM that forks each time it is told to, into one copy on another platform.
-fn source(config: &str, times: u64) -> (Running, NamedTempFile) {
-    let kernel = forks_when_told(times, 1, flags::REMOTE).to_kernel();
-    let source = Vmm::kernel(kernel.path()).option("--mem", "64M").config(config);
-    (source.start().expect("host-vmm starts"), kernel)
-}
+use super::{FORKED, NO_PLACE, fork_again, know_each_other, source, vms, wait_until};
 
 /// Waits until a platform says whether it is cut off from the others.
 pub(super) fn is_cut_off(running: &Running, is: bool) {

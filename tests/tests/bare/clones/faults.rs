@@ -11,10 +11,11 @@ use vmfork_tests::{
     assets,
     cluster::Platforms,
     proxy::{Fault, Proxy},
+    user::{self, Order},
     vmm::{PATIENCE, Vmm},
 };
 
-use super::{FORKED, LONG_LEASE, LOOK, NO_PLACE, fork_again, forks_when_told, know_each_other, source_with_image, vms};
+use super::{Cloned, FORKED, LONG_LEASE, LOOK, NO_PLACE, fork_again, killed::carry_out, know_each_other, source, vms};
 
 /// Waits until more than so many bytes have passed since the fault was set.
 fn wait_passed(way: &Proxy, bytes: u64) {
@@ -30,10 +31,7 @@ fn a_target_that_speaks_garbage_for_a_while_is_tried_again() {
     let platforms = Platforms::new(&["a", "b"]);
     let way = Proxy::start(platforms.address("b")).expect("a proxy");
     let target = Vmm::serve(&platforms.config("b", "")).start().expect("a platform");
-    let kernel = forks_when_told(1, 1, flags::REMOTE).to_kernel();
-    let source = Vmm::kernel(kernel.path()).option("--mem", "64M");
-    let source = source.config(&platforms.config_by_way("a", Some(("b", way.address())), LONG_LEASE));
-    let mut source = source.start().expect("host-vmm starts");
+    let (mut source, _kernel) = source(&platforms.config_by_way("a", Some(("b", way.address())), LONG_LEASE), 1);
     know_each_other(&source, 2);
     way.set(Fault::Garbage);
     thread::scope(|scope| {
@@ -52,10 +50,7 @@ fn what_should_be_a_certificate_and_is_garbage_makes_the_fork_fail() {
     let platforms = Platforms::with_certificates(&["a", "b"]);
     let way = Proxy::start(platforms.address("b")).expect("a proxy");
     let target = Vmm::serve(&platforms.config("b", "ready = 0")).start().expect("a platform");
-    let kernel = forks_when_told(2, 1, flags::REMOTE).to_kernel();
-    let source = Vmm::kernel(kernel.path()).option("--mem", "64M");
-    let source = source.config(&platforms.config_by_way("a", Some(("b", way.address())), LONG_LEASE));
-    let mut source = source.start().expect("host-vmm starts");
+    let (mut source, _kernel) = source(&platforms.config_by_way("a", Some(("b", way.address())), LONG_LEASE), 2);
     know_each_other(&source, 2);
     way.set(Fault::Garbage);
     assert_eq!(fork_again(&mut source, 1), [NO_PLACE]);
@@ -90,21 +85,12 @@ fn on_a_way_that_stalls<T>(way: &Proxy, after: u64, pause: Duration, work: impl 
 #[test]
 fn wherever_the_way_stalls_and_comes_back_there_is_one_clone() {
     let rounds: u64 = if assets::in_lab() { 10 } else { 100 };
-    let platforms = Platforms::new(&["a", "b"]);
-    let way = Proxy::start(platforms.address("b")).expect("a proxy");
-    let config = platforms.config_by_way("a", Some(("b", way.address())), "keep = [\"web\"]");
-    let target = Vmm::serve(&platforms.config("b", "")).start().expect("a platform");
-    let (source, image, _kernel) = source_with_image(&config);
-    know_each_other(&source, 2);
-    let clone = || source.ask(&["clone", "--image", &image, "--to", "b"]);
-    way.set(Fault::None);
-    clone().expect("a clone");
-    let bytes = way.passed();
+    let cloned = Cloned::start("", "");
     for round in 1..=rounds {
-        target.ask(&["image", "rm", &image]).expect("an image that has come");
-        let cloned = on_a_way_that_stalls(&way, bytes * (round * 617 % 1009) / 1009, Duration::ZERO, clone);
-        cloned.unwrap_or_else(|error| panic!("round {round}: {error:#}"));
-        assert_eq!(vms(&target, usize::try_from(round).expect("small") + 1).len() as u64, round + 1);
+        cloned.forget();
+        let again = on_a_way_that_stalls(&cloned.way, cloned.part(round), Duration::ZERO, || cloned.again());
+        again.unwrap_or_else(|error| panic!("round {round}: {error:#}"));
+        vms(&cloned.target, usize::try_from(round).expect("small") + 1);
     }
 }
 
@@ -128,20 +114,32 @@ fn where_answers_come_later_than_anybody_waits_for_them_there_is_one_clone() {
 fn has_one_clone_stalled(at_permille: u64) -> bool {
     /// Longer than a source waits for an answer, which is 10 s, and shorter than its target waits for it, which is 20 s.
     const STALL: Duration = Duration::from_secs(11);
+    let cloned = Cloned::start(LONG_LEASE, "");
+    cloned.forget();
+    let (begun, at) = (Instant::now(), cloned.bytes * at_permille / 1000);
+    on_a_way_that_stalls(&cloned.way, at, STALL, || cloned.again()).expect("a clone after all");
+    vms(&cloned.target, 2);
+    begun.elapsed() >= STALL
+}
+
+#[test]
+fn after_a_cut_only_what_is_missing_comes_again() {
+    const MIB: u64 = 1 << 20;
+    const MEMORY: u64 = 128 * MIB;
     let platforms = Platforms::new(&["a", "b"]);
     let way = Proxy::start(platforms.address("b")).expect("a proxy");
-    let config = format!("{LONG_LEASE}\nkeep = [\"web\"]");
-    let config = platforms.config_by_way("a", Some(("b", way.address())), &config);
-    let target = Vmm::serve(&platforms.config("b", "")).start().expect("a platform");
-    let (source, image, _kernel) = source_with_image(&config);
+    let _target = Vmm::serve(&platforms.config("b", "")).start().expect("a platform");
+    let kernel = user::kernel();
+    let config = platforms.config_by_way("a", Some(("b", way.address())), LONG_LEASE);
+    let source = Vmm::kernel(kernel.path()).option("--mem", "256M").config(&config);
+    let mut source = source.start().expect("host-vmm starts");
+    source.wait_for_line("00000001").expect("a guest that takes orders");
     know_each_other(&source, 2);
-    let clone = || source.ask(&["clone", "--image", &image, "--to", "b"]);
-    way.set(Fault::None);
-    clone().expect("a clone");
-    let bytes = way.passed();
-    target.ask(&["image", "rm", &image]).expect("an image that has come");
-    let begun = Instant::now();
-    on_a_way_that_stalls(&way, bytes * at_permille / 1000, STALL, clone).expect("a clone after all");
-    vms(&target, 2);
-    begun.elapsed() >= STALL
+    way.set(Fault::CutAfter(MEMORY / 4 * 3));
+    let dirty_pages = u32::try_from(MEMORY / 4096).expect("small");
+    let order = Order { count: 1, dirty_pages, flags: flags::REMOTE, ..Order::default() };
+    assert_eq!(carry_out(&mut source, order, &mut Vec::new(), || {})["code"], 0);
+    // What was on its way, and in nobody's hands, comes twice; all of it would be 7/4.
+    let passed = way.passed();
+    assert!((MEMORY..MEMORY / 2 * 3).contains(&passed), "{} MiB have passed", passed / MIB);
 }

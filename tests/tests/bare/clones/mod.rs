@@ -10,6 +10,7 @@ use std::{
 
 use nix::sys::signal::Signal;
 use serde_json::Value;
+use tempfile::NamedTempFile;
 use vmfork_abi::{ErrorCode, Location, PAGE, Role, Status, flags};
 use vmfork_tests::{
     assets,
@@ -77,6 +78,13 @@ fn then_fork_when_told(before: Script, seq: u64, count: u32, flags: u32) -> Scri
     let fork = before.wait_for_input().request(seq, "web", count).store(control(FLAGS), flags).ring();
     let answer = fork.print(control(STATUS)).print(control(ERROR)).print(control(INDEX));
     answer.only_if(control(ROLE), Role::Child.number(), Script::new().hang())
+}
+
+/// A platform with a VM that forks each time it is told to, so many times, into one copy on another platform.
+fn source(config: &str, times: u64) -> (Running, NamedTempFile) {
+    let kernel = forks_when_told(times, 1, flags::REMOTE).to_kernel();
+    let source = Vmm::kernel(kernel.path()).option("--mem", "64M").config(config);
+    (source.start().expect("host-vmm starts"), kernel)
 }
 
 /// What the booted VM says of its forks: status and error code of each.
@@ -305,8 +313,51 @@ fn a_lazy_clone_ends_where_its_source_is_gone() {
     wait_until(&target, &["ps", "--json"], |vms| vms["vms"].as_array().is_some_and(Vec::is_empty));
 }
 
+/// An image that is cloned from one platform to another, by a way on which things can go wrong.
+struct Cloned {
+    way: Proxy,
+    source: Running,
+    target: Running,
+    image: String,
+    /// What passes for a clone.
+    bytes: u64,
+    _kernel: NamedTempFile,
+    _platforms: Platforms,
+}
+
+impl Cloned {
+    /// Starts both, set up so, and clones it once.
+    fn start(source: &str, target: &str) -> Self {
+        let platforms = Platforms::new(&["a", "b"]);
+        let way = Proxy::start(platforms.address("b")).expect("a proxy");
+        let config = platforms.config_by_way("a", Some(("b", way.address())), &format!("keep = [\"web\"]\n{source}"));
+        let target = Vmm::serve(&platforms.config("b", target)).start().expect("a platform");
+        let (source, image, kernel) = source_with_image(&config);
+        know_each_other(&source, 2);
+        way.set(Fault::None);
+        let mut cloned = Self { way, source, target, image, bytes: 0, _kernel: kernel, _platforms: platforms };
+        cloned.again().expect("a clone");
+        cloned.bytes = cloned.way.passed();
+        cloned
+    }
+
+    fn again(&self) -> anyhow::Result<String> {
+        self.source.ask(&["clone", "--image", &self.image, "--to", "b"])
+    }
+
+    /// Has the target let go of what has come.
+    fn forget(&self) {
+        self.target.ask(&["image", "rm", &self.image]).expect("an image that has come");
+    }
+
+    /// A part of what passes, another one in each round.
+    fn part(&self, round: u64) -> u64 {
+        self.bytes * (round * 617 % 1009) / 1009
+    }
+}
+
 /// A platform that keeps the image of one fork, and the image's ID.
-fn source_with_image(config: &str) -> (Running, String, tempfile::NamedTempFile) {
+fn source_with_image(config: &str) -> (Running, String, NamedTempFile) {
     let kernel = one_with_much_memory(flags::LOCAL).to_kernel();
     let source = Vmm::kernel(kernel.path()).option("--mem", "64M").config(config);
     let mut source = source.start().expect("host-vmm starts");
@@ -321,22 +372,12 @@ fn source_with_image(config: &str) -> (Running, String, tempfile::NamedTempFile)
 #[test]
 fn wherever_the_connection_is_cut_there_is_one_clone() {
     let rounds: u64 = if assets::in_lab() { 10 } else { 100 };
-    let platforms = Platforms::new(&["a", "b"]);
-    let way = Proxy::start(platforms.address("b")).expect("a proxy");
-    let config = platforms.config_by_way("a", Some(("b", way.address())), "keep = [\"web\"]");
-    let target = Vmm::serve(&platforms.config("b", "")).start().expect("a platform");
-    let (source, image, _kernel) = source_with_image(&config);
-    know_each_other(&source, 2);
-    let clone = || source.ask(&["clone", "--image", &image, "--to", "b"]);
-    let forget = || target.ask(&["image", "rm", &image]).expect("an image that has come");
-    way.set(Fault::None);
-    clone().expect("a clone");
-    let bytes = way.passed();
+    let cloned = Cloned::start("", "");
     for round in 1..=rounds {
-        forget();
-        way.set(Fault::CutAfter(bytes * (round * 617 % 1009) / 1009));
-        clone().unwrap_or_else(|error| panic!("round {round}: {error:#}"));
-        let vms = target.ask(&["ps", "--json"]).expect("a list");
+        cloned.forget();
+        cloned.way.set(Fault::CutAfter(cloned.part(round)));
+        cloned.again().unwrap_or_else(|error| panic!("round {round}: {error:#}"));
+        let vms = cloned.target.ask(&["ps", "--json"]).expect("a list");
         let vms: Value = serde_json::from_str(&vms).expect("JSON");
         let count = vms["vms"].as_array().expect("an array").len() as u64;
         assert_eq!(count, round + 1, "round {round}");
@@ -346,33 +387,24 @@ fn wherever_the_connection_is_cut_there_is_one_clone() {
 #[test]
 fn whatever_is_changed_on_the_way_no_clone_is_another_one() {
     let rounds: u64 = if assets::in_lab() { 10 } else { 100 };
-    let platforms = Platforms::new(&["a", "b"]);
-    let way = Proxy::start(platforms.address("b")).expect("a proxy");
-    let config = platforms.config_by_way("a", Some(("b", way.address())), "keep = [\"web\"]");
-    let mut target = Vmm::serve(&platforms.config("b", "max_vms = 2000")).start().expect("a platform");
-    let (source, image, _kernel) = source_with_image(&config);
-    know_each_other(&source, 2);
-    let clone = || source.ask(&["clone", "--image", &image, "--to", "b"]);
-    way.set(Fault::None);
-    clone().expect("a clone");
-    let bytes = way.passed();
+    let mut cloned = Cloned::start("", "max_vms = 2000");
     let mut clones = 1;
     for round in 1..=rounds {
         // There is none where the last round has failed early.
-        drop(target.ask(&["image", "rm", &image]));
-        way.set(Fault::FlipAfter(bytes * (round * 617 % 1009) / 1009));
-        clones += u64::from(clone().is_ok());
-        way.set(Fault::None);
+        drop(cloned.target.ask(&["image", "rm", &cloned.image]));
+        cloned.way.set(Fault::FlipAfter(cloned.part(round)));
+        clones += u64::from(cloned.again().is_ok());
+        cloned.way.set(Fault::None);
     }
     println!("{clones} of {} clones run", rounds + 1);
-    clone().expect("a clone, when nothing is changed");
+    cloned.again().expect("a clone, when nothing is changed");
     // What was said to run runs; what was not may run all the same, where only the answer was lost.
     let all_run = |vms: &Vec<Value>| vms.iter().all(|vm| vm["state"] == "running");
-    let vms = wait_until(&target, &["ps", "--json"], |list| list["vms"].as_array().is_some_and(all_run));
+    let vms = wait_until(&cloned.target, &["ps", "--json"], |list| list["vms"].as_array().is_some_and(all_run));
     let vms = vms["vms"].as_array().expect("an array").len();
     assert!((clones + 1..=rounds + 2).contains(&(vms as u64)), "{clones} clones, {vms} VMs");
     let expected = what_a_copy_has();
-    let lines = target.wait_for_lines("", vms * expected.len()).expect("all clones run");
+    let lines = cloned.target.wait_for_lines("", vms * expected.len()).expect("all clones run");
     let names: BTreeSet<&str> = lines.iter().map(|(name, _)| name.as_str()).collect();
     assert_eq!(names.len(), vms);
     for name in names {
