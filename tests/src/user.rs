@@ -36,14 +36,36 @@ const DIRECTORY: u64 = 0xb000;
 /// RFLAGS at CPL 3: bit 1 is always set; I/O privilege level 3.
 const USER_FLAGS: u64 = 0x3002;
 
-/// EFER, STAR and LSTAR: what SYSRET and SYSCALL go by.
+/// EFER and STAR: what SYSRET goes by.
 const EFER: u32 = 0xc000_0080;
 const STAR: u32 = 0xc000_0081;
-const LSTAR: u32 = 0xc000_0082;
-const FMASK: u32 = 0xc000_0084;
 
-/// STAR's upper half: SYSCALL loads CS 0x10 and SS 0x18, SYSRET CS 0x33 and SS 0x2b.
+/// STAR's upper half: SYSRET loads CS 0x33 and SS 0x2b.
 const SELECTORS: u32 = 0x0023_0010;
+
+/// What the processor goes by to come back to CPL 0 where user code executes HLT: descriptors, and behind them the gates of exceptions, a
+/// stack, and the task state. It can't be SYSCALL: a KVM that emulates guest kernel code may go on at CPL 3 behind it.
+const TABLES: u64 = 0x18_0000;
+const GATES: u64 = TABLES + 0x1000;
+const KERNEL_STACK: u64 = TABLES + 0x3000;
+const TASK_STATE: u64 = TABLES + 0x3000;
+
+/// Where the task state says where its bitmap of ports is, and where that is: all of it is zero, so that user code may access all of them also
+/// where a KVM does not go by the I/O privilege level.
+const PORTS_OFFSET: u64 = TASK_STATE + 0x66;
+const PORTS: u64 = 0x68;
+
+/// The gate of a general protection fault.
+const PROTECTION_GATE: u64 = GATES + 13 * 16;
+
+/// A segment of 64-bit kernel code, as CS 0x10.
+const KERNEL_CODE: u64 = 0x00af_9b00_0000_ffff;
+
+/// The lower half of the descriptor of the task state, at 0x38: present, available, to the end of its bitmap and one byte more.
+const TASK_STATE_LOW: u64 = 0x0000_8900_0000_0000 | (TASK_STATE & 0xff_ffff) << 16 | (PORTS + 0x2000);
+
+/// The lower half of a gate, but for the address: present, for interrupts, CS 0x10.
+const GATE_LOW: u64 = 0x0000_8e00_0010_0000;
 
 /// What a guest is asked to do: dirty memory, fork, and what its children do then.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -106,13 +128,28 @@ global_asm!(
     "    xor eax, eax",
     "    mov edx, {selectors}",
     "    wrmsr",
-    "    mov ecx, {lstar}",
-    "    lea rax, [rip + user_stand_still]",
-    "    xor edx, edx",
-    "    wrmsr",
-    "    mov ecx, {fmask}",
-    "    mov eax, 0x3000",
-    "    wrmsr",
+    "    mov edi, {tables}", // a way back to CPL 0
+    "    mov rax, {kernel_code}",
+    "    mov [rdi + 0x10], rax",
+    "    mov rax, {task_state_low}",
+    "    mov [rdi + 0x38], rax",
+    "    mov word ptr [rdi + 0x106], 0x47",
+    "    mov [rdi + 0x108], rdi",
+    "    lgdt [rdi + 0x106]",
+    "    mov dword ptr [{task_state} + 4], {kernel_stack}",
+    "    mov word ptr [{ports_offset}], {ports}",
+    "    mov eax, 0x38",
+    "    ltr ax",
+    "    lea rax, [rip + user_stand_still]", // its address is below 4 GiB
+    "    mov rcx, {gate_low}",
+    "    mov cx, ax",
+    "    shr eax, 16",
+    "    shl rax, 48",
+    "    or rcx, rax",
+    "    mov [{protection_gate}], rcx",
+    "    mov word ptr [rdi + 0x116], 0xfff",
+    "    mov dword ptr [rdi + 0x118], {gates}",
+    "    lidt [rdi + 0x116]",
     "    lea rcx, [rip + user_code]",
     "    mov r11d, {flags}",
     "    mov esp, {order}",
@@ -179,7 +216,7 @@ global_asm!(
     "    jmp 20b",
     "40: cmp byte ptr [rbp + 24], 0",
     "    je 41f",
-    "    syscall",
+    "    hlt", // a general protection fault: on to CPL 0
     "41: mov edx, 0x600",
     "    mov eax, 0x34",
     "    out dx, al",
@@ -245,8 +282,16 @@ global_asm!(
     control = const CONTROL_PAGE,
     efer = const EFER,
     star = const STAR,
-    lstar = const LSTAR,
-    fmask = const FMASK,
+    tables = const TABLES,
+    kernel_code = const KERNEL_CODE,
+    task_state_low = const TASK_STATE_LOW,
+    task_state = const TASK_STATE,
+    kernel_stack = const KERNEL_STACK,
+    ports_offset = const PORTS_OFFSET,
+    ports = const PORTS,
+    gate_low = const GATE_LOW,
+    protection_gate = const PROTECTION_GATE,
+    gates = const GATES,
     selectors = const SELECTORS,
     flags = const USER_FLAGS,
     order = const ORDER,

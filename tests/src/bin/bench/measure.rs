@@ -354,6 +354,8 @@ impl Bench {
             let outcome = session.carry_out(Order { count: THOUSAND, stay: true, ..Order::default() })?;
             rest();
             let used_mib = before_mib - available_mib()?;
+            let count = session.count()?;
+            ensure!(count == usize::try_from(THOUSAND)? + 1, "only {count} VMs are left");
             let last_ns = outcome.children.iter().map(|child| child.latency_ns()).max().context("no children")?;
             self.samples.add("fork.thousand", "s", std::time::Duration::from_nanos(last_ns).as_secs_f64());
             self.samples.add("fork.thousand.mib", "MiB", used_mib / f64::from(THOUSAND));

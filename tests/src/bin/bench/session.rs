@@ -135,6 +135,7 @@ impl Session {
                     lines.insert(text(&event, "name")?, number(&event, "t_ns")?);
                 }
                 Some("ended") if event["generation"] == 0 => bail!("the guest has ended: {event}"),
+                Some("ended") if order.stay => bail!("a child has not stayed: {event}"),
                 Some("ended") => ended += 1,
                 _ => {}
             }
@@ -147,6 +148,13 @@ impl Session {
         thread::sleep(REST);
         kill(self.node, Signal::SIGSTOP)?;
         Ok(outcome)
+    }
+
+    /// How many VMs run.
+    pub(crate) fn count(&self) -> Result<usize> {
+        let list: Value = serde_json::from_str(&self.running.ask(&["ps", "--json"])?)?;
+        let vms = list["vms"].as_array().context("no list of VMs")?;
+        Ok(vms.iter().filter(|vm| vm["state"] == "running").count())
     }
 
     /// Ends all VMs, and says how long that took.
