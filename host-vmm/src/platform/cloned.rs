@@ -121,6 +121,14 @@ impl Platform {
         self.offer().map_or(true, |offer| offer.is_foreign(&description.requirements, vcpus))
     }
 
+    /// Has shells made ready for a clone while its memory comes.
+    pub(crate) fn expect(&self, description: &Description) {
+        // Others are made when it is launched.
+        if !self.is_foreign(description) {
+            self.pool.expect(description.about.config);
+        }
+    }
+
     /// An image's memory that is about to come in. What other images here have of it is there already.
     ///
     /// # Errors

@@ -1,10 +1,11 @@
 //! Ready shells: machines that wait to become the children of a fork.
 //!
-//! There is a shelf for each shape of machine that is in use. A thread keeps so many shells on it as the operator wants, since making one
-//! takes milliseconds and giving one away takes microseconds. Shelves on which nobody has asked for long keep one shell, and those
-//! whose shape nobody uses any more keep none.
+//! There is a shelf for each shape of machine that is in use, or was not long ago: where one clone has come from, another may. A thread keeps
+//! so many shells on it as the operator wants, since making one takes milliseconds and giving one away takes microseconds. Shelves on which
+//! nobody has asked for long keep one shell.
 
 use std::{
+    cmp::Reverse,
     collections::BTreeMap,
     fs::File,
     os::fd::AsFd,
@@ -30,8 +31,14 @@ use crate::{
 /// How long after a fork its shells are replaced: its children come first.
 const REFILL_DELAY: Duration = Duration::from_millis(10);
 
-/// How long a shape's shells are kept while nobody asks for them.
+/// How long a shape's shells are kept while nobody asks for them, but for one.
 const IDLE: Duration = Duration::from_secs(60);
+
+/// How long that one is kept where there is no VM of its shape.
+const UNUSED: Duration = Duration::from_secs(600);
+
+/// Most shapes without a VM that have shells: other platforms choose them.
+const MAX_UNUSED: usize = 4;
 
 /// How often it is looked for shells that have died.
 const CHECK: Duration = Duration::from_secs(5);
@@ -157,14 +164,17 @@ impl Pool {
 
     /// Says that there is one more VM of this shape. [`Pool::refill`] is to be called once that has what it needs.
     pub(super) fn add_user(&self, config: Config) {
-        let now = Instant::now();
-        let mut shelves = lock(&self.shelves);
-        if shelves.closed {
-            return;
+        if let Some(shelf) = lock(&self.shelves).shelf(config) {
+            shelf.users += 1;
         }
-        let shelf = shelves.by_shape.entry(config);
-        let empty = || Shelf { shells: Vec::new(), users: 0, standing_by: Arc::default(), asked: now, refill: now };
-        shelf.or_insert_with(empty).users += 1;
+    }
+
+    /// Says that VMs of this shape are about to come: shells for them are made meanwhile.
+    pub(super) fn expect(&self, config: Config) {
+        if let Some(shelf) = lock(&self.shelves).shelf(config) {
+            shelf.asked = Instant::now();
+        }
+        self.refill();
     }
 
     /// How many shells there are of each shape.
@@ -216,7 +226,7 @@ impl Pool {
                 _ => due = Some((*config, wanted - shelf.shells.len())),
             }
         }
-        shelves.by_shape.retain(|_, shelf| shelf.users > 0);
+        surplus.extend(shelves.let_go(now));
         drop(shelves);
         drop(surplus);
         dead.iter().for_each(tell_why);
@@ -239,16 +249,36 @@ impl Pool {
     }
 }
 
+impl Shelves {
+    /// The one for this shape, unless there are none any more.
+    fn shelf(&mut self, config: Config) -> Option<&mut Shelf> {
+        let now = Instant::now();
+        let empty = || Shelf { shells: Vec::new(), users: 0, standing_by: Arc::default(), asked: now, refill: now };
+        (!self.closed).then(|| self.by_shape.entry(config).or_insert_with(empty))
+    }
+
+    /// Takes away those whose shape nobody has used for long, and, where there are many that nobody uses, those for which nobody has asked
+    /// for longest; gives their shells.
+    fn let_go(&mut self, now: Instant) -> Vec<Shell> {
+        let mut unused: Vec<(Instant, Config)> = self
+            .by_shape
+            .iter()
+            .filter(|(_, shelf)| shelf.users == 0)
+            .map(|(config, shelf)| (shelf.asked, *config))
+            .collect();
+        unused.sort_unstable_by_key(|(asked, _)| Reverse(*asked));
+        let is_old = |(number, (asked, _)): &(usize, &(Instant, Config))| {
+            *number >= MAX_UNUSED || now.duration_since(*asked) >= UNUSED
+        };
+        let old = unused.iter().enumerate().filter(is_old);
+        old.filter_map(|(_, (_, config))| self.by_shape.remove(config)).flat_map(|shelf| shelf.shells).collect()
+    }
+}
+
 impl Shelf {
     /// How many shells it should have.
     fn wanted(&self, ready: usize, now: Instant) -> usize {
-        if self.users == 0 {
-            0
-        } else if now.duration_since(self.asked) >= IDLE {
-            ready.min(1)
-        } else {
-            ready
-        }
+        if now.duration_since(self.asked) >= IDLE { ready.min(1) } else { ready }
     }
 }
 
@@ -295,5 +325,34 @@ fn look_at(shell: &Shell) -> Look {
         Look::Built
     } else {
         Look::Unbuilt
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shapes_that_nobody_uses_have_shells_for_a_while_if_they_are_few() {
+        let mut shelves = Shelves::default();
+        let shape = |number: u64| Config { vcpus: 1, ram_bytes: number << 20 };
+        for number in 1..=6 {
+            shelves.shelf(shape(number)).unwrap().users = usize::from(number == 1);
+        }
+        let left = |shelves: &Shelves| shelves.by_shape.keys().map(|config| config.ram_bytes >> 20).collect::<Vec<_>>();
+        let now = Instant::now();
+        assert!(shelves.let_go(now).is_empty());
+        assert_eq!(
+            left(&shelves),
+            [1, 3, 4, 5, 6],
+            "the first one has a user, and the second one is the oldest that has none"
+        );
+        assert_eq!(shelves.by_shape[&shape(4)].wanted(3, now), 3);
+        assert_eq!(shelves.by_shape[&shape(4)].wanted(3, now + IDLE), 1);
+        shelves.shelf(shape(5)).unwrap().asked = now + UNUSED;
+        shelves.let_go(now + UNUSED);
+        assert_eq!(left(&shelves), [1, 5]);
+        shelves.closed = true;
+        assert!(shelves.shelf(shape(7)).is_none());
     }
 }
