@@ -41,16 +41,7 @@ impl Chunk {
     /// # Errors
     /// [`Error::Invalid`] where they are others, or none of this chunk.
     pub fn of(number: u32, pages: u64, data: &[u8], bytes: u64) -> Result<Self, Error> {
-        let chunk = Self { number, pages, digest: [0; 32] };
-        if data.len() as u64 != chunk.data_bytes() {
-            return Err(Error::Invalid("a chunk has too few or too many pages"));
-        }
-        if u64::from(u64::BITS - pages.leading_zeros()) * PAGE_BYTES > bytes {
-            return Err(Error::Invalid("a chunk reaches out of its layer"));
-        }
-        if data.chunks(PAGE).any(is_zero) {
-            return Err(Error::Invalid("other pages of a chunk are zero than it says"));
-        }
+        check(pages, data, bytes)?;
         let mut hasher = blake3::Hasher::new();
         let (mut at, mut rest) = (0, data);
         for run in runs(pages) {
@@ -60,7 +51,7 @@ impl Chunk {
         }
         let end = usize::try_from(bytes).unwrap_or(CHUNK).min(CHUNK);
         hasher.update(&ZEROES[at..end]);
-        Ok(Self { digest: hasher.finalize().into(), ..chunk })
+        Ok(Self { number, pages, digest: hasher.finalize().into() })
     }
 
     /// Offset in the layer's file in bytes.
@@ -89,15 +80,42 @@ impl Chunk {
     /// # Errors
     /// [`Error::Io`].
     pub fn write(&self, file: &File, data: &[u8]) -> Result<(), Error> {
-        let mut rest = data;
-        for run in runs(self.pages) {
-            let (own, behind) = rest.split_at(run.len().min(rest.len()));
-            let written = file.write_all_at(own, self.offset() + run.start as u64);
-            written.map_err(|error| Error::Io("write to memory", error))?;
-            rest = behind;
-        }
-        Ok(())
+        write(file, self.offset(), self.pages, data)
     }
+}
+
+/// Checks whether this can be what is in those pages of a chunk of so many bytes that are not zero.
+fn check(pages: u64, data: &[u8], bytes: u64) -> Result<(), Error> {
+    if data.len() as u64 != u64::from(pages.count_ones()) * PAGE_BYTES {
+        return Err(Error::Invalid("a chunk has too few or too many pages"));
+    }
+    if u64::from(u64::BITS - pages.leading_zeros()) * PAGE_BYTES > bytes {
+        return Err(Error::Invalid("a chunk reaches out of its layer"));
+    }
+    if data.chunks(PAGE).any(is_zero) {
+        return Err(Error::Invalid("other pages of a chunk are zero than it says"));
+    }
+    Ok(())
+}
+
+fn write(file: &File, offset: u64, pages: u64, data: &[u8]) -> Result<(), Error> {
+    let mut rest = data;
+    for run in runs(pages) {
+        let (own, behind) = rest.split_at(run.len().min(rest.len()));
+        let written = file.write_all_at(own, offset + run.start as u64);
+        written.map_err(|error| Error::Io("write to memory", error))?;
+        rest = behind;
+    }
+    Ok(())
+}
+
+/// Writes those pages of a piece of a layer's file that are not zero, as [`read_piece`] has read them.
+///
+/// # Errors
+/// [`Error::Invalid`] where they are others, or none of this piece; [`Error::Io`].
+pub(super) fn write_piece(file: &File, offset: u64, bytes: u64, pages: u64, data: &[u8]) -> Result<(), Error> {
+    check(pages, data, bytes)?;
+    write(file, offset, pages, data)
 }
 
 /// Reads a piece of a layer's file, and appends those of its pages that are not zero to `data`. Says which these are.

@@ -62,15 +62,14 @@ impl LayerManifest {
         Ok(())
     }
 
-    /// Writes what [`LayerManifest::read_unknown`] has read to the layer's file, and says what it was: nothing where all pages are zero.
+    /// Writes what [`LayerManifest::read_unknown`] has read to the layer's file.
     ///
     /// # Errors
     /// [`Error::Invalid`] where it is none, or not of this layer; [`Error::Io`].
-    pub fn write_unknown(&self, file: &File, number: u32, data: &[u8]) -> Result<Option<Chunk>, Error> {
+    pub fn write_unknown(&self, file: &File, number: u32, data: &[u8]) -> Result<(), Error> {
         let (pages, data) = data.split_first_chunk().ok_or(Error::Invalid("a chunk is cut off"))?;
-        let chunk = Chunk::of(number, u64::from_le_bytes(*pages), data, self.chunk_bytes(number))?;
-        chunk.write(file, data)?;
-        Ok((chunk.pages != 0).then_some(chunk))
+        let offset = u64::from(number) * CHUNK_BYTES;
+        chunk::write_piece(file, offset, self.chunk_bytes(number), u64::from_le_bytes(*pages), data)
     }
 }
 

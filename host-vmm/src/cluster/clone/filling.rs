@@ -4,17 +4,16 @@
 //!  guest touches a page ──► fault ──►  filling  ── asks for its chunk ──►  source
 //!  goes on              ◄── wakes ───  writes it to the layer's file  ◄──
 //!                                      meanwhile: all other chunks, in order
-//!                                      in the end: compares all digests, seals the files
+//!                                      in the end: compares all that is there, seals the files
 //! ```
 //!
 //! Chunks have positions here: they are numbered through all layers, whether there is something in them or not, since that is not known yet.
 //! Until all is there, the clone depends on its source. If that is gone, the clone ends: it never runs with memory that is not its own.
 
 use std::{
-    collections::{BTreeMap, btree_map::Entry},
+    collections::BTreeSet,
     fs::File,
     io,
-    ops::Range,
     os::{fd::AsFd, unix::fs::FileExt},
     sync::{
         Arc, Mutex, MutexGuard, OnceLock,
@@ -33,7 +32,7 @@ use rustix::fs::{FallocateFlags, fallocate};
 use super::supply::{Error as SupplyError, Supplier};
 use crate::{
     arch::layout::PAGE_BYTES,
-    capsule::{self, CHUNK_BYTES, CHUNK_PAGES, Capsule, Chunk, Description, LayerManifest, Manifest},
+    capsule::{self, CHUNK_BYTES, CHUNK_PAGES, Capsule, Description, Digests, LayerManifest, Manifest},
     error::chain,
     memory::{self, Faults, Image, Layer},
     sync::lock,
@@ -107,8 +106,8 @@ pub struct Filling {
     /// Where each page of the guest's memory is.
     image: Image,
     positions: Positions,
-    /// What has come, by position: those whose position has the same remainder together.
-    come: [Mutex<BTreeMap<u32, Option<Chunk>>>; 16],
+    /// The positions of what has come: those with the same remainder together.
+    come: [Mutex<BTreeSet<u32>>; 16],
     views: Mutex<Vec<Arc<View>>>,
     /// Rung when there is another view, or an end.
     bell: EventFd,
@@ -180,24 +179,24 @@ impl Filling {
     pub fn put(&self, position: u32, data: &[u8]) -> Result<(), Error> {
         let (layer, number) = self.positions.find(position).ok_or(capsule::Error::Invalid("there is no such chunk"))?;
         let mut come = self.come(position);
-        if let Entry::Vacant(place) = come.entry(position) {
+        if !come.contains(&position) {
             // A node that reads where nobody watches makes an empty page be there, for all others too.
             let start = u64::from(number) * CHUNK_BYTES;
             if memory::has_data(&self.files[layer], start..start + CHUNK_BYTES)? {
                 return Err(Error::Changed);
             }
-            let chunk = self.description.memory.layers[layer].write_unknown(&self.files[layer], number, data)?;
-            place.insert(chunk);
+            self.description.memory.layers[layer].write_unknown(&self.files[layer], number, data)?;
+            come.insert(position);
             self.missing.fetch_sub(1, Ordering::Relaxed);
         }
         Ok(())
     }
 
     fn is_there(&self, position: u32) -> bool {
-        self.come(position).contains_key(&position)
+        self.come(position).contains(&position)
     }
 
-    fn come(&self, position: u32) -> MutexGuard<'_, BTreeMap<u32, Option<Chunk>>> {
+    fn come(&self, position: u32) -> MutexGuard<'_, BTreeSet<u32>> {
         lock(&self.come[position as usize % self.come.len()])
     }
 
@@ -342,13 +341,17 @@ impl Filling {
                 source.fetch(&wanted, |chunk, data| self.put(chunk, data))?;
             }
         }
-        let mut description = self.description.clone();
-        for (layer, positions) in description.memory.layers.iter_mut().zip(self.positions.of_layers()) {
-            layer.chunks = positions.filter_map(|position| *self.come(position).get(&position)?).collect();
-        }
-        if source.manifest()? != description.memory {
+        // Both sides look at all of it meanwhile. Nothing was looked at as it came: somebody may have waited for it.
+        let (here, there) = thread::scope(|scope| {
+            let here = scope.spawn(|| Manifest::of(&self.image, &Digests::default()));
+            let there = source.manifest();
+            (here.join().unwrap_or(Err(capsule::Error::Invalid("a thread that looked at it panicked"))), there)
+        });
+        let memory = here?;
+        if memory != there? {
             return Err(Error::Different);
         }
+        let description = Description { memory, ..self.description.clone() };
         self.files.iter().try_for_each(|file| memory::seal_filled(file))?;
         source.is_done();
         Ok((Capsule::from_description(&description, self.files.clone())?, description))
@@ -402,11 +405,6 @@ impl Positions {
         self.first.last().copied().unwrap_or(0)
     }
 
-    /// The chunks of each layer.
-    fn of_layers(&self) -> impl Iterator<Item = Range<u32>> {
-        self.first.windows(2).map(|pair| pair[0]..pair[1])
-    }
-
     /// The layer of a chunk, and its number there.
     pub(super) fn find(&self, position: u32) -> Option<(usize, u32)> {
         let layer = self.first.partition_point(|first| *first <= position).checked_sub(1)?;
@@ -438,6 +436,5 @@ mod tests {
         let found: Vec<_> = (0..5).map(|position| positions.find(position)).collect();
         assert_eq!(found, [Some((0, 0)), Some((1, 0)), Some((1, 1)), Some((3, 0)), None]);
         assert_eq!(positions.of_page(1, 64), Some(2));
-        assert!(positions.of_layers().eq([0..1, 1..3, 3..3, 3..4]));
     }
 }

@@ -273,11 +273,16 @@ pub fn send_lazily(
     working_set: Option<&WorkingSet>,
     is_wanted: IsWanted,
 ) -> Result<Prepared, Error> {
-    let mut prepared = Prepared::order(link, id, order, is_wanted)?;
+    // What is needed first is read while the target looks whether it can take the clone.
+    let (mut prepared, records) = thread::scope(|scope| {
+        let read = || supply.records(&supply.first_chunks(working_set));
+        let read = thread::Builder::new().name("clone".into()).spawn_scoped(scope, read).map_err(Error::Thread)?;
+        let prepared = Prepared::order(link, id, order, is_wanted)?;
+        prepared.target.describe(supply.head())?;
+        Ok::<_, Error>((prepared, joined(read)?.map_err(Error::Read)?))
+    })?;
     prepared.supply = Some(Arc::clone(supply));
     let target = &prepared.target;
-    target.describe(supply.head())?;
-    let records = supply.records(&supply.first_chunks(working_set)).map_err(Error::Read)?;
     target.insist(LEASE, |connection, path| {
         let records = Content::Pieces(Box::new(std::iter::once(Ok(records.clone()))));
         connection.ask(Method::POST, &format!("{path}/chunks"), records)
@@ -446,9 +451,11 @@ fn send_memory(
             })
         });
         let senders: Vec<_> = senders.collect::<io::Result<_>>().map_err(Error::Thread)?;
-        senders.into_iter().try_for_each(|sender| {
-            let sent = sender.join().map_err(|_| Error::Thread(io::Error::other("a thread panicked")))?;
-            Ok(sent.map(drop)?)
-        })
+        senders.into_iter().try_for_each(|sender| Ok(joined(sender)?.map(drop)?))
     })
+}
+
+/// What a thread has to say.
+fn joined<T>(thread: thread::ScopedJoinHandle<'_, T>) -> Result<T, Error> {
+    thread.join().map_err(|_| Error::Thread(io::Error::other("a thread panicked")))
 }
