@@ -411,8 +411,8 @@ impl Platform {
         Ok(ConsoleInput(link))
     }
 
-    /// Waits until all VMs have ended, no image is kept, no clone elsewhere needs memory from here, all output is written, and those have
-    /// read it who follow it; and says how the first VM ended: `None` where its node died.
+    /// Waits until all VMs have ended, no image is kept, no clone elsewhere needs memory from here; leaves the cluster; waits until all output
+    /// is written, and those have read it who follow it; and says how the first VM ended: `None` where its node died.
     pub fn wait(&self) -> Option<End> {
         loop {
             self.registry.wait_empty();
@@ -421,6 +421,9 @@ impl Platform {
             if self.registry.is_empty() {
                 break;
             }
+        }
+        if let Some(cluster) = self.cluster() {
+            cluster.directory.leave();
         }
         self.pool.close();
         self.consoles.wait_drained();

@@ -84,12 +84,12 @@ pub enum Error {
     },
 }
 
-/// What a platform knows of the others. Dropping it takes the own entry out of etcd, if that can be had within a second.
+/// What a platform knows of the others. Dropping it [leaves](Directory::leave) the cluster.
 #[derive(Debug)]
 #[must_use]
 pub struct Directory {
     shared: Arc<Shared>,
-    _etcd: Option<etcd::Handle>,
+    etcd: Mutex<Option<etcd::Handle>>,
     _peers: peers::Handle,
 }
 
@@ -112,7 +112,13 @@ impl Directory {
         let peers = peers.into_iter().filter(|peer| !is_own(peer)).collect();
         let join = |etcd| etcd::start(&etcd, own, &member, lease, Arc::clone(&shared));
         let etcd = etcd.map(join).transpose().map_err(|source| Error::Etcd { cluster, source })?;
-        Ok(Self { _etcd: etcd, _peers: peers::start(peers, &ask, &shared)?, shared })
+        Ok(Self { etcd: Mutex::new(etcd), _peers: peers::start(peers, &ask, &shared)?, shared })
+    }
+
+    /// Takes the own entry out of etcd, if that can be had within a second: others need not wait for the end of its lease.
+    pub fn leave(&self) {
+        let etcd = lock(&self.etcd).take();
+        drop(etcd);
     }
 
     /// The present view.

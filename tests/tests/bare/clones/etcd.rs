@@ -93,3 +93,25 @@ fn a_platform_that_is_cut_off_keeps_its_vms_and_gets_no_new_ones() {
     assert_eq!(fork_again(&mut source, 3), [FORKED, NO_PLACE, FORKED]);
     vms(&target, 2);
 }
+
+#[test]
+fn who_has_ended_is_gone_at_once() {
+    let Some(etcd) = Etcd::start() else { return };
+    let platforms = Platforms::new(&["a", "b"]);
+    let config =
+        |name| platforms.config_by_etcd(name, etcd.address(), "").replace("lease_seconds = 3", "lease_seconds = 60");
+    let stays = Vmm::serve(&config("b")).start().expect("a platform");
+    let ends: [fn(&Running); 2] = [
+        |running| drop(running.ask(&["stop", "vm"]).expect("a VM that is there")),
+        |running| running.signal(Signal::SIGTERM).expect("a signal"),
+    ];
+    for end in ends {
+        let (running, _kernel) = source(&config("a"), 1);
+        know_each_other(&stays, 2);
+        end(&running);
+        running.end().expect("its end");
+        let ended = Instant::now();
+        know_each_other(&stays, 1);
+        assert!(ended.elapsed() < Duration::from_secs(20), "it was there until its lease was over");
+    }
+}
