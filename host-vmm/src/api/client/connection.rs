@@ -100,6 +100,15 @@ impl Error {
         }
     }
 
+    /// What keeps an answer from coming as a whole: the connection, or its length.
+    fn of_body(platform: &str, error: Box<dyn std::error::Error + Send + Sync>) -> Self {
+        let platform = platform.to_owned();
+        match error.downcast() {
+            Ok(source) => Self::Exchange { platform, source: *source },
+            Err(source) => Self::Answer { platform, source },
+        }
+    }
+
     /// Whether it may be different the next time: the platform has not said no.
     pub fn may_pass(&self) -> bool {
         match self {
@@ -280,7 +289,7 @@ impl Connection {
             let mut body = Limited::new(body, MAX_ANSWER_BYTES);
             let mut answer = Vec::new();
             while let Some(frame) = within(between, platform, body.frame()).await? {
-                let frame = frame.map_err(|source| Error::Answer { platform: platform.clone(), source })?;
+                let frame = frame.map_err(|source| Error::of_body(platform, source))?;
                 answer.extend_from_slice(&frame.into_data().unwrap_or_default());
             }
             Ok((head, Bytes::from(answer)))
@@ -332,7 +341,11 @@ async fn within<T>(limit: Option<Duration>, platform: &str, work: impl Future<Ou
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::net::UnixListener;
+    use std::{
+        io::{Read, Write},
+        os::unix::net::UnixListener,
+        thread,
+    };
 
     use super::*;
 
@@ -345,5 +358,21 @@ mod tests {
             Connection::open(&Endpoint::Socket(path)).unwrap().with_patience(Duration::from_millis(20));
         let asked = connection.ask(Method::GET, "/", Content::none());
         assert!(matches!(asked, Err(error @ Error::Silent { .. }) if error.may_pass()));
+    }
+
+    #[test]
+    fn an_answer_that_breaks_off_may_come_the_next_time() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let listener = UnixListener::bind(&path).unwrap();
+        let server = thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            assert!(stream.read(&mut [0; 1024]).unwrap() > 0);
+            stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n{").unwrap();
+        });
+        let mut connection = Connection::open(&Endpoint::Socket(path)).unwrap();
+        let asked = connection.ask(Method::GET, "/", Content::none());
+        assert!(matches!(asked, Err(error @ Error::Exchange { .. }) if error.may_pass()));
+        server.join().unwrap();
     }
 }
