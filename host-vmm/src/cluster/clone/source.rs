@@ -171,13 +171,23 @@ impl Target {
     pub(super) fn insist<T>(
         &self,
         limit: Duration,
+        ask: impl FnMut(&mut Connection, &str) -> Result<T, client::Error>,
+    ) -> Result<T, client::Error> {
+        self.insist_where(client::Error::may_pass, limit, ask)
+    }
+
+    /// The same, where what goes wrong may be different the next time as this says.
+    fn insist_where<T>(
+        &self,
+        may_pass: impl Fn(&client::Error) -> bool,
+        limit: Duration,
         mut ask: impl FnMut(&mut Connection, &str) -> Result<T, client::Error>,
     ) -> Result<T, client::Error> {
         let (mut began, mut delay, mut anew) = (Instant::now(), FIRST_DELAY, 0);
         loop {
             let attempt = Instant::now();
             let error = match self.link.ask(|connection| ask(connection, &self.path)) {
-                Err(error) if error.may_pass() => error,
+                Err(error) if may_pass(&error) => error,
                 answer => return answer,
             };
             if attempt.elapsed() >= limit && anew < MAX_ANEW {
@@ -331,7 +341,9 @@ impl Prepared {
     pub fn commit(mut self) -> Result<Vec<Copied>, Error> {
         self.is_decided = true;
         self.target.is_wanted = Arc::new(|| Wanted::Yes);
-        let stage = self.target.insist(COMMIT_LIMIT, |connection, path| {
+        // Whoever can't be trusted or understood is not the target: only that knows what has come of the clone.
+        let is_open = |error: &client::Error| !matches!(error, client::Error::Refused { .. });
+        let stage = self.target.insist_where(is_open, COMMIT_LIMIT, |connection, path| {
             connection.ask_for(Method::POST, &format!("{path}/commit"), Content::none())
         });
         match stage {
