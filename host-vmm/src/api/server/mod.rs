@@ -126,8 +126,11 @@ pub fn serve(platform: &Arc<Platform>, path: &Path, network: Option<&Network>) -
         axum::serve(listener, service).with_graceful_shutdown(wait(stopped)).await
     };
     tasks.spawn_on(local, runtime.handle());
+    let platform = Arc::clone(platform);
     let run = move || {
         let _end: mpsc::Sender<()> = end;
+        // Until all tasks have let go of it: its connections have runtimes of their own, which can't end within one.
+        let _platform = platform;
         run(&runtime, tasks);
     };
     thread::Builder::new().name("api".into()).spawn(run).map_err(failed)?;
