@@ -17,7 +17,7 @@ use vmfork_tests::{
     assets,
     bare::{CONTROL_PAGE, Script, control},
     faults::{self, STEPS},
-    process,
+    process, rounds,
     user::{self, Order},
     vmm::{PATIENCE, Running, Vmm},
 };
@@ -227,22 +227,21 @@ fn what_a_fork_has_copied_is_not_the_parents_own_any_more() {
 
 #[test]
 fn whoever_is_killed_in_the_middle_of_a_fork_the_parent_goes_on() {
-    let rounds = if assets::in_lab() { 20 } else { 100 };
+    let (rounds, mut chance) = (rounds::rounds(100, 20), rounds::chance());
     let (mut running, _kernel) = start_forker("3");
     let node = running.node("vm").expect("a node");
     let order = Order { count: 2, ..Order::default() };
     assert_eq!(carry_out(&mut running, order, |_| {})["code"], 0);
     let before = at_rest(&running, node, 3);
     let mut failed = 0;
-    for round in 0..rounds {
+    for _ in 0..rounds {
         // Any moment of a fork, and of the pool's work.
         let report = carry_out(&mut running, order, |running| {
-            thread::sleep(Duration::from_micros(round * 379 % 2000));
+            thread::sleep(Duration::from_micros(chance.u64(0..2000)));
             let others = running.nodes().expect("processes").into_iter().filter(|pid| *pid != node);
             let others: Vec<u32> = others.collect();
-            let chosen = usize::try_from(round).expect("small") % others.len().max(1);
             // It may have ended by itself meanwhile.
-            others.get(chosen).map(|pid| end(*pid));
+            chance.choice(&others).map(|pid| end(*pid));
         });
         failed += u32::from(report["code"] != 0);
     }

@@ -52,6 +52,9 @@ pub(crate) struct Bench {
 pub(crate) struct Test {
     #[command(flatten)]
     pub(crate) limit: Limit,
+    /// Have things go wrong so often in each test in which they do at random
+    #[arg(long, env = "VMFORK_ROUNDS")]
+    pub(crate) rounds: Option<u32>,
     /// Run only tests whose names contain this
     pub(crate) filter: Option<String>,
 }
@@ -103,6 +106,12 @@ mod tests {
     fn demo_gets_its_arguments() {
         let Task::Demo(demo) = Cli::parse_from(["xtask", "demo", "--json", "--mem", "1G"]).task else { panic!() };
         assert_eq!(demo.arguments, ["--json", "--mem", "1G"]);
+    }
+
+    #[test]
+    fn tests_take_rounds_and_a_filter() {
+        let Task::Test(test) = Cli::parse_from(["xtask", "test", "--rounds", "100", "killed"]).task else { panic!() };
+        assert_eq!((test.rounds, test.filter.as_deref()), (Some(100), Some("killed")));
     }
 
     #[test]

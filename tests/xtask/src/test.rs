@@ -43,16 +43,18 @@ fn run_steps(steps: &mut Steps, arguments: &cli::Test) -> Result<()> {
     if let Some(error) = setup::kvm_error() {
         eprintln!("xtask: SKIPPED on this machine: tests on bare guests. /dev/kvm can't be opened: {error}");
     } else {
-        steps.run("bare guests", || here(&tests.path("bare")?, filter, &assets, etcd.as_deref()))?;
+        steps.run("bare guests", || here(&tests.path("bare")?, arguments, &assets, etcd.as_deref()))?;
     }
     if steps.quiet("probe", || is_kvm_usable(&programs.path("host-vmm")?))? {
-        return steps.run("Linux guests", || here(&tests.path("guests")?, filter, &assets, None));
+        return steps.run("Linux guests", || here(&tests.path("guests")?, arguments, &assets, None));
     }
     eprintln!("xtask: this machine's KVM can't run Linux guests (`host-vmm check` says why): they run in the lab");
     steps.quiet("setup of the lab", setup::qemu)?;
     // The lab has one processor. The timers of two tests' Linux guests, of 8 vCPUs and more in several copies, can take all of it.
     for (name, at_once, step) in [("bare", "2", "bare guests in the lab"), ("guests", "1", "Linux guests in the lab")] {
-        let command = [name, "--test-threads", at_once].into_iter().chain(filter).map(str::to_owned).collect();
+        let rounds = arguments.rounds.map(|rounds| ["env".to_owned(), format!("VMFORK_ROUNDS={rounds}")]);
+        let test = [name, "--test-threads", at_once].into_iter().chain(filter).map(str::to_owned);
+        let command = rounds.into_iter().flatten().chain(test).collect();
         let mut job = Job { command, files: Vec::new(), limit: arguments.limit.duration() };
         job.add_program(name, &tests)?;
         steps.run(step, || match job.run(&workspace, &assets)? {
@@ -64,10 +66,11 @@ fn run_steps(steps: &mut Steps, arguments: &cli::Test) -> Result<()> {
 }
 
 /// Runs a test program on this machine, which may need an etcd.
-fn here(program: &Path, filter: Option<&str>, assets: &Assets, etcd: Option<&Path>) -> Result<()> {
+fn here(program: &Path, arguments: &cli::Test, assets: &Assets, etcd: Option<&Path>) -> Result<()> {
     let mut command = Command::new(program);
     let etcd = etcd.map(|program| ("VMFORK_ETCD", program));
-    let status = command.args(filter).env("VMFORK_ASSETS", &assets.dir).envs(etcd).status();
+    let rounds = arguments.rounds.map(|rounds| ("VMFORK_ROUNDS", rounds.to_string()));
+    let status = command.args(&arguments.filter).env("VMFORK_ASSETS", &assets.dir).envs(etcd).envs(rounds).status();
     let status = status.with_context(|| format!("can't run {}", program.display()))?;
     if !status.success() {
         bail!("{} failed: {status}", program.display());

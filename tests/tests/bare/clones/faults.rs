@@ -11,6 +11,7 @@ use vmfork_tests::{
     assets,
     cluster::Platforms,
     proxy::{Fault, Proxy},
+    rounds,
     user::{self, Order},
     vmm::{PATIENCE, Vmm},
 };
@@ -84,11 +85,12 @@ fn on_a_way_that_stalls<T>(way: &Proxy, after: u64, pause: Duration, work: impl 
 
 #[test]
 fn wherever_the_way_stalls_and_comes_back_there_is_one_clone() {
-    let rounds: u64 = if assets::in_lab() { 10 } else { 100 };
+    let mut chance = rounds::chance();
     let cloned = Cloned::start("", "");
-    for round in 1..=rounds {
+    for round in 1..=rounds::rounds(100, 10) {
         cloned.forget();
-        let again = on_a_way_that_stalls(&cloned.way, cloned.part(round), Duration::ZERO, || cloned.again());
+        let at = cloned.part(&mut chance);
+        let again = on_a_way_that_stalls(&cloned.way, at, Duration::ZERO, || cloned.again());
         again.unwrap_or_else(|error| panic!("round {round}: {error:#}"));
         vms(&cloned.target, usize::try_from(round).expect("small") + 1);
     }

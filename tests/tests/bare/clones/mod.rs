@@ -8,6 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use fastrand::Rng;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use tempfile::NamedTempFile;
@@ -17,6 +18,7 @@ use vmfork_tests::{
     bare::{Script, control},
     cluster::Platforms,
     proxy::{Fault, Proxy},
+    rounds,
     vmm::{PATIENCE, Running, Vmm, console_line},
 };
 
@@ -350,9 +352,9 @@ impl Cloned {
         self.target.ask(&["image", "rm", &self.image]).expect("an image that has come");
     }
 
-    /// A part of what passes, another one in each round.
-    fn part(&self, round: u64) -> u64 {
-        self.bytes * (round * 617 % 1009) / 1009
+    /// A part of what passes.
+    fn part(&self, chance: &mut Rng) -> u64 {
+        chance.u64(0..self.bytes)
     }
 }
 
@@ -371,11 +373,11 @@ fn source_with_image(config: &str) -> (Running, String, NamedTempFile) {
 
 #[test]
 fn wherever_the_connection_is_cut_there_is_one_clone() {
-    let rounds: u64 = if assets::in_lab() { 10 } else { 100 };
+    let mut chance = rounds::chance();
     let cloned = Cloned::start("", "");
-    for round in 1..=rounds {
+    for round in 1..=rounds::rounds(100, 10) {
         cloned.forget();
-        cloned.way.set(Fault::CutAfter(cloned.part(round)));
+        cloned.way.set(Fault::CutAfter(cloned.part(&mut chance)));
         cloned.again().unwrap_or_else(|error| panic!("round {round}: {error:#}"));
         let vms = cloned.target.ask(&["ps", "--json"]).expect("a list");
         let vms: Value = serde_json::from_str(&vms).expect("JSON");
@@ -386,13 +388,13 @@ fn wherever_the_connection_is_cut_there_is_one_clone() {
 
 #[test]
 fn whatever_is_changed_on_the_way_no_clone_is_another_one() {
-    let rounds: u64 = if assets::in_lab() { 10 } else { 100 };
+    let (rounds, mut chance) = (rounds::rounds(100, 10), rounds::chance());
     let mut cloned = Cloned::start("", "max_vms = 2000");
     let mut clones = 1;
-    for round in 1..=rounds {
+    for _ in 0..rounds {
         // There is none where the last round has failed early.
         drop(cloned.target.ask(&["image", "rm", &cloned.image]));
-        cloned.way.set(Fault::FlipAfter(cloned.part(round)));
+        cloned.way.set(Fault::FlipAfter(cloned.part(&mut chance)));
         clones += u64::from(cloned.again().is_ok());
         cloned.way.set(Fault::None);
     }
