@@ -6,6 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use host_vmm::cluster::clone::LEASE;
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -43,9 +44,9 @@ fn mappings(pid: u32) -> BTreeMap<String, usize> {
     mapped
 }
 
-/// Waits until both are equal and stay so for a moment.
+/// Waits until both are equal and stay so for a moment. What a clone's source has left behind is gone after a lease.
 pub(super) fn become_equal<T: PartialEq + std::fmt::Debug>(first: impl Fn() -> T, second: impl Fn() -> T) {
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + 2 * LEASE;
     let mut equal = 0;
     while equal < 5 {
         let (left, right) = (first(), second());

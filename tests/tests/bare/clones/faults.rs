@@ -16,7 +16,7 @@ use vmfork_tests::{
     vmm::{PATIENCE, Vmm},
 };
 
-use super::{Cloned, FORKED, LONG_LEASE, LOOK, NO_PLACE, fork_again, killed::carry_out, know_each_other, source, vms};
+use super::{Cloned, FORKED, LONG_LEASE, LOOK, NO_PLACE, fork_again, forks::carry_out, know_each_other, source, vms};
 
 /// Waits until more than so many bytes have passed since the fault was set.
 fn wait_passed(way: &Proxy, bytes: u64) {

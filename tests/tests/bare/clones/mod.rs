@@ -26,6 +26,7 @@ mod bandwidth;
 mod cluster;
 mod etcd;
 mod faults;
+mod forks;
 mod killed;
 mod partition;
 

@@ -12,17 +12,18 @@ use vmfork_tests::{
     cluster::Platforms,
     etcd::Etcd,
     network::Network,
+    rounds,
     user::{self, Order},
-    vmm::{Ended, PATIENCE, Running, Vmm},
+    vmm::{PATIENCE, Running, Vmm},
 };
 
 use super::{
-    super::left_behind::{at_rest, become_equal, descriptors, taken},
+    super::left_behind::{become_equal, descriptors},
     FORKED, LOOK, NO_PLACE,
     etcd::{is_cut_off, names},
-    fork_again, forks_when_told,
-    killed::{AS_TARGET, TARGETS, TO_TARGETS, carry_out, launched, next_fork, round_part},
-    know_each_other, numbers, then_fork_when_told, vms, wait_until,
+    fork_again,
+    forks::{AS_TARGET, Forks, Rest, TARGETS, TO_TARGETS, carry_out, end_target, launched, next_fork},
+    forks_when_told, know_each_other, numbers, then_fork_when_told, vms, wait_until,
 };
 
 /// The platforms; each has a host of the same name.
@@ -67,14 +68,6 @@ impl Site {
 /// The IDs of VMs, once there are so many and all of them run.
 fn ids(running: &Running, count: usize) -> BTreeSet<String> {
     vms(running, count).iter().map(|vm| vm["id"].to_string()).collect()
-}
-
-/// Ends a target whose copies have all ended by themselves, and of which nothing is left.
-fn end_target(target: Running) -> Ended {
-    vms(&target, 0);
-    become_equal(|| target.nodes().expect("processes"), Vec::new);
-    target.signal(Signal::SIGTERM).expect("a signal");
-    target.end().expect("a platform that ends")
 }
 
 #[test]
@@ -130,55 +123,31 @@ fn a_platform_whose_cable_is_pulled_keeps_its_vms_gets_no_new_ones_and_comes_bac
 
 #[test]
 fn whenever_a_cable_is_pulled_for_a_moment_all_copies_of_a_fork_run_or_none() {
-    /// Forks before: what has its size from the most that was needed grows.
-    const QUIET: u64 = 8;
-    const ROUNDS: u64 = 10;
     /// A cable is never out for longer than this.
     const LONGEST: Duration = Duration::from_millis(300);
     let Some(site) = Site::start(&PLATFORMS, &ETCD[..1]) else { return };
+    let (rounds, mut chance) = (rounds::rounds(10, 10), rounds::chance());
     let targets = TARGETS.map(|name| site.serve(name, AS_TARGET));
-    let kernel = user::kernel();
-    let mut a = site.run("a", Vmm::kernel(kernel.path()).option("--mem", "64M"), TO_TARGETS);
-    a.wait_for_line("00000001").expect("a guest that takes orders");
-    know_each_other(&a, 3);
-    let node = a.node("vm").expect("a node");
-    let order = Order { count: 2, dirty_pages: 512, ..Order::default() };
-    let mut told = Vec::new();
-    let begun = Instant::now();
-    for _ in 0..QUIET {
-        assert_eq!(carry_out(&mut a, order, &mut told, || {})["code"], 0);
-    }
-    let usual = begun.elapsed() / u32::try_from(QUIET).expect("small");
-    let before = at_rest(&a, node, 2);
-    let (mut failed, mut interrupted) = (BTreeSet::new(), 0);
-    for round in 1..=ROUNDS {
-        let report = carry_out(&mut a, order, &mut told, || {
-            let name = TARGETS[usize::try_from(round % 2).expect("small")];
-            thread::sleep(usual.mul_f64(round_part(round)));
+    let mut forks = Forks::start(3, |vmm| site.run("a", vmm, TO_TARGETS));
+    let before = targets.each_ref().map(Rest::of);
+    let mut interrupted = 0;
+    for _ in 0..rounds {
+        let (name, moment) = (TARGETS[chance.usize(0..TARGETS.len())], forks.moment(&mut chance));
+        let pause = forks.again(|| {
+            thread::sleep(moment);
             site.network.pull(name);
-            thread::sleep(LONGEST * u32::try_from(round * 389 % 1009).expect("small") / 1009);
+            thread::sleep(LONGEST.mul_f64(chance.f64()));
             site.network.plug(name);
         });
-        let pause = Duration::from_nanos(report["pause_ns"].as_u64().expect("a time"));
-        interrupted += u32::from(pause > 2 * usual);
-        match report["code"].as_u64().expect("a code") {
-            0 => {}
-            code if code == u64::from(ErrorCode::Place.number()) => assert!(failed.insert(QUIET + round)),
-            _ => panic!("round {round}: {report}"),
-        }
+        interrupted += u32::from(pause > 2 * forks.usual);
     }
-    println!("{interrupted} of {ROUNDS} forks were interrupted, {} failed; a fork takes {usual:?}", failed.len());
+    println!("{interrupted} of {rounds} forks were interrupted");
     assert!(interrupted > 0, "no fork was interrupted");
     targets.iter().for_each(|target| is_cut_off(target, false));
-    know_each_other(&a, 3);
-    assert_eq!(carry_out(&mut a, order, &mut told, || {})["code"], 0);
-    let ended = targets.map(end_target);
-    become_equal(|| taken(&a, node), || before.clone());
-    let (_, by_fork) = launched(&ended);
-    for seq in 1..=QUIET + ROUNDS + 1 {
-        let right = if failed.contains(&seq) { 0 } else { 2 };
-        assert_eq!(by_fork.get(&seq).copied().unwrap_or(0), right, "copies of fork {seq}");
-    }
+    know_each_other(&forks.source, 3);
+    targets.iter().zip(before).for_each(|(target, before)| before.comes_again(target, 0));
+    let forked = forks.end();
+    forked.agree_with(&targets.map(end_target), &BTreeMap::new());
 }
 
 #[test]
@@ -200,7 +169,7 @@ fn copies_that_can_not_be_sent_where_they_should_go_are_sent_elsewhere_and_nothi
     sources.iter().for_each(|source| know_each_other(source, 5));
     let memory_files = || descriptors(b.pid()).into_iter().filter(|(name, _)| name.contains("memfd")).collect();
     let before: Vec<_> = memory_files();
-    let order = Order { count: 1, dirty_pages: 1024, ..Order::default() };
+    let order = Order { count: 1, dirty_pages: 1024, rewrite_pages: 1, ..Order::default() };
     for source in &mut sources {
         let earlier = memory_files();
         source.type_bytes(&order.to_bytes()).expect("a guest that takes orders");
@@ -230,8 +199,8 @@ fn copies_that_can_not_be_sent_where_they_should_go_are_sent_elsewhere_and_nothi
 
     become_equal(memory_files, || before.clone());
     sources.iter().for_each(|source| know_each_other(source, 5));
-    let ended = [b, c].map(end_target);
-    assert_eq!(launched(&ended).1, BTreeMap::from([(1, 3)]));
+    let copies = launched(&[b, c].map(end_target));
+    assert_eq!(copies.values().map(|(_, seq)| *seq).collect::<Vec<_>>(), [1; 3]);
 }
 
 #[test]
