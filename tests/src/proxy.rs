@@ -11,14 +11,20 @@ use std::{
     time::Duration,
 };
 
+use fastrand::Rng;
+use host_vmm::capsule::header::{HEADER_BYTES, Header};
+
 /// Bytes that are passed on at once.
 const PIECE_BYTES: usize = 16 << 10;
 
 /// How often a connection that stands still is looked at again.
 const LOOK: Duration = Duration::from_millis(5);
 
-/// What makes no sense.
-const GARBAGE: &[u8] = b"\x16\x03\x01 200 maybe\r\n\r\n{{{";
+/// What makes no sense may begin like this.
+const BEGINNINGS: [&str; 5] = ["", "\x16\x03\x01", "HTTP/1.1 ", "HTTP/1.1 200 maybe\r\n\r\n{{{", "{\"stage\":"];
+
+/// Longest rest of it in bytes.
+const MAX_GARBAGE_BYTES: usize = 200;
 
 /// What goes wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,8 +39,12 @@ pub enum Fault {
     StallAfter(u64),
     /// Each piece comes later by this.
     Delay(Duration),
-    /// All connections break, and whoever connects is answered with something that makes no sense.
-    Garbage,
+    /// All connections break, and whoever connects is answered with something that makes no sense: what, begins with this seed.
+    Garbage(u64),
+    /// All connections break, and whoever connects gets to another address.
+    Elsewhere(SocketAddr),
+    /// Capsules say that their format has this version.
+    Version(u32),
 }
 
 /// A TCP proxy in front of one address. Dropping it breaks all connections, and takes no new ones.
@@ -83,7 +93,7 @@ impl Proxy {
         let mut current = self.shared.fault();
         self.shared.passed.store(0, Ordering::SeqCst);
         *current = fault;
-        if fault == Fault::Garbage {
+        if matches!(fault, Fault::Garbage(_) | Fault::Elsewhere(_)) {
             self.shared.cut();
         }
     }
@@ -115,11 +125,12 @@ impl Shared {
     }
 
     fn serve(self: &Arc<Self>, mut client: TcpStream, target: SocketAddr) -> io::Result<()> {
-        if *self.fault() == Fault::Garbage {
-            client.write_all(GARBAGE)?;
-            self.passed.fetch_add(GARBAGE.len() as u64, Ordering::SeqCst);
-            return Ok(());
-        }
+        let fault = *self.fault();
+        let target = match fault {
+            Fault::Garbage(seed) => return self.answer(&mut client, seed),
+            Fault::Elsewhere(other) => other,
+            _ => target,
+        };
         let server = TcpStream::connect(target)?;
         for stream in [&client, &server] {
             stream.set_nodelay(true)?;
@@ -136,6 +147,15 @@ impl Shared {
         Ok(())
     }
 
+    /// Answers with garbage, which is another one each time.
+    fn answer(&self, client: &mut TcpStream, seed: u64) -> io::Result<()> {
+        let mut chance = Rng::with_seed(seed.wrapping_add(self.passed.load(Ordering::SeqCst)));
+        let mut garbage = BEGINNINGS[chance.usize(0..BEGINNINGS.len())].as_bytes().to_vec();
+        garbage.extend((0..chance.usize(1..=MAX_GARBAGE_BYTES)).map(|_| chance.u8(..)));
+        self.passed.fetch_add(garbage.len() as u64, Ordering::SeqCst);
+        client.write_all(&garbage)
+    }
+
     fn pass(&self, mut from: &TcpStream, mut to: &TcpStream) -> io::Result<()> {
         let mut piece = [0; PIECE_BYTES];
         loop {
@@ -147,7 +167,7 @@ impl Shared {
             let after = before + length as u64;
             let fault = *self.fault();
             match fault {
-                Fault::None | Fault::Garbage => {}
+                Fault::None | Fault::Garbage(_) | Fault::Elsewhere(_) => {}
                 Fault::Delay(delay) => thread::sleep(delay),
                 Fault::CutAfter(bytes) if after > bytes => {
                     *self.fault() = Fault::None;
@@ -162,9 +182,18 @@ impl Shared {
                         thread::sleep(LOOK);
                     }
                 }
+                Fault::Version(version) => change_version(&mut piece[..length], version),
                 Fault::CutAfter(_) | Fault::FlipAfter(_) | Fault::StallAfter(_) => {}
             }
             to.write_all(&piece[..length])?;
         }
     }
+}
+
+/// Changes the version of a capsule whose header is as a whole in a piece of what passes.
+fn change_version(piece: &mut [u8], version: u32) {
+    let capsule = piece.array_windows().position(|bytes| Header::from_bytes(bytes).is_ok());
+    let Some(header) = capsule.map(|at| &mut piece[at..at + HEADER_BYTES]) else { return };
+    let header: &mut [u8; HEADER_BYTES] = header.try_into().expect("a header");
+    *header = Header { version, ..Header::from_bytes(header).expect("a header") }.to_bytes();
 }

@@ -1,11 +1,14 @@
 //! Ways on which things go wrong for a while.
 
 use std::{
+    collections::BTreeMap,
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
 };
 
+use fastrand::Rng;
+use host_vmm::capsule::header::VERSION;
 use vmfork_abi::flags;
 use vmfork_tests::{
     assets,
@@ -13,54 +16,75 @@ use vmfork_tests::{
     proxy::{Fault, Proxy},
     rounds,
     user::{self, Order},
-    vmm::{PATIENCE, Vmm},
+    vmm::Vmm,
 };
 
-use super::{Cloned, FORKED, LONG_LEASE, LOOK, NO_PLACE, fork_again, forks::carry_out, know_each_other, source, vms};
+use super::{
+    Cloned, LONG_LEASE, LOOK,
+    forks::{Forks, Rest, carry_out, end_target, to_targets},
+    killed::start,
+    know_each_other, vms,
+};
 
-/// Waits until more than so many bytes have passed since the fault was set.
-fn wait_passed(way: &Proxy, bytes: u64) {
-    let deadline = Instant::now() + PATIENCE;
-    while way.passed() <= bytes {
-        assert!(Instant::now() < deadline, "nothing passes");
-        thread::sleep(LOOK);
+/// What goes wrong on a way, and a name for it.
+type Faults<'f> = [(&'f str, &'f dyn Fn(&mut Rng) -> Fault)];
+
+/// Has a VM fork into copies on two platforms, and each of these faults be there for a while on the way to the first of them, from before a fork
+/// or at any moment of it. The second has room for its share alone: where the first takes none, there is no fork.
+fn on_a_way_with(platforms: &Platforms, faults: &Faults<'_>) {
+    /// How long it goes wrong at most.
+    const LONGEST: Duration = Duration::from_millis(50);
+    let (rounds, mut chance) = (rounds::rounds(100, 3), rounds::chance());
+    let way = Proxy::start(platforms.address("b")).expect("a proxy");
+    let targets = [start(platforms, "b", ""), start(platforms, "c", "max_vms = 1")];
+    let source = platforms.config_by_way("a", Some(("b", way.address())), &to_targets());
+    let mut forks = Forks::start(3, |vmm| vmm.config(&source).start().expect("host-vmm starts"));
+    let before = targets.each_ref().map(Rest::of);
+    for (name, fault) in faults {
+        let failed = forks.failed.len();
+        for _ in 0..rounds {
+            let (moment, pause) = (forks.moment(&mut chance), LONGEST.mul_f64(chance.f64()));
+            let fault = fault(&mut chance);
+            forks.again(|| {
+                thread::sleep(moment);
+                way.set(fault);
+                thread::sleep(pause);
+                way.set(Fault::None);
+            });
+            vms(&targets[1], 0);
+        }
+        println!("{name}: {} of {rounds} forks failed", forks.failed.len() - failed);
     }
+    // What the first has not heard of any more is undone after a lease.
+    targets.iter().zip(before).for_each(|(target, before)| before.comes_again(target, 0));
+    let forked = forks.end();
+    forked.agree_with(&targets.map(end_target), &BTreeMap::new());
+}
+
+fn garbage(chance: &mut Rng) -> Fault {
+    Fault::Garbage(chance.u64(..))
 }
 
 #[test]
-fn a_target_that_speaks_garbage_for_a_while_is_tried_again() {
-    let platforms = Platforms::new(&["a", "b"]);
-    let way = Proxy::start(platforms.address("b")).expect("a proxy");
-    let target = Vmm::serve(&platforms.config("b", "")).start().expect("a platform");
-    let (mut source, _kernel) = source(&platforms.config_by_way("a", Some(("b", way.address())), LONG_LEASE), 1);
-    know_each_other(&source, 2);
-    way.set(Fault::Garbage);
-    thread::scope(|scope| {
-        scope.spawn(|| {
-            // A few answers.
-            wait_passed(&way, 150);
-            way.set(Fault::None);
-        });
-        assert_eq!(fork_again(&mut source, 1), [FORKED]);
-    });
-    assert_eq!(vms(&target, 1)[0]["parent"], vms(&source, 1)[0]["id"]);
+fn whatever_garbage_is_spoken_for_a_while_or_version_is_not_known_all_copies_of_a_fork_run_or_none() {
+    // The present one would be right: instead of it, the next.
+    let version = |chance: &mut Rng| match chance.u32(..=VERSION) {
+        VERSION => Fault::Version(VERSION + 1),
+        older => Fault::Version(older),
+    };
+    on_a_way_with(&Platforms::new(&["a", "b", "c"]), &[("garbage", &garbage), ("version", &version)]);
 }
 
 #[test]
-fn what_should_be_a_certificate_and_is_garbage_makes_the_fork_fail() {
-    let platforms = Platforms::with_certificates(&["a", "b"]);
-    let way = Proxy::start(platforms.address("b")).expect("a proxy");
-    let target = Vmm::serve(&platforms.config("b", "ready = 0")).start().expect("a platform");
-    let (mut source, _kernel) = source(&platforms.config_by_way("a", Some(("b", way.address())), LONG_LEASE), 2);
-    know_each_other(&source, 2);
-    way.set(Fault::Garbage);
-    assert_eq!(fork_again(&mut source, 1), [NO_PLACE]);
-    assert!(way.passed() > 0, "nobody has come by this way");
-    vms(&target, 0);
-    assert!(target.nodes().expect("processes").is_empty());
-    way.set(Fault::None);
-    assert_eq!(fork_again(&mut source, 2), [NO_PLACE, FORKED]);
-    vms(&target, 1);
+fn whoever_shows_no_certificate_or_a_wrong_one_gets_no_copies_and_all_others_run_or_none() {
+    let platforms = Platforms::with_certificates(&["a", "b", "c"]);
+    let others = Platforms::new(&["b"]).with_own_ca();
+    let impostor = start(&others, "b", "");
+    // One is of another CA, and the other of another name.
+    let wrong = [others.address("b"), platforms.address("c")];
+    let wrong = |chance: &mut Rng| Fault::Elsewhere(wrong[chance.usize(..wrong.len())]);
+    on_a_way_with(&platforms, &[("garbage", &garbage), ("wrong certificates", &wrong)]);
+    assert!(end_target(impostor).events.is_empty());
 }
 
 /// Does something on a way that stalls once more than so many bytes have passed, and goes on after a while.
