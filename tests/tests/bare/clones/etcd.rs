@@ -1,6 +1,10 @@
 //! Platforms that know each other by an etcd, which may be gone, or out of reach.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeMap,
+    thread,
+    time::{Duration, Instant},
+};
 
 use nix::sys::signal::Signal;
 use serde_json::Value;
@@ -8,10 +12,15 @@ use vmfork_tests::{
     cluster::Platforms,
     etcd::Etcd,
     proxy::{Fault, Proxy},
+    rounds,
     vmm::{Running, Vmm},
 };
 
-use super::{FORKED, NO_PLACE, fork_again, know_each_other, source, vms, wait_until};
+use super::{
+    FORKED, NO_PLACE, fork_again,
+    forks::{AS_TARGET, Forks, Rest, TARGETS, TO_TARGETS, end_target},
+    know_each_other, source, vms, wait_until,
+};
 
 /// Waits until a platform says whether it is cut off from the others.
 pub(super) fn is_cut_off(running: &Running, is: bool) {
@@ -114,4 +123,42 @@ fn who_has_ended_is_gone_at_once() {
         know_each_other(&stays, 1);
         assert!(ended.elapsed() < Duration::from_secs(20), "it was there until its lease was over");
     }
+}
+
+#[test]
+fn whenever_an_etcd_is_killed_and_comes_back_all_copies_of_a_fork_run_or_none() {
+    /// Longer than the lease: everybody is cut off.
+    const LONG: Duration = Duration::from_secs(4);
+    /// As long as it takes at most where nobody is.
+    const SHORT: Duration = Duration::from_millis(500);
+    let Some(mut etcd) = Etcd::start() else { return };
+    let mut chance = rounds::chance();
+    let platforms = Platforms::new(&["a", "b", "c"]);
+    let [a, b, c] = [("a", TO_TARGETS), (TARGETS[0], AS_TARGET), (TARGETS[1], AS_TARGET)]
+        .map(|(name, more)| platforms.config_by_etcd(name, etcd.address(), more));
+    let targets = [b, c].map(|config| Vmm::serve(&config).start().expect("a platform"));
+    let mut forks = Forks::start(3, |vmm| vmm.config(&a).start().expect("host-vmm starts"));
+    let before = targets.each_ref().map(Rest::of);
+    for round in 0..rounds::rounds(5, 5) {
+        let (up, down) = (SHORT.mul_f64(chance.f64()), SHORT.mul_f64(chance.f64()));
+        let down = if round % 5 == 2 { LONG } else { down };
+        thread::scope(|scope| {
+            let outage = scope.spawn(|| {
+                thread::sleep(up);
+                etcd.kill();
+                thread::sleep(down);
+                etcd.restart();
+            });
+            while !outage.is_finished() {
+                forks.again(|| {});
+                // Of more than a hundred within a second that fail, not all are reported.
+                thread::sleep(Duration::from_millis(20));
+            }
+        });
+    }
+    [&forks.source, &targets[0], &targets[1]].into_iter().for_each(|platform| is_cut_off(platform, false));
+    know_each_other(&forks.source, 3);
+    targets.iter().zip(before).for_each(|(target, before)| before.comes_again(target, 0));
+    let forked = forks.end();
+    forked.agree_with(&targets.map(end_target), &BTreeMap::new());
 }
