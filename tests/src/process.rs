@@ -2,6 +2,10 @@
 
 use std::{collections::BTreeMap, fs, io, time::Duration};
 
+use rustix::process::{Pid, Rlimit, prlimit};
+
+pub use rustix::process::Resource;
+
 /// Sums of a process's memory, in KiB, by their names in `/proc/PID/smaps_rollup`, such as `Pss` and `Private_Dirty`.
 ///
 /// # Errors
@@ -24,6 +28,14 @@ pub fn private_kib(pid: u32) -> io::Result<u64> {
     Ok(["Private_Dirty", "Private_Clean"].iter().filter_map(|name| sums.get(*name)).sum())
 }
 
+/// How much address space a process takes, in bytes.
+///
+/// # Errors
+/// Where the process is gone.
+pub fn address_space(pid: u32) -> io::Result<u64> {
+    stat(pid, ADDRESS_SPACE)
+}
+
 /// What a process's descriptors are open on, sorted, with how often; sockets, pipes and the process's own files without their numbers.
 ///
 /// # Errors
@@ -39,6 +51,16 @@ pub fn descriptors(pid: u32) -> io::Result<BTreeMap<String, usize>> {
         *open.entry(kind).or_default() += 1;
     }
     Ok(open)
+}
+
+/// Lets a process have no more of something, or as much as there is; what it has already stays (prlimit).
+///
+/// # Errors
+/// Where the process is gone.
+pub fn limit(pid: u32, resource: Resource, most: Option<u64>) -> io::Result<()> {
+    let limit = Rlimit { current: most, maximum: None };
+    prlimit(Pid::from_raw(pid.cast_signed()), resource, limit)?;
+    Ok(())
 }
 
 /// Processes whose parent is `pid`.
@@ -70,6 +92,7 @@ pub fn cpu_time(pid: u32) -> io::Result<Duration> {
 const PARENT: usize = 1;
 const USER_TIME: usize = 11;
 const SYSTEM_TIME: usize = 12;
+const ADDRESS_SPACE: usize = 20;
 
 /// What the kernel counts such times in, for all programs on x86.
 const TICKS_PER_SECOND: u64 = 100;

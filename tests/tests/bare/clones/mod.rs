@@ -27,6 +27,7 @@ mod cluster;
 mod etcd;
 mod faults;
 mod forks;
+mod full;
 mod killed;
 mod partition;
 
