@@ -260,9 +260,13 @@ pub struct Spawn {
 /// Options of `clone`.
 #[derive(Debug, Args)]
 pub struct Clone {
-    /// The platform that has what is copied.
+    /// The platform that is asked.
     #[command(flatten)]
     pub platform: Platform,
+    /// Name of the platform that has what is copied, where that is another one than is asked: the order is passed on to it. CLUSTER/NAME where
+    /// several clusters have one of that name.
+    #[arg(long, value_name = "PLATFORM")]
+    pub from: Option<String>,
     /// What is copied.
     #[command(flatten)]
     pub original: Original,

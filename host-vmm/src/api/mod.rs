@@ -27,7 +27,7 @@
 //! a [`Failure`].
 //!
 //! Over a network, nobody saves or loads images, for that names files of the platform's host; and only operators stop and fork VMs and read
-//! their logs.
+//! their logs. They order clones too, and where its configuration says so, other platforms of its cluster do.
 
 use std::{
     env, fs, io,
@@ -234,6 +234,9 @@ pub struct Copied {
 /// A wish for copies on another platform.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct CloneWish {
+    /// Name of the platform that has what is copied, or CLUSTER/NAME: the order is passed on to it. Null: the one that is asked.
+    #[serde(default)]
+    pub from: Option<String>,
     /// Name of the platform, or CLUSTER/NAME.
     pub to: String,
     /// How many.

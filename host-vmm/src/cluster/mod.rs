@@ -23,8 +23,10 @@ pub mod tls;
 
 use crate::api::client::{Connections, Endpoint, Link};
 use clone::source;
+use config::Orders;
 use member::Member;
 use membership::{Directory, View};
+use peer::Holder;
 use placement::{Decision, Explanation, Rules, Unplaceable, Wish};
 use tls::Credentials;
 
@@ -42,6 +44,16 @@ pub enum Error {
     /// Several have it.
     #[error("several clusters have a platform {0}: name it as CLUSTER/{0}")]
     Ambiguous(String),
+    /// It may not order clones here.
+    #[error("{holder} may not order clones of what the platform {own} has; {advice}")]
+    Order {
+        /// Who has tried to.
+        holder: Holder,
+        /// The platform that was asked.
+        own: String,
+        /// What can be done.
+        advice: &'static str,
+    },
 }
 
 /// A platform's place among others.
@@ -58,6 +70,8 @@ pub struct Cluster {
     pub rules: Rules,
     /// How they are sent.
     pub sending: source::Settings,
+    /// Who may order clones over the network.
+    pub orders: Orders,
     /// Connections to the others.
     pub connections: Connections,
 }
@@ -91,6 +105,24 @@ impl Cluster {
             }
             (Some(_), Some(_)) => Err(Error::Ambiguous(short.to_owned())),
         }
+    }
+
+    /// Checks whether another platform may order clones here.
+    ///
+    /// # Errors
+    /// [`Error::Order`].
+    pub fn check_order(&self, holder: &Holder) -> Result<(), Error> {
+        let advice = match self.orders {
+            Orders::Operators => "its configuration would have to allow it, by orders = \"platforms\" under [clone]",
+            // Certificates don't tell clusters apart.
+            Orders::Platforms if self.directory.members().is_alone((self.own)().cluster.as_str(), holder.name()) => {
+                return Ok(());
+            }
+            Orders::Platforms => {
+                "its configuration allows that to platforms of its own cluster that it knows, and whose names no others have"
+            }
+        };
+        Err(Error::Order { holder: holder.clone(), own: self.name.clone(), advice })
     }
 
     /// Chooses where copies go.

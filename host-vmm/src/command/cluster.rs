@@ -105,7 +105,8 @@ pub fn place(options: &cli::Place) -> anyhow::Result<ExitCode> {
 /// Where no platform answers, or it can't be done.
 pub fn clone(options: &cli::Clone) -> anyhow::Result<ExitCode> {
     let platform = endpoint(&options.platform)?;
-    let wish = CloneWish { to: options.to.clone(), count: options.count, lazy: options.lazy };
+    let cli::Clone { from, to, count, lazy, .. } = options;
+    let wish = CloneWish { from: from.clone(), to: to.clone(), count: *count, lazy: *lazy };
     if let Some(vm) = &options.original.vm {
         return print_forked(&client::clone_vm(platform.as_ref(), vm, &wish)?, options.json);
     }

@@ -151,10 +151,10 @@ fn join(
         peers: config.peers.clone(),
         ask: Arc::new(ask),
     })?;
-    let Sending { lazy, connections: at_once, bandwidth } = config.sending;
+    let Sending { lazy, connections: at_once, bandwidth, orders } = config.sending;
     let bandwidth = Some(bandwidth).filter(|bandwidth| *bandwidth > 0);
     let sending = source::Settings { connections: at_once, bandwidth, lazy };
-    Ok(Cluster { name: config.name.clone(), directory, own, credentials, rules, sending, connections })
+    Ok(Cluster { name: config.name.clone(), directory, own, credentials, rules, sending, orders, connections })
 }
 
 /// Makes room for the files that so many VMs need.

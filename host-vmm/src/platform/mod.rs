@@ -44,6 +44,7 @@ pub use limits::{Limit, Limited};
 pub use terminal::{Terminal, read_keys};
 
 use crate::{
+    api::client,
     capsule::{self, Digests, compat::Offer},
     cluster::{
         self, Cluster,
@@ -236,6 +237,14 @@ pub enum Error {
         platform: String,
         /// Why.
         source: Box<source::Error>,
+    },
+    /// Another platform was asked to send copies of what it has, and does not do it, or does not say so.
+    #[error("the platform {platform} was asked to send copies{}", ordered::doubt(source))]
+    PassedOn {
+        /// Its name.
+        platform: String,
+        /// Why.
+        source: client::Error,
     },
     /// A clone's memory can't be filled while it runs.
     #[error("can't fill a clone's memory while it runs")]

@@ -1,17 +1,27 @@
-//! Forks that operators ask for: the order to the VM's node, and what comes of it.
+//! Forks that operators ask for: the order to the VM's node, and what comes of it; and orders to other platforms.
 
 use std::{
     sync::{Arc, Mutex, mpsc},
     time::Duration,
 };
 
+use hyper::Method;
+use serde::de::DeserializeOwned;
 use vmfork_abi::ErrorCode;
 
 use super::{
     Error, Platform,
     fork::{Fork, Target},
 };
-use crate::{api::ForkedVm, error::chain, sync::lock, wire::ToNode};
+use crate::{
+    api::{
+        CloneWish, ForkedVm,
+        client::{self, Content},
+    },
+    error::chain,
+    sync::lock,
+    wire::ToNode,
+};
 
 /// How long a VM may take to answer: longer than its children have to become ready, here and elsewhere.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(660);
@@ -111,6 +121,27 @@ impl Platform {
         } else {
             Err(Error::Lost { vm: named.to_owned(), count, running: copies.len() })
         }
+    }
+
+    /// Has another platform send copies of what it has, and gives its answer. It is asked once: nobody knows what has come of an order
+    /// whose answer is lost.
+    ///
+    /// # Errors
+    /// [`Error::Alone`], [`Error::Cluster`] or [`Error::PassedOn`].
+    pub(crate) fn pass_on<T: DeserializeOwned>(&self, to: &str, path: &str, wish: &CloneWish) -> Result<T, Error> {
+        let link = self.cluster.get().ok_or(Error::Alone)?.find(to).map_err(Error::Cluster)?;
+        let asked = link.ask_once(|connection| connection.ask_for(Method::POST, path, Content::json(wish)?));
+        asked.map_err(|source| Error::PassedOn { platform: to.to_owned(), source })
+    }
+}
+
+/// What is unknown of an order that was passed on.
+pub(super) fn doubt(error: &client::Error) -> &'static str {
+    match error {
+        client::Error::Exchange { .. } | client::Error::Silent { .. } | client::Error::Answer { .. } => {
+            ", and does not say whether it has: `host-vmm ps` tells it where they were to go"
+        }
+        _ => ", and does not",
     }
 }
 

@@ -377,6 +377,60 @@ fn copies_go_to_the_platform_that_the_operator_names() {
 }
 
 #[test]
+fn a_third_platform_orders_a_clone_where_it_may() {
+    let platforms = Platforms::with_certificates(&["a", "b", "c"]);
+    let alice = platforms.operator("alice");
+    let [mut target, third] =
+        ["b", "c"].map(|name| Vmm::serve(&platforms.config(name, "")).start().expect("a platform"));
+    let kernel = counting().to_kernel();
+    let order = ["clone", "--vm", "vm", "--from", "a", "--to", "b", "--json"];
+    for may in [false, true] {
+        let orders = if may { "keep = [\"*\"]\n[clone]\norders = \"platforms\"" } else { "" };
+        let source = Vmm::kernel(kernel.path()).option("--mem", "64M").config(&platforms.config("a", orders));
+        let mut source = source.start().expect("host-vmm starts");
+        for platform in [&source, &target, &third] {
+            know_each_other(platform, 3);
+        }
+        vms(&source, 1);
+        if !may {
+            let refused = third.ask(&order).expect_err("a refusal").to_string();
+            let why = "the platform c may not order clones of what the platform a has";
+            let advice = "orders = \"platforms\" under [clone]";
+            assert!(refused.contains(why) && refused.contains(advice), "{refused}");
+            vms(&target, 0);
+            continue;
+        }
+        let ordered = copies(&third.ask(&order).expect("a clone"));
+        assert_eq!(told(&ordered), [["vm.1", "b", "remote"]]);
+        let there = vms(&target, 1);
+        assert_eq!(there[0]["id"], ordered[0]["id"]);
+        let by_operator = copies(&platforms.ask("c", &alice, &order).expect("a clone"));
+        assert_eq!(told(&by_operator), [["vm.2", "b", "remote"]]);
+        let images: Value =
+            serde_json::from_str(&source.ask(&["image", "ls", "--json"]).expect("images")).expect("JSON");
+        let image = images[0]["id"].as_str().expect("an ID");
+        third.ask(&["clone", "--image", image, "--from", "a", "--to", "b"]).expect("a clone of an image");
+        // A platform orders in its own name, and that alone.
+        let as_platform = alice.with_file_name("c");
+        let refused = platforms.ask("a", &as_platform, &["clone", "--vm", "vm", "--from", "b", "--to", "c"]);
+        assert!(refused.expect_err("a refusal").to_string().contains("must ask the platform b itself"));
+        let refused = platforms.ask("a", &as_platform, &["fork", "vm"]).expect_err("a refusal").to_string();
+        assert!(refused.contains("is no operator"), "{refused}");
+        for (named, why) in [("web", "there is no VM"), ("../images", "is no name of a VM")] {
+            let refused = third.ask(&["clone", "--vm", named, "--from", "a", "--to", "b"]);
+            assert!(refused.expect_err("a refusal").to_string().contains(why));
+        }
+        let farthest = ["vm.1", "vm.2"].map(|name| counts_beyond(&mut target, name, STRETCH)).into_iter().max();
+        counts_beyond(&mut source, "vm", farthest.expect("clones"));
+        vms(&target, 3);
+        vms(&third, 0);
+        let source = stop(source, 2);
+        assert_eq!(codes(&source), [0; 2]);
+        assert_eq!(check_counted(&source, "vm"), 1);
+    }
+}
+
+#[test]
 fn where_the_named_platform_takes_none_there_is_no_fork() {
     let platforms = Platforms::new(&["a", "b", "c"]);
     let full = Vmm::serve(&platforms.config("b", "limits = [\"vm:memory=32M\"]")).start().expect("a platform");

@@ -67,6 +67,14 @@ impl Link {
         self.answered(platform, connection, answer)
     }
 
+    /// Asks something that must not be asked twice, and may take as long as the platform is there.
+    ///
+    /// # Errors
+    /// As `ask`, and [`Error`] where there is no connection.
+    pub fn ask_once<T>(&self, ask: impl FnOnce(&mut Connection) -> Result<T, Error>) -> Result<T, Error> {
+        ask(&mut Connection::open(&self.endpoint)?)
+    }
+
     fn answered<T>(&self, platform: String, connection: Connection, answer: Result<T, Error>) -> Result<T, Error> {
         // One that has broken, or whose answer may still come, is of no use.
         if !answer.as_ref().is_err_and(Error::may_pass) {

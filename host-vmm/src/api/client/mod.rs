@@ -65,7 +65,7 @@ pub fn fork(platform: Option<&Endpoint>, vm: &str, wish: &ForkWish) -> anyhow::R
 /// As [`fork`].
 pub fn clone_vm(platform: Option<&Endpoint>, vm: &str, wish: &CloneWish) -> anyhow::Result<Forked> {
     let wish = Content::json(wish)?;
-    Ok(connect(platform)?.ask_for(Method::POST, &format!("{}/clone", vm_path(vm)?), wish)?)
+    Ok(connect(platform)?.ask_for(Method::POST, &vm_clone_path(vm)?, wish)?)
 }
 
 /// Its images.
@@ -130,7 +130,7 @@ pub fn spawn(platform: Option<&Endpoint>, id: &str, count: u32) -> anyhow::Resul
 /// As [`image`], or where it can't.
 pub fn clone_image(platform: Option<&Endpoint>, id: &str, wish: &CloneWish) -> anyhow::Result<Spawned> {
     let wish = Content::json(wish)?;
-    Ok(connect(platform)?.ask_for(Method::POST, &format!("{}/clone", image_path(id)?), wish)?)
+    Ok(connect(platform)?.ask_for(Method::POST, &image_clone_path(id)?, wish)?)
 }
 
 /// The clones that it sends.
@@ -164,6 +164,16 @@ fn vm_path(vm: &str) -> anyhow::Result<String> {
     let is_name = |character: char| character.is_ascii_alphanumeric() || "-.".contains(character);
     ensure!(!vm.is_empty() && vm.chars().all(is_name), "{vm:?} is no name of a VM, and no ID");
     Ok(format!("/v1/vms/{vm}"))
+}
+
+/// Where a platform is asked to clone a VM.
+pub(super) fn vm_clone_path(vm: &str) -> anyhow::Result<String> {
+    Ok(format!("{}/clone", vm_path(vm)?))
+}
+
+/// Where it is asked to clone an image.
+pub(super) fn image_clone_path(id: &str) -> anyhow::Result<String> {
+    Ok(format!("{}/clone", image_path(id)?))
 }
 
 fn image_path(id: &str) -> anyhow::Result<String> {

@@ -11,7 +11,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{Refusal, check_count, work};
 use crate::{
-    api::{CloneWish, Copied, Image, Place, Spawn, Spawned, Transfer},
+    api::{Copied, Image, Place, Spawn, Spawned, Transfer},
     platform::Platform,
 };
 
@@ -21,7 +21,6 @@ pub(super) fn routes() -> OpenApiRouter<Arc<Platform>> {
         .routes(routes!(images))
         .routes(routes!(image, remove_image))
         .routes(routes!(spawn))
-        .routes(routes!(clone_image))
         .routes(routes!(transfers))
 }
 
@@ -68,20 +67,6 @@ async fn spawn(
     check_count(count)?;
     let copies = work(move || platform.spawn(&id, count)).await?;
     Ok(Json(Spawned { vms: copies.into_iter().map(|vm| Copied { id: vm.id, name: vm.name }).collect() }))
-}
-
-/// Launches copies of an image on another platform.
-#[utoipa::path(
-    post, path = "/v1/images/{id}/clone", params(("id" = String, Path)), request_body = CloneWish,
-    responses((status = 200, description = "All of them run there", body = Spawned))
-)]
-async fn clone_image(
-    State(platform): State<Arc<Platform>>,
-    Path(id): Path<String>,
-    Json(CloneWish { to, count, lazy }): Json<CloneWish>,
-) -> Result<Json<Spawned>, Refusal> {
-    check_count(count)?;
-    Ok(Json(Spawned { vms: work(move || platform.clone_image(&id, &to, count, lazy)).await? }))
 }
 
 /// Lists the clones that are being sent on behalf of operators.

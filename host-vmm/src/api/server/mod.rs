@@ -29,13 +29,15 @@ use vmfork_abi::{ErrorCode, MAX_CHILDREN};
 mod clones;
 mod description;
 mod images;
+mod orders;
 mod platforms;
 mod supplies;
 mod vms;
 
-use super::Failure;
+use super::{Failure, client};
 use crate::{
     cluster::{
+        self,
         peer::{Peer, Role},
         tls::{self, Credentials},
     },
@@ -165,6 +167,7 @@ fn shared_routes() -> OpenApiRouter<Arc<Platform>> {
     let operators = OpenApiRouter::default().merge(vms::routes()).merge(images::routes()).merge(platforms::routes());
     OpenApiRouter::with_openapi(description::Head::openapi())
         .merge(operators.route_layer(middleware::from_fn(check_operator)))
+        .merge(orders::routes())
         .merge(description::routes())
         .merge(platforms::own_routes())
         .merge(clones::routes())
@@ -240,8 +243,10 @@ impl From<Error> for Refusal {
                 StatusCode::CONFLICT
             }
             Error::ImageFile { .. } | Error::Unfit { .. } => StatusCode::UNPROCESSABLE_ENTITY,
+            Error::Cluster(cluster::Error::Order { .. }) => StatusCode::FORBIDDEN,
             Error::Alone | Error::Cluster(_) => StatusCode::NOT_FOUND,
-            Error::Send { .. } => StatusCode::BAD_GATEWAY,
+            Error::PassedOn { source: client::Error::Refused { status, .. }, .. } => status,
+            Error::Send { .. } | Error::PassedOn { .. } => StatusCode::BAD_GATEWAY,
             _ => StatusCode::INTERNAL_SERVER_ERROR,
         };
         Self(status, chain(&error))

@@ -14,7 +14,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{Refusal, check_count, work};
 use crate::{
-    api::{CloneWish, ForkWish, Forked, LAST_PIECE, NEXT_OFFSET, Vm, Vms},
+    api::{ForkWish, Forked, LAST_PIECE, NEXT_OFFSET, Vm, Vms},
     platform::{Error, Platform, Target},
 };
 
@@ -26,7 +26,6 @@ pub(super) fn routes() -> OpenApiRouter<Arc<Platform>> {
         .routes(routes!(vms))
         .routes(routes!(vm, stop_vm))
         .routes(routes!(fork_vm))
-        .routes(routes!(clone_vm))
         .routes(routes!(vm_log))
 }
 
@@ -86,22 +85,13 @@ async fn fork_vm(
     fork(platform, id, count, Target::Chosen(location)).await
 }
 
-/// Forks one VM that runs, though its guest has not asked for it, into copies on another platform.
-///
-/// It has the limits of a fork that its guest asks for. Over a network, only operators may do that.
-#[utoipa::path(
-    post, path = "/v1/vms/{id}/clone", params(("id" = String, Path)), request_body = CloneWish,
-    responses((status = 200, description = "All of the copies run there", body = Forked))
-)]
-async fn clone_vm(
-    State(platform): State<Arc<Platform>>,
-    Path(id): Path<String>,
-    Json(CloneWish { to, count, lazy }): Json<CloneWish>,
+/// Forks a VM, and says which copies run then.
+pub(super) async fn fork(
+    platform: Arc<Platform>,
+    id: String,
+    count: u32,
+    target: Target,
 ) -> Result<Json<Forked>, Refusal> {
-    fork(platform, id, count, Target::Platform { name: to, lazy }).await
-}
-
-async fn fork(platform: Arc<Platform>, id: String, count: u32, target: Target) -> Result<Json<Forked>, Refusal> {
     check_count(count)?;
     Ok(Json(Forked { vms: work(move || platform.fork_vm(&id, count, target)).await? }))
 }

@@ -122,13 +122,13 @@ pub struct PlatformConfig {
     pub limits: Vec<Limit>,
     /// Which images to keep.
     pub keep: Vec<Keep>,
-    /// How clones are sent.
+    /// How clones are sent, and who may order them.
     pub sending: Sending,
     /// Where copies go, as it stands in the file.
     pub placement: toml::Table,
 }
 
-/// How clones are sent to other platforms.
+/// How clones are sent to other platforms, and who may order them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Sending {
@@ -138,12 +138,25 @@ pub struct Sending {
     pub connections: usize,
     /// Most bytes of memory that are sent within a second for one clone that is not lazy; 0: as many as possible.
     pub bandwidth: u64,
+    /// Who may order them over the network.
+    pub orders: Orders,
 }
 
 impl Default for Sending {
     fn default() -> Self {
-        Self { lazy: false, connections: CONNECTIONS, bandwidth: 0 }
+        Self { lazy: false, connections: CONNECTIONS, bandwidth: 0, orders: Orders::default() }
     }
+}
+
+/// Who may order clones of what a platform has.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Orders {
+    /// Operators alone.
+    #[default]
+    Operators,
+    /// Other platforms of its cluster too. Each of them can have a VM cloned to itself, and read its memory there.
+    Platforms,
 }
 
 /// Files with certificates, in PEM.

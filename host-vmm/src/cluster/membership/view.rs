@@ -58,6 +58,12 @@ impl View {
     pub fn find(&self, cluster: &str, name: &str) -> Option<&Seen> {
         self.members.iter().find(|seen| (seen.member.cluster.as_str(), seen.member.name.as_str()) == (cluster, name))
     }
+
+    /// Whether a cluster has a platform of this name, and no other cluster has one.
+    pub fn is_alone(&self, cluster: &str, name: &str) -> bool {
+        let mut clusters = self.members.iter().filter(|seen| seen.member.name == name).map(|seen| &seen.member.cluster);
+        clusters.next().is_some_and(|found| found == cluster) && clusters.next().is_none()
+    }
 }
 
 /// A platform's name and that of its cluster, the cluster first.

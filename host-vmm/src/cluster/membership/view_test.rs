@@ -62,6 +62,16 @@ fn a_view_is_the_same_one_until_something_changes() {
 }
 
 #[test]
+fn a_name_that_two_clusters_have_stands_for_neither() {
+    let (mut known, start) = (known(false), Instant::now());
+    for (cluster, name) in [("web", "a"), ("web", "b"), ("db", "b"), ("db", "c")] {
+        known.answer(member(cluster, name, 1), start);
+    }
+    let view = known.view(start);
+    assert_eq!(["a", "b", "c", "d", "own"].map(|name| view.is_alone("web", name)), [true, false, false, false, false]);
+}
+
+#[test]
 fn what_etcd_had_stays_and_ages() {
     let (mut known, start) = (known(true), Instant::now());
     register(&mut known, &[member("web", "a", 1), member("web", "own", 1)], start);

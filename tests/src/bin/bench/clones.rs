@@ -139,7 +139,7 @@ impl Pair {
     /// Clones an image, and gives how long that took, and how many bytes went between the two.
     pub(crate) fn clone_image(&self, image: &str) -> Result<(Duration, u64)> {
         self.way.set(vmfork_tests::proxy::Fault::None);
-        let wish = CloneWish { to: "b".into(), count: 1, lazy: false };
+        let wish = CloneWish { from: None, to: "b".into(), count: 1, lazy: false };
         let started = Instant::now();
         client::clone_image(Some(&client::Endpoint::Socket(self.source.socket())), image, &wish)?;
         Ok((started.elapsed(), self.way.passed()))
