@@ -285,7 +285,7 @@ pub struct Clone {
 }
 
 /// What `clone` copies: one of these.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 #[group(required = true, multiple = false)]
 pub struct Original {
     /// The image's ID, or how that begins.

@@ -295,6 +295,10 @@ pub struct Transfer {
     pub id: Uuid,
     /// ID of the image.
     pub image: Uuid,
+    /// The VM that it was made of.
+    pub original: Uuid,
+    /// The name of that VM.
+    pub original_name: String,
     /// Where it is sent.
     pub to: String,
     /// Bytes of memory that are to be sent; 0 before that is known.

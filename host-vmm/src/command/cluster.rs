@@ -8,8 +8,8 @@ use std::{
     time::Duration,
 };
 
-use anyhow::Context;
 use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
+use uuid::Uuid;
 
 use super::{
     asked::endpoint,
@@ -22,7 +22,7 @@ use crate::{
         self, CloneWish, Transfer,
         client::{self, Endpoint},
     },
-    cli,
+    cli::{self, Original},
     cluster::placement::{Explanation, Wish},
     machine::Config,
 };
@@ -99,7 +99,7 @@ pub fn place(options: &cli::Place) -> anyhow::Result<ExitCode> {
     Ok(if explanation.placed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Launches copies of a VM on another platform, or of a kept image, and then shows how far that is.
+/// Launches copies of a VM on another platform, or of a kept image, and shows how far that is.
 ///
 /// # Errors
 /// Where no platform answers, or it can't be done.
@@ -107,26 +107,41 @@ pub fn clone(options: &cli::Clone) -> anyhow::Result<ExitCode> {
     let platform = endpoint(&options.platform)?;
     let cli::Clone { from, to, count, lazy, .. } = options;
     let wish = CloneWish { from: from.clone(), to: to.clone(), count: *count, lazy: *lazy };
-    if let Some(vm) = &options.original.vm {
-        return print_forked(&client::clone_vm(platform.as_ref(), vm, &wish)?, options.json);
+    let Original { image, vm } = options.original.clone();
+    match (vm, image) {
+        (Some(vm), _) => {
+            let named = vm.clone();
+            let is_it = move |sent: &Transfer| sent.original_name == named || begins(sent.original, &named);
+            let ask = move |platform: Option<&Endpoint>| client::clone_vm(platform, &vm, &wish);
+            print_forked(&with_progress(platform, to, is_it, ask)?, options.json)
+        }
+        (None, Some(image)) => {
+            let named = image.clone();
+            let is_it = move |sent: &Transfer| begins(sent.image, &named);
+            let ask = move |platform: Option<&Endpoint>| client::clone_image(platform, &image, &wish);
+            print_spawned(&with_progress(platform, to, is_it, ask)?, options.json)
+        }
+        (None, None) => anyhow::bail!("neither --image nor --vm says what is copied"),
     }
-    let image = options.original.image.clone().context("neither --image nor --vm says what is copied")?;
-    let (sender, done) = mpsc::channel();
-    let (ask, id) = (platform.clone(), image.clone());
-    thread::spawn(move || {
-        // Nobody listens any more where this command has failed.
-        drop(sender.send(client::clone_image(ask.as_ref(), &id, &wish)));
-    });
-    let spawned = show_progress(platform.as_ref(), &image, &options.to, &done)?;
-    print_spawned(&spawned, options.json)
 }
 
-fn show_progress(
-    platform: Option<&Endpoint>,
-    image: &str,
+fn begins(id: Uuid, start: &str) -> bool {
+    id.to_string().starts_with(start)
+}
+
+/// Asks a platform for a clone, and shows meanwhile how far the one is that is sent to `to`, and is it.
+fn with_progress<T: Send + 'static>(
+    platform: Option<Endpoint>,
     to: &str,
-    done: &mpsc::Receiver<anyhow::Result<api::Spawned>>,
-) -> anyhow::Result<api::Spawned> {
+    is_it: impl Fn(&Transfer) -> bool,
+    ask: impl FnOnce(Option<&Endpoint>) -> anyhow::Result<T> + Send + 'static,
+) -> anyhow::Result<T> {
+    let (sender, done) = mpsc::channel();
+    let asked = platform.clone();
+    thread::spawn(move || {
+        // Nobody listens any more where this command has failed.
+        drop(sender.send(ask(asked.as_ref())));
+    });
     let bar = stderr().is_terminal().then(|| {
         let style = ProgressStyle::with_template("{msg} {bar:30} {bytes}/{total_bytes} {binary_bytes_per_sec}");
         ProgressBar::new(0)
@@ -143,12 +158,9 @@ fn show_progress(
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => anyhow::bail!("the thread that asks the platform panicked"),
         }
-        let transfers = client::transfers(platform).unwrap_or_default();
-        let Some(transfer) = transfers.iter().find(|transfer| {
-            transfer.to == to && transfer.image.to_string().starts_with(image) && transfer.wanted_bytes > 0
-        }) else {
-            continue;
-        };
+        let transfers = client::transfers(platform.as_ref()).unwrap_or_default();
+        let transfer = transfers.iter().find(|sent| sent.to == to && sent.wanted_bytes > 0 && is_it(sent));
+        let Some(transfer) = transfer else { continue };
         let Transfer { wanted_bytes, sent_bytes, spared_bytes, .. } = *transfer;
         if let Some(bar) = &bar {
             bar.set_length(wanted_bytes);

@@ -227,12 +227,14 @@ impl Away {
         let (source, slots) = (cluster.name.clone(), share.slots.clone());
         let order = clone::Order { source, slots, total: self.total, lazy: self.lazy };
         let (id, is_wanted) = (new_id().map_err(Error::Id)?, self.is_wanted_at(&share.platform));
+        let listed = self.platform.transfers.list(id, &self.about, &share.platform);
         match content {
             Sent::Whole(parcel) => {
-                source::send(link, id, &order, parcel, &cluster.sending, &Arc::default(), is_wanted).map_err(failed)
+                source::send(link, id, &order, parcel, &cluster.sending, &listed.progress, is_wanted).map_err(failed)
             }
             Sent::Lazily(capsule) => {
-                let supply = Arc::new(Supply::of(capsule, platform).map_err(Error::Capsule)?);
+                let supply =
+                    Arc::new(Supply::of(capsule, platform, cluster.sending.bandwidth).map_err(Error::Capsule)?);
                 self.platform.supplies.add(id, &supply);
                 let sent = source::send_lazily(link, id, &order, &supply, self.working_set.as_ref(), is_wanted);
                 sent.inspect_err(|_| self.platform.supplies.remove(id)).map_err(failed)

@@ -322,7 +322,7 @@ pub struct Platform {
     clones: Clones,
     /// The memories of clones that run elsewhere, and have not got all of it yet.
     supplies: Supplies,
-    /// Clones that an operator sends to others.
+    /// Clones that are being sent to others.
     transfers: Transfers,
     /// VMs for which room is kept.
     reserved: Arc<AtomicUsize>,

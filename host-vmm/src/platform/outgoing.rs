@@ -1,4 +1,4 @@
-//! Clones of kept images, which an operator sends to other platforms.
+//! Clones that are sent to other platforms, and those of kept images, which an operator sends.
 
 use std::sync::{Arc, Mutex};
 
@@ -7,6 +7,7 @@ use uuid::Uuid;
 use super::{Error, Platform, copies::slots};
 use crate::{
     api::{Copied, Transfer},
+    capsule::About,
     cluster::{
         clone::{
             Order,
@@ -17,7 +18,7 @@ use crate::{
         membership::check,
         placement::{Explanation, Wish},
     },
-    machine::{Config, new_id},
+    machine::{Config, VmIdentity, new_id},
     sync::lock,
 };
 
@@ -29,14 +30,30 @@ pub(super) struct Transfers(Mutex<Vec<Entry>>);
 struct Entry {
     id: Uuid,
     image: Uuid,
+    original: Uuid,
+    original_name: String,
     to: String,
     progress: Arc<Progress>,
 }
 
 /// One of them. Dropping it takes it off the list.
-struct Listed<'t> {
+pub(super) struct Listed<'t> {
     transfers: &'t Transfers,
     id: Uuid,
+    /// What is told of it.
+    pub(super) progress: Arc<Progress>,
+}
+
+impl Transfers {
+    /// Enters the clone with this ID, of copies of an image.
+    pub(super) fn list(&self, id: Uuid, about: &About, to: &str) -> Listed<'_> {
+        let progress = Arc::default();
+        let VmIdentity { id: original, name: original_name, .. } = about.original.clone();
+        let entry = Entry { id, image: about.id, original, original_name, to: to.to_owned(), progress };
+        let listed = Listed { transfers: self, id, progress: Arc::clone(&entry.progress) };
+        lock(&self.0).push(entry);
+        listed
+    }
 }
 
 impl Drop for Listed<'_> {
@@ -59,32 +76,38 @@ impl Platform {
         let image = self.images.find(image)?;
         let cluster = self.cluster.get().ok_or(Error::Alone)?;
         let link = cluster.find(to).map_err(Error::Cluster)?;
-        let (id, progress) = (new_id().map_err(Error::Id)?, Arc::default());
-        let entry = Entry { id, image: image.id(), to: to.to_owned(), progress: Arc::clone(&progress) };
-        lock(&self.transfers.0).push(entry);
-        let _listed = Listed { transfers: &self.transfers, id };
+        let (id, (capsule, learned)) = (new_id().map_err(Error::Id)?, image.parts());
+        let listed = self.transfers.list(id, &capsule.about, to);
         let order = Order { source: self.name().to_owned(), slots: slots(count)?, total: count, lazy };
         let failed = |error| Error::Send { platform: to.to_owned(), source: Box::new(error) };
         let is_wanted: IsWanted = Arc::new(|| Wanted::Yes);
         let prepared = if lazy {
-            let (capsule, learned) = image.parts();
-            let supply = Arc::new(Supply::of(capsule, short(to)).map_err(Error::Capsule)?);
+            let supply = Arc::new(Supply::of(capsule, short(to), cluster.sending.bandwidth).map_err(Error::Capsule)?);
             self.supplies.add(id, &supply);
             source::send_lazily(link, id, &order, &supply, learned.of_next_fork().as_ref(), is_wanted)
         } else {
             let parcel = image.parcel(&self.digests).map_err(Error::Capsule)?;
-            source::send(link, id, &order, &parcel, &cluster.sending, &progress, is_wanted)
+            source::send(link, id, &order, &parcel, &cluster.sending, &listed.progress, is_wanted)
         };
         let sent = prepared.and_then(source::Prepared::commit);
         sent.inspect_err(|_| self.supplies.remove(id)).map_err(failed)
     }
 
-    /// Clones that are being sent by an operator's order.
+    /// Clones that are being sent.
     pub fn transfers(&self) -> Vec<Transfer> {
         let entries = lock(&self.transfers.0);
         let transfer = |entry: &Entry| {
             let [wanted_bytes, sent_bytes, spared_bytes] = entry.progress.bytes();
-            Transfer { id: entry.id, image: entry.image, to: entry.to.clone(), wanted_bytes, sent_bytes, spared_bytes }
+            Transfer {
+                id: entry.id,
+                image: entry.image,
+                original: entry.original,
+                original_name: entry.original_name.clone(),
+                to: entry.to.clone(),
+                wanted_bytes,
+                sent_bytes,
+                spared_bytes,
+            }
         };
         entries.iter().map(transfer).collect()
     }

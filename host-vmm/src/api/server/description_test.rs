@@ -8,7 +8,7 @@ use super::*;
 use crate::{
     api::{Copied, Ended, ForkWish, Forked, ForkedVm, Memory, Place, Placement, Platforms, State, Vm, Vms},
     cluster::{
-        clone::{Missing, Order, Stage},
+        clone::{Missing, Need, Order, Stage},
         member::{Load, Member, Ready},
         placement::{Explanation, Obstacle, Policy, Reason, Score, Where, Wish},
     },
@@ -166,6 +166,7 @@ fn what_is_said_of_platforms_fits() {
 fn what_is_said_of_clones_fits() {
     let slots = vec![Slot { id: Uuid::from_u128(1), index: 1 }];
     assert_fits("Order", &Order { source: "north".into(), slots, total: 1, lazy: true });
+    assert_fits("Need", &Need { chunks: vec![3, 1], urgent: true });
     assert_fits("Missing", &Missing { chunks: vec![0..1, 4..7] });
     let vms = vec![Copied { id: Uuid::from_u128(1), name: "web.1".into() }];
     for stage in [Stage::Reserved, Stage::Prepared, Stage::Committed { vms }, Stage::Aborted { why: "no".into() }] {

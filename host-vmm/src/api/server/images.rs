@@ -69,7 +69,7 @@ async fn spawn(
     Ok(Json(Spawned { vms: copies.into_iter().map(|vm| Copied { id: vm.id, name: vm.name }).collect() }))
 }
 
-/// Lists the clones that are being sent on behalf of operators.
+/// Lists the clones that are being sent.
 #[utoipa::path(get, path = "/v1/transfers", responses((status = 200, description = "How far each is", body = Vec<Transfer>)))]
 async fn transfers(State(platform): State<Arc<Platform>>) -> Json<Vec<Transfer>> {
     Json(platform.transfers())

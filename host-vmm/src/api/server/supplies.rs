@@ -4,7 +4,7 @@ use std::{io, sync::Arc};
 
 use axum::{
     Json,
-    body::Bytes,
+    body::{Body, Bytes},
     extract::{ConnectInfo, Path, State},
     http::StatusCode,
 };
@@ -15,7 +15,7 @@ use super::{Refusal, work};
 use crate::{
     capsule,
     cluster::{
-        clone::supply::Supply,
+        clone::{Need, supply::Supply},
         peer::{Peer, Role},
     },
     error::chain,
@@ -41,9 +41,9 @@ fn find(platform: &Platform, id: Uuid, peer: &Peer) -> Result<Arc<Supply>, Refus
     Err(Refusal(StatusCode::FORBIDDEN, format!("{peer} is not where the clone {id} runs")))
 }
 
-/// Gives some chunks of the memory of a lazy clone that runs elsewhere, by their numbers: at most 64 at once.
+/// Gives some chunks of the memory of a lazy clone that runs elsewhere.
 #[utoipa::path(
-    post, path = "/v1/supplies/{id}/chunks", params(("id" = Uuid, Path)), request_body = Vec<u32>,
+    post, path = "/v1/supplies/{id}/chunks", params(("id" = Uuid, Path)), request_body = Need,
     responses((
         status = 200, content_type = "application/octet-stream",
         description = "For each chunk a record: its number and its length, 32 bits each, little-endian, and then its data"
@@ -53,10 +53,9 @@ async fn supply_chunks(
     State(platform): State<Arc<Platform>>,
     ConnectInfo(peer): ConnectInfo<Peer>,
     Path(id): Path<Uuid>,
-    Json(positions): Json<Vec<u32>>,
-) -> Result<Bytes, Refusal> {
-    let supply = find(&platform, id, &peer)?;
-    work(move || supply.chunks(&positions)).await
+    Json(need): Json<Need>,
+) -> Result<Body, Refusal> {
+    Ok(Body::new(find(&platform, id, &peer)?.chunks(need)?))
 }
 
 /// Tells what all of that memory is.

@@ -309,7 +309,7 @@ impl Filling {
         wanted.sort_unstable();
         wanted.dedup();
         if !wanted.is_empty() {
-            source.fetch(&wanted, |chunk, data| self.put(chunk, data))?;
+            source.fetch(&wanted, true, |chunk, data| self.put(chunk, data))?;
         }
         for ((view, address), place) in waiting.iter().zip(places) {
             let Some((layer, file_page)) = place else {
@@ -338,7 +338,7 @@ impl Filling {
                 return Err(Error::Over);
             }
             if !wanted.is_empty() {
-                source.fetch(&wanted, |chunk, data| self.put(chunk, data))?;
+                source.fetch(&wanted, false, |chunk, data| self.put(chunk, data))?;
             }
         }
         // Both sides look at all of it meanwhile. Nothing was looked at as it came: somebody may have waited for it.

@@ -17,7 +17,7 @@
 //!
 //! ```text
 //!  target                                                    source
-//!  POST   /v1/supplies/ID/chunks    numbers of chunks   ──►  these, as records
+//!  POST   /v1/supplies/ID/chunks    [`Need`]            ──►  these chunks, as records
 //!  GET    /v1/supplies/ID/manifest                      ──►  what all of it should be
 //!  DELETE /v1/supplies/ID                               ──►  all is there
 //! ```
@@ -32,6 +32,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 pub mod filling;
+mod pace;
 mod parcel;
 pub mod record;
 pub mod source;
@@ -87,6 +88,16 @@ impl Missing {
         let behind = self.chunks.partition_point(|range| range.start <= chunk);
         self.chunks[..behind].last().is_some_and(|range| range.contains(&chunk))
     }
+}
+
+/// What a target needs of the memory of a lazy clone.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Need {
+    /// Numbers of chunks: at most 64.
+    pub chunks: Vec<u32>,
+    /// Whether somebody waits for them: they go before others then.
+    pub urgent: bool,
 }
 
 /// How far a clone is.

@@ -14,7 +14,7 @@ use std::{
 use hyper::{Method, StatusCode, body::Bytes};
 use uuid::Uuid;
 
-use super::{LEASE, Missing, Order, Parcel, Stage, supply::Supply};
+use super::{LEASE, Missing, Order, Parcel, Stage, pace::Pace, supply::Supply};
 use crate::{
     api::{
         Copied,
@@ -35,8 +35,8 @@ const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// How long it tries to commit: the lease, and time for a target that notices its end late.
 const COMMIT_LIMIT: Duration = LEASE.saturating_mul(2);
 
-/// For how long a bandwidth may be made up for that was not used.
-const MAX_BURST: Duration = Duration::from_millis(50);
+/// Chunks of a lazy clone that are read before its target says that it can take it.
+const READ_AHEAD: usize = 32;
 
 /// Why a clone is not made.
 #[derive(Debug, thiserror::Error)]
@@ -72,7 +72,7 @@ pub enum Error {
 pub struct Settings {
     /// Connections for its memory, where it is not lazy.
     pub connections: usize,
-    /// Most bytes of memory that are sent within a second, on all of them together, where it is not lazy.
+    /// Most bytes of memory that are sent within a second, on all of them together.
     pub bandwidth: Option<u64>,
     /// Whether the copies of guests' forks run before all of their memory has come.
     pub lazy: bool,
@@ -93,28 +93,6 @@ impl Progress {
     /// Bytes that are to be sent, that were, and that need not be.
     pub fn bytes(&self) -> [u64; 3] {
         [&self.wanted_bytes, &self.sent_bytes, &self.spared_bytes].map(|bytes| bytes.load(Ordering::Relaxed))
-    }
-}
-
-/// Keeps what is sent below a bandwidth.
-#[derive(Debug)]
-struct Pace {
-    bytes_per_second: Option<u64>,
-    free_at: Mutex<Instant>,
-}
-
-impl Pace {
-    /// Waits until so many bytes may be sent.
-    fn wait(&self, bytes: u64) {
-        let Some(rate) = self.bytes_per_second.filter(|rate| *rate > 0) else { return };
-        let wait = {
-            let mut free_at = lock(&self.free_at);
-            let now = Instant::now();
-            let start = (*free_at).max(now.checked_sub(MAX_BURST).unwrap_or(now));
-            *free_at = start + Duration::from_nanos(bytes.saturating_mul(1_000_000_000) / rate);
-            start.saturating_duration_since(now)
-        };
-        thread::sleep(wait);
     }
 }
 
@@ -283,9 +261,10 @@ pub fn send_lazily(
     working_set: Option<&WorkingSet>,
     is_wanted: IsWanted,
 ) -> Result<Prepared, Error> {
-    // What is needed first is read while the target looks whether it can take the clone.
-    let (mut prepared, records) = thread::scope(|scope| {
-        let read = || supply.records(&supply.first_chunks(working_set));
+    let first = supply.first_chunks(working_set);
+    // Some of it is read while the target looks whether it can take the clone.
+    let (mut prepared, read) = thread::scope(|scope| {
+        let read = || first.iter().take(READ_AHEAD).map(|chunk| supply.record(*chunk)).collect::<io::Result<Vec<_>>>();
         let read = thread::Builder::new().name("clone".into()).spawn_scoped(scope, read).map_err(Error::Thread)?;
         let prepared = Prepared::order(link, id, order, is_wanted)?;
         prepared.target.describe(supply.head())?;
@@ -294,9 +273,19 @@ pub fn send_lazily(
     prepared.supply = Some(Arc::clone(supply));
     let target = &prepared.target;
     target.insist(LEASE, |connection, path| {
-        let records = Content::Pieces(Box::new(std::iter::once(Ok(records.clone()))));
+        let (supply, is_wanted, read) = (Arc::clone(supply), Arc::clone(&target.is_wanted), read.clone());
+        let records = first.clone().into_iter().enumerate().map(move |(number, chunk)| {
+            check_wanted(&is_wanted)?;
+            let record = read.get(number).map_or_else(|| supply.record(chunk), |record| Ok(record.clone()))?;
+            supply.wait_for_turn(&record);
+            Ok(record)
+        });
+        let records = Content::Pieces(Box::new(records));
         connection.ask(Method::POST, &format!("{path}/chunks"), records)
     })?;
+    if (target.is_wanted)() == Wanted::No {
+        return Err(Error::CalledOff);
+    }
     target.prepare()?;
     prepared.heard = Instant::now();
     Ok(prepared)
@@ -372,6 +361,11 @@ impl Drop for Prepared {
     }
 }
 
+/// Has nothing more be sent of a clone that is not wanted any more.
+fn check_wanted(is_wanted: &IsWanted) -> io::Result<()> {
+    if is_wanted() == Wanted::No { Err(io::Error::other("the clone is not wanted any more")) } else { Ok(()) }
+}
+
 /// What records were in that were sent, for those to come: new memory has to be made page by page.
 type Buffers = Arc<Mutex<Vec<Vec<u8>>>>;
 
@@ -408,8 +402,8 @@ impl Iterator for Pieces {
 
     fn next(&mut self) -> Option<io::Result<Bytes>> {
         let number = self.share.next()?;
-        if (self.is_wanted)() == Wanted::No {
-            return Some(Err(io::Error::other("the clone is not wanted any more")));
+        if let Err(error) = check_wanted(&self.is_wanted) {
+            return Some(Err(error));
         }
         let bytes = self.parcel.data_bytes(number);
         self.pace.wait(bytes);
@@ -437,7 +431,7 @@ fn send_memory(
     if wanted.is_empty() {
         return Ok(());
     }
-    let pace = Arc::new(Pace { bytes_per_second: settings.bandwidth, free_at: Mutex::new(Instant::now()) });
+    let pace = Arc::new(Pace::new(settings.bandwidth));
     let shares = wanted.chunks(wanted.len().div_ceil(settings.connections.max(1)));
     thread::scope(|scope| {
         let senders = shares.map(|share| {

@@ -9,12 +9,14 @@ use std::{
     time::{Duration, Instant},
 };
 
+use http_body_util::channel::{Channel, Sender};
 use hyper::{Method, body::Bytes};
 use uuid::Uuid;
 
 use super::{
-    LEASE,
+    LEASE, Need,
     filling::Positions,
+    pace::Pace,
     record::{self, Records},
     source::{IsWanted, Target},
 };
@@ -28,6 +30,9 @@ use crate::{
 
 /// Most chunks that are had at once.
 pub const MAX_AT_ONCE: usize = 64;
+
+/// Bytes of records from which on they are sent, and not kept until there are more of them.
+const PIECE_BYTES: usize = 64 << 10;
 
 /// How long a source has to look at all of a memory.
 const LOOKED_AT: Duration = Duration::from_secs(300);
@@ -63,28 +68,30 @@ impl Supplier {
         Self(Target::at(source, format!("/v1/supplies/{id}"), is_wanted))
     }
 
-    /// Has some chunks, and gives each of them to `take`.
+    /// Has some chunks, and gives each of them to `take`. They come before others where somebody waits for them.
     ///
     /// # Errors
     /// [`Error`].
     pub fn fetch(
         &mut self,
         chunks: &[u32],
+        urgent: bool,
         mut take: impl FnMut(u32, &[u8]) -> Result<(), super::filling::Error>,
     ) -> Result<(), Error> {
-        chunks.chunks(MAX_AT_ONCE).try_for_each(|chunks| self.fetch_at_once(chunks, &mut take))
+        let mut needs = chunks.chunks(MAX_AT_ONCE).map(|chunks| Need { chunks: chunks.to_vec(), urgent });
+        needs.try_for_each(|need| self.fetch_at_once(&need, &mut take))
     }
 
     fn fetch_at_once(
         &mut self,
-        chunks: &[u32],
+        need: &Need,
         take: &mut impl FnMut(u32, &[u8]) -> Result<(), super::filling::Error>,
     ) -> Result<(), Error> {
         let answer = self.0.insist(LEASE, |connection, path| {
-            connection.ask(Method::POST, &format!("{path}/chunks"), Content::json(&chunks)?)
+            connection.ask(Method::POST, &format!("{path}/chunks"), Content::json(need)?)
         })?;
         let (mut records, mut failure) = (Records::default(), None);
-        let mut awaited: BTreeSet<u32> = chunks.iter().copied().collect();
+        let mut awaited: BTreeSet<u32> = need.chunks.iter().copied().collect();
         let taken = records.push(&answer, |chunk, data| {
             if !awaited.remove(&chunk) {
                 return Err(io::Error::other(format!("nobody has asked for the chunk {chunk}")));
@@ -139,17 +146,18 @@ pub struct Supply {
     head: Bytes,
     positions: Positions,
     files: Vec<Arc<File>>,
+    pace: Pace,
     /// What all of it is, once somebody has wanted to know that.
     manifest: Mutex<Option<Bytes>>,
     asked: Mutex<Instant>,
 }
 
 impl Supply {
-    /// The memory of an image, for one other platform.
+    /// The memory of an image, for one other platform, which gets no more of it within a second than `bandwidth`.
     ///
     /// # Errors
     /// [`capsule::Error`].
-    pub fn of(capsule: &Capsule, target: &str) -> Result<Self, capsule::Error> {
+    pub fn of(capsule: &Capsule, target: &str, bandwidth: Option<u64>) -> Result<Self, capsule::Error> {
         let (description, image) = capsule.outline()?;
         let bytes = description.to_bytes()?;
         let header = Header::new(false, 0, &bytes);
@@ -161,6 +169,7 @@ impl Supply {
             description,
             image,
             files,
+            pace: Pace::new(bandwidth),
             manifest: Mutex::default(),
             asked: Mutex::new(Instant::now()),
         })
@@ -198,30 +207,60 @@ impl Supply {
         Some(u64::from_le_bytes(word))
     }
 
-    /// Some chunks as they travel.
-    ///
-    /// # Errors
-    /// Where there is one that does not exist, or can't be read.
-    pub fn records(&self, positions: &[u32]) -> io::Result<Bytes> {
-        let mut records = Vec::new();
-        for &position in positions {
-            let (layer, number) = self.positions.find(position).ok_or(io::ErrorKind::NotFound)?;
-            let (layer, file) = (&self.description.memory.layers[layer], &self.files[layer]);
-            record::append(&mut records, position, |data| layer.read_unknown(file, number, data))?;
-        }
-        Ok(records.into())
+    /// Appends a chunk to others, as it travels.
+    fn append(&self, position: u32, records: &mut Vec<u8>) -> io::Result<()> {
+        let (layer, number) = self.positions.find(position).ok_or(io::ErrorKind::NotFound)?;
+        let (layer, file) = (&self.description.memory.layers[layer], &self.files[layer]);
+        record::append(records, position, |data| layer.read_unknown(file, number, data))
     }
 
-    /// Some chunks, for a target that asks for them.
+    /// A chunk as it travels.
     ///
     /// # Errors
-    /// As [`Supply::records`], or where they are too many.
-    pub fn chunks(&self, positions: &[u32]) -> io::Result<Bytes> {
-        if positions.len() > MAX_AT_ONCE {
+    /// Where it does not exist, or can't be read.
+    pub fn record(&self, position: u32) -> io::Result<Bytes> {
+        let mut record = Vec::new();
+        self.append(position, &mut record)?;
+        Ok(record.into())
+    }
+
+    /// Waits until a chunk may be sent.
+    pub fn wait_for_turn(&self, record: &[u8]) {
+        self.pace.wait(record.len() as u64);
+    }
+
+    /// Some chunks, for a target that asks for them, each as soon as it may be sent.
+    ///
+    /// # Errors
+    /// Where there is one that does not exist, or they are too many.
+    pub fn chunks(self: Arc<Self>, Need { chunks, urgent }: Need) -> io::Result<Channel<Bytes, io::Error>> {
+        if chunks.len() > MAX_AT_ONCE {
             return Err(io::Error::other(format!("more than {MAX_AT_ONCE} chunks at once")));
         }
+        if chunks.iter().any(|chunk| self.positions.find(*chunk).is_none()) {
+            return Err(io::ErrorKind::NotFound.into());
+        }
         *lock(&self.asked) = Instant::now();
-        self.records(positions)
+        let (mut sender, body) = Channel::new(1);
+        tokio::spawn(async move {
+            if let Err(error) = self.send(&chunks, urgent, &mut sender).await {
+                sender.abort(error);
+            }
+        });
+        Ok(body)
+    }
+
+    async fn send(&self, chunks: &[u32], urgent: bool, body: &mut Sender<Bytes, io::Error>) -> io::Result<()> {
+        let mut records = Vec::new();
+        for (chunk, left) in chunks.iter().zip((0..chunks.len()).rev()) {
+            self.append(*chunk, &mut records)?;
+            if records.len() >= PIECE_BYTES || left == 0 {
+                self.pace.wait_for_turn(records.len() as u64, urgent).await;
+                body.send_data(std::mem::take(&mut records).into()).await.map_err(io::Error::other)?;
+                *lock(&self.asked) = Instant::now();
+            }
+        }
+        Ok(())
     }
 
     /// What all of it is: each chunk is looked at for that, once.

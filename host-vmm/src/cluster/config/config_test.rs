@@ -76,7 +76,7 @@ fn a_file_is_taken_as_it_says() {
     let config = parse(&format!(
         "{LISTEN}name = 'south'\ncluster = 'etcd://192.0.2.5:2379,[2001:db8::1]:2379/db'\nlease_seconds = 3\nready = 0\n\
          prefetch = false\nmax_vms = 5\ncpu_profile = 'v3'\ncpu_profile_file = 'v3.json'\nlabels = {{ zone = 'south' }}\nlimits = ['web:children=8']\n\
-         keep = ['web:2', '*']\nclone = {{ lazy = true, bandwidth = 7, orders = 'platforms' }}\nevents = 'events.json'\napi = '/run/api.sock'\nplacement = {{ web = {{ zone = 'north' }} }}\n\
+         keep = ['web:2', '*']\nclone = {{ lazy = true, bandwidth = 7000000, orders = 'platforms' }}\nevents = 'events.json'\napi = '/run/api.sock'\nplacement = {{ web = {{ zone = 'north' }} }}\n\
          etcd = {{ ca = 'e.pem', cert = 'p.pem', key = '../p.key', user = 'u', password_file = '/run/p' }}\n\
          peers = [{{ name = 'a', address = '192.0.2.7:1' }}, {{ name = 'a', address = '192.0.2.8:1', cluster = 'web' }}]"
     ));
@@ -102,7 +102,7 @@ fn a_file_is_taken_as_it_says() {
     assert_eq!((config.events, config.api), (Some(folder.join("events.json")), Some("/run/api.sock".into())));
     assert_eq!(
         config.sending,
-        Sending { lazy: true, connections: CONNECTIONS, bandwidth: 7, orders: Orders::Platforms }
+        Sending { lazy: true, connections: CONNECTIONS, bandwidth: 7_000_000, orders: Orders::Platforms }
     );
     assert!(config.placement["web"].is_table());
 }

@@ -44,6 +44,9 @@ const CONNECTIONS: usize = 2;
 /// The most that they can be.
 const MAX_CONNECTIONS: usize = 64;
 
+/// The least bandwidth of a clone in bytes a second: beneath it, a target would take a source that keeps to it for gone.
+const MIN_BANDWIDTH: u64 = 1 << 20;
+
 /// Folder for the consoles' logs, in the working folder.
 const LOG_DIR: &str = "host-vmm.logs";
 
@@ -136,7 +139,7 @@ pub struct Sending {
     pub lazy: bool,
     /// Connections for the memory of one clone that is not lazy.
     pub connections: usize,
-    /// Most bytes of memory that are sent within a second for one clone that is not lazy; 0: as many as possible.
+    /// Most bytes of memory that are sent within a second for one clone; 0: as many as possible.
     pub bandwidth: u64,
     /// Who may order them over the network.
     pub orders: Orders,
@@ -340,11 +343,15 @@ impl Checker<'_> {
     }
 
     fn sending(self, sending: Sending) -> Result<Sending, Error> {
-        if (1..=MAX_CONNECTIONS).contains(&sending.connections) {
-            return Ok(sending);
+        if !(1..=MAX_CONNECTIONS).contains(&sending.connections) {
+            let wrong = format!("{} is out of range", sending.connections);
+            return Err(self.wrong("clone.connections", wrong, format!("from 1 to {MAX_CONNECTIONS}")));
         }
-        let wrong = format!("{} is out of range", sending.connections);
-        Err(self.wrong("clone.connections", wrong, format!("from 1 to {MAX_CONNECTIONS}")))
+        if (1..MIN_BANDWIDTH).contains(&sending.bandwidth) {
+            let wrong = format!("{} is too little", sending.bandwidth);
+            return Err(self.wrong("clone.bandwidth", wrong, format!("0, or {MIN_BANDWIDTH} and more")));
+        }
+        Ok(sending)
     }
 
     fn max_vms(self, max_vms: usize) -> Result<usize, Error> {
