@@ -9,7 +9,13 @@
 //!  clone         how they get there
 //! ```
 
-use std::{fmt, net::SocketAddr, sync::Arc};
+use std::{
+    borrow::Cow,
+    fmt,
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+    time::Instant,
+};
 
 pub mod certificates;
 pub mod clone;
@@ -21,13 +27,16 @@ pub mod peer;
 pub mod placement;
 pub mod tls;
 
-use crate::api::client::{Connections, Endpoint, Link};
+use crate::{
+    api::client::{Connections, Endpoint, Link},
+    sync::lock,
+};
 use clone::source;
 use config::Orders;
 use member::Member;
 use membership::{Directory, View};
 use peer::Holder;
-use placement::{Decision, Explanation, Rules, Unplaceable, Wish};
+use placement::{Claim, Explanation, Recent, Rules, Share, Unplaceable, Wish};
 use tls::Credentials;
 
 /// Why a platform can't be asked.
@@ -68,6 +77,8 @@ pub struct Cluster {
     pub credentials: Option<Credentials>,
     /// Where copies go.
     pub rules: Rules,
+    /// What has gone there of late.
+    pub recent: Mutex<Recent>,
     /// How they are sent.
     pub sending: source::Settings,
     /// Who may order clones over the network.
@@ -125,19 +136,31 @@ impl Cluster {
         Err(Error::Order { holder: holder.clone(), own: self.name.clone(), advice })
     }
 
-    /// Chooses where copies go.
+    /// Chooses where copies go. Those that go to another platform come with a claim on it.
     ///
     /// # Errors
     /// [`Unplaceable`].
-    pub fn place(&self, wish: &Wish, but: &[String]) -> Result<Decision, Unplaceable> {
-        let (own, view) = ((self.own)(), self.directory.members());
-        placement::place(&self.rules, wish, all(&own, &view).filter(|member| !but.contains(&member.name)))
+    pub fn place(&self, wish: &Wish, but: &[String]) -> Result<Vec<(Share, Option<Claim>)>, Unplaceable> {
+        let (own, view, now) = ((self.own)(), self.directory.members(), Instant::now());
+        // Each decision counts on those before it.
+        let mut recent = lock(&self.recent);
+        let members = all(&own, &view, &recent, now);
+        let known = members.iter().map(AsRef::as_ref).filter(|member: &&Member| !but.contains(&member.name));
+        let shares = placement::place(&self.rules, wish, known)?.shares;
+        let claimed = shares.into_iter().map(|share| {
+            // Another cluster may have a platform of the source's name.
+            let is_away = share.platform != wish.source;
+            let claim = is_away.then(|| recent.enter(&share.platform, wish.config, share.count, now));
+            (share, claim)
+        });
+        Ok(claimed.collect())
     }
 
     /// Tells what speaks for each platform, and what against it.
     pub fn explain(&self, wish: &Wish) -> Explanation {
         let (own, view) = ((self.own)(), self.directory.members());
-        placement::explain(&self.rules, wish, all(&own, &view))
+        let members = all(&own, &view, &lock(&self.recent), Instant::now());
+        placement::explain(&self.rules, wish, members.iter().map(AsRef::as_ref))
     }
 }
 
@@ -155,8 +178,10 @@ fn members(view: &View) -> impl Iterator<Item = &Member> + Clone {
     view.members.iter().map(|seen| &*seen.member)
 }
 
-/// This platform, as it is now, and the others.
-fn all<'m>(own: &'m Member, view: &'m View) -> impl Iterator<Item = &'m Member> + Clone {
-    let others = members(view).filter(|member| (&member.cluster, &member.name) != (&own.cluster, &own.name));
-    std::iter::once(own).chain(others)
+/// This platform, as it is now, and the others, with what has gone there since they have told of themselves.
+fn all<'m>(own: &'m Member, view: &'m View, recent: &Recent, now: Instant) -> Vec<Cow<'m, Member>> {
+    let is_other = |member: &Member| (&member.cluster, &member.name) != (&own.cluster, &own.name);
+    let others = view.members.iter().filter(|seen| is_other(&seen.member));
+    let others = others.map(|seen| recent.count(&seen.member, seen.told, now));
+    std::iter::once(Cow::Borrowed(own)).chain(others).collect()
 }

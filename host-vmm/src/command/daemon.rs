@@ -5,7 +5,7 @@ use std::{
     io::stdin,
     net::SocketAddr,
     path::Path,
-    sync::{Arc, Weak},
+    sync::{Arc, Mutex, Weak},
     thread,
     time::Duration,
 };
@@ -154,7 +154,8 @@ fn join(
     let Sending { lazy, connections: at_once, bandwidth, orders } = config.sending;
     let bandwidth = Some(bandwidth).filter(|bandwidth| *bandwidth > 0);
     let sending = source::Settings { connections: at_once, bandwidth, lazy };
-    Ok(Cluster { name: config.name.clone(), directory, own, credentials, rules, sending, orders, connections })
+    let (name, recent) = (config.name.clone(), Mutex::default());
+    Ok(Cluster { name, directory, own, credentials, rules, recent, sending, orders, connections })
 }
 
 /// Makes room for the files that so many VMs need.

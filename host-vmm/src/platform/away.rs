@@ -26,7 +26,7 @@ use crate::{
             source::{self, IsWanted, Wanted},
             supply::Supply,
         },
-        placement::{Where, Wish},
+        placement::{Claim, Where, Wish},
     },
     error::chain,
     fork::rendezvous::Rendezvous,
@@ -43,6 +43,8 @@ pub(super) struct Share {
     /// Its name.
     platform: String,
     slots: Vec<Slot>,
+    /// What is counted there until it knows of them itself; none where it was not chosen by its load.
+    claim: Option<Claim>,
 }
 
 /// Where the copies of a fork go.
@@ -57,7 +59,7 @@ pub(super) struct Placed {
 impl Placed {
     /// All of them on one other platform.
     pub(super) fn on(platform: &str, slots: Vec<Slot>) -> Self {
-        Self { here: Vec::new(), away: vec![Share { platform: platform.to_owned(), slots }] }
+        Self { here: Vec::new(), away: vec![Share { platform: platform.to_owned(), slots, claim: None }] }
     }
 }
 
@@ -99,16 +101,14 @@ impl Platform {
             let is_here = wish.location != Where::Remote;
             return if is_here { Ok(Placed { here: slots, away: Vec::new() }) } else { Err(Error::Alone) };
         };
-        let decision = cluster.place(wish, but).map_err(|why| Error::Place(Box::new(why)))?;
+        let shares = cluster.place(wish, but).map_err(|why| Error::Place(Box::new(why)))?;
         let mut slots = slots.into_iter();
         let mut placed = Placed::default();
-        for share in decision.shares {
+        for (share, claim) in shares {
             let own: Vec<Slot> = slots.by_ref().take(usize::try_from(share.count).unwrap_or(usize::MAX)).collect();
-            if share.platform == wish.source {
-                // Another cluster may have a platform of the same name.
-                placed.here.extend(own);
-            } else {
-                placed.away.push(Share { platform: share.platform, slots: own });
+            match claim {
+                Some(_) => placed.away.push(Share { platform: share.platform, slots: own, claim }),
+                None => placed.here.extend(own),
             }
         }
         Ok(placed)
@@ -199,12 +199,12 @@ impl Away {
     }
 
     /// Sends copies to where they are to go, or, where that can't be, to the next platform that may take them.
-    fn send_share(&self, share: Share, content: &Sent, tried: &[String]) {
-        let error = match self.prepare(&share, content) {
+    fn send_share(&self, mut share: Share, content: &Sent, tried: &[String]) {
+        let error = match self.prepare(&mut share, content) {
             Ok(prepared) => return self.finish(&share, prepared),
             Err(error) => error,
         };
-        let Share { platform, slots } = share;
+        let Share { platform, slots, .. } = share;
         let count = slots.len();
         if self.fork.is_off() {
             return self.fork.gone(count, &chain(&error));
@@ -218,7 +218,7 @@ impl Away {
         }
     }
 
-    fn prepare(&self, share: &Share, content: &Sent) -> Result<source::Prepared, Error> {
+    fn prepare(&self, share: &mut Share, content: &Sent) -> Result<source::Prepared, Error> {
         let cluster = self.platform.cluster.get().ok_or(Error::Alone)?;
         let failed = |error| Error::Send { platform: share.platform.clone(), source: Box::new(error) };
         let link = cluster.find(&share.platform).map_err(Error::Cluster)?;
@@ -227,6 +227,8 @@ impl Away {
         let (source, slots) = (cluster.name.clone(), share.slots.clone());
         let order = clone::Order { source, slots, total: self.total, lazy: self.lazy };
         let (id, is_wanted) = (new_id().map_err(Error::Id)?, self.is_wanted_at(&share.platform));
+        // The first thing that the target does is to keep room for them.
+        drop(share.claim.take());
         let listed = self.platform.transfers.list(id, &self.about, &share.platform);
         match content {
             Sent::Whole(parcel) => {
@@ -255,7 +257,7 @@ impl Away {
     }
 
     /// Says that these copies are ready, and has them run when all are.
-    fn finish(&self, Share { platform, slots }: &Share, mut prepared: source::Prepared) {
+    fn finish(&self, Share { platform, slots, .. }: &Share, mut prepared: source::Prepared) {
         let arrived = slots.iter().try_for_each(|_| self.rendezvous.arrive(self.total));
         let is_over = || self.fork.is_off() || !prepared.is_waiting();
         if let Err(error) = arrived.and_then(|()| self.rendezvous.wait_commit(is_over)) {
@@ -291,7 +293,9 @@ impl Away {
         };
         let files = std::iter::once(self.rendezvous.file()).chain(self.files.iter().map(AsRef::as_ref));
         let listed = list(&self.rendezvous, slots, self.platform.name(), Location::Local).map_err(Error::from);
-        let launched = listed.and_then(|()| self.fork.launch(&self.platform, launch, &files.collect::<Vec<_>>(), None));
+        let room = || self.platform.reserve(slots.len());
+        let launched =
+            listed.and_then(|()| self.fork.launch(&self.platform, launch, &files.collect::<Vec<_>>(), None, room()?));
         match launched.and_then(|nodes| nodes.into_iter().try_for_each(Node::serve)) {
             Ok(()) => self.fork.settled(slots.len()),
             Err(error) => self.fork.gone(slots.len(), &chain(&error)),

@@ -1,13 +1,6 @@
 //! What a platform does for clones that come to it: it keeps room for them, and launches them.
 
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
-    thread,
-    time::Duration,
-};
+use std::{sync::Arc, thread, time::Duration};
 
 use hyper::body::Bytes;
 use uuid::Uuid;
@@ -16,6 +9,7 @@ use super::{
     Error, Platform,
     copies::{Copies, Launch, Slot},
     fork::Fork,
+    registry::Reservation,
 };
 use crate::{
     arch::profile::Profile,
@@ -36,20 +30,6 @@ use crate::{
 
 /// How often it is looked for clones whose source is gone.
 const TEND: Duration = Duration::from_secs(1);
-
-/// Room for VMs that are to come. Dropping it gives the room back.
-#[derive(Debug)]
-#[must_use]
-pub struct Reservation {
-    reserved: Arc<AtomicUsize>,
-    count: usize,
-}
-
-impl Drop for Reservation {
-    fn drop(&mut self) {
-        self.reserved.fetch_sub(self.count, Ordering::Relaxed);
-    }
-}
 
 impl Platform {
     /// The memories of clones that run elsewhere, and have not got all of it yet.
@@ -87,10 +67,7 @@ impl Platform {
     /// # Errors
     /// [`Error::Full`] or [`Error::Stopping`].
     pub(crate) fn reserve(&self, count: usize) -> Result<Reservation, Error> {
-        let before = self.reserved.fetch_add(count, Ordering::Relaxed);
-        let reservation = Reservation { reserved: Arc::clone(&self.reserved), count };
-        self.registry.check_room(before.saturating_add(count), self.max_vms)?;
-        Ok(reservation)
+        self.registry.reserve(count, self.max_vms)
     }
 
     /// Checks whether this platform can run a VM that needs this.
@@ -160,6 +137,7 @@ impl Platform {
         description: Description,
         slots: &[Slot],
         total: u32,
+        room: Reservation,
     ) -> Result<Copies, Error> {
         self.check_memory(&capsule.about.vm_type, capsule.about.config, slots.len())?;
         let parcel = Parcel::new(description, capsule.files.clone()).map_err(Error::Capsule)?;
@@ -167,7 +145,7 @@ impl Platform {
         let (capsule, learned) = image.parts();
         let launch =
             Launch { is_foreign: image.is_foreign(), ..Launch::of_image(&capsule.about, learned, slots, total) };
-        Fork::of_image(self, launch, &capsule.state, &capsule.files)
+        Fork::of_image(self, launch, &capsule.state, &capsule.files, room)
     }
 
     /// Launches copies of an image whose memory is still being filled, which wait until they may run.
@@ -179,6 +157,7 @@ impl Platform {
         filling: &Arc<Filling>,
         slots: &[Slot],
         total: u32,
+        room: Reservation,
     ) -> Result<Copies, Error> {
         let capsule = filling.capsule().map_err(Error::Filling)?;
         self.check_memory(&capsule.about.vm_type, capsule.about.config, slots.len())?;
@@ -188,7 +167,7 @@ impl Platform {
             filling: Some(filling),
             ..Launch::of_image(&capsule.about, &learned, slots, total)
         };
-        Fork::of_image(self, launch, &capsule.state, &capsule.files)
+        Fork::of_image(self, launch, &capsule.state, &capsule.files, room)
     }
 
     /// The way to the source of a clone, for as long as some of its memory is missing.

@@ -7,7 +7,7 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 use vmfork_abi::{ListedCopy, Location, PLATFORM_BYTES, pad_text};
 
-use super::{Error, Platform, fork::Fork, node::Node, prefetch::Learned};
+use super::{Error, Platform, fork::Fork, node::Node, prefetch::Learned, registry::Reservation};
 use crate::{
     capsule::About,
     cluster::clone::filling::Filling,
@@ -115,12 +115,13 @@ impl Fork {
         launch: Launch<'_>,
         state: &[u8],
         files: &[Arc<File>],
+        room: Reservation,
     ) -> Result<Copies, Error> {
         let rendezvous = Arc::new(Rendezvous::new()?);
         let fork = Self::meeting_in(Arc::clone(&rendezvous));
         rendezvous.publish(state)?;
         let files: Vec<&File> = std::iter::once(rendezvous.file()).chain(files.iter().map(AsRef::as_ref)).collect();
-        let launched = fork.launch(platform, launch, &files, None);
+        let launched = fork.launch(platform, launch, &files, None, room);
         let mut copies = Copies { fork, rendezvous, vms: Vec::new(), is_decided: false };
         let ready = launched.and_then(|nodes| {
             copies.vms = nodes.iter().map(|node| node.identity().clone()).collect();

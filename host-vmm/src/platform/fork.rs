@@ -20,6 +20,7 @@ use super::{
     node::{Awaited, Node},
     prefetch::Learned,
     process::Shell,
+    registry::Reservation,
 };
 use crate::{
     api::{ForkedVm, Placement},
@@ -170,7 +171,11 @@ impl Fork {
                 fork.send_away(platform, &rendezvous, &launch, &order.target, away, image)?;
             }
             list(&rendezvous, &here, platform.name(), Location::Local)?;
-            if here.is_empty() { Ok(Vec::new()) } else { fork.launch(platform, launch, &files, standby.take()) }
+            if here.is_empty() {
+                return Ok(Vec::new());
+            }
+            let room = platform.reserve(here.len())?;
+            fork.launch(platform, launch, &files, standby.take(), room)
         });
         let served = launched.and_then(|nodes| {
             // The children are at work. What serves them can wait, and should not take the processor away from them.
@@ -203,11 +208,11 @@ impl Fork {
         launch: Launch<'_>,
         files: &[impl AsFd],
         standby: Option<Shell>,
+        mut room: Reservation,
     ) -> Result<Vec<Node>, Error> {
         let Launch { config, original, vm_type, slots, total, arrivals, seq, fault, learned, is_foreign, filling } =
             launch;
         let wanted = slots.len();
-        platform.registry.check_room(wanted, platform.max_vms)?;
         let names = platform.registry.names(vm_type, wanted);
         let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
         let (mut first, others) = match platform.prefetches {
@@ -241,6 +246,7 @@ impl Fork {
             let prefetch = std::mem::replace(&mut first, others.clone());
             let order = CopyOrder { identity, seq, arrivals, lazy: filling.is_some(), working_set: prefetch };
             let mut node = self.order(platform, shell, order, learned, files_for_next)?;
+            room.is_used();
             node.come_from(is_foreign, filling);
             nodes.push(node);
             files_for_next = &files;

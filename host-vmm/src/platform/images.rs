@@ -395,7 +395,8 @@ impl Platform {
         let slots = slots(count)?;
         let launch =
             Launch { is_foreign: image.is_foreign, ..Launch::of_image(&capsule.about, learned, &slots, count) };
-        Fork::of_image(self, launch, &capsule.state, &capsule.files)?.commit()
+        let room = self.reserve(slots.len())?;
+        Fork::of_image(self, launch, &capsule.state, &capsule.files, room)?.commit()
     }
 }
 

@@ -8,7 +8,7 @@ use std::{
     io,
     os::fd::AsFd,
     path::PathBuf,
-    sync::{Arc, Mutex, OnceLock, atomic::AtomicUsize, mpsc},
+    sync::{Arc, Mutex, OnceLock, mpsc},
     time::Duration,
 };
 
@@ -34,13 +34,13 @@ mod registry;
 mod terminal;
 mod trace;
 
-pub use cloned::Reservation;
 pub use console::ConsoleInput;
 pub(crate) use copies::is_slots;
 pub use copies::{Copies, Slot};
 pub use fork::Target;
 pub use images::Keep;
 pub use limits::{Limit, Limited};
+pub use registry::Reservation;
 pub use terminal::{Terminal, read_keys};
 
 use crate::{
@@ -152,11 +152,11 @@ pub enum Error {
         why: String,
     },
     /// There is no room for more VMs.
-    #[error("{wanted} more VMs do not fit: {running} of at most {max} are there")]
+    #[error("{wanted} more VMs do not fit: {running} of at most {max} are there, or about to be")]
     Full {
         /// How many were asked for.
         wanted: usize,
-        /// How many there are.
+        /// How many there are, with those for which room is kept.
         running: usize,
         /// The limit.
         max: usize,
@@ -324,8 +324,6 @@ pub struct Platform {
     supplies: Supplies,
     /// Clones that are being sent to others.
     transfers: Transfers,
-    /// VMs for which room is kept.
-    reserved: Arc<AtomicUsize>,
     /// The platform's place among others, if it has one.
     cluster: OnceLock<Cluster>,
     /// The CPU that its guests are shown, as text.
@@ -359,7 +357,6 @@ impl Platform {
             clones: Clones::default(),
             supplies: Supplies::default(),
             transfers: Transfers::default(),
-            reserved: Arc::default(),
             cluster: OnceLock::new(),
             offer: OnceLock::new(),
             root_end: Mutex::new(None),

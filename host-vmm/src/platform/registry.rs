@@ -2,7 +2,10 @@
 
 use std::{
     collections::{BTreeMap, btree_map},
-    sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, Weak},
+    sync::{
+        Arc, Condvar, Mutex, OnceLock, PoisonError, Weak,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -45,6 +48,32 @@ pub(super) struct Entry {
 pub(super) struct Registry {
     state: Mutex<State>,
     changed: Condvar,
+    /// VMs for which room is kept.
+    reserved: Arc<AtomicUsize>,
+}
+
+/// Room for VMs that are to come. Dropping it gives the room back.
+#[derive(Debug)]
+#[must_use]
+pub struct Reservation {
+    reserved: Arc<AtomicUsize>,
+    count: usize,
+}
+
+impl Reservation {
+    /// One of them has come.
+    pub(super) fn is_used(&mut self) {
+        if self.count > 0 {
+            self.count -= 1;
+            self.reserved.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        self.reserved.fetch_sub(self.count, Ordering::Relaxed);
+    }
 }
 
 #[derive(Debug, Default)]
@@ -84,14 +113,18 @@ impl Registry {
         (first..=state.numbered).map(|number| format!("{vm_type}.{number}")).collect()
     }
 
-    /// Whether `wanted` more VMs may come.
-    pub(super) fn check_room(&self, wanted: usize, max: usize) -> Result<(), Error> {
+    /// Keeps room for `wanted` more VMs, where there are no more than `max` then with those for which room is kept already.
+    pub(super) fn reserve(&self, wanted: usize, max: usize) -> Result<Reservation, Error> {
         let state = lock(&self.state);
-        let running = state.vms.len();
         if state.stopping {
             return Err(Error::Stopping);
         }
-        if running + wanted > max { Err(Error::Full { wanted, running, max }) } else { Ok(()) }
+        let running = state.vms.len().saturating_add(self.reserved.load(Ordering::Relaxed));
+        if running.saturating_add(wanted) > max {
+            return Err(Error::Full { wanted, running, max });
+        }
+        self.reserved.fetch_add(wanted, Ordering::Relaxed);
+        Ok(Reservation { reserved: Arc::clone(&self.reserved), count: wanted })
     }
 
     /// How many children a VM has, and how much guest memory the VMs of a type have, in bytes.
@@ -183,10 +216,10 @@ impl Registry {
         }
     }
 
-    /// How many VMs there are, and whether no more may come.
+    /// How many VMs there are, or are to come, and whether no more may come.
     pub(super) fn count(&self) -> (usize, bool) {
         let state = lock(&self.state);
-        (state.vms.len(), state.stopping)
+        (state.vms.len().saturating_add(self.reserved.load(Ordering::Relaxed)), state.stopping)
     }
 
     /// Whether there is no VM.
@@ -309,16 +342,37 @@ mod tests {
     }
 
     #[test]
+    fn room_is_kept_for_those_that_are_to_come() {
+        let registry = Registry::default();
+        let (link, _theirs) = PlatformLink::pair().unwrap();
+        let link = Arc::new(link);
+        let is_full = |wanted, there| matches!(registry.reserve(wanted, 4), Err(Error::Full { running, max: 4, .. }) if running == there);
+        let mut others = registry.reserve(3, 4).unwrap();
+        assert!(is_full(2, 3) && is_full(usize::MAX, 3));
+        assert_eq!(registry.count().0, 3);
+        registry.enter(entry(1, 0, &link)).unwrap();
+        others.is_used();
+        assert_eq!(registry.count().0, 3, "it is counted once");
+        let own = registry.reserve(1, 4).unwrap();
+        assert!(is_full(1, 4));
+        drop(others);
+        assert!(is_full(3, 2));
+        drop(own);
+        assert_eq!(registry.count().0, 1);
+        drop(registry.reserve(3, 4).unwrap());
+    }
+
+    #[test]
     fn a_platform_that_stops_takes_no_more() {
         let registry = Registry::default();
-        assert!(registry.check_room(2, 2).is_ok());
-        assert!(matches!(registry.check_room(3, 2), Err(Error::Full { wanted: 3, running: 0, max: 2 })));
+        drop(registry.reserve(2, 2).unwrap());
+        assert!(matches!(registry.reserve(3, 2), Err(Error::Full { wanted: 3, running: 0, max: 2 })));
         let (link, _theirs) = PlatformLink::pair().unwrap();
         let link = Arc::new(link);
         registry.enter(entry(1, 0, &link)).unwrap();
         registry.stop();
         assert!(matches!(link.receive(), Err(crate::wire::link::Error::Closed)));
-        assert!(matches!(registry.check_room(1, 2), Err(Error::Stopping)));
+        assert!(matches!(registry.reserve(1, 2), Err(Error::Stopping)));
         assert!(matches!(registry.enter(entry(2, 0, &link)), Err(Error::Stopping)));
         registry.leave(Uuid::from_u128(1));
         registry.wait_empty();

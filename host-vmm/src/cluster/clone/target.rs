@@ -382,7 +382,7 @@ impl Platform {
     /// [`Error`]: nothing is left of the clone then, unless its memory is not complete yet.
     pub fn prepare_clone(self: &Arc<Self>, id: Uuid) -> Result<Stage, Error> {
         let incoming = self.clones().find(id)?;
-        let (_reservation, memory) = {
+        let (room, memory) = {
             let mut progress = incoming.progress();
             match std::mem::replace(&mut *progress, Progress::Preparing) {
                 Progress::Receiving(reservation, memory) => match memory.into_complete() {
@@ -401,7 +401,7 @@ impl Platform {
                 }
             }
         };
-        let prepared = self.launch_clone(&incoming, memory);
+        let prepared = self.launch_clone(&incoming, memory, room);
         let mut progress = incoming.progress();
         // It may have been called off meanwhile.
         match prepared {
@@ -420,18 +420,23 @@ impl Platform {
         Ok(progress.stage())
     }
 
-    fn launch_clone(self: &Arc<Self>, incoming: &Incoming, memory: Complete) -> Result<Launched, Error> {
+    fn launch_clone(
+        self: &Arc<Self>,
+        incoming: &Incoming,
+        memory: Complete,
+        room: Reservation,
+    ) -> Result<Launched, Error> {
         let Order { source, slots, total, .. } = &incoming.order;
         match memory {
             Complete::Whole(assembly) => {
                 let (capsule, description) = assembly.finish()?;
-                let copies = self.launch_capsule(capsule, description, slots, *total)?;
+                let copies = self.launch_capsule(capsule, description, slots, *total, room)?;
                 Ok(Launched { copies, memory: None })
             }
             Complete::Lazy(filling) => {
                 // Copies may wait for memory before they are launched: KVM reads some of it when it is given what vCPUs had in their registers.
                 let begun = Begun::new(self, Arc::clone(&filling), source, incoming.id)?;
-                let copies = self.launch_lazily(&filling, slots, *total)?;
+                let copies = self.launch_lazily(&filling, slots, *total, room)?;
                 Ok(Launched { copies, memory: Some(begun) })
             }
         }

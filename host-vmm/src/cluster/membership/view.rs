@@ -27,6 +27,8 @@ pub struct Seen {
     pub member: Arc<Member>,
     /// When it was last certain that it is there, and says this.
     pub heard: Instant,
+    /// When it has said this.
+    pub told: Instant,
     /// How it is known.
     pub source: Source,
 }
@@ -89,8 +91,8 @@ pub(super) struct Known {
 /// What etcd has.
 #[derive(Debug, Default)]
 pub(super) struct Registered {
-    /// The platforms, by their names.
-    pub(super) members: BTreeMap<String, Arc<Member>>,
+    /// The platforms, by their names, and when each entry has come.
+    pub(super) members: BTreeMap<String, (Arc<Member>, Instant)>,
     /// When it was last certain that etcd keeps the own entry, and that nothing else has changed.
     pub(super) confirmed: Option<Instant>,
     /// Whether the own name is another platform's.
@@ -158,12 +160,18 @@ impl Known {
     fn merge(&self) -> Vec<Seen> {
         let mut all: BTreeMap<FullName, Seen> = BTreeMap::new();
         if let Some(Registered { members, confirmed: Some(heard), .. }) = &self.registered {
-            let seen = |member: &Arc<Member>| Seen { member: Arc::clone(member), heard: *heard, source: Source::Etcd };
-            all.extend(members.values().map(|member| (full_name(member), seen(member))));
+            let seen = |(member, told): &(Arc<Member>, Instant)| Seen {
+                member: Arc::clone(member),
+                heard: *heard,
+                told: *told,
+                source: Source::Etcd,
+            };
+            all.extend(members.values().map(|entry| (full_name(&entry.0), seen(entry))));
         }
         for (name, (member, heard)) in &self.answered {
             if all.get(name).is_none_or(|known| known.heard < *heard) {
-                let seen = Seen { member: Arc::clone(member), heard: *heard, source: Source::Asked };
+                let (member, source) = (Arc::clone(member), Source::Asked);
+                let seen = Seen { member, heard: *heard, told: *heard, source };
                 all.insert(name.clone(), seen);
             }
         }

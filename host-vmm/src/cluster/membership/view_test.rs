@@ -27,7 +27,8 @@ fn names(view: &View) -> Vec<(&str, &str, u32)> {
 fn register(known: &mut Known, members: &[Member], at: Instant) {
     known.change_registered(|registered| {
         registered.confirmed = Some(at);
-        registered.members = members.iter().map(|member| (member.name.clone(), Arc::new(member.clone()))).collect();
+        registered.members =
+            members.iter().map(|member| (member.name.clone(), (Arc::new(member.clone()), at))).collect();
     });
 }
 

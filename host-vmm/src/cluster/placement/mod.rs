@@ -9,6 +9,7 @@
 //! - `room`: whether a platform may take copies, and how many it has room for.
 //! - `score`: how well it is suited, as the sum of a few parts ([`Score`]).
 //! - `choice`: the policies.
+//! - `recent`: what was placed since others have told of themselves.
 //! - `reason`: the answer to "why there", and to "why not there".
 //!
 //! What platforms tell is believed as far as it is possible: numbers out of range give a bad place at worst. Each platform decides by itself
@@ -21,11 +22,13 @@ use uuid::Uuid;
 
 mod choice;
 mod reason;
+mod recent;
 mod room;
 mod rules;
 mod score;
 
 pub use reason::{Cause, Explanation, MAX_TOLD, Obstacle, Reason, Unplaceable};
+pub use recent::{Claim, Recent, count};
 pub use room::{COPY_SHARE, charge_bytes};
 pub use rules::{Error, Policy, Rule, Rules};
 pub use score::Score;

@@ -1,4 +1,7 @@
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
 use proptest::{collection::vec, prelude::*, sample::subsequence};
 
@@ -486,6 +489,36 @@ proptest! {
         });
         prop_assert_eq!(used, least);
     }
+
+    #[test]
+    fn views_that_are_old_make_no_platform_fuller_than_it_can_be(
+        members in vec((0u32..6, 0u64..4000), 2..6),
+        counts in vec(1u32..5, 1..12),
+        policies in vec(0..Policy::ALL.len(), 12),
+    ) {
+        let members: Vec<Member> = (0..).zip(&members).map(|(at, (max_vms, mib))| busy(&format!("p{at}"), |load| {
+            (load.max_vms, load.memory_available_bytes) = (*max_vms, mib * MIB);
+        })).collect();
+        let (mut recent, start, mut taken) = (Recent::default(), Instant::now(), BTreeMap::<String, Vec<u32>>::new());
+        for (count, at) in counts.into_iter().zip(policies) {
+            let (_, kind) = Policy::ALL[at];
+            let counted: Vec<_> = members.iter().map(|member| recent.count(member, start, start)).collect();
+            let wish = Wish { source: "elsewhere".to_owned(), ..wish(count) };
+            let names = members.iter().filter(|_| kind == Policy::Pinned).map(|member| member.name.clone());
+            let rules = rules(Rule { policy: kind, pinned: names.collect(), ..Rule::default() });
+            let decision = place(&rules, &wish, counted.iter().map(AsRef::as_ref));
+            for Share { platform, count } in decision.map(|decision| decision.shares).unwrap_or_default() {
+                drop(recent.enter(&platform, SHAPE, count, start));
+                taken.entry(platform).or_default().push(count);
+            }
+        }
+        for member in &members {
+            let taken = taken.remove(&member.name).unwrap_or_default();
+            prop_assert!(taken.iter().sum::<u32>() <= member.load.max_vms);
+            let charged: u64 = taken.iter().map(|count| charge_bytes(SHAPE, *count, false)).sum();
+            prop_assert!(charged <= member.load.memory_available_bytes);
+        }
+    }
 }
 
 #[test]
@@ -497,4 +530,24 @@ fn no_count_does_harm() {
         assert!(place(&rules, &wish(u32::MAX), &members).is_err(), "{policy}");
         assert_eq!(place(&rules, &wish(0), &members).unwrap().shares, [], "{policy}");
     }
+}
+
+#[test]
+fn what_was_placed_counts_until_its_platform_tells_of_it() {
+    let (mut recent, start) = (Recent::default(), Instant::now());
+    let member = busy("b", |load| load.vms = 3);
+    let vms = |recent: &Recent, told, now| recent.count(&member, told, now).load.vms;
+    let claim = recent.enter("b", SHAPE, 2, start);
+    let other = recent.enter("c", SHAPE, 9, start);
+    // However long it takes until they are sent.
+    let later = start + Duration::from_secs(3600);
+    assert_eq!((vms(&recent, start, later), vms(&recent, later, later)), (5, 5));
+    drop(claim);
+    let sent = Instant::now() + Duration::from_millis(1);
+    assert_eq!(vms(&recent, start, sent), 5);
+    assert_eq!(vms(&recent, sent, sent), 3, "it tells of them itself");
+    assert_eq!(vms(&recent, start, sent + Duration::from_secs(31)), 3, "they have not come");
+    drop(other);
+    drop(recent.enter("d", SHAPE, 1, later));
+    assert_eq!(recent.count(&idle("c"), start, start).load.vms, 0, "they are forgotten");
 }

@@ -6,7 +6,7 @@ use fastrand::Rng;
 use host_vmm::{
     cluster::{
         member::{Load, Member, Ready},
-        placement::charge_bytes,
+        placement::{charge_bytes, count},
     },
     machine::Config,
 };
@@ -63,9 +63,7 @@ pub(crate) fn room(load: &Load, config: Config, copies: u32, on_source: bool) ->
 
 /// Enters copies, and the images that they come with.
 pub(crate) fn enter(load: &mut Load, config: Config, copies: u32, on_source: bool, images: &[Uuid]) {
-    load.vms = load.vms.saturating_add(copies);
-    let charge_bytes = charge_bytes(config, copies, on_source);
-    load.memory_available_bytes = load.memory_available_bytes.saturating_sub(charge_bytes);
+    count(load, config, copies, on_source);
     load.images.retain(|image| !images.contains(image));
     load.images.extend_from_slice(images);
     let too_many = load.images.len().saturating_sub(IMAGES);

@@ -291,7 +291,7 @@ impl Registrar {
         match member {
             Some(member) if has_room => {
                 self.bad.remove(&name);
-                registered.members.insert(name, Arc::new(member));
+                registered.members.insert(name, (Arc::new(member), Instant::now()));
             }
             Some(_) => self.complain(&name, format!("there are {MAX_MEMBERS} others already")),
             None => drop(registered.members.remove(&name)),
