@@ -48,10 +48,13 @@ pub use server::{Network, ServeError, Server, serve};
 use crate::{
     capsule::{
         compat::READABLE_STATE_VERSIONS,
-        header::{OLDEST_VERSION, VERSION},
+        header::{self, OLDEST_VERSION},
     },
     cluster::{member::Member, placement::Where},
 };
+
+/// Version of the API, with which all paths begin.
+const VERSION: u32 = 1;
 
 /// The header of a piece of a log that tells where the next one begins, in bytes.
 pub const NEXT_OFFSET: &str = "host-vmm-next-offset";
@@ -87,8 +90,8 @@ impl Version {
         let states = READABLE_STATE_VERSIONS;
         Self {
             vmm: env!("CARGO_PKG_VERSION").to_owned(),
-            api: 1,
-            capsules: Versions { oldest: OLDEST_VERSION, newest: VERSION },
+            api: VERSION,
+            capsules: Versions { oldest: OLDEST_VERSION, newest: header::VERSION },
             states: Versions { oldest: *states.start(), newest: *states.end() },
         }
     }

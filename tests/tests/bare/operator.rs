@@ -173,6 +173,8 @@ fn what_somebody_may_ask_depends_on_who_he_is() {
             other => panic!("{path}: {other:?}"),
         }
     }
+    let newer = connection.ask(Method::GET, "/v2/vms", Content::none()).expect_err("a refusal").to_string();
+    assert_eq!(newer, "version 1 of this API has no such path");
     running.signal(Signal::SIGTERM).expect("a signal");
     running.end().expect("host-vmm ends");
 }

@@ -49,12 +49,8 @@ async fn openapi() -> Json<openapi::OpenApi> {
 /// The description of all that can be asked. Each question may be answered by a failure.
 fn describe() -> openapi::OpenApi {
     let mut description = all_routes().into_openapi();
-    let (failure, text) = (ContentBuilder::new().schema(Some(Ref::from_schema_name("Failure"))), ContentBuilder::new());
-    let failure = ResponseBuilder::new()
-        .description("Why it is not done; in plain text where the question can't be understood")
-        .content("application/json", failure.build())
-        .content("text/plain", text.build())
-        .build();
+    let failure = ContentBuilder::new().schema(Some(Ref::from_schema_name("Failure"))).build();
+    let failure = ResponseBuilder::new().description("Why it is not done").content("application/json", failure).build();
     for item in description.paths.paths.values_mut() {
         let operations = [&mut item.get, &mut item.put, &mut item.post, &mut item.delete];
         for operation in operations.into_iter().flatten() {

@@ -12,8 +12,12 @@ use std::{
 
 use axum::{
     Json, Router,
+    body::to_bytes,
     extract::{ConnectInfo, Request},
-    http::StatusCode,
+    http::{
+        StatusCode,
+        header::{ALLOW, CONTENT_TYPE},
+    },
     middleware::{self, Next},
     response::{IntoResponse, Response},
 };
@@ -34,7 +38,7 @@ mod platforms;
 mod supplies;
 mod vms;
 
-use super::{Failure, client};
+use super::{Failure, VERSION, client};
 use crate::{
     cluster::{
         self,
@@ -51,6 +55,9 @@ const LAST_ANSWERS: Duration = Duration::from_secs(1);
 
 /// Most threads that answer: what comes with clones is looked at by them.
 const MAX_THREADS: usize = 4;
+
+/// Longest reason of a refusal in bytes.
+const MAX_REASON_BYTES: usize = 64 << 10;
 
 /// Where other platforms, and operators elsewhere, reach a platform.
 #[derive(Debug, Clone)]
@@ -113,7 +120,7 @@ pub fn serve(platform: &Arc<Platform>, path: &Path, network: Option<&Network>) -
             }
         })?;
         address = Some(listener.address().map_err(ServeError::Address)?);
-        let routes = Router::from(shared_routes()).with_state(Arc::clone(platform));
+        let routes = in_words(shared_routes().into()).with_state(Arc::clone(platform));
         let service = routes.into_make_service_with_connect_info::<Peer>();
         let stop = wait(stopped.clone());
         tasks.spawn_on(async { axum::serve(listener, service).with_graceful_shutdown(stop).await }, runtime.handle());
@@ -121,7 +128,7 @@ pub fn serve(platform: &Arc<Platform>, path: &Path, network: Option<&Network>) -
     let listener = UnixListener::bind(path).map_err(failed)?;
     let server = Server { path: path.to_owned(), address, stop: Some(stop), ended };
     listener.set_nonblocking(true).map_err(failed)?;
-    let routes = Router::from(all_routes()).with_state(Arc::clone(platform));
+    let routes = in_words(all_routes().into()).with_state(Arc::clone(platform));
     let service = routes.into_make_service_with_connect_info::<Peer>();
     let local = async {
         let listener = tokio::net::UnixListener::from_std(listener)?;
@@ -172,6 +179,29 @@ fn shared_routes() -> OpenApiRouter<Arc<Platform>> {
         .merge(platforms::own_routes())
         .merge(clones::routes())
         .merge(supplies::routes())
+}
+
+/// Has what is not understood be refused as all else is: axum does that in plain text, or without a reason.
+fn in_words<S: Clone + Send + Sync + 'static>(routes: Router<S>) -> Router<S> {
+    routes.layer(middleware::map_response(tell))
+}
+
+async fn tell(response: Response) -> Response {
+    let status = response.status();
+    let is_told = response.headers().get(CONTENT_TYPE).is_some_and(|kind| kind == "application/json");
+    if is_told || !(status.is_client_error() || status.is_server_error()) {
+        return response;
+    }
+    let (head, body) = response.into_parts();
+    let text = to_bytes(body, MAX_REASON_BYTES).await.unwrap_or_default();
+    let why = match status {
+        StatusCode::NOT_FOUND if text.is_empty() => format!("version {VERSION} of this API has no such path"),
+        StatusCode::METHOD_NOT_ALLOWED if text.is_empty() => "nobody can do that at this path".to_owned(),
+        _ => String::from_utf8_lossy(&text).into_owned(),
+    };
+    let mut refusal = Refusal(status, why).into_response();
+    refusal.headers_mut().extend(head.headers.get(ALLOW).map(|methods| (ALLOW, methods.clone())));
+    refusal
 }
 
 /// Refuses other platforms.
@@ -273,3 +303,7 @@ impl IntoResponse for Refusal {
         (self.0, Json(Failure { error: self.1 })).into_response()
     }
 }
+
+#[cfg(test)]
+#[path = "server_test.rs"]
+mod tests;
