@@ -141,6 +141,39 @@ impl Manifest {
     }
 }
 
+/// Bytes that a manifest has for each chunk, run and layer, and beside these.
+const CHUNK_LENGTH: u64 = 44;
+const RUN_LENGTH: u64 = 24;
+const LAYER_LENGTH: u64 = 24;
+const HEAD_LENGTH: u64 = 16;
+
+/// Checks whether an image's manifest is no longer than `most` bytes, before its memory is read for it: a chunk that is all zero counts where
+/// there is memory for it.
+///
+/// # Errors
+/// [`Error::TooLarge`], or [`Error::Io`].
+pub(super) fn check_length(image: &Image, most: u64) -> Result<(), Error> {
+    let layers = image.layers().iter().map(|layer| match layer.file.metadata() {
+        Ok(metadata) => Ok((metadata.len(), layer)),
+        Err(error) => Err(Error::Io("look at a layer", error)),
+    });
+    let layers: Vec<_> = layers.collect::<Result<_, Error>>()?;
+    let length = |chunks: u64| {
+        let others = layers.iter().map(|(_, layer)| LAYER_LENGTH + layer.runs.len() as u64 * RUN_LENGTH);
+        HEAD_LENGTH.saturating_add(others.sum()).saturating_add(chunks.saturating_mul(CHUNK_LENGTH))
+    };
+    // It takes a while to look for what there is in many GiB.
+    if length(layers.iter().map(|(bytes, _)| bytes.div_ceil(CHUNK_BYTES)).sum()) <= most {
+        return Ok(());
+    }
+    let mut chunks = 0;
+    for (bytes, layer) in &layers {
+        chunks += numbers_of(&layer.file, *bytes)?.len() as u64;
+    }
+    let found = length(chunks);
+    if found > most { Err(Error::TooLarge { found, most }) } else { Ok(()) }
+}
+
 /// What is known of layers' files, which never change: to read one takes a second for some GiB.
 #[derive(Debug, Default)]
 pub struct Digests(Mutex<Vec<(FileId, Arc<FileChunks>)>>);
@@ -198,8 +231,8 @@ impl Digests {
     }
 }
 
-/// What is in a file of so many bytes.
-fn chunks_of(file: &File, bytes: u64) -> Result<Vec<Chunk>, Error> {
+/// Numbers of the chunks of a file of so many bytes for which there is memory.
+fn numbers_of(file: &File, bytes: u64) -> Result<Vec<u64>, Error> {
     let mut numbers = Vec::new();
     let mut at = 0;
     let next = |at| next_data(file, at, bytes).map_err(|error| Error::Io("look at a layer", error));
@@ -211,7 +244,12 @@ fn chunks_of(file: &File, bytes: u64) -> Result<Vec<Chunk>, Error> {
         }
         at = end;
     }
-    let chunks = parallel::map(&numbers, |data, &number| {
+    Ok(numbers)
+}
+
+/// What is in a file of so many bytes.
+fn chunks_of(file: &File, bytes: u64) -> Result<Vec<Chunk>, Error> {
+    let chunks = parallel::map(&numbers_of(file, bytes)?, |data, &number| {
         data.clear();
         let (offset, number) =
             (number * CHUNK_BYTES, u32::try_from(number).map_err(|_| Error::Invalid("a layer is too large"))?);
@@ -267,6 +305,31 @@ mod tests {
         all.learn(&apart);
         all.learn(&apart);
         assert!(lock(&all.0).len() == 1 && Arc::ptr_eq(&all.of(&file).unwrap(), &found));
+    }
+
+    #[test]
+    fn a_memory_of_which_there_is_too_much_to_say_is_told_before_it_is_read() {
+        let (all, one) = (file(&[1; 256]), file(&[0, 1, 0]));
+        let runs = |start, pages| vec![Run { page: start, file_page: 0, pages }];
+        let layers = vec![
+            Arc::new(Layer { file: Arc::new(all), runs: runs(0, 256) }),
+            Arc::new(Layer { file: Arc::new(one), runs: runs(1, 3) }),
+        ];
+        let image = Image::new(256, layers).unwrap();
+        let manifest = Manifest::of(&image, &Digests::default()).unwrap();
+        let bytes = crate::capsule::codec::encode(&manifest).unwrap().len() as u64;
+        let check = |most| check_length(&image, most);
+        let Err(Error::TooLarge { found, most: 0 }) = check(0) else { panic!("it is longer than nothing") };
+        assert_eq!(found, bytes);
+        assert!(check(found).is_ok() && check(found - 1).is_err());
+    }
+
+    #[test]
+    fn what_is_not_there_needs_no_words() {
+        let file = memory::fillable("test", MAX_RAM_BYTES).unwrap();
+        let pages = MAX_RAM_BYTES / PAGE_BYTES;
+        let image = Image::new(pages, vec![Arc::new(Layer::whole(Arc::new(file), pages))]).unwrap();
+        check_length(&image, 100).unwrap();
     }
 
     proptest! {

@@ -58,6 +58,16 @@ pub enum Error {
     /// A file can't be read or written.
     #[error("can't {0}")]
     Io(&'static str, #[source] io::Error),
+    /// There would be too much to say of it.
+    #[error(
+        "the VM's memory is too large for a capsule: what that says of it would be {found} bytes long, at 44 bytes for each 256 KiB that are in use, and may be {most}"
+    )]
+    TooLarge {
+        /// How long it would be.
+        found: u64,
+        /// How long it may be.
+        most: u64,
+    },
     /// It is something else.
     #[error("this is no capsule of a VM")]
     NoCapsule,
@@ -95,6 +105,9 @@ pub enum Error {
     UnknownPart(u32),
 }
 
+/// Longest manifest in bytes: it leaves room in a description for the state of the largest machine.
+const MAX_MANIFEST_BYTES: u64 = header::MAX_DESCRIPTION_BYTES - (4 << 20);
+
 /// All that copies of an image need.
 #[derive(Debug)]
 pub struct Capsule {
@@ -114,6 +127,7 @@ impl Capsule {
     /// [`Error`]: whatever does not fit, or can't be read.
     pub fn describe(&self, digests: &Digests) -> Result<(Description, Image), Error> {
         let (machine, image) = unpack(&self.state, &self.files)?;
+        manifest::check_length(&image, MAX_MANIFEST_BYTES)?;
         let requirements = compat::Requirements::of(&machine);
         let (about, memory) = (self.about.clone(), Manifest::of(&image, digests)?);
         Ok((Description { about, requirements, machine, memory, stored: None }, image))
@@ -125,6 +139,8 @@ impl Capsule {
     /// [`Error`]: whatever does not fit.
     pub fn outline(&self) -> Result<(Description, Image), Error> {
         let (machine, image) = unpack(&self.state, &self.files)?;
+        // Its clone runs by the time at which all of it is described.
+        manifest::check_length(&image, MAX_MANIFEST_BYTES)?;
         let requirements = compat::Requirements::of(&machine);
         let layers = image.layers().iter().map(|layer| LayerManifest::outline(layer));
         let memory = Manifest { pages: image.pages(), layers: layers.collect::<Result<_, Error>>()? };
