@@ -142,11 +142,14 @@ impl Cluster {
     /// [`Unplaceable`].
     pub fn place(&self, wish: &Wish, but: &[String]) -> Result<Vec<(Share, Option<Claim>)>, Unplaceable> {
         let (own, view, now) = ((self.own)(), self.directory.members(), Instant::now());
-        // Each decision counts on those before it.
+        let choose = |recent: &Recent| {
+            let members = all(&own, &view, recent, now);
+            let known = members.iter().map(AsRef::as_ref).filter(|member: &&Member| !but.contains(&member.name));
+            placement::place(&self.rules, wish, known)
+        };
         let mut recent = lock(&self.recent);
-        let members = all(&own, &view, &recent, now);
-        let known = members.iter().map(AsRef::as_ref).filter(|member: &&Member| !but.contains(&member.name));
-        let shares = placement::place(&self.rules, wish, known)?.shares;
+        // Each decision counts on those before it. Where that leaves no room, some of those copies may have ended: whoever is full says so.
+        let shares = choose(&recent).or_else(|_| choose(&Recent::default()))?.shares;
         let claimed = shares.into_iter().map(|share| {
             // Another cluster may have a platform of the source's name.
             let is_away = share.platform != wish.source;
