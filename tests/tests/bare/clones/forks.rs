@@ -123,8 +123,10 @@ impl Forked {
     pub(super) fn agree_with(&self, ended: &[Ended], killed: &BTreeMap<u64, &str>) {
         let copies = launched(ended);
         let mut by_fork: BTreeMap<u64, usize> = BTreeMap::new();
-        let own = copies.values().filter(|(parent, _)| *parent == self.id);
-        own.for_each(|(_, seq)| *by_fork.entry(*seq).or_default() += 1);
+        for copy in copies.values().filter(|copy| copy.parent == self.id) {
+            assert!(copy.has_said || killed.contains_key(&copy.seq), "a copy of fork {} is lost", copy.seq);
+            *by_fork.entry(copy.seq).or_default() += 1;
+        }
         let all = usize::try_from(COPIES).expect("small");
         for seq in 1..=self.last {
             let run = by_fork.get(&seq).copied().unwrap_or(0);
@@ -167,25 +169,43 @@ pub(super) fn next_fork(source: &mut Running, told: &mut Vec<Value>) -> Value {
     }
 }
 
-/// The copies that have run on platforms which have ended: parent and number of the fork of each, by its ID. None has run twice: each is there
-/// once, and has printed its index once, unless it was killed with its platform before.
-pub(super) fn launched(ended: &[Ended]) -> BTreeMap<String, (String, u64)> {
+/// A copy that has run.
+pub(super) struct Copy {
+    /// Its fork: the ID of the parent, and the number.
+    pub(super) parent: String,
+    pub(super) seq: u64,
+    /// Whether it has printed its index. One that was killed has not, or not as a whole.
+    pub(super) has_said: bool,
+}
+
+/// The copies that have run on platforms which have ended, by their IDs. None has run twice, or said so.
+pub(super) fn launched(ended: &[Ended]) -> BTreeMap<String, Copy> {
     let mut copies = BTreeMap::new();
     for platform in ended {
-        let launched = platform.events.iter().filter(|event| event["event"] == "launched");
-        let mut names = BTreeMap::new();
-        for event in launched {
-            let fork = (event["parent"].to_string(), event["seq"].as_u64().expect("a number"));
-            assert!(copies.insert(event["id"].to_string(), fork).is_none(), "a copy has run twice: {event}");
-            names.insert(event["name"].as_str().expect("a name"), event["index"].as_u64().expect("a number"));
-        }
         let mut lines: Vec<_> = platform.events.iter().filter_map(|event| console_line(event, "")).collect();
         lines.sort_unstable();
-        let right: Vec<_> = names.iter().map(|(name, index)| ((*name).to_owned(), format!("{index:08x}"))).collect();
         assert!(lines.is_sorted_by(|one, next| one.0 < next.0), "a copy has run twice: {lines:?}");
-        assert!(platform.code.is_none() || lines == right, "{lines:?} are not {right:?}");
+        for event in platform.events.iter().filter(|event| event["event"] == "launched") {
+            let name = event["name"].as_str().expect("a name");
+            let index = format!("{:08x}", event["index"].as_u64().expect("a number"));
+            let line = lines.iter().find(|(of, _)| of == name).map(|(_, line)| line.as_str());
+            assert!(line.is_none_or(|line| index.starts_with(line)), "{event} has said {line:?}");
+            let (parent, seq) = (event["parent"].to_string(), event["seq"].as_u64().expect("a number"));
+            let copy = Copy { parent, seq, has_said: line == Some(&index) };
+            assert!(copies.insert(event["id"].to_string(), copy).is_none(), "a copy has run twice: {event}");
+        }
     }
     copies
+}
+
+/// The numbers of forks of which a copy has ended otherwise than by itself.
+pub(super) fn broken(ended: &[Ended]) -> impl Iterator<Item = u64> {
+    ended.iter().flat_map(|platform| {
+        let how = |name| platform.how(name).filter(|how| **how != "PoweredOff");
+        let launched = platform.events.iter().filter(|event| event["event"] == "launched");
+        let broken = launched.filter(move |event| event["name"].as_str().and_then(how).is_some());
+        broken.filter_map(|event| event["seq"].as_u64())
+    })
 }
 
 /// Ends a target whose copies have all ended by themselves, and of which nothing is left.

@@ -10,7 +10,7 @@ use vmfork_tests::{
 };
 
 use super::{
-    forks::{Forks, Rest, TARGETS, end_target, to_targets},
+    forks::{Forks, Rest, TARGETS, broken, end_target, to_targets},
     killed::{start, start_again},
     vms,
 };
@@ -95,5 +95,7 @@ fn whatever_a_target_has_no_more_of_all_copies_run_or_none_and_the_parent_goes_o
     targets.iter().zip(before).for_each(|(target, before)| before.comes_again(target, 0));
     let forked = forks.end();
     ended.extend(targets.into_iter().map(end_target));
+    // As a target may end, so may a copy that can't have what it needs.
+    killed.extend(broken(&ended).map(|seq| (seq, "its own host")));
     forked.agree_with(&ended, &killed);
 }

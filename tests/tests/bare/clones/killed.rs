@@ -118,9 +118,10 @@ fn whenever_a_source_is_killed_its_copies_run_once_or_never_and_nobody_elses_are
     let ended = targets.map(end_target);
     forked.agree_with(&ended, &BTreeMap::new());
     let (copies, mut count) = (launched(&ended), 0);
+    assert!(copies.values().all(|copy| copy.has_said), "a copy is lost");
     for source in &killed {
         let own = source.events.iter().find(|event| event["event"] == "started").expect("a VM")["id"].to_string();
-        let run = copies.values().filter(|(parent, _)| *parent == own).count();
+        let run = copies.values().filter(|copy| copy.parent == own).count();
         count += run;
         let failed = source.forks().iter().any(|fork| fork["code"] != 0);
         assert!(run <= if failed { 0 } else { 2 }, "{run} copies of a fork have run");

@@ -200,7 +200,7 @@ fn copies_that_can_not_be_sent_where_they_should_go_are_sent_elsewhere_and_nothi
     become_equal(memory_files, || before.clone());
     sources.iter().for_each(|source| know_each_other(source, 5));
     let copies = launched(&[b, c].map(end_target));
-    assert_eq!(copies.values().map(|(_, seq)| *seq).collect::<Vec<_>>(), [1; 3]);
+    assert_eq!(copies.values().map(|copy| copy.seq).collect::<Vec<_>>(), [1; 3]);
 }
 
 #[test]
