@@ -16,6 +16,8 @@ pub const CHUNK_BYTES: u64 = CHUNK_PAGES * PAGE_BYTES;
 /// The same for what is in memory.
 const PAGE: usize = 4096;
 const CHUNK: usize = 64 * PAGE;
+/// Pages that are read at once where it is not known which of them are zero.
+const READ_PAGES: usize = 8;
 const _: () = assert!(PAGE as u64 == PAGE_BYTES && CHUNK as u64 == CHUNK_BYTES);
 
 /// A chunk to which nobody has written.
@@ -123,17 +125,18 @@ pub(super) fn write_piece(file: &File, offset: u64, bytes: u64, pages: u64, data
 /// # Errors
 /// [`Error::Io`].
 pub(super) fn read_piece(file: &File, offset: u64, bytes: u64, data: &mut Vec<u8>) -> Result<u64, Error> {
-    let start = data.len();
-    append(file, offset, usize::try_from(bytes).unwrap_or(CHUNK), data)?;
-    let pages = pages_in(&data[start..]);
-    let mut end = start;
-    for run in runs(pages) {
-        let own = start + run.start..(start + run.end).min(data.len());
-        let length = own.len();
-        data.copy_within(own, end);
-        end += length;
+    let bytes = usize::try_from(bytes).unwrap_or(CHUNK).min(CHUNK);
+    // Piece by piece: new memory has to be made page by page, and little of a chunk may be kept.
+    let (mut piece, mut pages) = ([0; READ_PAGES * PAGE], 0u64);
+    for at in (0..bytes).step_by(piece.len()) {
+        let content = &mut piece[..(bytes - at).min(READ_PAGES * PAGE)];
+        file.read_exact_at(content, offset + at as u64).map_err(|error| Error::Io("read a layer", error))?;
+        let found = pages_in(content);
+        for run in runs(found) {
+            data.extend_from_slice(&content[run.start..run.end.min(content.len())]);
+        }
+        pages |= found << (at / PAGE);
     }
-    data.truncate(end);
     Ok(pages)
 }
 

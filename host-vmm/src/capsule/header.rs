@@ -117,6 +117,16 @@ impl Header {
         Ok(header)
     }
 
+    /// Size of header and description together, in bytes, where the header is there of what begins so.
+    ///
+    /// # Errors
+    /// As [`Header::from_bytes`].
+    pub fn length_of_head(bytes: &[u8]) -> Result<Option<usize>, Error> {
+        let Some(header) = bytes.first_chunk() else { return Ok(None) };
+        let description = usize::try_from(Self::from_bytes(header)?.description_bytes);
+        Ok(Some(HEADER_BYTES.saturating_add(description.unwrap_or(usize::MAX))))
+    }
+
     /// Checks that a description is the one of this header.
     ///
     /// # Errors

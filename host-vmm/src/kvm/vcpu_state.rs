@@ -79,13 +79,14 @@ impl VcpuState {
         xcrs.iter().take(count).find(|register| register.xcr == 0).map(|register| register.value)
     }
 
-    /// The guest-physical addresses that it needs at its next instruction: that of the code and of its stack, and on the way to these, as far as
-    /// `read` knows what is in memory.
+    /// The guest-physical addresses that it needs at its next instruction, or where an interrupt or port comes first: those of the code, its
+    /// stack, descriptors, gates and task state, and on the way to these, as far as `read` knows what is in memory.
     pub fn next_addresses(&self, read: impl Fn(u64) -> Option<u64>) -> Vec<u64> {
-        let kvm_sregs { cr0, cr3, cr4, efer, cs, ss, .. } = self.sregs;
+        let kvm_sregs { cr0, cr3, cr4, efer, cs, ss, tr, gdt, idt, .. } = self.sregs;
         let paging = Paging { cr0, cr3, cr4, efer };
-        let linear = [cs.base.wrapping_add(self.regs.rip), ss.base.wrapping_add(self.regs.rsp)];
-        linear.into_iter().flat_map(|linear| paging.walk(linear, &read)).collect()
+        let (code, stack) = (cs.base.wrapping_add(self.regs.rip), ss.base.wrapping_add(self.regs.rsp));
+        let linear = [code, stack, gdt.base, idt.base, tr.base].into_iter();
+        linear.flat_map(|linear| paging.walk(linear, &read)).collect()
     }
 
     /// Size of the XSAVE area in bytes.
@@ -310,6 +311,18 @@ fn host_tsc() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_vcpu_needs_next_is_its_code_its_stack_and_its_tables() {
+        let mut state = VcpuState::sample(Vec::new(), Vec::new(), 0, 4096);
+        (state.regs.rip, state.regs.rsp, state.sregs.cs.base) = (0x10, 0x20, 0x1000);
+        (state.sregs.gdt.base, state.sregs.idt.base, state.sregs.tr.base) = (0x2000, 0x3000, 0x4000);
+        // Without paging, nothing has to be looked up.
+        assert_eq!(state.next_addresses(|_| None), [0x1010, 0x20, 0x2000, 0x3000, 0x4000]);
+        // With it: the first table's entry, which says that nothing is there.
+        (state.sregs.cr0, state.sregs.cr3, state.sregs.efer) = (1 << 31, 0x9000, 1 << 10);
+        assert_eq!(state.next_addresses(|_| Some(0)), [0x9000; 5]);
+    }
 
     #[test]
     fn elapsed_time_is_counted_as_the_guest_counts_it() {

@@ -4,7 +4,7 @@ use std::{io, sync::Arc};
 
 use axum::{
     Json, RequestPartsExt,
-    body::{Body, to_bytes},
+    body::{Body, Bytes},
     extract::{
         ConnectInfo, FromRequestParts, Path, State,
         rejection::{ExtensionRejection, PathRejection},
@@ -17,7 +17,7 @@ use uuid::Uuid;
 
 use super::{Refusal, work};
 use crate::{
-    capsule::header::{HEADER_BYTES, MAX_DESCRIPTION_BYTES},
+    capsule::{self, Header, header::MAX_DESCRIPTION_BYTES},
     cluster::{
         clone::{Error, Missing, Order, Stage, record::Records},
         peer::{Peer, Role},
@@ -86,16 +86,71 @@ async fn clone_stage(Ordered { platform, id }: Ordered) -> Result<Json<Stage>, R
     Ok(Json(platform.clone_stage(id)?))
 }
 
-/// Checks whether a clone can run here.
+/// Checks whether a clone can run here, and takes in what comes of its memory behind that: what it needs before all else.
 #[utoipa::path(
     put, path = "/v1/clones/{id}/capsule", params(("id" = Uuid, Path)),
-    request_body(content_type = "application/octet-stream", description = "Header and description of its capsule"),
-    responses((status = 200, description = "The chunks of its memory that are not here yet", body = Missing))
+    request_body(
+        content_type = "application/octet-stream",
+        description = "Header and description of its capsule, and then, of a lazy clone, chunks of its memory as records"
+    ),
+    responses((status = 200, description = "The chunks of its memory that are to come before it can run", body = Missing))
 )]
-async fn describe_clone(Ordered { platform, id }: Ordered, body: Body) -> Result<Json<Missing>, Refusal> {
-    let most = usize::try_from(MAX_DESCRIPTION_BYTES).unwrap_or(usize::MAX).saturating_add(HEADER_BYTES);
-    let capsule = to_bytes(body, most).await.map_err(|error| Refusal(StatusCode::BAD_REQUEST, chain(&error)))?;
-    Ok(Json(work(move || platform.describe_clone(id, &capsule)).await?))
+async fn describe_clone(Ordered { platform, id }: Ordered, mut body: Body) -> Result<Json<Missing>, Refusal> {
+    let described = take_capsule(&platform, id, &mut body).await;
+    if described.is_err() {
+        // Who still sends may not hear of it else.
+        let mut most = MAX_DESCRIPTION_BYTES;
+        while let Ok(Some(piece)) = next_piece(&mut body).await
+            && most > 0
+        {
+            most = most.saturating_sub(piece.len() as u64);
+        }
+    }
+    described.map(Json)
+}
+
+async fn take_capsule(platform: &Platform, id: Uuid, body: &mut Body) -> Result<Missing, Refusal> {
+    let mut capsule = Vec::new();
+    let behind = loop {
+        let piece = next_piece(body).await?.ok_or(Error::Capsule(capsule::Error::NoCapsule))?;
+        capsule.extend_from_slice(&piece);
+        if let Some(length) = Header::length_of_head(&capsule).map_err(Error::Capsule)?
+            && capsule.len() >= length
+        {
+            break capsule.split_off(length);
+        }
+    };
+    let missing = work(|| platform.describe_clone(id, &capsule))?;
+    take_records(platform, id, behind.into(), body).await?;
+    Ok(missing)
+}
+
+/// The next piece of a body, unless that has come to its end.
+async fn next_piece(body: &mut Body) -> Result<Option<Bytes>, Error> {
+    loop {
+        let Some(frame) = body.frame().await else { return Ok(None) };
+        let frame = frame.map_err(|error| Error::Chunks(io::Error::other(error)))?;
+        if let Ok(data) = frame.into_data() {
+            return Ok(Some(data));
+        }
+    }
+}
+
+/// Takes in records: those of a first piece, and of what comes behind it.
+async fn take_records(platform: &Platform, id: Uuid, first: Bytes, body: &mut Body) -> Result<(), Error> {
+    let mut intake = None;
+    let (mut records, mut piece) = (Records::default(), Some(first));
+    while let Some(data) = piece {
+        if !data.is_empty() {
+            let intake = match &intake {
+                Some(intake) => intake,
+                None => intake.insert(platform.clone_memory(id)?),
+            };
+            records.push(&data, |chunk, data| intake.take(chunk, data)).map_err(Error::Chunks)?;
+        }
+        piece = next_piece(body).await?;
+    }
+    records.finish().map_err(Error::Chunks)
 }
 
 /// Takes chunks of a clone's memory in as they come, on as many connections as the source likes.
@@ -108,33 +163,26 @@ async fn describe_clone(Ordered { platform, id }: Ordered, body: Body) -> Result
     responses((status = 204, description = "All of them are here"))
 )]
 async fn take_chunks(Ordered { platform, id }: Ordered, mut body: Body) -> Result<StatusCode, Refusal> {
-    let intake = platform.clone_memory(id)?;
-    let mut records = Records::default();
-    while let Some(frame) = body.frame().await {
-        let frame = frame.map_err(|error| Error::Chunks(io::Error::other(error)))?;
-        let Some(piece) = frame.data_ref() else { continue };
-        records.push(piece, |chunk, data| intake.take(chunk, data)).map_err(Error::Chunks)?;
-    }
-    records.finish().map_err(Error::Chunks)?;
+    take_records(&platform, id, Bytes::new(), &mut body).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
 /// Launches the copies, which wait.
 #[utoipa::path(post, path = "/v1/clones/{id}/prepare", params(("id" = Uuid, Path)), responses((status = 200, description = "How far it is", body = Stage)))]
 async fn prepare_clone(Ordered { platform, id }: Ordered) -> Result<Json<Stage>, Refusal> {
-    Ok(Json(work(move || platform.prepare_clone(id)).await?))
+    Ok(Json(work(|| platform.prepare_clone(id))?))
 }
 
 /// Lets the copies run.
 #[utoipa::path(post, path = "/v1/clones/{id}/commit", params(("id" = Uuid, Path)), responses((status = 200, description = "How far it is", body = Stage)))]
 async fn commit_clone(Ordered { platform, id }: Ordered) -> Result<Json<Stage>, Refusal> {
-    Ok(Json(work(move || platform.commit_clone(id)).await?))
+    Ok(Json(work(|| platform.commit_clone(id))?))
 }
 
 /// Undoes a clone that does not run yet.
 #[utoipa::path(delete, path = "/v1/clones/{id}", params(("id" = Uuid, Path)), responses((status = 200, description = "How far it is", body = Stage)))]
 async fn abort_clone(Ordered { platform, id }: Ordered) -> Result<Json<Stage>, Refusal> {
-    Ok(Json(work(move || platform.abort_clone(id)).await?))
+    Ok(Json(work(|| platform.abort_clone(id))?))
 }
 
 impl From<Error> for Refusal {

@@ -41,7 +41,7 @@ async fn images(State(platform): State<Arc<Platform>>) -> Result<Json<Vec<Image>
     responses((status = 200, description = "The image", body = Image))
 )]
 async fn image(State(platform): State<Arc<Platform>>, Path(id): Path<String>) -> Result<Json<Image>, Refusal> {
-    Ok(Json(work(move || platform.image(&id)).await?))
+    Ok(Json(work(|| platform.image(&id))?))
 }
 
 /// Lets go of an image. VMs that run from it go on.
@@ -50,7 +50,7 @@ async fn image(State(platform): State<Arc<Platform>>, Path(id): Path<String>) ->
     responses((status = 204, description = "It is not kept any more"))
 )]
 async fn remove_image(State(platform): State<Arc<Platform>>, Path(id): Path<String>) -> Result<StatusCode, Refusal> {
-    work(move || platform.remove_image(&id)).await?;
+    work(|| platform.remove_image(&id))?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -65,7 +65,7 @@ async fn spawn(
     Json(Spawn { count }): Json<Spawn>,
 ) -> Result<Json<Spawned>, Refusal> {
     check_count(count)?;
-    let copies = work(move || platform.spawn(&id, count)).await?;
+    let copies = work(|| platform.spawn(&id, count))?;
     Ok(Json(Spawned { vms: copies.into_iter().map(|vm| Copied { id: vm.id, name: vm.name }).collect() }))
 }
 
@@ -86,7 +86,7 @@ async fn save_image(
     Json(Place { path, compress }): Json<Place>,
 ) -> Result<StatusCode, Refusal> {
     check_absolute(&path)?;
-    work(move || platform.save_image(&id, &path, compress)).await?;
+    work(|| platform.save_image(&id, &path, compress))?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -100,7 +100,7 @@ async fn load_image(
     Json(Place { path, .. }): Json<Place>,
 ) -> Result<Json<Image>, Refusal> {
     check_absolute(&path)?;
-    Ok(Json(work(move || platform.load_image(&path)).await?))
+    Ok(Json(work(|| platform.load_image(&path))?))
 }
 
 fn check_absolute(path: &path::Path) -> Result<(), Refusal> {

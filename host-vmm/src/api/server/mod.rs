@@ -248,14 +248,9 @@ impl Drop for Server {
     }
 }
 
-/// Does what takes a while: not on the thread that answers others.
-async fn work<T, E>(work: impl FnOnce() -> Result<T, E> + Send + 'static) -> Result<T, Refusal>
-where
-    T: Send + 'static,
-    E: Into<Refusal> + Send + 'static,
-{
-    let done = tokio::task::spawn_blocking(work).await;
-    done.map_err(|error| Refusal(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))?.map_err(Into::into)
+/// Does what takes a while. Another thread answers others meanwhile; to have it done by another one would cost who waits for it two wake-ups.
+fn work<T, E: Into<Refusal>>(work: impl FnOnce() -> Result<T, E>) -> Result<T, Refusal> {
+    tokio::task::block_in_place(work).map_err(Into::into)
 }
 
 /// Why a request is not served.

@@ -47,7 +47,7 @@ async fn pass_on<T: DeserializeOwned + Send + 'static>(
     wish: CloneWish,
 ) -> Result<Json<T>, Refusal> {
     let path = path.map_err(|error| Refusal(StatusCode::BAD_REQUEST, error.to_string()))?;
-    Ok(Json(work(move || platform.pass_on(&from, &path, &wish)).await?))
+    Ok(Json(work(|| platform.pass_on(&from, &path, &wish))?))
 }
 
 /// Forks one VM that runs, though its guest has not asked for it, into copies on another platform: by its name, its ID, or how that begins.
@@ -90,7 +90,7 @@ async fn clone_image(
     check(&platform, &peer, &wish)?;
     match wish {
         CloneWish { from: None, to, count, lazy } => {
-            Ok(Json(Spawned { vms: work(move || platform.clone_image(&id, &to, count, lazy)).await? }))
+            Ok(Json(Spawned { vms: work(|| platform.clone_image(&id, &to, count, lazy))? }))
         }
         CloneWish { from: Some(from), to, count, lazy } => {
             pass_on(platform, from, client::image_clone_path(&id), CloneWish { from: None, to, count, lazy }).await

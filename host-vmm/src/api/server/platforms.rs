@@ -57,5 +57,5 @@ async fn place(State(platform): State<Arc<Platform>>, Json(wish): Json<Wish>) ->
     if wish.images.len() > MAX_IMAGES {
         return Err(Refusal(StatusCode::BAD_REQUEST, format!("a VM is of at most {MAX_IMAGES} images")));
     }
-    Ok(Json(work(move || platform.explain(&wish)).await?))
+    Ok(Json(work(|| platform.explain(&wish))?))
 }

@@ -72,7 +72,7 @@ async fn supply_manifest(
     Path(id): Path<Uuid>,
 ) -> Result<Bytes, Refusal> {
     let supply = find(&platform, id, &peer)?;
-    work(move || platform.manifest(&supply)).await
+    work(|| platform.manifest(&supply))
 }
 
 /// Lets go of that memory, since all of it has come.

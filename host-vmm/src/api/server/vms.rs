@@ -46,7 +46,7 @@ struct Wanted {
 #[utoipa::path(get, path = "/v1/vms", responses((status = 200, description = "Those that there are, and who they come from", body = Vms)))]
 async fn vms(State(platform): State<Arc<Platform>>) -> Result<Json<Vms>, Refusal> {
     // It reads from /proc for each VM.
-    work(move || Ok::<_, Error>(Json(platform.vms()))).await
+    work(|| Ok::<_, Error>(Json(platform.vms())))
 }
 
 /// Shows one VM, by its name, its ID, or how that begins.
@@ -55,7 +55,7 @@ async fn vms(State(platform): State<Arc<Platform>>) -> Result<Json<Vms>, Refusal
     responses((status = 200, description = "The VM", body = Vm))
 )]
 async fn vm(State(platform): State<Arc<Platform>>, Path(id): Path<String>) -> Result<Json<Vm>, Refusal> {
-    Ok(Json(work(move || platform.vm(&id)).await?))
+    Ok(Json(work(|| platform.vm(&id))?))
 }
 
 /// Stops one VM, by its name, its ID, or how that begins.
@@ -66,7 +66,7 @@ async fn vm(State(platform): State<Arc<Platform>>, Path(id): Path<String>) -> Re
     responses((status = 204, description = "It has ended"))
 )]
 async fn stop_vm(State(platform): State<Arc<Platform>>, Path(id): Path<String>) -> Result<StatusCode, Refusal> {
-    work(move || platform.stop_vm(&id)).await?;
+    work(|| platform.stop_vm(&id))?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -93,7 +93,7 @@ pub(super) async fn fork(
     target: Target,
 ) -> Result<Json<Forked>, Refusal> {
     check_count(count)?;
-    Ok(Json(Forked { vms: work(move || platform.fork_vm(&id, count, target)).await? }))
+    Ok(Json(Forked { vms: work(|| platform.fork_vm(&id, count, target))? }))
 }
 
 /// Reads the log of a VM's console, from an offset on: at most 1 MiB at once.
@@ -116,7 +116,7 @@ async fn vm_log(
 ) -> Result<Response, Refusal> {
     let mut follower = (wait_ms > 0).then(|| platform.follow_log());
     platform.await_log(&id, from, Duration::from_millis(wait_ms).min(MAX_WAIT)).await?;
-    let piece = work(move || platform.log(&id, from)).await?;
+    let piece = work(|| platform.log(&id, from))?;
     if let Some(follower) = &mut follower {
         follower.comes_again = !piece.is_last;
     }

@@ -12,8 +12,8 @@
 //!  DELETE /v1/clones/ID                                 ──►  nothing is left of it
 //! ```
 //!
-//! A lazy clone is described without what is in its memory. Of that, only the chunks go first that are needed at once; the copies are launched
-//! and committed as others are, and the [rest](filling) is had from the source while they run:
+//! A lazy clone is described without what is in its memory. Of that, only the chunks go first that are needed at once, right behind the
+//! description; the copies are launched and committed as others are, and the [rest](filling) is had from the source while they run:
 //!
 //! ```text
 //!  target                                                    source

@@ -1,7 +1,7 @@
 //! The side that sends clones out.
 
 use std::{
-    fmt, io,
+    fmt, io, iter,
     ops::Range,
     sync::{
         Arc, Mutex,
@@ -35,9 +35,6 @@ const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// How long it tries to commit: the lease, and time for a target that notices its end late.
 const COMMIT_LIMIT: Duration = LEASE.saturating_mul(2);
 
-/// Chunks of a lazy clone that are read before its target says that it can take it.
-const READ_AHEAD: usize = 32;
-
 /// Why a clone is not made.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -53,9 +50,6 @@ pub enum Error {
     /// It was undone there.
     #[error("the target has undone the clone: {0}")]
     Aborted(String),
-    /// The image can't be read.
-    #[error("can't read the image")]
-    Read(#[source] io::Error),
     /// A thread could not be started, or failed.
     #[error("can't send on several connections")]
     Thread(#[source] io::Error),
@@ -181,7 +175,7 @@ impl Target {
 
     /// Tells it what the capsule says of itself, and has it say what it lacks.
     fn describe(&self, head: &Bytes) -> Result<Missing, client::Error> {
-        self.insist(LEASE, |connection, path| describe(connection, path, head))
+        self.insist(LEASE, |connection, path| describe(connection, path, iter::once(Ok(head.clone()))))
     }
 
     fn stage(&self, limit: Duration) -> Result<Stage, client::Error> {
@@ -205,9 +199,13 @@ impl Target {
     }
 }
 
-fn describe(connection: &mut Connection, path: &str, head: &Bytes) -> Result<Missing, client::Error> {
-    let head = Content::Pieces(Box::new(std::iter::once(Ok(head.clone()))));
-    let missing: Missing = connection.ask_for(Method::PUT, &format!("{path}/capsule"), head)?;
+fn describe(
+    connection: &mut Connection,
+    path: &str,
+    capsule: impl Iterator<Item = io::Result<Bytes>> + Send + 'static,
+) -> Result<Missing, client::Error> {
+    let capsule = Content::Pieces(Box::new(capsule));
+    let missing: Missing = connection.ask_for(Method::PUT, &format!("{path}/capsule"), capsule)?;
     if missing.is_sound() { Ok(missing) } else { Err(connection.answer_error("it misses what can't be missing")) }
 }
 
@@ -261,27 +259,17 @@ pub fn send_lazily(
     working_set: Option<&WorkingSet>,
     is_wanted: IsWanted,
 ) -> Result<Prepared, Error> {
-    let first = supply.first_chunks(working_set);
-    // Some of it is read while the target looks whether it can take the clone.
-    let (mut prepared, read) = thread::scope(|scope| {
-        let read = || first.iter().take(READ_AHEAD).map(|chunk| supply.record(*chunk)).collect::<io::Result<Vec<_>>>();
-        let read = thread::Builder::new().name("clone".into()).spawn_scoped(scope, read).map_err(Error::Thread)?;
-        let prepared = Prepared::order(link, id, order, is_wanted)?;
-        prepared.target.describe(supply.head())?;
-        Ok::<_, Error>((prepared, joined(read)?.map_err(Error::Read)?))
-    })?;
+    let mut prepared = Prepared::order(link, id, order, is_wanted)?;
     prepared.supply = Some(Arc::clone(supply));
     let target = &prepared.target;
+    let first = supply.first_chunks(working_set);
     target.insist(LEASE, |connection, path| {
-        let (supply, is_wanted, read) = (Arc::clone(supply), Arc::clone(&target.is_wanted), read.clone());
-        let records = first.clone().into_iter().enumerate().map(move |(number, chunk)| {
+        let (head, supply, is_wanted) = (supply.head().clone(), Arc::clone(supply), Arc::clone(&target.is_wanted));
+        let chunks = first.clone().into_iter().map(move |chunk| {
             check_wanted(&is_wanted)?;
-            let record = read.get(number).map_or_else(|| supply.record(chunk), |record| Ok(record.clone()))?;
-            supply.wait_for_turn(&record);
-            Ok(record)
+            supply.record_in_turn(chunk)
         });
-        let records = Content::Pieces(Box::new(records));
-        connection.ask(Method::POST, &format!("{path}/chunks"), records)
+        describe(connection, path, iter::once(Ok(head)).chain(chunks))
     })?;
     if (target.is_wanted)() == Wanted::No {
         return Err(Error::CalledOff);
@@ -441,7 +429,7 @@ fn send_memory(
                 target.insist(LEASE, |connection, path| {
                     // What has come before the connection broke need not come again.
                     if std::mem::replace(&mut again, true) {
-                        let missing = describe(connection, path, parcel.head())?;
+                        let missing = describe(connection, path, iter::once(Ok(parcel.head().clone())))?;
                         rest.retain(|chunk| missing.has(*chunk));
                     }
                     let pieces = Pieces {

@@ -40,9 +40,8 @@ const LOOKED_AT: Duration = Duration::from_secs(300);
 /// How long a source keeps a memory for a target that does not ask for it.
 const KEPT: Duration = Duration::from_secs(60);
 
-/// Bytes from the start of the guest's memory that are sent before the clone runs: Linux keeps there what processors share at their start, and
-/// a KVM that emulates page tables can't wait for the first page.
-const FIRST_BYTES: u64 = 2 << 20;
+/// Pages from the start of the guest's memory that are sent before the clone runs: a KVM that emulates page tables can't wait for the first one.
+const FIRST_PAGES: u64 = 1;
 
 /// Why memory can't be had.
 #[derive(Debug, thiserror::Error)]
@@ -187,7 +186,7 @@ impl Supply {
 
     /// The chunks that are sent before the clone runs: the first ones, what vCPUs need to go on, and those of a working set.
     pub fn first_chunks(&self, working_set: Option<&WorkingSet>) -> Vec<u32> {
-        let first = (0, FIRST_BYTES / PAGE_BYTES);
+        let first = (0, FIRST_PAGES);
         let vcpus = self.description.machine.vcpus.iter();
         let next = vcpus.flat_map(|vcpu| vcpu.next_addresses(|gpa| self.word(gpa)));
         let next = next.filter_map(|gpa| Some((layout::ram_page(Gpa(gpa))?, 1)));
@@ -214,19 +213,15 @@ impl Supply {
         record::append(records, position, |data| layer.read_unknown(file, number, data))
     }
 
-    /// A chunk as it travels.
+    /// A chunk as it travels, once it may be sent.
     ///
     /// # Errors
     /// Where it does not exist, or can't be read.
-    pub fn record(&self, position: u32) -> io::Result<Bytes> {
+    pub fn record_in_turn(&self, position: u32) -> io::Result<Bytes> {
         let mut record = Vec::new();
         self.append(position, &mut record)?;
-        Ok(record.into())
-    }
-
-    /// Waits until a chunk may be sent.
-    pub fn wait_for_turn(&self, record: &[u8]) {
         self.pace.wait(record.len() as u64);
+        Ok(record.into())
     }
 
     /// Some chunks, for a target that asks for them, each as soon as it may be sent.
