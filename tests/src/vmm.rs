@@ -12,6 +12,7 @@ use std::{
 
 use anyhow::{Context, bail};
 use nix::{
+    fcntl::{OFlag, open},
     sys::{
         signal::{Signal, kill},
         stat::Mode,
@@ -30,6 +31,12 @@ use crate::{
 
 /// How long a test waits for something to happen. Guests in the lab are slow, and two tests run at a time.
 pub const PATIENCE: Duration = Duration::from_secs(180);
+
+/// How often it is looked whether one that tells nothing has ended.
+const LOOK_AROUND: Duration = Duration::from_secs(1);
+
+/// Name of the way for its events.
+const EVENTS: &str = "events";
 
 /// Name of the socket of each platform's API.
 const SOCKET: &str = "api.sock";
@@ -108,7 +115,7 @@ impl Vmm {
     /// Where `host-vmm` can't be started.
     pub fn start(self) -> anyhow::Result<Running> {
         let folder = TempDir::with_prefix("vmfork-test-")?;
-        let fifo = folder.path().join("events");
+        let fifo = folder.path().join(EVENTS);
         mkfifo(&fifo, Mode::S_IRUSR | Mode::S_IWUSR)?;
         let host_vmm = assets::path("bin/host-vmm");
         let mut command = network::command(self.host.as_ref(), &host_vmm);
@@ -119,7 +126,7 @@ impl Vmm {
         let logs = folder.path().join("logs");
         if let Some(config) = &self.config {
             let file = folder.path().join("platform.toml");
-            let config = format!("events = \"events\"\nlog_dir = \"logs\"\napi = \"{SOCKET}\"\n{config}");
+            let config = format!("events = \"{EVENTS}\"\nlog_dir = \"logs\"\napi = \"{SOCKET}\"\n{config}");
             std::fs::write(&file, config)?;
             command.arg("--config").arg(file);
         } else {
@@ -305,10 +312,22 @@ impl Running {
     pub fn end(mut self) -> anyhow::Result<Ended> {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            match self.events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            match self.events.recv_timeout(LOOK_AROUND) {
                 Ok(event) => self.seen.push(event),
-                Err(RecvTimeoutError::Timeout) => bail!("no end within {PATIENCE:?}{}", last_lines(&self.seen)),
                 Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Timeout) if Instant::now() >= deadline => {
+                    bail!("no end within {PATIENCE:?}{}", last_lines(&self.seen))
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    if self.process.try_wait()?.is_some() {
+                        // It may have been killed before it has opened the way for its events, and somebody waits for that.
+                        drop(open(
+                            &self.folder.path().join(EVENTS),
+                            OFlag::O_WRONLY | OFlag::O_NONBLOCK,
+                            Mode::empty(),
+                        ));
+                    }
+                }
             }
         }
         let status = self.process.wait()?;
