@@ -32,6 +32,7 @@ use crate::{
     fork::rendezvous::Rendezvous,
     machine::new_id,
     memory::WorkingSet,
+    threads,
 };
 
 /// How many platforms are tried for copies that could not be launched where they were to go.
@@ -258,6 +259,12 @@ impl Away {
 
     /// Says that these copies are ready, and has them run when all are.
     fn finish(&self, Share { platform, slots, .. }: &Share, mut prepared: source::Prepared) {
+        // The parent is about to go on: who is woken up on its processor waits for the next tick.
+        if let Some(processor) = self.fork.parents_processor()
+            && let Err(error) = threads::keep_off(None, processor)
+        {
+            tracing::debug!(%error, "copies may run later than they could");
+        }
         let arrived = slots.iter().try_for_each(|_| self.rendezvous.arrive(self.total));
         let is_over = || self.fork.is_off() || !prepared.is_waiting();
         if let Err(error) = arrived.and_then(|()| self.rendezvous.wait_commit(is_over)) {
