@@ -14,7 +14,7 @@ use super::{
 use crate::{
     arch::profile::Profile,
     capsule::{
-        self, Assembly, Capsule, Description, Incompatible,
+        self, About, Assembly, Capsule, Description, Incompatible,
         compat::{Offer, Requirements},
     },
     cluster::clone::{
@@ -98,12 +98,18 @@ impl Platform {
         self.offer().map_or(true, |offer| offer.is_foreign(&description.requirements, vcpus))
     }
 
-    /// Has shells made ready for a clone while its memory comes.
-    pub(crate) fn expect(&self, description: &Description) {
+    /// Has shells made ready for copies of a clone while its memory comes, where there may be so many.
+    ///
+    /// # Errors
+    /// [`Error::Limit`].
+    pub(crate) fn expect(&self, description: &Description, count: usize) -> Result<(), Error> {
+        let About { vm_type, config, .. } = &description.about;
+        self.check_memory(vm_type, *config, count)?;
         // Others are made when it is launched.
         if !self.is_foreign(description) {
-            self.pool.expect(description.about.config);
+            self.pool.expect(*config);
         }
+        Ok(())
     }
 
     /// An image's memory that is about to come in. What other images here have of it is there already.

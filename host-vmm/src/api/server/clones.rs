@@ -138,16 +138,10 @@ async fn next_piece(body: &mut Body) -> Result<Option<Bytes>, Error> {
 
 /// Takes in records: those of a first piece, and of what comes behind it.
 async fn take_records(platform: &Platform, id: Uuid, first: Bytes, body: &mut Body) -> Result<(), Error> {
-    let mut intake = None;
+    let intake = platform.clone_memory(id)?;
     let (mut records, mut piece) = (Records::default(), Some(first));
     while let Some(data) = piece {
-        if !data.is_empty() {
-            let intake = match &intake {
-                Some(intake) => intake,
-                None => intake.insert(platform.clone_memory(id)?),
-            };
-            records.push(&data, |chunk, data| intake.take(chunk, data)).map_err(Error::Chunks)?;
-        }
+        records.push(&data, |chunk, data| intake.take(chunk, data)).map_err(Error::Chunks)?;
         piece = next_piece(body).await?;
     }
     records.finish().map_err(Error::Chunks)

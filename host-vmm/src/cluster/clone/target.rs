@@ -342,7 +342,7 @@ impl Platform {
             // Some of it may have come since its source has said so before.
             return Ok(Missing { chunks: memory.missing() });
         }
-        self.expect(&description);
+        self.expect(&description, incoming.order.slots.len())?;
         let memory = if incoming.order.lazy {
             Memory::Lazy(Arc::new(Filling::new(description)?))
         } else {

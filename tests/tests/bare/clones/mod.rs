@@ -415,3 +415,20 @@ fn whatever_is_changed_on_the_way_no_clone_is_another_one() {
         assert_eq!(numbers(&lines, name), expected, "{name}");
     }
 }
+
+#[test]
+fn a_platform_keeps_a_shell_for_clones_of_a_shape_that_has_come_before() {
+    let platforms = Platforms::new(&["a", "b"]);
+    let target = Vmm::serve(&platforms.config("b", "ready = 1")).start().expect("a platform");
+    let (mut source, _kernel) = source(&platforms.config("a", ""), 1);
+    know_each_other(&source, 2);
+    assert_eq!(fork_again(&mut source, 1), [FORKED]);
+    let name = vms(&target, 1)[0]["name"].as_str().expect("a name").to_owned();
+    target.ask(&["stop", &name]).expect("a VM that is there");
+    vms(&target, 0);
+    // What nobody needs any more is let go of at once.
+    thread::sleep(Duration::from_secs(1));
+    let known =
+        wait_until(&target, &["platforms", "--json"], |known| known["platforms"][0]["load"]["ready"][0]["shells"] == 1);
+    assert_eq!(known["platforms"][0]["load"]["ready"][0]["config"]["ram_bytes"], 64 << 20);
+}
