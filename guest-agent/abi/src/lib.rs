@@ -15,13 +15,15 @@
 #![forbid(unsafe_code)]
 
 pub mod cpuid;
+pub mod device;
 pub mod doorbell;
 pub mod flags;
 mod page;
+mod part;
 mod status;
 
 pub use page::{
-    CopyList, Header, Identity, Layout, ListedCopy, PAGE, PAGE_BYTES, Part, REGION_BYTES, Request, Response,
+    CopyList, Generation, Header, Identity, Layout, ListedCopy, PAGE, PAGE_BYTES, Part, REGION_BYTES, Request, Response,
 };
 pub use status::{ErrorCode, Location, Role, Status};
 

@@ -1,14 +1,13 @@
-//! The control page: five parts at fixed offsets, each written by one side only.
+//! The control page: parts at fixed offsets, each written by one side only.
 
-use core::mem::size_of;
-
-use crate::{MAX_CHILDREN, NAME_BYTES, PLATFORM_BYTES, VM_TYPE_BYTES};
+use crate::{MAX_CHILDREN, NAME_BYTES, PLATFORM_BYTES, VM_TYPE_BYTES, part::part};
 
 /// Size of the control page in bytes.
 pub const PAGE_BYTES: usize = 4096;
 
-/// What a VMM that lists copies shows from the page's address on, in bytes: the page, and the pages behind it that a long list reaches into.
-pub const REGION_BYTES: usize = (PAGE.copies.offset + PAGE.copies.bytes).next_multiple_of(PAGE_BYTES);
+/// What a VMM shows from the page's address on, in bytes: the page, the pages behind it that a long list of copies reaches into, and the page of
+/// the [`Generation`].
+pub const REGION_BYTES: usize = PAGE.generation.offset + PAGE_BYTES;
 
 /// Offset in bytes and size in bytes of a part of the control page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,6 +32,9 @@ pub struct Layout {
     /// [`CopyList`] and its [`ListedCopy`]s, written by the VMM. Where there are many, they reach beyond the page. A guest finds them by the
     /// header, which says whether there are any.
     pub copies: Part,
+    /// [`Generation`], written by the VMM, on a page of its own, which a kernel can let every process read. A guest finds it by the header, which
+    /// says whether there is one.
+    pub generation: Part,
 }
 
 /// Where each part lies. What lies between and behind them is reserved.
@@ -41,80 +43,11 @@ pub const PAGE: Layout = Layout {
     request: Part { offset: 64, bytes: Request::BYTES },
     response: Part { offset: 192, bytes: Response::BYTES },
     identity: Part { offset: 256, bytes: Identity::BYTES },
-    copies: Part { offset: 768, bytes: CopyList::at(MAX_CHILDREN as usize) },
+    copies: COPIES,
+    generation: Part { offset: (COPIES.offset + COPIES.bytes).next_multiple_of(PAGE_BYTES), bytes: Generation::BYTES },
 };
 
-/// A fixed-size field and its little-endian bytes.
-trait Field: Sized {
-    fn put(&self, out: &mut [u8]);
-    fn get(bytes: &[u8]) -> Self;
-}
-
-macro_rules! integer_field {
-    ($($integer:ty),+) => {$(
-        impl Field for $integer {
-            fn put(&self, out: &mut [u8]) {
-                out.copy_from_slice(&self.to_le_bytes());
-            }
-            fn get(bytes: &[u8]) -> Self {
-                let mut raw = [0; size_of::<Self>()];
-                raw.copy_from_slice(bytes);
-                Self::from_le_bytes(raw)
-            }
-        }
-    )+};
-}
-integer_field!(u32, u64);
-
-impl<const N: usize> Field for [u8; N] {
-    fn put(&self, out: &mut [u8]) {
-        out.copy_from_slice(self);
-    }
-    fn get(bytes: &[u8]) -> Self {
-        let mut raw = [0; N];
-        raw.copy_from_slice(bytes);
-        raw
-    }
-}
-
-/// Declares a part: the struct, its offsets checked at compile time, and its way to bytes and back.
-macro_rules! part {
-    ($(#[$about:meta])* $name:ident ($bytes:literal) { $($(#[$doc:meta])* $at:literal $field:ident: $kind:ty,)+ }) => {
-        $(#[$about])*
-        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-        #[repr(C)]
-        pub struct $name { $($(#[$doc])* pub $field: $kind,)+ }
-
-        const _: () = {
-            assert!(size_of::<$name>() == $bytes);
-            assert!(0 $(+ size_of::<$kind>())+ == $bytes, "padding");
-            $(assert!(core::mem::offset_of!($name, $field) == $at);)+
-        };
-
-        impl $name {
-            /// Size in bytes.
-            pub const BYTES: usize = $bytes;
-
-            /// The part as it stands in the page.
-            pub fn to_bytes(&self) -> [u8; $bytes] {
-                let mut bytes = [0; $bytes];
-                $(self.$field.put(&mut bytes[$at..$at + size_of::<$kind>()]);)+
-                bytes
-            }
-
-            /// The part that these bytes of the page hold. Every bit pattern is one: the fields are not checked.
-            pub fn from_bytes(bytes: &[u8; $bytes]) -> Self {
-                Self { $($field: Field::get(&bytes[$at..$at + size_of::<$kind>()]),)+ }
-            }
-        }
-
-        impl Default for $name {
-            fn default() -> Self {
-                Self::from_bytes(&[0; $bytes])
-            }
-        }
-    };
-}
+const COPIES: Part = Part { offset: 768, bytes: CopyList::at(MAX_CHILDREN as usize) };
 
 part! {
     /// What the page is.
@@ -129,8 +62,10 @@ part! {
         16 copies_offset: u32,
         /// Size in bytes of the list with as many [`ListedCopy`]s as there can be; zero where this VMM lists no copies.
         20 copies_bytes: u32,
+        /// Offset in bytes of the [`Generation`] from the page's first byte, a multiple of [`PAGE_BYTES`]; zero where this VMM has none.
+        24 generation_offset: u32,
         /// Zero.
-        24 reserved: [u8; 40],
+        28 reserved: [u8; 36],
     }
 }
 
@@ -222,6 +157,17 @@ part! {
     }
 }
 
+part! {
+    /// How many forks lie between this VM and a booted one, for processes to look at without a system call. It changes in every copy before the
+    /// copy runs, whoever asked for the fork, and never in a parent. In a VM that has moved to a VMM without it, its bytes are all ones.
+    Generation (64) {
+        /// As in [`Identity`].
+        0 generation: u64,
+        /// Zero.
+        8 reserved: [u8; 56],
+    }
+}
+
 impl CopyList {
     /// Offset in bytes of the [`ListedCopy`] number `number`, counted from 0, from the list's first byte.
     pub const fn at(number: usize) -> usize {
@@ -235,7 +181,10 @@ const _: () = {
     assert!(PAGE.response.offset + PAGE.response.bytes <= PAGE.identity.offset);
     assert!(PAGE.identity.offset + PAGE.identity.bytes <= PAGE.copies.offset);
     assert!(PAGE.copies.offset + CopyList::at(1) <= PAGE_BYTES, "a short list costs no further page");
-    assert!(PAGE.copies.offset.is_multiple_of(8));
+    assert!(PAGE.copies.offset & 7 == 0);
+    assert!(PAGE.generation.offset & (PAGE_BYTES - 1) == 0);
+    assert!(PAGE.copies.offset + PAGE.copies.bytes <= PAGE.generation.offset);
+    assert!(Generation::BYTES <= PAGE_BYTES);
     assert!(REGION_BYTES <= u32::MAX as usize);
 };
 
@@ -271,6 +220,6 @@ mod tests {
     fn a_list_of_as_many_copies_as_there_can_be_fits() {
         assert_eq!((PAGE.copies.offset, PAGE.copies.bytes), (768, 64 + 1024 * 64));
         assert_eq!((CopyList::at(0), CopyList::at(1)), (64, 128));
-        assert_eq!(REGION_BYTES, 17 * PAGE_BYTES);
+        assert_eq!((PAGE.generation.offset, REGION_BYTES), (17 * PAGE_BYTES, 18 * PAGE_BYTES));
     }
 }
