@@ -8,15 +8,20 @@ pub(crate) trait Field: Sized {
     fn get(bytes: &[u8]) -> Self;
 }
 
+/// Copies as many bytes as both have. Unlike `copy_from_slice` it can't panic, for which the kernel module has no use.
+fn copy(from: &[u8], to: &mut [u8]) {
+    to.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
+}
+
 macro_rules! integer_field {
     ($($integer:ty),+) => {$(
         impl Field for $integer {
             fn put(&self, out: &mut [u8]) {
-                out.copy_from_slice(&self.to_le_bytes());
+                copy(&self.to_le_bytes(), out);
             }
             fn get(bytes: &[u8]) -> Self {
                 let mut raw = [0; core::mem::size_of::<Self>()];
-                raw.copy_from_slice(bytes);
+                copy(bytes, &mut raw);
                 Self::from_le_bytes(raw)
             }
         }
@@ -26,11 +31,11 @@ integer_field!(u32, u64);
 
 impl<const N: usize> Field for [u8; N] {
     fn put(&self, out: &mut [u8]) {
-        out.copy_from_slice(self);
+        copy(self, out);
     }
     fn get(bytes: &[u8]) -> Self {
         let mut raw = [0; N];
-        raw.copy_from_slice(bytes);
+        copy(bytes, &mut raw);
         raw
     }
 }

@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The fork, in the order in which it happens.
+
+use kernel::{error::Error, prelude::*};
+use vmfork_abi::{ErrorCode, Identity, Request, Role};
+
+use crate::{
+    bindings,
+    control_page::{Account, Failure},
+    device::Device,
+    identity::{self, monotonic_ns},
+    priority::Raised,
+    turn::Turn,
+};
+
+/// How often, and after what time in milliseconds, a request is made again that is refused since an operator forks this VM. For most of that
+/// time the VM stands still.
+const TRIES: u32 = 100;
+const PAUSE: u32 = 10;
+
+/// What came of a request, in the VM in which this is looked at.
+pub(crate) struct Outcome {
+    /// `Ok` where the fork was made and this VM is who it should be.
+    pub(crate) result: Result,
+    /// Why the VMM refused.
+    pub(crate) code: ErrorCode,
+    /// Who this VM is, where the fork was made.
+    pub(crate) account: Option<Account>,
+}
+
+impl Outcome {
+    fn failed(error: Error) -> Self {
+        Self {
+            result: Err(error),
+            code: ErrorCode::None,
+            account: None,
+        }
+    }
+}
+
+impl Device {
+    /// Forks the VM, and returns in the parent and in every child. Of the copies, a parent is told as many as fit into `copies`.
+    pub(crate) fn fork(&self, request: &Request, deadline_ns: u64, copies: &mut [u8]) -> Outcome {
+        let turn = match Turn::take(self, deadline_ns) {
+            Ok(turn) => turn,
+            Err(error) => return Outcome::failed(error),
+        };
+        for _ in 1..TRIES {
+            let outcome = self.fork_once(request, copies);
+            if outcome.code != ErrorCode::Busy {
+                return outcome;
+            }
+            if let Err(error) = turn.pause(PAUSE, deadline_ns) {
+                return Outcome::failed(error);
+            }
+        }
+        self.fork_once(request, copies)
+    }
+
+    /// Asks for a fork once. The caller has its turn.
+    fn fork_once(&self, request: &Request, copies: &mut [u8]) -> Outcome {
+        let raised = Raised::new();
+        let rung_at_ns = monotonic_ns();
+        let outcome = match self.page().exchange(request, copies, || self.ring()) {
+            // From here on there are several VMs, and this is any one of them.
+            Ok(account) => {
+                let result = self.assume(&account.identity, Some(rung_at_ns));
+                self.note(&account.identity);
+                Outcome {
+                    result,
+                    code: ErrorCode::None,
+                    account: Some(account),
+                }
+            }
+            Err(Failure::Refused(code)) => Outcome {
+                code,
+                ..Outcome::failed(errno(bindings::ECONNREFUSED))
+            },
+            Err(Failure::NotAnswered) => Outcome::failed(errno(bindings::ENOLINK)),
+            Err(Failure::Nonsense { status, error }) => {
+                pr_warn!("the VMM answered with status {status} and error {error}, which mean nothing together\n");
+                Outcome::failed(errno(bindings::EPROTO))
+            }
+        };
+        drop(raised);
+        outcome
+    }
+
+    /// Makes the hypercall. If KVM does not hand it on, the request stays unanswered.
+    fn ring(&self) {
+        let result = self
+            .hypercall()
+            .ring(self.page().gpa(), vmfork_abi::doorbell::FORK);
+        if result != vmfork_abi::doorbell::HYPERCALL_ANSWERED {
+            pr_warn!("the hypercall returned {result}\n");
+        }
+    }
+
+    /// Makes this VM the one that `identity` describes: the seed everywhere, clock and uevent in a child only. Without the time at which the
+    /// fork was asked for, the clock stays as it is.
+    ///
+    /// # Errors
+    ///
+    /// `EPROTO` where the role is not one of a fork's two, `EUCLEAN` where a child's clock can't be set.
+    pub(crate) fn assume(&self, identity: &Identity, rung_at_ns: Option<u64>) -> Result {
+        self.generator().reseed(&identity.seed);
+        match Role::from_number(identity.role) {
+            Some(Role::Parent) => Ok(()),
+            Some(Role::Child) => {
+                let stepped = rung_at_ns.map_or(Ok(()), |at| {
+                    identity::step_clock(identity.wall_clock_ns, at)
+                });
+                self.announce(identity);
+                stepped.map_err(|_| errno(bindings::EUCLEAN))
+            }
+            Some(Role::Booted) | None => Err(errno(bindings::EPROTO)),
+        }
+    }
+}
+
+/// The error with one of the numbers for which the `kernel` crate has no name.
+pub(crate) fn errno(number: u32) -> Error {
+    Error::from_errno(-(number as i32))
+}

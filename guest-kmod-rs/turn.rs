@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! One fork at a time, whoever asks.
+
+use kernel::{
+    error::Error,
+    prelude::*,
+    sync::CondVarTimeoutResult,
+    time::{msecs_to_jiffies, Msecs},
+};
+
+use crate::{bindings, device::Device, identity::monotonic_ns};
+
+/// Longest wait in one go, in milliseconds.
+const LONG: u64 = 60_000;
+
+/// The right to fork this VM, given up on drop. A copy of the VM holds it in its own kernel, and gives it up there.
+pub(crate) struct Turn<'a> {
+    device: &'a Device,
+    /// Of the VM that the caller has asked in.
+    generation: u32,
+}
+
+impl<'a> Turn<'a> {
+    /// Waits until no other caller has it, or until the monotonic time `deadline_ns` where that is not zero.
+    ///
+    /// # Errors
+    ///
+    /// `ERESTARTSYS` where a signal comes first, `ETIMEDOUT`, or `ESTALE` where this is a copy that came about meanwhile.
+    pub(crate) fn take(device: &'a Device, deadline_ns: u64) -> Result<Self> {
+        let generation = device.page().identity().generation;
+        let mut state = device.state().lock();
+        while state.forking {
+            let signalled = if deadline_ns == 0 {
+                device.turn().wait_interruptible(&mut state)
+            } else {
+                let left_ns = deadline_ns.saturating_sub(monotonic_ns());
+                if left_ns == 0 {
+                    return Err(timed_out());
+                }
+                let left_ms = left_ns.div_ceil(1_000_000).min(LONG) as Msecs;
+                let woken = device
+                    .turn()
+                    .wait_interruptible_timeout(&mut state, msecs_to_jiffies(left_ms));
+                matches!(woken, CondVarTimeoutResult::Signal { .. })
+            };
+            if signalled {
+                return Err(ERESTARTSYS);
+            }
+        }
+        if is_past(deadline_ns) {
+            return Err(timed_out());
+        }
+        state.forking = true;
+        drop(state);
+        let turn = Self { device, generation };
+        turn.check_original()?;
+        Ok(turn)
+    }
+
+    /// Waits a moment for whoever else forks this VM: an operator.
+    ///
+    /// # Errors
+    ///
+    /// As [`Turn::take`].
+    pub(crate) fn pause(&self, pause_ms: u32, deadline_ns: u64) -> Result {
+        // SAFETY: The caller may sleep, and holds no lock.
+        let left_ms = unsafe { bindings::msleep_interruptible(pause_ms) };
+        self.check_original()?;
+        if left_ms != 0 {
+            return Err(ERESTARTSYS);
+        }
+        if is_past(deadline_ns) {
+            return Err(timed_out());
+        }
+        Ok(())
+    }
+
+    /// Checks that this is not a copy of the VM that the caller has asked in.
+    fn check_original(&self) -> Result {
+        if self.device.page().identity().generation == self.generation {
+            Ok(())
+        } else {
+            Err(Error::from_errno(-(bindings::ESTALE as i32)))
+        }
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.device.state().lock().forking = false;
+        self.device.turn().notify_all();
+    }
+}
+
+fn is_past(deadline_ns: u64) -> bool {
+    deadline_ns != 0 && monotonic_ns() >= deadline_ns
+}
+
+fn timed_out() -> Error {
+    Error::from_errno(-(bindings::ETIMEDOUT as i32))
+}

@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! VM fork from Linux: the device `/dev/vmfork`.
+//!
+//! Its interface is described in the crate `vmfork_abi`, module `device`. A fork's way through the module:
+//!
+//! ```text
+//! ioctl      the arguments are copied in and checked, and room for the answer is touched
+//! turn       one caller after another; a signal or the deadline ends the wait
+//! priority   the caller goes above every other task of its CPU
+//! fork       the request is written, and the hypercall made   ->  parent       children
+//! identity   who this VM is now                                   seed         seed, clock, uevent
+//! device     whoever reads or polls is told; then the caller gets its answer
+//! ```
+//!
+//! Everything unsafe is in `bindings` (what the kernel offers), `control_page` (memory that the VMM writes too), `hypercall`, `priority`, `seed`,
+//! `identity`, and `file` (calls from the VFS).
+
+mod bindings;
+mod control_page;
+mod device;
+mod file;
+mod fork;
+mod hypercall;
+mod identity;
+mod ioctl;
+mod priority;
+mod seed;
+mod turn;
+mod vmm;
+mod wait_queue;
+
+use kernel::prelude::*;
+
+use crate::device::Registration;
+
+module! {
+    type: VmFork,
+    name: "vmfork",
+    author: "The vmfork authors",
+    description: "Lets processes fork the virtual machine that they run in",
+    license: "GPL",
+}
+
+/// The module: its device, for as long as it is loaded.
+struct VmFork {
+    _device: Registration,
+}
+
+impl kernel::Module for VmFork {
+    fn init(module: &'static ThisModule) -> Result<Self> {
+        Ok(Self {
+            _device: Registration::new(module)?,
+        })
+    }
+}
