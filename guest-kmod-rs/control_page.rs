@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The control page, and the pages behind it, as this module uses them: what they are, who this VM is, and one request with its answer.
+//! The control page, and the pages behind it, as this module uses them: what they are, who this VM
+//! is, and one request with its answer.
 //!
-//! The VMM writes this memory too. So each part is copied out once, by volatile reads, and only the copy is looked at.
+//! The VMM writes this memory too. So each part is copied out once, by volatile reads, and only the
+//! copy is looked at.
 
 use core::{
     ptr::{addr_of_mut, NonNull},
@@ -20,7 +22,8 @@ use crate::bindings;
 /// Most that a VMM may show from the page's address on, in bytes.
 const MAX_BYTES: usize = 1 << 20;
 
-/// A control page whose header was checked. Nobody else has it: a kernel with `CONFIG_IO_STRICT_DEVMEM` keeps `/dev/mem` away from it meanwhile.
+/// A control page whose header was checked. Nobody else has it: a kernel with
+/// `CONFIG_IO_STRICT_DEVMEM` keeps `/dev/mem` away from it meanwhile.
 pub(crate) struct ControlPage {
     memory: Memory,
     _claim: Claim,
@@ -49,7 +52,8 @@ impl ControlPage {
     ///
     /// # Errors
     ///
-    /// `ENODEV` where it is none, `EBUSY` where another driver has it, `ENOMEM`; the kernel's log tells more.
+    /// `ENODEV` where it is none, `EBUSY` where another driver has it, `ENOMEM`; the kernel's log
+    /// tells more.
     pub(crate) fn open(interface: &Interface) -> Result<Self> {
         let gpa = interface.control_page_gpa;
         let header = Header::from_bytes(&Memory::map(gpa, PAGE_BYTES)?.read(PAGE.header.offset)?);
@@ -105,8 +109,9 @@ impl ControlPage {
         Identity::from_bytes(&self.part(PAGE.identity.offset))
     }
 
-    /// Who this VM is, and how it came out of its latest fork; of the copies, as many as fit go to `copies`. Where an operator forks the VM
-    /// meanwhile, this begins in the one and ends in its copy: the copy starts again.
+    /// Who this VM is, and how it came out of its latest fork; of the copies, as many as fit go to
+    /// `copies`. Where an operator forks the VM meanwhile, this begins in the one and ends in its
+    /// copy: the copy starts again.
     pub(crate) fn account(&self, copies: &mut [u8]) -> Account {
         loop {
             let identity = self.identity();
@@ -118,7 +123,8 @@ impl ControlPage {
         }
     }
 
-    /// Writes the request, rings by `ring`, and reads the answer: what the page says of the VM that this has returned in.
+    /// Writes the request, rings by `ring`, and reads the answer: what the page says of the VM that
+    /// this has returned in.
     ///
     /// # Errors
     ///
@@ -148,8 +154,8 @@ impl ControlPage {
         Response::from_bytes(&self.part(PAGE.response.offset))
     }
 
-    /// Copies as many of the listed copies out as fit, and returns how many there are. Where the list is, is asked anew each time: this VM may
-    /// have gone to a VMM that has none, or another.
+    /// Copies as many of the listed copies out as fit, and returns how many there are. Where the
+    /// list is, is asked anew each time: this VM may have gone to a VMM that has none, or another.
     fn copies(&self, copies: &mut [u8]) -> u32 {
         let offset = self.header().copies_offset as usize;
         let Some(list) = Some(offset)

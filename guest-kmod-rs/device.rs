@@ -36,7 +36,8 @@ pub(crate) struct Device {
     pollers: WaitQueue,
 }
 
-// SAFETY: `misc` is the kernel's, which locks it; `operations` does not change. All else is `Send` by itself.
+// SAFETY: `misc` is the kernel's, which locks it; `operations` does not change. All else is `Send`
+// by itself.
 unsafe impl Send for Device {}
 // SAFETY: As above.
 unsafe impl Sync for Device {}
@@ -45,7 +46,8 @@ unsafe impl Sync for Device {}
 pub(crate) struct State {
     /// Whether a caller has its turn.
     pub(crate) forking: bool,
-    /// How many forks this VM has come out of since the module was loaded, as far as the module has seen.
+    /// How many forks this VM has come out of since the module was loaded, as far as the module has
+    /// seen.
     pub(crate) forks: u64,
     /// Of the VM, when it was last looked at.
     generation: u32,
@@ -64,12 +66,13 @@ impl Registration {
     ///
     /// # Errors
     ///
-    /// `ENODEV` where there is no VMM that can fork this VM by a hypercall, or what its parts return. The kernel's log tells more.
+    /// `ENODEV` where there is no VMM that can fork this VM by a hypercall, or what its parts
+    /// return. The kernel's log tells more.
     pub(crate) fn new(module: &'static ThisModule) -> Result<Self> {
         let interface = vmm::detect()?;
         let hypercall = Hypercall::detect();
         if !hypercall.is_handed_on() {
-            pr_err!("this host's KVM does not hand hypercalls on to its VMM: processes can fork by the doorbell's port only\n");
+            pr_err!("KVM does not hand hypercalls on: only the doorbell's port is left\n");
             return Err(ENODEV);
         }
         let page = ControlPage::open(&interface)?;
@@ -97,8 +100,8 @@ impl Registration {
         let misc = device.misc.get();
         // SAFETY: Nobody else has the device yet.
         unsafe { (*misc).fops = &device.operations };
-        // SAFETY: The device is complete and pinned. It goes away after `misc_deregister` alone, and not while a file is open, since each holds
-        // the module.
+        // SAFETY: The device is complete and pinned. It goes away after `misc_deregister` alone,
+        // and not while a file is open, since each holds the module.
         kernel::error::to_result(unsafe { bindings::misc_register(misc) })?;
         pr_info!("control page at {:#x}\n", device.page.gpa());
         Ok(Self { device })
@@ -152,8 +155,9 @@ impl Device {
         &self.pollers
     }
 
-    /// The state, after forks that did not come by this device were noticed: an operator's, or by the doorbell's port. Nothing tells the module
-    /// of such a one, so that it sees to the copy's seed when it next looks.
+    /// The state, after forks that did not come by this device were noticed: an operator's, or by
+    /// the doorbell's port. Nothing tells the module of such a one, so that it sees to the copy's
+    /// seed when it next looks.
     pub(crate) fn up_to_date(&self) -> Guard<'_, State, kernel::sync::lock::mutex::MutexBackend> {
         let mut state = self.state.lock();
         let identity = self.page.identity();

@@ -55,7 +55,8 @@ pub(crate) fn operations(module: &'static ThisModule) -> bindings::file_operatio
 /// Called by the VFS as `open`.
 unsafe extern "C" fn open(_inode: *mut bindings::inode, file: *mut bindings::file) -> c_int {
     from_result(|| {
-        // SAFETY: `misc_open` has put the device there, and the file keeps the module, and so the device, until `release`.
+        // SAFETY: `misc_open` has put the device there, and the file keeps the module, and so the
+        // device, until `release`.
         let device: &'static Device = unsafe { Device::from_misc((*file).private_data.cast()) };
         let client = KBox::new(
             Client {
@@ -162,7 +163,8 @@ unsafe extern "C" fn mmap(file: *mut bindings::file, area: *mut bindings::vm_are
             return Err(EINVAL);
         }
         let (frame, protection) = ((gpa / PAGE_BYTES as u64) as c_ulong, area.vm_page_prot);
-        // SAFETY: The area is new and one page long, and the page is the VMM's, with nothing in it that is not for everyone.
+        // SAFETY: The area is new and one page long, and the page is the VMM's, with nothing in it
+        // that is not for everyone.
         let result = unsafe {
             bindings::remap_pfn_range(
                 area,

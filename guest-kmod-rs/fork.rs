@@ -14,8 +14,8 @@ use crate::{
     turn::Turn,
 };
 
-/// How often, and after what time in milliseconds, a request is made again that is refused since an operator forks this VM. For most of that
-/// time the VM stands still.
+/// How often, and after what time in milliseconds, a request is made again that is refused since an
+/// operator forks this VM. For most of that time the VM stands still.
 const TRIES: u32 = 100;
 const PAUSE: u32 = 10;
 
@@ -40,7 +40,8 @@ impl Outcome {
 }
 
 impl Device {
-    /// Forks the VM, and returns in the parent and in every child. Of the copies, a parent is told as many as fit into `copies`.
+    /// Forks the VM, and returns in the parent and in every child. Of the copies, a parent is told
+    /// as many as fit into `copies`.
     pub(crate) fn fork(&self, request: &Request, deadline_ns: u64, copies: &mut [u8]) -> Outcome {
         let turn = match Turn::take(self, deadline_ns) {
             Ok(turn) => turn,
@@ -79,7 +80,7 @@ impl Device {
             },
             Err(Failure::NotAnswered) => Outcome::failed(errno(bindings::ENOLINK)),
             Err(Failure::Nonsense { status, error }) => {
-                pr_warn!("the VMM answered with status {status} and error {error}, which mean nothing together\n");
+                pr_warn!("status {status} and error {error} mean nothing together\n");
                 Outcome::failed(errno(bindings::EPROTO))
             }
         };
@@ -97,12 +98,13 @@ impl Device {
         }
     }
 
-    /// Makes this VM the one that `identity` describes: the seed everywhere, clock and uevent in a child only. Without the time at which the
-    /// fork was asked for, the clock stays as it is.
+    /// Makes this VM the one that `identity` describes: the seed everywhere, clock and uevent in a
+    /// child only. Without the time at which the fork was asked for, the clock stays as it is.
     ///
     /// # Errors
     ///
-    /// `EPROTO` where the role is not one of a fork's two, `EUCLEAN` where a child's clock can't be set.
+    /// `EPROTO` where the role is not one of a fork's two, `EUCLEAN` where a child's clock can't be
+    /// set.
     pub(crate) fn assume(&self, identity: &Identity, rung_at_ns: Option<u64>) -> Result {
         self.generator().reseed(&identity.seed);
         match Role::from_number(identity.role) {

@@ -2,7 +2,8 @@
 
 //! The instruction that leaves the VM: `vmcall` on Intel's CPUs, `vmmcall` on AMD's.
 //!
-//! KVM takes the other maker's instruction too, but only by patching it in place, which faults where kernel text can't be written.
+//! KVM takes the other maker's instruction too, but only by patching it in place, which faults
+//! where kernel text can't be written.
 
 use core::arch::{asm, x86_64::__cpuid};
 
@@ -11,7 +12,8 @@ use vmfork_abi::doorbell::HYPERCALL;
 /// Makers whose CPUs have `vmmcall`, as CPUID leaf 0 spells them in EBX, EDX and ECX.
 const VMMCALL: [[u8; 12]; 2] = [*b"AuthenticAMD", *b"HygonGenuine"];
 
-/// What KVM answers where it does not hand the hypercall on to a VMM (`KVM_ENOSYS` of linux/kvm_para.h).
+/// What KVM answers where it does not hand the hypercall on to a VMM (`KVM_ENOSYS` of
+/// linux/kvm_para.h).
 const NOT_HANDED_ON: i64 = -1000;
 
 /// How this CPU makes a hypercall.
@@ -38,20 +40,23 @@ impl Hypercall {
         }
     }
 
-    /// Whether the VMM has told KVM to hand the hypercall on. Nothing is asked of the VMM for it: KVM refuses zero pages itself.
+    /// Whether the VMM has told KVM to hand the hypercall on. Nothing is asked of the VMM for it:
+    /// KVM refuses zero pages itself.
     pub(crate) fn is_handed_on(&self) -> bool {
         self.call(0, 0, 0) != NOT_HANDED_ON
     }
 
-    /// Rings the doorbell of the control page at `gpa` with `command`, and returns the hypercall's result.
+    /// Rings the doorbell of the control page at `gpa` with `command`, and returns the hypercall's
+    /// result.
     pub(crate) fn ring(&self, gpa: u64, command: u32) -> i64 {
         self.call(gpa, 1, command)
     }
 
     fn call(&self, gpa: u64, pages: u64, command: u32) -> i64 {
         let result: i64;
-        // SAFETY: The call changes RAX, and the control page, which is only ever looked at as memory that somebody else writes. RBX, which the
-        // compiler keeps for itself, is as it was when the block ends. A copy of this VM goes on here with the same registers and memory.
+        // SAFETY: The call changes RAX, and the control page, which is only ever looked at as
+        // memory that somebody else writes. RBX, which the compiler keeps for itself, is as it was
+        // when the block ends. A copy of this VM goes on here with the same registers and memory.
         unsafe {
             asm!(
                 "xchg {gpa}, rbx",

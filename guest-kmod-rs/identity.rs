@@ -18,8 +18,8 @@ pub(crate) fn monotonic_ns() -> u64 {
     u64::try_from(unsafe { bindings::ktime_get() }).unwrap_or(0)
 }
 
-/// Sets the wall clock of a copy whose vCPUs were started at `started_ns` since 1970, for a request that was made at the monotonic time
-/// `rung_at_ns`.
+/// Sets the wall clock of a copy whose vCPUs were started at `started_ns` since 1970, for a request
+/// that was made at the monotonic time `rung_at_ns`.
 ///
 /// # Errors
 ///
@@ -35,7 +35,8 @@ pub(crate) fn step_clock(started_ns: u64, rung_at_ns: u64) -> Result {
     kernel::error::to_result(unsafe { bindings::do_settimeofday64(&time) })
 }
 
-/// Tells user space, by a uevent of the device behind `kobject`, that this is a copy: `VMFORK_ROLE=child`, and who it is.
+/// Tells user space, by a uevent of the device behind `kobject`, that this is a copy:
+/// `VMFORK_ROLE=child`, and who it is.
 ///
 /// # Safety
 ///
@@ -54,7 +55,8 @@ pub(crate) unsafe fn announce(kobject: *mut bindings::kobject, identity: &Identi
     for (pointer, variable) in environment.iter_mut().zip(&mut variables) {
         *pointer = variable.0.as_mut_ptr().cast();
     }
-    // SAFETY: The object is registered, as the caller says. The strings end with NUL, the array with null, and both live until the call returns.
+    // SAFETY: The object is registered, as the caller says. The strings end with NUL, the array
+    // with null, and both live until the call returns.
     let result = unsafe {
         bindings::kobject_uevent_env(
             kobject,

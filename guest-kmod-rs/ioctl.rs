@@ -148,7 +148,8 @@ fn request(arguments: &ForkArguments) -> Result<Request> {
     })
 }
 
-/// An identity as processes may see it: with the seed, they could tell what the kernel's generator gives to others.
+/// An identity as processes may see it: with the seed, they could tell what the kernel's generator
+/// gives to others.
 fn public(identity: Identity) -> [u8; Identity::BYTES] {
     Identity {
         seed: [0; 64],

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The calling task above every other of its CPU, so that none of them runs in a copy that is not itself yet.
+//! The calling task above every other of its CPU, so that none of them runs in a copy that is not
+//! itself yet.
 
 use core::mem::size_of;
 
@@ -12,7 +13,8 @@ const TOP: u32 = 99;
 /// Nice value zero, as `static_prio` has it (DEFAULT_PRIO of linux/sched/prio.h).
 const DEFAULT_PRIO: i32 = 120;
 
-/// The calling task, raised for as long as this lives. It is not for other tasks: whoever makes it drops it.
+/// The calling task, raised for as long as this lives. It is not for other tasks: whoever makes it
+/// drops it.
 pub(crate) struct Raised {
     task: *mut task_struct,
     /// How the task was scheduled before; `None` where it was left alone.
@@ -20,8 +22,8 @@ pub(crate) struct Raised {
 }
 
 impl Raised {
-    /// Raises the calling task. Deadline tasks, which have a bandwidth reserved that could be gone later, and those of policies that this
-    /// module does not know are left as they are.
+    /// Raises the calling task. Deadline tasks, which have a bandwidth reserved that could be gone
+    /// later, and those of policies that this module does not know are left as they are.
     pub(crate) fn new() -> Self {
         // SAFETY: There is always a current task.
         let task = unsafe { kernel::bindings::get_current() }.cast::<task_struct>();
@@ -43,7 +45,8 @@ impl Drop for Raised {
     fn drop(&mut self) {
         if let Some(old) = &self.old {
             // What the task was before, it can be again: no check of its rights is made.
-            // SAFETY: The task is still the current one, since a `Raised` stays with the task that has made it: a raw pointer is not `Send`.
+            // SAFETY: The task is still the current one, since a `Raised` stays with the task that
+            // has made it: a raw pointer is not `Send`.
             unsafe { bindings::sched_setattr_nocheck(self.task, old) };
         }
     }
@@ -55,7 +58,8 @@ impl Drop for Raised {
 ///
 /// `task` is the current one.
 unsafe fn scheduling(task: *mut task_struct) -> Option<sched_attr> {
-    // SAFETY: The current task is valid, and the fields are its own to change but for privileged others; stale ones do no harm.
+    // SAFETY: The current task is valid, and the fields are its own to change but for privileged
+    // others; stale ones do no harm.
     let task = unsafe { &*task };
     let attributes = sched_attr {
         sched_policy: task.policy,

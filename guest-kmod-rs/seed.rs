@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The kernel's random generator, which a copy shares with its parent until it has a seed of its own.
+//! The kernel's random generator, which a copy shares with its parent until it has a seed of its
+//! own.
 
 #[cfg(CONFIG_VMGENID = "m")]
 pub(crate) use exported::Generator;
 #[cfg(not(CONFIG_VMGENID = "m"))]
 pub(crate) use ioctl::Generator;
 
-/// By the kernel's own function for forked VMs, which tells its other users too: WireGuard, for one, throws its keys away. The kernel exports it
-/// if the driver of ACPI's VM generation ID is a module.
+/// By the kernel's own function for forked VMs, which tells its other users too: WireGuard, for
+/// one, throws its keys away. The kernel exports it if the driver of ACPI's VM generation ID is a
+/// module.
 #[cfg(CONFIG_VMGENID = "m")]
 mod exported {
     use kernel::prelude::*;
@@ -32,8 +34,9 @@ mod exported {
     }
 }
 
-/// By what every kernel has: the function for hardware generators mixes the seed in, and an ioctl of /dev/urandom makes a new key. That ioctl is
-/// for administrators alone, so it is made with the kernel's own credentials.
+/// By what every kernel has: the function for hardware generators mixes the seed in, and an ioctl
+/// of /dev/urandom makes a new key. That ioctl is for administrators alone, so it is made with the
+/// kernel's own credentials.
 #[cfg(not(CONFIG_VMGENID = "m"))]
 mod ioctl {
     use core::ptr::{addr_of, NonNull};
@@ -95,13 +98,14 @@ mod ioctl {
             };
             // SAFETY: There is always a current task.
             let task = unsafe { kernel::bindings::get_current() }.cast::<bindings::task_struct>();
-            // SAFETY: A task alone changes its own credentials, and those of the first task are there for ever. They are put back below, before
-            // anything else can happen to them: the ioctl does not change them.
+            // SAFETY: A task alone changes its own credentials, and those of the first task are
+            // there for ever. They are put back below, before anything else can happen to them: the
+            // ioctl does not change them.
             let own = unsafe {
                 core::mem::replace(&mut (*task).cred, (*addr_of!(bindings::init_task)).cred)
             };
-            // SAFETY: The file is open, and the request has no argument. It fails while the generator has no first key, and then it needs no new
-            // one.
+            // SAFETY: The file is open, and the request has no argument. It fails while the
+            // generator has no first key, and then it needs no new one.
             unsafe { (self.control)(self.file.as_ptr(), bindings::VMFORK_RNDRESEEDCRNG, 0) };
             // SAFETY: As above.
             unsafe { (*task).cred = own };

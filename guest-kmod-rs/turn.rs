@@ -14,7 +14,8 @@ use crate::{bindings, device::Device, identity::monotonic_ns};
 /// Longest wait in one go, in milliseconds.
 const LONG: u64 = 60_000;
 
-/// The right to fork this VM, given up on drop. A copy of the VM holds it in its own kernel, and gives it up there.
+/// The right to fork this VM, given up on drop. A copy of the VM holds it in its own kernel, and
+/// gives it up there.
 pub(crate) struct Turn<'a> {
     device: &'a Device,
     /// Of the VM that the caller has asked in.
@@ -22,11 +23,13 @@ pub(crate) struct Turn<'a> {
 }
 
 impl<'a> Turn<'a> {
-    /// Waits until no other caller has it, or until the monotonic time `deadline_ns` where that is not zero.
+    /// Waits until no other caller has it, or until the monotonic time `deadline_ns` where that is
+    /// not zero.
     ///
     /// # Errors
     ///
-    /// `ERESTARTSYS` where a signal comes first, `ETIMEDOUT`, or `ESTALE` where this is a copy that came about meanwhile.
+    /// `ERESTARTSYS` where a signal comes first, `ETIMEDOUT`, or `ESTALE` where this is a copy that
+    /// came about meanwhile.
     pub(crate) fn take(device: &'a Device, deadline_ns: u64) -> Result<Self> {
         let generation = device.page().identity().generation;
         let mut state = device.state().lock();

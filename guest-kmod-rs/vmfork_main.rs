@@ -2,7 +2,8 @@
 
 //! VM fork from Linux: the device `/dev/vmfork`.
 //!
-//! Its interface is described in the crate `vmfork_abi`, module `device`. A fork's way through the module:
+//! Its interface is described in the crate `vmfork_abi`, module `device`. A fork's way through the
+//! module:
 //!
 //! ```text
 //! ioctl      the arguments are copied in and checked, and room for the answer is touched
@@ -13,8 +14,8 @@
 //! device     whoever reads or polls is told; then the caller gets its answer
 //! ```
 //!
-//! Everything unsafe is in `bindings` (what the kernel offers), `control_page` (memory that the VMM writes too), `hypercall`, `priority`, `seed`,
-//! `identity`, and `file` (calls from the VFS).
+//! Everything unsafe is in `bindings` (what the kernel offers), `control_page` (memory that the VMM
+//! writes too), `hypercall`, `priority`, `seed`, `identity`, and `file` (calls from the VFS).
 
 mod bindings;
 mod control_page;

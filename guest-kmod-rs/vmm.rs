@@ -34,7 +34,8 @@ pub(crate) fn detect() -> Result<Interface> {
 fn leaf(number: u32) -> Registers {
     // Safe since Rust 1.94.
     #[allow(unused_unsafe)]
-    // SAFETY: Every 64-bit CPU has CPUID, and leaves that a CPU or VMM does not know have some content too.
+    // SAFETY: Every 64-bit CPU has CPUID, and leaves that a CPU or VMM does not know have some
+    // content too.
     let leaf = unsafe { __cpuid(number) };
     Registers {
         eax: leaf.eax,

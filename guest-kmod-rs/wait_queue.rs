@@ -34,16 +34,19 @@ impl WaitQueue {
         pin_init!(Self {
             // SAFETY: `head` is valid while this runs, is pinned then, and name and key are static.
             head <- Opaque::ffi_init(|head| unsafe {
-                bindings::__init_waitqueue_head(head, c_str!("vmfork").as_char_ptr(), KEY.0.get().cast());
+                let name = c_str!("vmfork").as_char_ptr();
+                bindings::__init_waitqueue_head(head, name, KEY.0.get().cast());
             }),
         })
     }
 
-    /// Has the caller of a file's `poll` wait in this queue, if it waits at all (`poll_wait` of linux/poll.h).
+    /// Has the caller of a file's `poll` wait in this queue, if it waits at all (`poll_wait` of
+    /// linux/poll.h).
     ///
     /// # Safety
     ///
-    /// `file` and `table` are those of a call of `poll` that has not returned, and this queue lives for as long as the file is open.
+    /// `file` and `table` are those of a call of `poll` that has not returned, and this queue lives
+    /// for as long as the file is open.
     pub(crate) unsafe fn join(
         &self,
         file: *mut bindings::file,
@@ -52,7 +55,8 @@ impl WaitQueue {
         // SAFETY: The table is null or valid, as the caller says.
         let queue = unsafe { table.as_ref() }.and_then(|table| table._qproc);
         if let Some(queue) = queue {
-            // SAFETY: This is what the table's function is for; the queue outlives the file, as the caller says.
+            // SAFETY: This is what the table's function is for; the queue outlives the file, as the
+            // caller says.
             unsafe { queue(file, self.head.get(), table) };
             // What is looked at from here on is newer than the entry in the queue.
             core::sync::atomic::fence(core::sync::atomic::Ordering::SeqCst);
