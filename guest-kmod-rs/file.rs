@@ -151,7 +151,7 @@ unsafe extern "C" fn mmap(file: *mut bindings::file, area: *mut bindings::vm_are
         // SAFETY: Nobody else sees the area until this returns.
         let area = unsafe { &mut *area };
         // SAFETY: Either field of the union holds the flags.
-        let flags = unsafe { &mut area.__bindgen_anon_2.__vm_flags };
+        let flags = unsafe { &mut area.__bindgen_anon_2.vm_flags };
         if *flags & bindings::VMFORK_VM_WRITE != 0 {
             return Err(EACCES);
         }

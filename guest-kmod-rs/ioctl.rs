@@ -192,7 +192,7 @@ impl Copies {
 /// Copies an argument in.
 fn read<const BYTES: usize>(address: usize) -> Result<[u8; BYTES]> {
     let mut argument = [0; BYTES];
-    UserSlice::new(address as UserPtr, BYTES)
+    UserSlice::new(pointer(address), BYTES)
         .reader()
         .read_slice(&mut argument)?;
     Ok(argument)
@@ -200,7 +200,17 @@ fn read<const BYTES: usize>(address: usize) -> Result<[u8; BYTES]> {
 
 /// Copies an answer out.
 pub(crate) fn write(address: usize, answer: &[u8]) -> Result {
-    UserSlice::new(address as UserPtr, answer.len())
+    UserSlice::new(pointer(address), answer.len())
         .writer()
         .write_slice(answer)
+}
+
+#[cfg(kernel_since_6_17)]
+fn pointer(address: usize) -> UserPtr {
+    UserPtr::from_addr(address)
+}
+
+#[cfg(not(kernel_since_6_17))]
+fn pointer(address: usize) -> UserPtr {
+    address
 }

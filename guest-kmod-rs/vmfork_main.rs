@@ -35,6 +35,15 @@ use kernel::prelude::*;
 
 use crate::device::Registration;
 
+#[cfg(kernel_since_6_15)]
+module! {
+    type: VmFork,
+    name: "vmfork",
+    authors: ["The vmfork authors"],
+    description: "Lets processes fork the virtual machine that they run in",
+    license: "GPL",
+}
+#[cfg(not(kernel_since_6_15))]
 module! {
     type: VmFork,
     name: "vmfork",
