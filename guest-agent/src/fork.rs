@@ -1,21 +1,12 @@
-//! The fork, in the order in which it happens.
+//! How a fork ends: which VM this is, or why there is no other.
 
-use std::time::Duration;
-use std::{io, thread};
+use std::io;
 
 use vmfork_abi::{ErrorCode, Role};
 
-use crate::lock::ForkLock;
-use crate::random::{self, RandomPool};
-use crate::raw::{DoorbellPort, Scheduling};
-use crate::{
-    Fork, ForkRequest, IdentityError, LockError, OpenError, OutcomeError, PrivilegeError, Vmm, identity, privilege,
-};
-
-/// How often, and after what time, a request is made again that is refused since an operator forks this VM. For most of that time the VM stands
-/// still.
-const TRIES: u32 = 100;
-const PAUSE: Duration = Duration::from_millis(10);
+use crate::outcome::Account;
+use crate::route::doorbell::RANDOM_PATH;
+use crate::{Fork, IdentityError, LockError, OpenError, OutcomeError, PrivilegeError};
 
 /// Why a fork was not made, or why this VM must not go on after it; [`ForkError::role`] tells which.
 #[derive(Debug, thiserror::Error)]
@@ -35,7 +26,7 @@ pub enum ForkError {
     #[error("the caller may not set up a copy")]
     Privilege(#[source] PrivilegeError),
     /// The kernel's random pool can't be reached.
-    #[error("{} can't be opened", random::PATH)]
+    #[error("{RANDOM_PATH} can't be opened")]
     OpenRandom {
         /// What open(2) answered.
         source: io::Error,
@@ -127,104 +118,13 @@ impl ForkError {
     }
 }
 
-/// What the steps around the doorbell use, made before it so that a lack of it fails while there is only one VM.
-struct Tools {
-    port: DoorbellPort,
-    pool: RandomPool,
-    /// Of this VM, when the request was made.
-    generation: u32,
-    /// Held until the identity is complete too: another fork in between would copy a VM that is half itself.
-    _lock: ForkLock,
-}
-
-impl Vmm {
-    /// Goes through a fork but for the doorbell, to tell whether the calling thread could fork this VM.
-    ///
-    /// # Errors
-    ///
-    /// What [`Vmm::fork`] would return without asking the VMM.
-    pub fn check(&self) -> Result<(), ForkError> {
-        let _tools = self.prepare()?;
-        raise().and_then(|old| old.apply()).map_err(|source| ForkError::Raise { source })
-    }
-
-    /// Forks this VM, and returns in the parent and in every child.
-    ///
-    /// Callers in one guest are served one after another, and after an operator who forks this VM; see [`ForkError::Copied`] for those that
-    /// wait. A child's random
-    /// pool, host name and clock are its own before this returns, and before any other task of the calling vCPU runs.
-    /// Tasks on other vCPUs are not held back.
-    ///
-    /// The caller needs CAP_SYS_RAWIO for the doorbell, CAP_SYS_NICE to run first, CAP_SYS_ADMIN for seed and host name,
-    /// and CAP_SYS_TIME.
-    ///
-    /// # Errors
-    ///
-    /// [`ForkError`], in the caller's VM or in a copy: see [`ForkError::role`].
-    pub fn fork(&self, request: &ForkRequest) -> Result<Fork, ForkError> {
-        let tools = self.prepare()?;
-        for _ in 1..TRIES {
-            match self.fork_once(&tools, request) {
-                Err(ForkError::Refused(ErrorCode::Busy)) => thread::sleep(PAUSE),
-                other => return other,
-            }
-            self.check_original(tools.generation)?;
-        }
-        self.fork_once(&tools, request)
-    }
-
-    /// Asks for a fork once.
-    fn fork_once(&self, tools: &Tools, request: &ForkRequest) -> Result<Fork, ForkError> {
-        let old = raise().map_err(|source| ForkError::Raise { source })?;
-        let forked = self.ring(tools, request);
-        let lowered = old.apply();
-        let fork = forked?;
-        lowered.map_err(|source| ForkError::Lower { role: fork.role, source })?;
-        Ok(fork)
-    }
-
-    /// Makes what the rest of the fork uses, and waits for its turn.
-    fn prepare(&self) -> Result<Tools, ForkError> {
-        let port = self.route.acquire_port()?;
-        privilege::check().map_err(ForkError::Privilege)?;
-        let pool = RandomPool::open().map_err(|source| ForkError::OpenRandom { source })?;
-        let generation = self.route.identity().generation;
-        let lock = ForkLock::acquire().map_err(ForkError::Lock)?;
-        self.check_original(generation)?;
-        Ok(Tools { port, pool, generation, _lock: lock })
-    }
-
-    /// Checks that this is not a copy of the VM that had this generation.
-    fn check_original(&self, generation: u32) -> Result<(), ForkError> {
-        if self.route.identity().generation == generation { Ok(()) } else { Err(ForkError::Copied) }
-    }
-
-    /// Rings, and makes the VM in which that returns the one that it should be.
-    fn ring(&self, tools: &Tools, request: &ForkRequest) -> Result<Fork, ForkError> {
-        let doorbell_at = identity::monotonic().map_err(|source| ForkError::ReadClock { source })?;
-        let account = self.route.fork(&tools.port, request)?;
-        let identity = &account.identity;
-        // From here on there are several VMs, and this is any one of them.
-        let fork =
-            Fork::after_fork(&account).map_err(|source| ForkError::Outcome { role: side(identity.role), source })?;
-        identity::assume(&fork, identity, &tools.pool, doorbell_at)
-            .map_err(|source| ForkError::Identity { role: fork.role, source })?;
-        Ok(fork)
-    }
-}
-
-/// The side of a fork that `number` stands for, if it does.
-fn side(number: u32) -> Option<Role> {
-    Role::from_number(number).filter(|&role| role != Role::Booted)
-}
-
-/// Raises the calling thread above every other task of its vCPU, and returns how it was scheduled before.
-fn raise() -> io::Result<Scheduling> {
-    let old = Scheduling::current()?;
-    // What can't be put back later, as a deadline task can't, is left alone.
-    old.apply()?;
-    Scheduling::TOP.apply()?;
-    Ok(old)
+/// Which VM this is, right after a fork.
+///
+/// # Errors
+///
+/// [`ForkError::Outcome`] where what the VMM says of it is impossible.
+pub(crate) fn which(account: &Account) -> Result<Fork, ForkError> {
+    Fork::after_fork(account).map_err(|source| ForkError::Outcome { role: account.side(), source })
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use nix::unistd::sethostname;
 use vmfork_abi::{Identity, Role};
 
 use crate::Fork;
-use crate::random::RandomPool;
+use crate::route::doorbell::RandomPool;
 
 /// Which part of its identity a VM did not get.
 #[derive(Debug, thiserror::Error)]

@@ -26,31 +26,24 @@
 //! lower        the calling thread to where it was; then the lock is dropped
 //! ```
 //!
-//! `fork` has that order. A route is how a request reaches the VMM and how its answer comes back, and is all that
-//! another transport would add; it lives in `route`. Unsafe code is confined to `raw`, `random` and `capi`.
+//! `route::doorbell` has that order. Unsafe code is confined to `raw`, `random` and `capi`.
 
 mod capi;
-mod control_page;
 mod detect;
 mod fork;
 mod identity;
-mod lock;
 mod outcome;
-mod privilege;
-mod random;
 mod raw;
 mod request;
 mod route;
 mod vmm;
 
-pub use control_page::HeaderError;
 pub use detect::DetectError;
 pub use fork::ForkError;
 pub use identity::IdentityError;
-pub use lock::LockError;
 pub use outcome::{Fork, ForkCopy, OutcomeError};
-pub use privilege::PrivilegeError;
 pub use request::{ForkRequest, Placement, RequestError};
+pub use route::doorbell::{HeaderError, LockError, PrivilegeError};
 pub use vmfork_abi::cpuid::Interface;
 pub use vmfork_abi::{ErrorCode, Location, Role};
 pub use vmm::{OpenError, Vmm};

@@ -1,4 +1,4 @@
-//! The outcome of a fork, read from what the VMM left in the control page and checked field by field.
+//! The outcome of a fork: what the VMM left in the control page, checked field by field.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -7,7 +7,23 @@ use serde::{Serialize, Serializer};
 use uuid::Uuid;
 use vmfork_abi::{Identity, ListedCopy, Location, MAX_CHILDREN, Role, padded_text};
 
-use crate::control_page::Account;
+/// What the VMM says of a VM and its latest fork, unchecked.
+#[derive(Debug, Default)]
+pub(crate) struct Account {
+    /// Who the VM is.
+    pub(crate) identity: Identity,
+    /// How many copies the list says that it has; 0 in a VM that is no parent, and where the VMM lists none.
+    pub(crate) listed: u32,
+    /// The copies, at most [`MAX_CHILDREN`].
+    pub(crate) copies: Vec<ListedCopy>,
+}
+
+impl Account {
+    /// The side of a fork that the VM is on, where it is on one.
+    pub(crate) fn side(&self) -> Option<Role> {
+        Role::from_number(self.identity.role).filter(|&role| role != Role::Booted)
+    }
+}
 
 /// The latest fork as this VM saw it: which side of it this VM is, and who it has been since.
 ///
@@ -110,12 +126,12 @@ pub enum OutcomeError {
 }
 
 impl Fork {
-    /// The outcome that the page describes, after a fork or without one.
+    /// The outcome that the VMM describes, after a fork or without one.
     ///
     /// # Errors
     ///
     /// [`OutcomeError`] where a field is impossible.
-    pub(crate) fn from_page(Account { identity, listed, copies }: &Account) -> Result<Self, OutcomeError> {
+    pub(crate) fn from_account(Account { identity, listed, copies }: &Account) -> Result<Self, OutcomeError> {
         let &Identity { index, count, generation, .. } = identity;
         let role = Role::from_number(identity.role).ok_or(OutcomeError::UnknownRole { role: identity.role })?;
         let possible = match role {
@@ -146,13 +162,13 @@ impl Fork {
         })
     }
 
-    /// The outcome that the page describes right after a fork.
+    /// The outcome that the VMM describes right after a fork.
     ///
     /// # Errors
     ///
     /// [`OutcomeError`] where a field is impossible, or the role is not one of a fork's two.
     pub(crate) fn after_fork(account: &Account) -> Result<Self, OutcomeError> {
-        let fork = Self::from_page(account)?;
+        let fork = Self::from_account(account)?;
         match fork.role {
             Role::Booted => Err(OutcomeError::NotForked { role: fork.role }),
             Role::Parent | Role::Child => Ok(fork),
@@ -338,24 +354,24 @@ pub(crate) mod tests {
 
     #[test]
     fn lines_for_people_name_the_role_first() {
-        let line = |identity| Fork::from_page(&of(identity)).unwrap().to_string();
+        let line = |identity| Fork::from_account(&of(identity)).unwrap().to_string();
         let id = "11111111-1111-1111-1111-111111111111";
         assert_eq!(line(booted()), format!("booted: web.2 (web), generation 0, ID {id}"));
         assert_eq!(line(parent()), format!("parent of 3: web.2 (web), generation 0, ID {id}"));
-        let parent = Fork::from_page(&with_copies(copies())).unwrap().to_string();
+        let parent = Fork::from_account(&with_copies(copies())).unwrap().to_string();
         assert_eq!(parent, format!("parent of 3, 2 on b: web.2 (web), generation 0, ID {id}"));
         assert!(line(child()).starts_with("child 2 of 4: web.2 (web), generation 1"));
     }
 
     #[test]
     fn a_booted_vm_has_an_identity_but_no_fork() {
-        assert_eq!(Fork::from_page(&of(booted())).unwrap().parent_id, None);
+        assert_eq!(Fork::from_account(&of(booted())).unwrap().parent_id, None);
         assert_eq!(Fork::after_fork(&of(booted())), Err(OutcomeError::NotForked { role: Role::Booted }));
     }
 
     #[test]
     fn impossible_fields_are_errors() {
-        let error = |identity| Fork::from_page(&of(identity)).unwrap_err();
+        let error = |identity| Fork::from_account(&of(identity)).unwrap_err();
         assert_eq!(error(Identity { role: 3, ..child() }), OutcomeError::UnknownRole { role: 3 });
         for (role, index, count) in [
             (Role::Child, 0, 4),
@@ -379,7 +395,7 @@ pub(crate) mod tests {
     #[test]
     fn any_page_is_an_outcome_or_an_error() {
         for byte in 0..=u8::MAX {
-            assert!(Fork::from_page(&of(Identity::from_bytes(&[byte; Identity::BYTES]))).is_err());
+            assert!(Fork::from_account(&of(Identity::from_bytes(&[byte; Identity::BYTES]))).is_err());
         }
     }
 }

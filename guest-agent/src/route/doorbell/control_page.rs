@@ -7,6 +7,7 @@ use vmfork_abi::{
     Response, Role, Status,
 };
 
+use crate::outcome::Account;
 use crate::raw::SharedMemory;
 use crate::{ForkError, ForkRequest};
 
@@ -14,17 +15,6 @@ use crate::{ForkError, ForkRequest};
 #[derive(Debug)]
 pub(crate) struct ControlPage {
     page: SharedMemory,
-}
-
-/// What the page says of a VM and its latest fork, unchecked.
-#[derive(Debug, Default)]
-pub(crate) struct Account {
-    /// Who the VM is.
-    pub(crate) identity: Identity,
-    /// How many copies the list says that it has; 0 in a VM that is no parent, and where the VMM lists none.
-    pub(crate) listed: u32,
-    /// The copies, at most [`MAX_CHILDREN`].
-    pub(crate) copies: Vec<ListedCopy>,
 }
 
 /// What shows that a page is no control page of this ABI.

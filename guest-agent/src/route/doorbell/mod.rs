@@ -1,0 +1,155 @@
+//! From user space alone: the control page through /dev/mem, and the doorbell by a port write.
+//!
+//! [`Doorbell::fork`] has the order. The calling thread takes its turn by a lock, holds back the other tasks of its vCPU, and gives a copy its
+//! identity itself.
+
+mod control_page;
+mod lock;
+mod privilege;
+mod random;
+
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt;
+use std::time::Duration;
+use std::{io, thread};
+
+use vmfork_abi::cpuid::Interface;
+use vmfork_abi::{ErrorCode, PAGE_BYTES, doorbell};
+
+use self::control_page::ControlPage;
+pub use self::control_page::HeaderError;
+use self::lock::ForkLock;
+pub use self::lock::LockError;
+pub use self::privilege::PrivilegeError;
+pub(crate) use self::random::{PATH as RANDOM_PATH, RandomPool};
+use crate::fork::which;
+use crate::outcome::Account;
+use crate::raw::{DoorbellPort, Scheduling, SharedMemory};
+use crate::{Fork, ForkError, ForkRequest, OpenError, Vmm, identity};
+
+/// How often, and after what time, a request is made again that is refused since an operator forks this VM. For most of that time the VM stands
+/// still.
+const TRIES: u32 = 100;
+const PAUSE: Duration = Duration::from_millis(10);
+
+/// The control page of this guest, mapped, and where its doorbell is.
+#[derive(Debug)]
+pub(crate) struct Doorbell {
+    interface: Interface,
+    page: ControlPage,
+}
+
+/// What the steps around the doorbell use, made before it so that a lack of it fails while there is only one VM.
+struct Tools {
+    port: DoorbellPort,
+    pool: RandomPool,
+    /// Of this VM, when the request was made.
+    generation: u32,
+    /// Held until the identity is complete too: another fork in between would copy a VM that is half itself.
+    _lock: ForkLock,
+}
+
+impl Doorbell {
+    /// Finds the VMM by CPUID, maps the control page, and checks that it is one: CAP_SYS_RAWIO, and no kernel lockdown.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError::Detect`], [`OpenError::OpenMemory`], [`OpenError::MapPage`] or [`OpenError::Header`].
+    pub(crate) fn open() -> Result<Self, OpenError> {
+        let interface = Vmm::detect().map_err(OpenError::Detect)?;
+        let gpa = interface.control_page_gpa;
+        let memory = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_SYNC)
+            .open("/dev/mem")
+            .map_err(|source| OpenError::OpenMemory { source })?;
+        let map = |bytes| {
+            let memory = SharedMemory::map(&memory, gpa, bytes).map_err(|source| OpenError::MapPage { gpa, source })?;
+            ControlPage::new(memory).map_err(|source| OpenError::Header { gpa, source })
+        };
+        // The page says how much there is behind it.
+        let page = map(PAGE_BYTES)?;
+        let needed_bytes = page.needed_bytes();
+        Ok(Self { interface, page: if needed_bytes > PAGE_BYTES { map(needed_bytes)? } else { page } })
+    }
+
+    /// Who this VM is, and how it came out of its latest fork, unchecked.
+    pub(crate) fn account(&self) -> Account {
+        self.page.account()
+    }
+
+    /// Goes through a fork but for the doorbell.
+    ///
+    /// # Errors
+    ///
+    /// What [`Self::fork`] would return without asking the VMM.
+    pub(crate) fn check(&self) -> Result<(), ForkError> {
+        let _tools = self.prepare()?;
+        raise().and_then(|old| old.apply()).map_err(|source| ForkError::Raise { source })
+    }
+
+    /// Forks this VM once it is this caller's turn, and returns in the parent and in every child.
+    ///
+    /// # Errors
+    ///
+    /// [`ForkError`], in the caller's VM or in a copy.
+    pub(crate) fn fork(&self, request: &ForkRequest) -> Result<Fork, ForkError> {
+        let tools = self.prepare()?;
+        for _ in 1..TRIES {
+            match self.fork_once(&tools, request) {
+                Err(ForkError::Refused(ErrorCode::Busy)) => thread::sleep(PAUSE),
+                other => return other,
+            }
+            self.check_original(tools.generation)?;
+        }
+        self.fork_once(&tools, request)
+    }
+
+    /// Makes what the rest of the fork uses, and waits for its turn.
+    fn prepare(&self) -> Result<Tools, ForkError> {
+        let port = self.interface.doorbell_port;
+        let port = DoorbellPort::acquire(self.interface).map_err(|source| ForkError::Port { port, source })?;
+        privilege::check().map_err(ForkError::Privilege)?;
+        let pool = RandomPool::open().map_err(|source| ForkError::OpenRandom { source })?;
+        let generation = self.page.identity().generation;
+        let lock = ForkLock::acquire().map_err(ForkError::Lock)?;
+        self.check_original(generation)?;
+        Ok(Tools { port, pool, generation, _lock: lock })
+    }
+
+    /// Checks that this is not a copy of the VM that had this generation.
+    fn check_original(&self, generation: u32) -> Result<(), ForkError> {
+        if self.page.identity().generation == generation { Ok(()) } else { Err(ForkError::Copied) }
+    }
+
+    /// Asks for a fork once.
+    fn fork_once(&self, tools: &Tools, request: &ForkRequest) -> Result<Fork, ForkError> {
+        let old = raise().map_err(|source| ForkError::Raise { source })?;
+        let forked = self.ring(tools, request);
+        let lowered = old.apply();
+        let fork = forked?;
+        lowered.map_err(|source| ForkError::Lower { role: fork.role, source })?;
+        Ok(fork)
+    }
+
+    /// Rings, and makes the VM in which that returns the one that it should be.
+    fn ring(&self, tools: &Tools, request: &ForkRequest) -> Result<Fork, ForkError> {
+        let doorbell_at = identity::monotonic().map_err(|source| ForkError::ReadClock { source })?;
+        let account = self.page.exchange(request, || tools.port.ring(doorbell::FORK))?;
+        // From here on there are several VMs, and this is any one of them.
+        let fork = which(&account)?;
+        identity::assume(&fork, &account.identity, &tools.pool, doorbell_at)
+            .map_err(|source| ForkError::Identity { role: fork.role, source })?;
+        Ok(fork)
+    }
+}
+
+/// Raises the calling thread above every other task of its vCPU, and returns how it was scheduled before.
+fn raise() -> io::Result<Scheduling> {
+    let old = Scheduling::current()?;
+    // What can't be put back later, as a deadline task can't, is left alone.
+    old.apply()?;
+    Scheduling::TOP.apply()?;
+    Ok(old)
+}
