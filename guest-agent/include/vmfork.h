@@ -44,6 +44,8 @@ extern "C" {
 #define VMFORK_EPARENT (-7)   /* The fork was made; this is the parent, and could not finish it. */
 #define VMFORK_ECHILD (-8)    /* The fork was made; this is a child with an incomplete identity: do not go on. */
 #define VMFORK_ECOPIED (-9)   /* Somebody else's fork made this VM while this caller waited for its own. */
+#define VMFORK_EDEADLINE (-10)    /* It was not this caller's turn before its deadline. */
+#define VMFORK_EINTERRUPTED (-11) /* A signal came before it was this caller's turn. */
 
 /* The VMM made no fork, for the reason `code`, one of VMFORK_REFUSED_*. */
 #define VMFORK_REFUSED(code) (-100 - (code))

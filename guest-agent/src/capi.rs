@@ -39,11 +39,13 @@ const EPROTOCOL: c_int = -6;
 const EPARENT: c_int = -7;
 const ECHILD: c_int = -8;
 const ECOPIED: c_int = -9;
+const EDEADLINE: c_int = -10;
+const EINTERRUPTED: c_int = -11;
 /// A refusal is this minus the number of its [`ErrorCode`].
 const REFUSED: c_int = -100;
 
 /// What the codes mean, but for the refusals.
-const TEXTS: [(c_int, &CStr); 10] = [
+const TEXTS: [(c_int, &CStr); 12] = [
     (OK, c"success"),
     (EINVAL, c"an argument is NULL or out of range"),
     (ENOVMM, c"no VMM that can fork this machine"),
@@ -54,6 +56,8 @@ const TEXTS: [(c_int, &CStr); 10] = [
     (EPARENT, c"the fork was made, but this parent could not finish it"),
     (ECHILD, c"this VM is a child without a complete identity"),
     (ECOPIED, c"this VM is a copy made by somebody else's fork"),
+    (EDEADLINE, c"the deadline passed before it was this caller's turn"),
+    (EINTERRUPTED, c"a signal came before it was this caller's turn"),
 ];
 
 /// What each refusal means, at the index of its error code.
@@ -108,7 +112,7 @@ unsafe extern "C" fn vmfork_copies(out: *mut CCopy, capacity: u32) -> c_int {
     }
     let status = match Vmm::open() {
         Ok(vmm) => vmm.status(),
-        Err(error) => return fork_code(&ForkError::Open(error)),
+        Err(error) => return open_code(&error),
     };
     let Ok(Fork { copies, .. }) = status else { return EPROTOCOL };
     for (number, copy) in copies.iter().take(capacity as usize).enumerate() {
@@ -137,21 +141,41 @@ fn detect_code(error: DetectError) -> c_int {
     }
 }
 
+fn open_code(error: &OpenError) -> c_int {
+    match error {
+        OpenError::Via(_) => EINVAL,
+        OpenError::Detect(error) => detect_code(*error),
+        OpenError::DeviceVersion { .. } => EVERSION,
+        OpenError::Header { .. } => EPROTOCOL,
+        OpenError::NoDevice { .. }
+        | OpenError::DeviceForbidden { .. }
+        | OpenError::OpenDevice { .. }
+        | OpenError::AskDevice { .. }
+        | OpenError::OpenMemory { .. }
+        | OpenError::MapPage { .. } => EACCESS,
+    }
+}
+
 fn fork_code(error: &ForkError) -> c_int {
     match error {
-        ForkError::Open(OpenError::Detect(error)) => detect_code(*error),
-        ForkError::Open(OpenError::Header { .. }) | ForkError::UnknownAnswer { .. } => EPROTOCOL,
-        ForkError::Open(OpenError::OpenMemory { .. } | OpenError::MapPage { .. })
-        | ForkError::Lock(_)
+        ForkError::Open(error) => open_code(error),
+        ForkError::UnknownAnswer { .. } | ForkError::Senseless => EPROTOCOL,
+        ForkError::Lock(_)
         | ForkError::Privilege(_)
         | ForkError::OpenRandom { .. }
         | ForkError::Port { .. }
         | ForkError::ReadClock { .. }
+        | ForkError::Device { role: None, .. }
         | ForkError::Raise { .. } => EACCESS,
-        ForkError::NotAnswered { .. } => ENOANSWER,
+        ForkError::NotAnswered { .. } | ForkError::Silent => ENOANSWER,
         ForkError::Refused(code) => c_int::try_from(code.number()).map_or(EPROTOCOL, |number| REFUSED - number),
         ForkError::Copied => ECOPIED,
-        ForkError::Outcome { .. } | ForkError::Identity { .. } | ForkError::Lower { .. } => match error.role() {
+        ForkError::DeadlinePassed => EDEADLINE,
+        ForkError::Interrupted => EINTERRUPTED,
+        ForkError::Outcome { .. }
+        | ForkError::Identity { .. }
+        | ForkError::Lower { .. }
+        | ForkError::Device { role: Some(_), .. } => match error.role() {
             Some(Role::Child) => ECHILD,
             Some(Role::Parent) => EPARENT,
             Some(Role::Booted) | None => EPROTOCOL,
@@ -243,6 +267,8 @@ mod tests {
             ("EPARENT", EPARENT),
             ("ECHILD", ECHILD),
             ("ECOPIED", ECOPIED),
+            ("EDEADLINE", EDEADLINE),
+            ("EINTERRUPTED", EINTERRUPTED),
         ] {
             equal(&format!("VMFORK_{name}"), &code);
         }
@@ -315,7 +341,7 @@ mod tests {
         assert_eq!(text(ECHILD), c"this VM is a child without a complete identity");
         assert_eq!(text(REFUSED - 3), c"a fork of this VM is under way");
         let first_unknown = REFUSED - c_int::try_from(ErrorCode::ALL.len()).unwrap();
-        for unknown in [1, -10, -99, first_unknown, c_int::MAX, c_int::MIN] {
+        for unknown in [1, -12, -99, first_unknown, c_int::MAX, c_int::MIN] {
             assert_eq!(text(unknown), c"unknown code", "{unknown}");
         }
     }

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use vmfork_abi::{ErrorCode, Role};
+use vmfork_abi::{ErrorCode, Role, device};
 
 use crate::outcome::Account;
 use crate::route::doorbell::RANDOM_PATH;
@@ -22,6 +22,12 @@ pub enum ForkError {
     /// were it made here too, forks would multiply.
     #[error("this VM is a copy made by somebody else's fork")]
     Copied,
+    /// It was not this caller's turn before its deadline ([`ForkRequest::with_timeout`](crate::ForkRequest::with_timeout)).
+    #[error("the deadline passed before it was this caller's turn")]
+    DeadlinePassed,
+    /// A signal came while this caller waited for its turn.
+    #[error("a signal came before it was this caller's turn")]
+    Interrupted,
     /// The caller could not give a copy its identity.
     #[error("the caller may not set up a copy")]
     Privilege(#[source] PrivilegeError),
@@ -59,6 +65,9 @@ pub enum ForkError {
         /// Number in the response.
         last: u64,
     },
+    /// The VMM did not look at the kernel module's request.
+    #[error("the VMM did not answer the kernel module")]
+    Silent,
     /// The VMM said no, and why.
     #[error("the VMM made no fork: {0}")]
     Refused(ErrorCode),
@@ -69,6 +78,17 @@ pub enum ForkError {
         status: u32,
         /// A number that should be an [`ErrorCode`].
         error: u32,
+    },
+    /// The VMM's answer makes no sense to the kernel module, and does not say that there was a fork.
+    #[error("the VMM's answer makes no sense to the kernel module")]
+    Senseless,
+    /// The kernel module failed.
+    #[error("{} has not forked this VM", device::PATH)]
+    Device {
+        /// Which VM this is, where there was a fork all the same.
+        role: Option<Role>,
+        /// What the ioctl answered.
+        source: io::Error,
     },
     /// The fork was made, but the VMM left this VM no possible identity, or list of copies.
     #[error("the fork left this VM without a valid identity")]
@@ -103,7 +123,7 @@ impl ForkError {
     pub fn role(&self) -> Option<Role> {
         match self {
             Self::Copied => Some(Role::Child),
-            Self::Outcome { role, .. } => *role,
+            Self::Outcome { role, .. } | Self::Device { role, .. } => *role,
             Self::Identity { role, .. } | Self::Lower { role, .. } => Some(*role),
             _ => None,
         }

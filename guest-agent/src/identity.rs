@@ -40,6 +40,9 @@ pub enum IdentityError {
         /// What clock_gettime(2) answered.
         source: io::Error,
     },
+    /// The kernel module could not set the VM's clock, which still shows the time of the capture.
+    #[error("the kernel module can't set the clock")]
+    KernelClock,
     /// The VM's clock still shows the time of the capture.
     #[error("the clock can't be set to {seconds} s since 1970")]
     StepClock {
@@ -77,7 +80,12 @@ pub(crate) fn monotonic() -> io::Result<Duration> {
     Ok(clock_gettime(ClockId::CLOCK_MONOTONIC)?.into())
 }
 
-fn set_hostname(name: &str) -> Result<(), IdentityError> {
+/// Gives this VM the host name that goes with its name: sethostname(2).
+///
+/// # Errors
+///
+/// [`IdentityError::SetHostname`], with EPERM where the caller lacks CAP_SYS_ADMIN.
+pub(crate) fn set_hostname(name: &str) -> Result<(), IdentityError> {
     let hostname = hostname(name);
     sethostname(&hostname).map_err(|errno| IdentityError::SetHostname { hostname, source: errno.into() })
 }

@@ -44,9 +44,10 @@ pub use identity::IdentityError;
 pub use outcome::{Fork, ForkCopy, OutcomeError};
 pub use request::{ForkRequest, Placement, RequestError};
 pub use route::doorbell::{HeaderError, LockError, PrivilegeError};
+pub use route::{UnknownVia, Via};
 pub use vmfork_abi::cpuid::Interface;
 pub use vmfork_abi::{ErrorCode, Location, Role};
-pub use vmm::{OpenError, Vmm};
+pub use vmm::{OpenError, StatusError, Vmm};
 
 /// Forks the VM that this runs in: [`Vmm::open`] and [`Vmm::fork`] in one.
 ///

@@ -117,6 +117,9 @@ pub enum OutcomeError {
         /// How many the fork made.
         count: u32,
     },
+    /// The kernel module finds something wrong that this program does not.
+    #[error("the kernel module does not accept what the VMM says")]
+    NotAccepted,
     /// A copy with another index, without ID, on no platform with a name that is text, or neither here nor elsewhere.
     #[error("what is listed of copy {index} is not valid")]
     Copy {
@@ -226,7 +229,12 @@ fn some_id(bytes: [u8; 16]) -> Option<Uuid> {
 
 /// The copies of a fork that made `count`: all of them, or none where none are listed.
 fn all_copies(count: u32, listed: u32, copies: &[ListedCopy]) -> Result<Vec<ForkCopy>, OutcomeError> {
-    if listed != 0 && listed != count {
+    if listed == 0 {
+        return Ok(Vec::new());
+    }
+    // A caller has room for as many as it has asked for. A fork that says it made more is not to pass as one of so many.
+    let read = u32::try_from(copies.len()).unwrap_or(u32::MAX);
+    if let Some(listed) = [listed, read].into_iter().find(|&number| number != count) {
         return Err(OutcomeError::Listed { listed, count });
     }
     (1..).zip(copies).map(|(index, copy)| one_copy(index, copy).ok_or(OutcomeError::Copy { index })).collect()
@@ -267,7 +275,7 @@ pub(crate) mod tests {
         Identity { role: 0, index: 0, count: 0, generation: 0, parent_id: [0; 16], ..child() }
     }
 
-    fn parent() -> Identity {
+    pub(crate) fn parent() -> Identity {
         Identity { role: Role::Parent.number(), index: 0, count: 3, ..booted() }
     }
 
@@ -325,6 +333,8 @@ pub(crate) mod tests {
         for listed in [1, 4, MAX_CHILDREN + 1, u32::MAX] {
             assert_eq!(error(Account { listed, ..with_copies(copies()) }), OutcomeError::Listed { listed, count: 3 });
         }
+        let two = copies()[..2].to_vec();
+        assert_eq!(error(with_copies(two)), OutcomeError::Listed { listed: 2, count: 3 });
         let second = copies()[1];
         for bad in [
             ListedCopy { index: 1, ..second },

@@ -1,4 +1,6 @@
-//! What safe Rust can't say: CPUID, the doorbell port, a page shared with the VMM, scheduling and capabilities.
+//! What safe Rust can't say: CPUID, the doorbell port, a page shared with the VMM, the kernel module's device, scheduling and capabilities.
+
+mod device;
 
 use std::fs::File;
 use std::io;
@@ -10,6 +12,8 @@ use nix::errno::Errno;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use vmfork_abi::PAGE_BYTES;
 use vmfork_abi::cpuid::{Interface, Registers};
+
+pub(crate) use self::device::{CopyBytes, DeviceFile};
 
 /// What CPUID answers to `leaf`, with subleaf 0.
 pub(crate) fn cpuid(leaf: u32) -> Registers {

@@ -1,5 +1,8 @@
 //! What a caller asks for.
 
+use std::time::Duration;
+
+use vmfork_abi::device::ForkArguments;
 use vmfork_abi::{MAX_CHILDREN, Request, VM_TYPE_BYTES, flags, is_vm_type, pad_text};
 
 /// A fork to ask for: how many children, of which VM type, and where.
@@ -8,6 +11,7 @@ pub struct ForkRequest {
     vm_type: [u8; VM_TYPE_BYTES],
     count: u32,
     placement: Placement,
+    timeout: Option<Duration>,
 }
 
 /// Where the copies of a fork are to run.
@@ -62,7 +66,7 @@ impl ForkRequest {
         if !(1..=MAX_CHILDREN).contains(&count) {
             return Err(RequestError::Count { count });
         }
-        Ok(Self { vm_type, count, placement: Placement::Any })
+        Ok(Self { vm_type, count, placement: Placement::Any, timeout: None })
     }
 
     /// The same fork, with its copies where `placement` says.
@@ -71,11 +75,41 @@ impl ForkRequest {
         Self { placement, ..self }
     }
 
+    /// The same fork, if it is the caller's turn within `timeout`: else it is not made ([`ForkError::DeadlinePassed`](crate::ForkError)).
+    ///
+    /// Callers in one guest are served one after another. How long the fork itself takes is not for them to say.
+    #[must_use]
+    pub fn with_timeout(self, timeout: Duration) -> Self {
+        Self { timeout: Some(timeout), ..self }
+    }
+
+    /// How many children it makes.
+    pub(crate) fn count(&self) -> u32 {
+        self.count
+    }
+
+    /// How long the caller waits for its turn; `None` where it waits for ever.
+    pub(crate) fn timeout(&self) -> Option<Duration> {
+        self.timeout
+    }
+
     /// The request as the control page takes it, under the number `seq`.
     pub(crate) fn numbered(&self, seq: u64) -> Request {
-        let Self { vm_type, count, placement } = *self;
+        let Self { vm_type, count, placement, .. } = *self;
         Request { seq, count, vm_type, flags: placement.flags(), ..Request::default() }
     }
+
+    /// The request as the kernel module takes it, made at the monotonic time `now`. Size, version and room for copies are for others to say.
+    pub(crate) fn at(&self, now: Duration) -> ForkArguments {
+        let Self { vm_type, count, placement, timeout } = *self;
+        let deadline_ns = timeout.map_or(0, |timeout| nonzero_ns(now.saturating_add(timeout)));
+        ForkArguments { count, flags: placement.flags(), deadline_ns, vm_type, ..ForkArguments::default() }
+    }
+}
+
+/// The monotonic time `deadline` in nanoseconds. Zero would be no deadline.
+fn nonzero_ns(deadline: Duration) -> u64 {
+    u64::try_from(deadline.as_nanos()).unwrap_or(u64::MAX).max(1)
 }
 
 #[cfg(test)]
@@ -89,6 +123,26 @@ mod tests {
         assert_eq!(vmfork_abi::padded_text(&request.vm_type), Some("web"));
         let request = ForkRequest::new("web", 4).unwrap().placed(Placement::Remote).numbered(7);
         assert_eq!(request.flags, flags::REMOTE);
+    }
+
+    #[test]
+    fn a_request_reaches_the_kernel_module_whole() {
+        let request = ForkRequest::new("web", 4).unwrap().placed(Placement::Local);
+        let expected = ForkArguments {
+            count: 4,
+            flags: flags::LOCAL,
+            vm_type: pad_text("web").unwrap(),
+            ..ForkArguments::default()
+        };
+        assert_eq!(request.at(Duration::from_secs(90)), expected);
+    }
+
+    #[test]
+    fn a_timeout_is_a_deadline_that_is_never_none() {
+        let deadline_ns = |now, timeout| ForkRequest::new("web", 1).unwrap().with_timeout(timeout).at(now).deadline_ns;
+        assert_eq!(deadline_ns(Duration::from_secs(90), Duration::from_millis(1500)), 91_500_000_000);
+        assert_eq!(deadline_ns(Duration::ZERO, Duration::ZERO), 1);
+        assert_eq!(deadline_ns(Duration::from_secs(90), Duration::MAX), u64::MAX);
     }
 
     #[test]

@@ -1,20 +1,58 @@
 //! The VMM as a process in the guest reaches it.
 
-use std::io;
+use std::{env, io};
 
-use crate::route::doorbell::Doorbell;
-use crate::{DetectError, Fork, ForkError, ForkRequest, HeaderError, OutcomeError};
+use vmfork_abi::device::PATH;
 
-/// The VMM that this guest runs on, reached by the one route there is: the doorbell.
+use crate::route::Route;
+use crate::{DetectError, Fork, ForkError, ForkRequest, HeaderError, OutcomeError, UnknownVia, Via};
+
+/// The variable of the environment by which a route is asked for.
+const VIA: &str = "VMFORK_VIA";
+
+/// The VMM that this guest runs on, reached by a route.
 #[derive(Debug)]
 pub struct Vmm {
-    route: Doorbell,
+    route: Route,
 }
 
 /// Why the VMM can't be reached.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum OpenError {
+    /// The environment asks for a route that there isn't.
+    #[error("{VIA} can't be followed")]
+    Via(#[source] UnknownVia),
+    /// No kernel module offers its device.
+    #[error("there is no {PATH}")]
+    NoDevice {
+        /// What open(2) answered.
+        source: io::Error,
+    },
+    /// The device is not for this caller.
+    #[error("{PATH} is for root and the members of its group")]
+    DeviceForbidden {
+        /// What open(2) answered.
+        source: io::Error,
+    },
+    /// The device can't be opened for another reason.
+    #[error("{PATH} can't be opened")]
+    OpenDevice {
+        /// What open(2) answered.
+        source: io::Error,
+    },
+    /// The kernel module was built for other programs.
+    #[error("this program and the kernel module behind {PATH} are of different versions")]
+    DeviceVersion {
+        /// What the ioctl answered.
+        source: io::Error,
+    },
+    /// The kernel module does not say who this VM is.
+    #[error("{PATH} does not answer")]
+    AskDevice {
+        /// What the ioctl answered.
+        source: io::Error,
+    },
     /// There is no VMM, or it is another version.
     #[error(transparent)]
     Detect(DetectError),
@@ -42,46 +80,123 @@ pub enum OpenError {
     },
 }
 
+impl OpenError {
+    /// What it means that open(2) answers so for the device.
+    pub(crate) fn of_device(source: io::Error) -> Self {
+        match source.raw_os_error() {
+            // Without its module, a file that was made by hand leads nowhere.
+            Some(libc::ENOENT | libc::ENXIO | libc::ENODEV) => Self::NoDevice { source },
+            Some(libc::EACCES | libc::EPERM) => Self::DeviceForbidden { source },
+            _ => Self::OpenDevice { source },
+        }
+    }
+}
+
+/// Why it is not known who this VM is.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StatusError {
+    /// The kernel module does not tell.
+    #[error("{PATH} does not say who this VM is")]
+    Ask {
+        /// What the ioctl answered.
+        source: io::Error,
+    },
+    /// No possible identity, or list of copies.
+    #[error("the control page says nothing valid about this VM")]
+    Outcome(#[source] OutcomeError),
+}
+
 impl Vmm {
-    /// Detects the VMM and opens the route to it: CAP_SYS_RAWIO, and no kernel lockdown.
+    /// Opens the best route to the VMM that there is for the caller: the kernel module's device, or else the doorbell. Where the variable
+    /// `VMFORK_VIA` is in the environment, its value is the name of the one to take ([`Via::name`]).
     ///
     /// # Errors
     ///
-    /// [`OpenError`] where there is no such VMM, or its control page can't be had.
+    /// [`OpenError`] where no route is open to the caller. If there is a device, it is about the device.
     pub fn open() -> Result<Self, OpenError> {
-        Ok(Self { route: Doorbell::open()? })
+        match env::var_os(VIA) {
+            Some(name) => Self::open_via(name.to_string_lossy().parse().map_err(OpenError::Via)?),
+            None => Ok(Self { route: Route::choose()? }),
+        }
+    }
+
+    /// Opens this route to the VMM, and looks at no other.
+    ///
+    /// [`Via::Device`] takes a member of the device's group, and a kernel module of this version. [`Via::Doorbell`] takes CAP_SYS_RAWIO and a
+    /// kernel without lockdown; with the module loaded, a kernel with CONFIG_IO_STRICT_DEVMEM keeps the control page for it.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`] where the route is not open to the caller.
+    pub fn open_via(via: Via) -> Result<Self, OpenError> {
+        Ok(Self { route: Route::open(via)? })
+    }
+
+    /// The route that was taken.
+    pub fn via(&self) -> Via {
+        self.route.via()
     }
 
     /// Who this VM is, and how it came out of its latest fork, without asking for another.
     ///
     /// # Errors
     ///
-    /// [`OutcomeError`] where the control page holds no possible identity, or list of copies.
-    pub fn status(&self) -> Result<Fork, OutcomeError> {
-        Fork::from_account(&self.route.account())
+    /// [`StatusError`] where the kernel module does not tell, or the control page holds no possible identity, or list of copies.
+    pub fn status(&self) -> Result<Fork, StatusError> {
+        let account = match &self.route {
+            Route::Device(device) => device.account()?,
+            Route::Doorbell(doorbell) => doorbell.account(),
+        };
+        Fork::from_account(&account).map_err(StatusError::Outcome)
     }
 
-    /// Goes through a fork but for the doorbell, to tell whether the calling thread could fork this VM.
+    /// Goes as far towards a fork as can be gone without asking the VMM, to tell whether the calling thread could fork this VM.
     ///
     /// # Errors
     ///
     /// What [`Vmm::fork`] would return without asking the VMM.
     pub fn check(&self) -> Result<(), ForkError> {
-        self.route.check()
+        match &self.route {
+            Route::Device(device) => device.check(),
+            Route::Doorbell(doorbell) => doorbell.check(),
+        }
     }
 
     /// Forks this VM, and returns in the parent and in every child.
     ///
     /// Callers in one guest are served one after another, and after an operator who forks this VM; see [`ForkError::Copied`] for those that
-    /// wait. A child's random pool, host name and clock are its own before this returns, and before any other task of the calling vCPU runs.
-    /// Tasks on other vCPUs are not held back.
+    /// wait. A child's random pool and clock are its own before this returns, and before any other task of the calling vCPU runs. Tasks on
+    /// other vCPUs are not held back.
     ///
-    /// The caller needs CAP_SYS_RAWIO for the doorbell, CAP_SYS_NICE to run first, CAP_SYS_ADMIN for seed and host name, and CAP_SYS_TIME.
+    /// By the doorbell, that holds for the host name too, and the caller needs CAP_SYS_RAWIO to ring, CAP_SYS_NICE to run first, CAP_SYS_ADMIN
+    /// for seed and host name, and CAP_SYS_TIME. By the device it needs nothing; the host name is set last, and stays the parent's where the
+    /// caller lacks CAP_SYS_ADMIN.
     ///
     /// # Errors
     ///
     /// [`ForkError`], in the caller's VM or in a copy: see [`ForkError::role`].
     pub fn fork(&self, request: &ForkRequest) -> Result<Fork, ForkError> {
-        self.route.fork(request)
+        match &self.route {
+            Route::Device(device) => device.fork(request),
+            Route::Doorbell(doorbell) => doorbell.fork(request),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_is_missing_or_forbidden_or_broken() {
+        let error = |errno| OpenError::of_device(io::Error::from_raw_os_error(errno));
+        for missing in [libc::ENOENT, libc::ENXIO, libc::ENODEV] {
+            assert!(matches!(error(missing), OpenError::NoDevice { .. }), "{missing}");
+        }
+        for forbidden in [libc::EACCES, libc::EPERM] {
+            assert!(matches!(error(forbidden), OpenError::DeviceForbidden { .. }), "{forbidden}");
+        }
+        assert!(matches!(error(libc::EMFILE), OpenError::OpenDevice { .. }));
     }
 }

@@ -9,7 +9,7 @@ use std::ffi::OsString;
 use std::io::{self, Write};
 
 use serde::Serialize;
-use vmfork::{ForkError, OpenError, OutcomeError, RequestError};
+use vmfork::{ForkError, OpenError, RequestError, StatusError};
 
 const SUCCESS: u8 = 0;
 /// Exit status of a failure.
@@ -27,8 +27,8 @@ pub(crate) enum CommandError {
     Drain(#[source] io::Error),
     #[error("the VMM can't be reached")]
     Open(#[source] OpenError),
-    #[error("the control page says nothing valid about this VM")]
-    Status(#[source] OutcomeError),
+    #[error(transparent)]
+    Status(StatusError),
     #[error(transparent)]
     Request(RequestError),
     #[error(transparent)]

@@ -10,7 +10,7 @@ mod random;
 
 use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use std::{io, thread};
 
 use vmfork_abi::cpuid::Interface;
@@ -85,7 +85,7 @@ impl Doorbell {
     ///
     /// What [`Self::fork`] would return without asking the VMM.
     pub(crate) fn check(&self) -> Result<(), ForkError> {
-        let _tools = self.prepare()?;
+        let _tools = self.prepare(None)?;
         raise().and_then(|old| old.apply()).map_err(|source| ForkError::Raise { source })
     }
 
@@ -95,25 +95,30 @@ impl Doorbell {
     ///
     /// [`ForkError`], in the caller's VM or in a copy.
     pub(crate) fn fork(&self, request: &ForkRequest) -> Result<Fork, ForkError> {
-        let tools = self.prepare()?;
+        let deadline = request.timeout().and_then(|timeout| Instant::now().checked_add(timeout));
+        let tools = self.prepare(deadline)?;
         for _ in 1..TRIES {
             match self.fork_once(&tools, request) {
-                Err(ForkError::Refused(ErrorCode::Busy)) => thread::sleep(PAUSE),
+                Err(ForkError::Refused(ErrorCode::Busy)) => {}
                 other => return other,
             }
+            if passed(deadline) {
+                return Err(ForkError::DeadlinePassed);
+            }
+            thread::sleep(PAUSE);
             self.check_original(tools.generation)?;
         }
         self.fork_once(&tools, request)
     }
 
     /// Makes what the rest of the fork uses, and waits for its turn.
-    fn prepare(&self) -> Result<Tools, ForkError> {
+    fn prepare(&self, deadline: Option<Instant>) -> Result<Tools, ForkError> {
         let port = self.interface.doorbell_port;
         let port = DoorbellPort::acquire(self.interface).map_err(|source| ForkError::Port { port, source })?;
         privilege::check().map_err(ForkError::Privilege)?;
         let pool = RandomPool::open().map_err(|source| ForkError::OpenRandom { source })?;
         let generation = self.page.identity().generation;
-        let lock = ForkLock::acquire().map_err(ForkError::Lock)?;
+        let lock = ForkLock::acquire(deadline).map_err(ForkError::Lock)?.ok_or(ForkError::DeadlinePassed)?;
         self.check_original(generation)?;
         Ok(Tools { port, pool, generation, _lock: lock })
     }
@@ -143,6 +148,11 @@ impl Doorbell {
             .map_err(|source| ForkError::Identity { role: fork.role, source })?;
         Ok(fork)
     }
+}
+
+/// Whether there is a deadline, and it has passed.
+fn passed(deadline: Option<Instant>) -> bool {
+    deadline.is_some_and(|deadline| Instant::now() >= deadline)
 }
 
 /// Raises the calling thread above every other task of its vCPU, and returns how it was scheduled before.
