@@ -11,6 +11,10 @@
  *     if (fork.role == VMFORK_CHILD)
  *         serve(fork.index);
  *
+ * There are two routes to the VMM: the device of the kernel module, /dev/vmfork, which serves root and the members of its group, and the
+ * doorbell, which takes root. All functions take the device if there is one for the caller, else the doorbell. Where the variable VMFORK_VIA is
+ * in the environment, its value ("device" or "doorbell") is the one to take; setenv() chooses for the calls that follow.
+ *
  * Link with libvmfork.a; for a static program, with -static -Wl,--gc-sections. Any thread may call any function.
  */
 #ifndef VMFORK_H
@@ -35,9 +39,9 @@ extern "C" {
 
 /* What the functions return. No fork was made where nothing else is said. */
 #define VMFORK_OK 0
-#define VMFORK_EINVAL (-1)    /* An argument is NULL or out of range. */
+#define VMFORK_EINVAL (-1)    /* An argument is NULL or out of range, or VMFORK_VIA names no route. */
 #define VMFORK_ENOVMM (-2)    /* There is no VMM that can fork this machine. */
-#define VMFORK_EVERSION (-3)  /* The VMM speaks another version of the interface. */
+#define VMFORK_EVERSION (-3)  /* The VMM, or the kernel module, speaks another version of the interface. */
 #define VMFORK_EACCESS (-4)   /* The caller lacks something that a fork needs: `vmfork detect` says what. */
 #define VMFORK_ENOANSWER (-5) /* The VMM did not answer. */
 #define VMFORK_EPROTOCOL (-6) /* The VMM's answer is not valid. Which VM this is, is not known: do not go on. */
@@ -88,6 +92,12 @@ struct vmfork_fork_t {
  */
 int vmfork_fork(const char *vm_type, uint32_t count, struct vmfork_fork_t *out);
 
+/*
+ * The same, but gives up with VMFORK_EDEADLINE where it is not the caller's turn within `timeout_ms` milliseconds. Callers in one guest are
+ * served one after another.
+ */
+int vmfork_fork_within(const char *vm_type, uint32_t count, uint64_t timeout_ms, struct vmfork_fork_t *out);
+
 /* A copy that a fork has made, as its parent is told of it. */
 struct vmfork_copy_t {
     uint8_t vm_id[16];  /*  0: ID of the VM, a UUID in network byte order. */
@@ -103,6 +113,15 @@ struct vmfork_copy_t {
  * Returns how many there are, 0 in a child and where the VMM does not say where they are, or a negative code.
  */
 int vmfork_copies(struct vmfork_copy_t *copies, uint32_t capacity);
+
+/*
+ * Finds the number of forks that lie between this VM and a booted one. It changes in every copy before the copy runs, whoever has asked for the
+ * fork, and never in a parent; reading it takes no system call. All its bits are ones in a VM that has moved to a VMM that does not tell.
+ *
+ * Needs the device. Returns VMFORK_OK with `*out` pointing to the number, or a negative code with `*out` untouched. The pointer is the same for
+ * all callers in a process, and valid until the process ends or executes another program: also in copies of the VM, and after fork(2).
+ */
+int vmfork_generation_map(const volatile uint64_t **out);
 
 /* Returns VMFORK_OK where a VMM can fork this machine, else VMFORK_ENOVMM or VMFORK_EVERSION. Needs no privilege. */
 int vmfork_detect(void);

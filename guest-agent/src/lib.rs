@@ -31,15 +31,18 @@
 mod capi;
 mod detect;
 mod fork;
+mod generation;
 mod identity;
 mod outcome;
 mod raw;
 mod request;
 mod route;
 mod vmm;
+mod watch;
 
 pub use detect::DetectError;
 pub use fork::ForkError;
+pub use generation::{GenerationError, GenerationPage};
 pub use identity::IdentityError;
 pub use outcome::{Fork, ForkCopy, OutcomeError};
 pub use request::{ForkRequest, Placement, RequestError};
@@ -48,6 +51,7 @@ pub use route::{UnknownVia, Via};
 pub use vmfork_abi::cpuid::Interface;
 pub use vmfork_abi::{ErrorCode, Location, Role};
 pub use vmm::{OpenError, StatusError, Vmm};
+pub use watch::{Notice, Watch, WatchError};
 
 /// Forks the VM that this runs in: [`Vmm::open`] and [`Vmm::fork`] in one.
 ///

@@ -13,7 +13,7 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use vmfork_abi::PAGE_BYTES;
 use vmfork_abi::cpuid::{Interface, Registers};
 
-pub(crate) use self::device::{CopyBytes, DeviceFile};
+pub(crate) use self::device::{CopyBytes, DeviceFile, head};
 
 /// What CPUID answers to `leaf`, with subleaf 0.
 pub(crate) fn cpuid(leaf: u32) -> Registers {
@@ -67,29 +67,49 @@ fn set_port_permission(port: u16, permitted: bool) -> io::Result<()> {
     Ok(Errno::result(result).map(drop)?)
 }
 
+/// Pages of a file, shared with whoever else maps them, and unmapped on drop.
+#[derive(Debug)]
+struct Mapping {
+    base: NonNull<u64>,
+    bytes: NonZeroUsize,
+}
+
+impl Mapping {
+    /// Maps the pages at `offset` of `file` that hold `bytes` bytes, at least one: mmap(2).
+    fn new(file: &File, offset: u64, bytes: usize, access: ProtFlags) -> io::Result<Self> {
+        let bytes = bytes.max(1).checked_next_multiple_of(PAGE_BYTES).and_then(NonZeroUsize::new);
+        let bytes = bytes.ok_or(Errno::EINVAL)?;
+        let offset = offset.try_into().map_err(|_| Errno::EINVAL)?;
+        // SAFETY: the kernel chooses an address that nothing else uses.
+        let base = unsafe { mmap(None, bytes, access, MapFlags::MAP_SHARED, file, offset)? };
+        Ok(Self { base: base.cast(), bytes })
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: `new` made this mapping of this length, and no pointer into it outlives `self`.
+        let unmapped = unsafe { munmap(self.base.cast(), self.bytes.get()) };
+        debug_assert_eq!(unmapped, Ok(()), "a whole mapping can always be unmapped");
+    }
+}
+
 /// Memory shared with the VMM, one page or more, read and written in volatile 64-bit words.
 #[derive(Debug)]
 pub(crate) struct SharedMemory {
-    base: NonNull<u64>,
-    bytes: NonZeroUsize,
+    mapping: Mapping,
 }
 
 const WORD_BYTES: usize = size_of::<u64>();
 
 impl SharedMemory {
-    /// Maps the pages at `offset` of `file` that hold `bytes` bytes, at least one: mmap(2).
+    /// Maps the pages at `offset` of `file` that hold `bytes` bytes, at least one.
     ///
     /// # Errors
     ///
     /// EINVAL where `offset` is no page's; for /dev/mem, EPERM where the kernel does not let these pages be mapped.
     pub(crate) fn map(file: &File, offset: u64, bytes: usize) -> io::Result<Self> {
-        let bytes = bytes.max(1).checked_next_multiple_of(PAGE_BYTES).and_then(NonZeroUsize::new);
-        let bytes = bytes.ok_or(Errno::EINVAL)?;
-        let offset = offset.try_into().map_err(|_| Errno::EINVAL)?;
-        let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        // SAFETY: the kernel chooses an address that nothing else uses.
-        let base = unsafe { mmap(None, bytes, access, MapFlags::MAP_SHARED, file, offset)? };
-        Ok(Self { base: base.cast(), bytes })
+        Ok(Self { mapping: Mapping::new(file, offset, bytes, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)? })
     }
 
     /// Copies the `N` bytes at `OFFSET` out of the first page.
@@ -107,13 +127,13 @@ impl SharedMemory {
     /// Copies the `N` bytes at `offset` out, or gives `None` where not all of them are whole words that are mapped.
     pub(crate) fn read_at<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
         const { assert!(N.is_multiple_of(WORD_BYTES)) };
-        if !offset.is_multiple_of(WORD_BYTES) || offset.checked_add(N)? > self.bytes.get() {
+        if !offset.is_multiple_of(WORD_BYTES) || offset.checked_add(N)? > self.mapping.bytes.get() {
             return None;
         }
         let mut bytes = [0; N];
         for (index, word) in (offset / WORD_BYTES..).zip(bytes.chunks_exact_mut(WORD_BYTES)) {
             // SAFETY: the word is aligned, and lies within what is mapped while `self` lives, as just checked.
-            let value = unsafe { self.base.as_ptr().wrapping_add(index).read_volatile() };
+            let value = unsafe { self.mapping.base.as_ptr().wrapping_add(index).read_volatile() };
             word.copy_from_slice(&value.to_ne_bytes());
         }
         Some(bytes)
@@ -135,15 +155,36 @@ impl SharedMemory {
             assert!(OFFSET.is_multiple_of(WORD_BYTES) && N.is_multiple_of(WORD_BYTES));
             assert!(OFFSET + N <= PAGE_BYTES);
         }
-        self.base.as_ptr().wrapping_add(OFFSET / WORD_BYTES)
+        self.mapping.base.as_ptr().wrapping_add(OFFSET / WORD_BYTES)
     }
 }
 
-impl Drop for SharedMemory {
-    fn drop(&mut self) {
-        // SAFETY: `map` made this mapping of this length, and no pointer into it outlives `self`.
-        let unmapped = unsafe { munmap(self.base.cast(), self.bytes.get()) };
-        debug_assert_eq!(unmapped, Ok(()), "a whole mapping can always be unmapped");
+/// A 64-bit word that the VMM writes and this program reads: the first of a file.
+#[derive(Debug)]
+pub(crate) struct SharedWord {
+    mapping: Mapping,
+}
+
+// SAFETY: the mapping belongs to the process and not to a thread, and may be undone from any.
+unsafe impl Send for SharedWord {}
+// SAFETY: nobody in this process writes the word, and reads of it that are volatile and aligned do not disturb one another.
+unsafe impl Sync for SharedWord {}
+
+impl SharedWord {
+    /// Maps the first page of `file`, to read alone.
+    pub(crate) fn map(file: &File) -> io::Result<Self> {
+        Ok(Self { mapping: Mapping::new(file, 0, WORD_BYTES, ProtFlags::PROT_READ)? })
+    }
+
+    /// The word as it is now.
+    pub(crate) fn get(&self) -> u64 {
+        // SAFETY: the first word of a page that is mapped to be read while `self` lives.
+        unsafe { self.address().read_volatile() }
+    }
+
+    /// Where the word is, while `self` lives.
+    pub(crate) fn address(&self) -> *const u64 {
+        self.mapping.base.as_ptr()
     }
 }
 
@@ -237,6 +278,15 @@ pub(crate) mod tests {
         for offset in [1, 2 * PAGE_BYTES - 12, 2 * PAGE_BYTES - 8, 2 * PAGE_BYTES, usize::MAX - 7] {
             assert_eq!(memory.read_at::<16>(offset), None, "{offset}");
         }
+    }
+
+    #[test]
+    fn a_word_changes_as_others_write_it() {
+        let file = file(PAGE_BYTES);
+        let word = SharedWord::map(&file).unwrap();
+        assert_eq!(word.get(), 0);
+        SharedMemory::map(&file, 0, WORD_BYTES).unwrap().write::<0, 8>(&7u64.to_le_bytes());
+        assert_eq!(std::thread::scope(|scope| scope.spawn(|| word.get()).join().unwrap()), 7);
     }
 
     #[test]

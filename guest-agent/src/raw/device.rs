@@ -34,19 +34,23 @@ impl DeviceFile {
         unsafe { fork(self.device.as_raw_fd(), arguments) }.map(drop)
     }
 
-    /// Asks for [`STATUS`], with room for these copies, and has `arguments` be the answer.
-    pub(crate) fn status(&self, arguments: &mut StatusArguments, copies: &mut [CopyBytes]) -> nix::Result<()> {
+    /// Asks for [`STATUS`], with room for these copies.
+    pub(crate) fn status(&self, copies: &mut [CopyBytes]) -> nix::Result<StatusArguments> {
+        let mut arguments = StatusArguments::default();
         (arguments.bytes, arguments.version) = head(StatusArguments::BYTES);
         (arguments.copies_address, arguments.copies_room) = room(copies);
         // SAFETY: as in `fork`.
-        unsafe { status(self.device.as_raw_fd(), arguments) }.map(drop)
+        unsafe { status(self.device.as_raw_fd(), &raw mut arguments) }?;
+        Ok(arguments)
     }
 
-    /// Asks for [`IDENTITY`], and has `notice` be the answer.
-    pub(crate) fn identity(&self, notice: &mut Notice) -> nix::Result<()> {
+    /// Asks for [`IDENTITY`].
+    pub(crate) fn identity(&self) -> nix::Result<Notice> {
+        let mut notice = Notice::default();
         (notice.bytes, notice.version) = head(Notice::BYTES);
         // SAFETY: the kernel reads and writes one such struct.
-        unsafe { identity(self.device.as_raw_fd(), notice) }.map(drop)
+        unsafe { identity(self.device.as_raw_fd(), &raw mut notice) }?;
+        Ok(notice)
     }
 }
 
@@ -82,7 +86,7 @@ mod tests {
     fn another_file_knows_no_such_request() {
         let other = DeviceFile { device: File::open("/dev/null").unwrap() };
         assert_eq!(other.fork(&mut ForkArguments::default(), &mut []), Err(nix::errno::Errno::ENOTTY));
-        assert_eq!(other.status(&mut StatusArguments::default(), &mut []), Err(nix::errno::Errno::ENOTTY));
-        assert_eq!(other.identity(&mut Notice::default()), Err(nix::errno::Errno::ENOTTY));
+        assert_eq!(other.status(&mut []), Err(nix::errno::Errno::ENOTTY));
+        assert_eq!(other.identity(), Err(nix::errno::Errno::ENOTTY));
     }
 }

@@ -4,7 +4,7 @@
 use std::io;
 
 use nix::errno::Errno;
-use vmfork_abi::device::{ForkArguments, Notice, StatusArguments};
+use vmfork_abi::device::{ForkArguments, StatusArguments};
 use vmfork_abi::{ErrorCode, Identity, ListedCopy, MAX_CHILDREN, Role, Status};
 
 use crate::fork::which;
@@ -27,7 +27,7 @@ impl Device {
     /// [`OpenError::AskDevice`].
     pub(crate) fn open() -> Result<Self, OpenError> {
         let device = Self { file: DeviceFile::open().map_err(OpenError::of_device)? };
-        device.ask().map_err(unanswered)?;
+        device.file.identity().map_err(unanswered)?;
         Ok(device)
     }
 
@@ -37,16 +37,7 @@ impl Device {
     ///
     /// [`StatusError::Ask`] where the module does not tell.
     pub(crate) fn account(&self) -> Result<Account, StatusError> {
-        let mut copies = Vec::new();
-        loop {
-            let mut status = StatusArguments::default();
-            self.file.status(&mut status, &mut copies).map_err(|errno| StatusError::Ask { source: errno.into() })?;
-            let listed = status.listed.min(MAX_CHILDREN) as usize;
-            if listed <= copies.len() {
-                return Ok(account(&status.identity, status.listed, &copies));
-            }
-            copies.resize(listed, [0; ListedCopy::BYTES]);
-        }
+        status(|copies| self.file.status(copies)).map_err(|errno| StatusError::Ask { source: errno.into() })
     }
 
     /// Whether the module answers: it has all else that a fork needs.
@@ -55,7 +46,7 @@ impl Device {
     ///
     /// [`ForkError::Open`] where it does not.
     pub(crate) fn check(&self) -> Result<(), ForkError> {
-        self.ask().map_err(|errno| ForkError::Open(unanswered(errno)))
+        self.file.identity().map(drop).map_err(|errno| ForkError::Open(unanswered(errno)))
     }
 
     /// Forks this VM once it is this caller's turn, and returns in the parent and in every child.
@@ -75,11 +66,6 @@ impl Device {
         }
         Ok(fork)
     }
-
-    /// Asks for what has neither effect nor need.
-    fn ask(&self) -> nix::Result<()> {
-        self.file.identity(&mut Notice::default())
-    }
 }
 
 /// Why the device does not serve this program.
@@ -89,6 +75,19 @@ fn unanswered(errno: Errno) -> OpenError {
         // The size of an argument is a part of the request's number.
         Errno::EPROTONOSUPPORT | Errno::ENOTTY => OpenError::DeviceVersion { source },
         _ => OpenError::AskDevice { source },
+    }
+}
+
+/// What the module says of this VM, asked as often as it takes to have room for all copies.
+fn status(ask: impl Fn(&mut [CopyBytes]) -> nix::Result<StatusArguments>) -> nix::Result<Account> {
+    let mut copies = Vec::new();
+    loop {
+        let status = ask(&mut copies)?;
+        let listed = status.listed.min(MAX_CHILDREN) as usize;
+        if listed <= copies.len() {
+            return Ok(account(&status.identity, status.listed, &copies));
+        }
+        copies.resize(listed, [0; ListedCopy::BYTES]);
     }
 }
 
@@ -168,6 +167,27 @@ mod tests {
         let answer = ForkArguments { identity: child().to_bytes(), listed: 3, ..answer };
         let fork = outcome(Ok(()), &answer, &copies()).unwrap();
         assert_eq!((fork.role, fork.copies.len()), (Role::Child, 0));
+    }
+
+    /// A module that has these copies to list, and says that it has `listed`.
+    fn module(listed: u32) -> impl Fn(&mut [CopyBytes]) -> nix::Result<StatusArguments> {
+        move |room| {
+            room.iter_mut().zip(copies()).for_each(|(room, copy)| *room = copy);
+            Ok(StatusArguments { identity: parent().to_bytes(), listed, ..StatusArguments::default() })
+        }
+    }
+
+    #[test]
+    fn a_status_has_all_copies_that_there_can_be() {
+        let fork = Fork::from_account(&status(module(3)).unwrap()).unwrap();
+        assert_eq!((fork.role, fork.copies.len()), (Role::Parent, 3));
+        assert_eq!(Fork::from_account(&status(module(0)).unwrap()).unwrap().copies, []);
+        for listed in [MAX_CHILDREN, MAX_CHILDREN + 1, u32::MAX] {
+            let account = status(module(listed)).unwrap();
+            assert_eq!((account.listed, account.copies.len()), (listed, MAX_CHILDREN as usize));
+            assert_eq!(Fork::from_account(&account).unwrap_err(), OutcomeError::Listed { listed, count: 3 });
+        }
+        assert_eq!(status(|_| Err(Errno::EIO)).unwrap_err(), Errno::EIO);
     }
 
     #[test]

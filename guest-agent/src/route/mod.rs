@@ -6,12 +6,15 @@ pub(crate) mod doorbell;
 use std::fmt;
 use std::str::FromStr;
 
+use serde::Serialize;
+
 use self::device::Device;
 use self::doorbell::Doorbell;
 use crate::OpenError;
 
-/// A route to the VMM.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+/// A route to the VMM. Serialized, it is its name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum Via {
     /// The kernel module's device, for root and the members of its group.
@@ -107,7 +110,7 @@ mod tests {
         io::Error::from_raw_os_error(errno)
     }
 
-    /// What is chosen where the routes open so; a `true` stands for one that does.
+    /// What is chosen where opening the routes gives these errors, or none.
     fn chosen(device: fn() -> Option<OpenError>, doorbell: fn() -> Option<OpenError>) -> Result<Via, OpenError> {
         choose(|via| {
             let error = if via == Via::Device { device() } else { doorbell() };
@@ -149,6 +152,7 @@ mod tests {
     #[test]
     fn routes_have_names() {
         assert!(Via::ALL.iter().all(|via| via.to_string().parse() == Ok(*via)));
+        assert!(Via::ALL.iter().all(|via| serde_json::to_value(via).unwrap() == via.name()));
         let error = "Device".parse::<Via>().unwrap_err();
         assert_eq!(error.to_string(), r#""Device" is no route to the VMM: device and doorbell are"#);
     }

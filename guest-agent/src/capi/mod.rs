@@ -1,11 +1,15 @@
 //! The C interface, declared in include/vmfork.h.
 
-use std::ffi::{CStr, CString, c_char, c_int};
-use std::sync::LazyLock;
+mod code;
+
+use std::ffi::{CStr, c_char, c_int};
+use std::sync::OnceLock;
+use std::time::Duration;
 
 use vmfork_abi::{NAME_BYTES, PLATFORM_BYTES, VM_TYPE_BYTES};
 
-use crate::{DetectError, ErrorCode, Fork, ForkCopy, ForkError, ForkRequest, OpenError, Role, Vmm};
+use self::code::{EINVAL, EPROTOCOL, OK, detect_code, fork_code, generation_code, open_code, text};
+use crate::{Fork, ForkCopy, ForkRequest, GenerationPage, Vmm};
 
 /// `struct vmfork_fork_t`; texts end with a NUL.
 #[repr(C)]
@@ -29,43 +33,6 @@ struct CCopy {
     platform: [u8; PLATFORM_BYTES + 1],
 }
 
-const OK: c_int = 0;
-const EINVAL: c_int = -1;
-const ENOVMM: c_int = -2;
-const EVERSION: c_int = -3;
-const EACCESS: c_int = -4;
-const ENOANSWER: c_int = -5;
-const EPROTOCOL: c_int = -6;
-const EPARENT: c_int = -7;
-const ECHILD: c_int = -8;
-const ECOPIED: c_int = -9;
-const EDEADLINE: c_int = -10;
-const EINTERRUPTED: c_int = -11;
-/// A refusal is this minus the number of its [`ErrorCode`].
-const REFUSED: c_int = -100;
-
-/// What the codes mean, but for the refusals.
-const TEXTS: [(c_int, &CStr); 12] = [
-    (OK, c"success"),
-    (EINVAL, c"an argument is NULL or out of range"),
-    (ENOVMM, c"no VMM that can fork this machine"),
-    (EVERSION, c"the VMM speaks another version of the interface"),
-    (EACCESS, c"the caller may not fork this VM, or lacks something that a fork needs"),
-    (ENOANSWER, c"the VMM did not answer"),
-    (EPROTOCOL, c"the VMM's answer is not valid"),
-    (EPARENT, c"the fork was made, but this parent could not finish it"),
-    (ECHILD, c"this VM is a child without a complete identity"),
-    (ECOPIED, c"this VM is a copy made by somebody else's fork"),
-    (EDEADLINE, c"the deadline passed before it was this caller's turn"),
-    (EINTERRUPTED, c"a signal came before it was this caller's turn"),
-];
-
-/// What each refusal means, at the index of its error code.
-static REFUSALS: LazyLock<Vec<CString>> = LazyLock::new(|| {
-    // No text of ours contains a NUL; one that did would come out empty.
-    ErrorCode::ALL.iter().map(|code| CString::new(code.to_string()).unwrap_or_default()).collect()
-});
-
 /// `vmfork_detect` of the header.
 #[unsafe(no_mangle)]
 extern "C" fn vmfork_detect() -> c_int {
@@ -82,6 +49,27 @@ extern "C" fn vmfork_detect() -> c_int {
 /// `vm_type` is NULL or a NUL-terminated string, and `out` is NULL or points to memory for one `vmfork_fork_t`.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn vmfork_fork(vm_type: *const c_char, count: u32, out: *mut CFork) -> c_int {
+    // SAFETY: the caller promises the same.
+    unsafe { fork(vm_type, count, None, out) }
+}
+
+/// `vmfork_fork_within` of the header.
+///
+/// # Safety
+///
+/// As for [`vmfork_fork`].
+#[unsafe(no_mangle)]
+unsafe extern "C" fn vmfork_fork_within(vm_type: *const c_char, count: u32, timeout_ms: u64, out: *mut CFork) -> c_int {
+    // SAFETY: the caller promises the same.
+    unsafe { fork(vm_type, count, Some(Duration::from_millis(timeout_ms)), out) }
+}
+
+/// Forks, with a timeout or without.
+///
+/// # Safety
+///
+/// As for [`vmfork_fork`].
+unsafe fn fork(vm_type: *const c_char, count: u32, timeout: Option<Duration>, out: *mut CFork) -> c_int {
     if vm_type.is_null() || out.is_null() {
         return EINVAL;
     }
@@ -90,7 +78,7 @@ unsafe extern "C" fn vmfork_fork(vm_type: *const c_char, count: u32, out: *mut C
     let Some(request) = vm_type.to_str().ok().and_then(|vm_type| ForkRequest::new(vm_type, count).ok()) else {
         return EINVAL;
     };
-    match crate::fork(&request) {
+    match crate::fork(&timeout.map_or(request, |timeout| request.with_timeout(timeout))) {
         Ok(fork) => {
             // SAFETY: it is not NULL, so by the caller's promise it points to memory for one.
             unsafe { out.write(CFork::from(&fork)) };
@@ -122,65 +110,34 @@ unsafe extern "C" fn vmfork_copies(out: *mut CCopy, capacity: u32) -> c_int {
     c_int::try_from(copies.len()).unwrap_or(c_int::MAX)
 }
 
+/// `vmfork_generation_map` of the header.
+///
+/// # Safety
+///
+/// `out` is NULL or points to memory for one pointer.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn vmfork_generation_map(out: *mut *const u64) -> c_int {
+    /// Mapped by the first caller, and never unmapped.
+    static PAGE: OnceLock<GenerationPage> = OnceLock::new();
+    if out.is_null() {
+        return EINVAL;
+    }
+    // Of several first callers, all but one drop theirs again.
+    let page = PAGE.get().map_or_else(|| GenerationPage::map().map(|page| PAGE.get_or_init(|| page)), Ok);
+    match page {
+        Ok(page) => {
+            // SAFETY: it is not NULL, so by the caller's promise it points to memory for one.
+            unsafe { out.write(page.address()) };
+            OK
+        }
+        Err(error) => generation_code(&error),
+    }
+}
+
 /// `vmfork_strerror` of the header.
 #[unsafe(no_mangle)]
 extern "C" fn vmfork_strerror(code: c_int) -> *const c_char {
     text(code).as_ptr()
-}
-
-fn text(code: c_int) -> &'static CStr {
-    let refusal = || REFUSALS.get(usize::try_from(REFUSED.checked_sub(code)?).ok()?).map(CString::as_c_str);
-    let known = TEXTS.iter().find(|(number, _)| *number == code).map(|(_, text)| *text);
-    known.or_else(refusal).unwrap_or(c"unknown code")
-}
-
-fn detect_code(error: DetectError) -> c_int {
-    match error {
-        DetectError::NoVmm => ENOVMM,
-        DetectError::Version { .. } => EVERSION,
-    }
-}
-
-fn open_code(error: &OpenError) -> c_int {
-    match error {
-        OpenError::Via(_) => EINVAL,
-        OpenError::Detect(error) => detect_code(*error),
-        OpenError::DeviceVersion { .. } => EVERSION,
-        OpenError::Header { .. } => EPROTOCOL,
-        OpenError::NoDevice { .. }
-        | OpenError::DeviceForbidden { .. }
-        | OpenError::OpenDevice { .. }
-        | OpenError::AskDevice { .. }
-        | OpenError::OpenMemory { .. }
-        | OpenError::MapPage { .. } => EACCESS,
-    }
-}
-
-fn fork_code(error: &ForkError) -> c_int {
-    match error {
-        ForkError::Open(error) => open_code(error),
-        ForkError::UnknownAnswer { .. } | ForkError::Senseless => EPROTOCOL,
-        ForkError::Lock(_)
-        | ForkError::Privilege(_)
-        | ForkError::OpenRandom { .. }
-        | ForkError::Port { .. }
-        | ForkError::ReadClock { .. }
-        | ForkError::Device { role: None, .. }
-        | ForkError::Raise { .. } => EACCESS,
-        ForkError::NotAnswered { .. } | ForkError::Silent => ENOANSWER,
-        ForkError::Refused(code) => c_int::try_from(code.number()).map_or(EPROTOCOL, |number| REFUSED - number),
-        ForkError::Copied => ECOPIED,
-        ForkError::DeadlinePassed => EDEADLINE,
-        ForkError::Interrupted => EINTERRUPTED,
-        ForkError::Outcome { .. }
-        | ForkError::Identity { .. }
-        | ForkError::Lower { .. }
-        | ForkError::Device { role: Some(_), .. } => match error.role() {
-            Some(Role::Child) => ECHILD,
-            Some(Role::Parent) => EPARENT,
-            Some(Role::Booted) | None => EPROTOCOL,
-        },
-    }
 }
 
 impl From<&Fork> for CFork {
@@ -225,9 +182,10 @@ mod tests {
     use std::mem::offset_of;
     use std::process::{Command, Stdio};
 
+    use super::code::{EACCESS, ECHILD, ECOPIED, EDEADLINE, EINTERRUPTED, ENOANSWER, ENOVMM, EPARENT, EVERSION};
     use super::*;
-    use crate::Location;
     use crate::outcome::tests::{child, copies, of, with_copies};
+    use crate::{ErrorCode, ForkError, Location, Role};
 
     /// A C program whose compilation checks the header against this module.
     fn assertions() -> String {
@@ -333,25 +291,9 @@ mod tests {
         assert_eq!(unsafe { vmfork_fork(c"web".as_ptr(), 1, std::ptr::null_mut()) }, EINVAL);
         // SAFETY: memory for no copy, where there is none to write.
         assert_eq!(unsafe { vmfork_copies(std::ptr::null_mut(), 1) }, EINVAL);
-    }
-
-    #[test]
-    fn every_code_has_a_text() {
-        assert_eq!(text(OK), c"success");
-        assert_eq!(text(ECHILD), c"this VM is a child without a complete identity");
-        assert_eq!(text(REFUSED - 3), c"a fork of this VM is under way");
-        let first_unknown = REFUSED - c_int::try_from(ErrorCode::ALL.len()).unwrap();
-        for unknown in [1, -12, -99, first_unknown, c_int::MAX, c_int::MIN] {
-            assert_eq!(text(unknown), c"unknown code", "{unknown}");
-        }
-    }
-
-    #[test]
-    fn errors_in_a_child_are_told_apart() {
-        let source = || std::io::Error::from_raw_os_error(libc::EPERM);
-        assert_eq!(fork_code(&ForkError::Lower { role: Role::Child, source: source() }), ECHILD);
-        assert_eq!(fork_code(&ForkError::Lower { role: Role::Parent, source: source() }), EPARENT);
-        assert_eq!(fork_code(&ForkError::Raise { source: source() }), EACCESS);
-        assert_eq!(fork_code(&ForkError::Copied), ECOPIED);
+        // SAFETY: a literal with its NUL, and NULL.
+        assert_eq!(unsafe { vmfork_fork_within(c"web".as_ptr(), 1, 1, std::ptr::null_mut()) }, EINVAL);
+        // SAFETY: NULL.
+        assert_eq!(unsafe { vmfork_generation_map(std::ptr::null_mut()) }, EINVAL);
     }
 }
