@@ -10,10 +10,12 @@ use clap::Parser;
 use crate::cli::{Cli, Command};
 
 fn main() -> ExitCode {
-    let outcome = match Cli::parse().command {
-        Command::Detect { json } => command::detect::run(json),
-        Command::Fork(arguments) => command::fork::run(&arguments),
-        Command::Status { json } => command::status::run(json),
+    let Cli { via, command } = Cli::parse();
+    let outcome = match command {
+        Command::Detect { json } => command::detect::run(json, via),
+        Command::Fork(arguments) => command::fork::run(&arguments, via),
+        Command::Status { json } => command::status::run(json, via),
+        Command::Watch { json, count } => command::watch::run(json, count, via),
     };
     outcome.unwrap_or_else(|error| {
         eprintln!("vmfork: {}", command::chain(&error));

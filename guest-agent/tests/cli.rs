@@ -6,14 +6,25 @@ use vmfork::Vmm;
 
 const NO_VMM: &str = "the VMM can't be reached: no VMM that can fork this machine answers at CPUID leaf 0x40000100";
 
+const NO_DEVICE: &str = "there is no /dev/vmfork: No such file or directory (os error 2)";
+const NO_DOORBELL: &str = "no VMM that can fork this machine answers at CPUID leaf 0x40000100";
+
 /// Runs `vmfork` with `arguments` and compares how it ends; not in a guest that can be forked, as that would fork it.
 #[track_caller]
 fn assert_run(arguments: &[&str], status: i32, stdout: &str, stderr: &str) {
+    assert_run_by(None, arguments, status, stdout, stderr);
+}
+
+/// The same, in an environment that asks for a route or does not.
+#[track_caller]
+fn assert_run_by(via: Option<&str>, arguments: &[&str], status: i32, stdout: &str, stderr: &str) {
     if Vmm::detect().is_ok() {
         eprintln!("SKIPPED: vmfork {arguments:?}: this machine has a VMM that forks VMs");
         return;
     }
-    let output = Command::new(env!("CARGO_BIN_EXE_vmfork")).args(arguments).output().expect("vmfork was built");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vmfork"));
+    command.env_remove("VMFORK_VIA").envs(via.map(|via| ("VMFORK_VIA", via)));
+    let output = command.args(arguments).output().expect("vmfork was built");
     assert_eq!(String::from_utf8_lossy(&output.stderr), stderr);
     assert_eq!(String::from_utf8_lossy(&output.stdout), stdout);
     assert_eq!(output.status.code(), Some(status));
@@ -24,7 +35,8 @@ fn detect_says_what_is_missing_and_what_to_do() {
     let stderr = format!(
         "vmfork: a fork would not work from here: {NO_VMM}\nvmfork: run this in a VM that host-vmm has launched\n"
     );
-    assert_run(&["detect"], 1, "", &stderr);
+    let stdout = format!("device: not usable: {NO_DEVICE}\ndoorbell: not usable: {NO_DOORBELL}\n");
+    assert_run(&["detect"], 1, &stdout, &stderr);
 }
 
 #[test]
@@ -32,7 +44,11 @@ fn detect_prints_the_same_as_json() {
     let found =
         r#""abi_version":null,"control_page_gpa":null,"doorbell_port":null,"dev_mem":null,"ioperm":null,"vm":null"#;
     let advice = "run this in a VM that host-vmm has launched";
-    let stdout = format!(r#"{{"works":false,{found},"error":"{NO_VMM}","advice":"{advice}"}}"#);
+    let load = "load the kernel module that offers it, or go by the doorbell";
+    let device = format!(r#"{{"route":"device","works":false,"error":"{NO_DEVICE}","advice":"{load}"}}"#);
+    let doorbell = format!(r#"{{"route":"doorbell","works":false,"error":"{NO_DOORBELL}","advice":"{advice}"}}"#);
+    let routes = format!(r#""routes":[{device},{doorbell}],"route":null,"reason":null"#);
+    let stdout = format!(r#"{{"works":false,{found},{routes},"error":"{NO_VMM}","advice":"{advice}"}}"#);
     assert_run(&["detect", "--json"], 1, &format!("{stdout}\n"), "");
 }
 
@@ -52,6 +68,39 @@ fn a_failed_fork_prints_json_without_a_role() {
 #[test]
 fn status_needs_a_vmm() {
     assert_run(&["status"], 1, "", &format!("vmfork: {NO_VMM}\n"));
+}
+
+#[test]
+fn a_route_that_is_asked_for_is_the_only_one_that_is_tried() {
+    let no_device = format!("vmfork: the VMM can't be reached: {NO_DEVICE}\n");
+    for command in ["fork", "status"] {
+        assert_run(&["--via", "device", command], 1, "", &no_device);
+        assert_run_by(Some("device"), &[command], 1, "", &no_device);
+        assert_run_by(Some("device"), &[command, "--via", "doorbell"], 1, "", &format!("vmfork: {NO_VMM}\n"));
+    }
+    let stderr = format!(
+        "vmfork: a fork would not work from here: the VMM can't be reached: {NO_DEVICE}\n\
+         vmfork: load the kernel module that offers it, or go by the doorbell\n"
+    );
+    let stdout = format!("device: not usable: {NO_DEVICE}\n");
+    assert_run_by(Some("device"), &["detect"], 1, &stdout, &stderr);
+}
+
+#[test]
+fn a_route_that_there_is_not_is_wrong_usage() {
+    let stderr = "error: invalid value 'agent' for '--via <ROUTE>'\n  [possible values: device, doorbell]\n\n\
+                  For more information, try '--help'.\n";
+    assert_run(&["status", "--via", "agent"], 2, "", stderr);
+    assert_run_by(Some("agent"), &["status"], 2, "", stderr);
+}
+
+#[test]
+fn forks_are_watched_by_the_device_alone() {
+    let stderr = format!("vmfork: forks can't be watched: {NO_DEVICE}\n");
+    assert_run(&["watch"], 1, "", &stderr);
+    assert_run(&["watch", "--json", "--count", "1", "--via", "device"], 1, "", &stderr);
+    let stderr = "vmfork: forks can be watched by the device alone, and not by the doorbell\n";
+    assert_run(&["watch", "--via", "doorbell"], 1, "", stderr);
 }
 
 #[test]

@@ -7,9 +7,9 @@ use std::process::{self, ExitCode};
 
 use nix::sys::termios;
 use serde::Serialize;
-use vmfork::{Fork, ForkError, ForkRequest, Role};
+use vmfork::{Fork, ForkError, ForkRequest, Role, Via};
 
-use super::{CommandError, SUCCESS, chain, print, print_json};
+use super::{CommandError, SUCCESS, chain, open, print, print_json};
 use crate::cli::ForkArguments;
 
 /// Exit status in a child.
@@ -25,11 +25,12 @@ struct Failure {
     code: Option<u32>,
 }
 
-pub(crate) fn run(arguments: &ForkArguments) -> Result<ExitCode, CommandError> {
+pub(crate) fn run(arguments: &ForkArguments, via: Option<Via>) -> Result<ExitCode, CommandError> {
     let request = ForkRequest::new(&arguments.vm_type, arguments.count).map_err(CommandError::Request)?;
     let request = request.placed(arguments.place.into());
+    let request = arguments.timeout.map_or(request, |timeout| request.with_timeout(timeout));
     drain_terminals().map_err(CommandError::Drain)?;
-    let fork = match vmfork::fork(&request) {
+    let fork = match open(via).map_err(ForkError::Open).and_then(|vmm| vmm.fork(&request)) {
         Ok(fork) => fork,
         Err(error) => {
             if arguments.json {

@@ -1,15 +1,17 @@
 //! The subcommands, and how each may end.
 
+mod advice;
 pub(crate) mod detect;
 pub(crate) mod fork;
 pub(crate) mod status;
+pub(crate) mod watch;
 
 use std::error::Error;
 use std::ffi::OsString;
 use std::io::{self, Write};
 
 use serde::Serialize;
-use vmfork::{ForkError, OpenError, RequestError, StatusError};
+use vmfork::{ForkError, OpenError, RequestError, StatusError, Via, Vmm, WatchError};
 
 const SUCCESS: u8 = 0;
 /// Exit status of a failure.
@@ -33,6 +35,10 @@ pub(crate) enum CommandError {
     Request(RequestError),
     #[error(transparent)]
     Fork(ForkError),
+    #[error(transparent)]
+    Watch(WatchError),
+    #[error("forks can be watched by the {} alone, and not by the {via}", Via::Device)]
+    NoNotices { via: Via },
     #[error("{} can't be executed", program.display())]
     Execute { program: OsString, source: io::Error },
     #[error("the result can't be written")]
@@ -48,6 +54,11 @@ impl CommandError {
             _ => FAILURE,
         }
     }
+}
+
+/// Opens this route to the VMM, or the best that there is.
+fn open(via: Option<Via>) -> Result<Vmm, OpenError> {
+    via.map_or_else(Vmm::open, Vmm::open_via)
 }
 
 /// The error and its causes, outermost first.

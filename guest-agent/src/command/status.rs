@@ -2,12 +2,12 @@
 
 use std::process::ExitCode;
 
-use vmfork::Vmm;
+use vmfork::Via;
 
-use super::{CommandError, print, print_json};
+use super::{CommandError, open, print, print_json};
 
-pub(crate) fn run(json: bool) -> Result<ExitCode, CommandError> {
-    let vmm = Vmm::open().map_err(CommandError::Open)?;
+pub(crate) fn run(json: bool, via: Option<Via>) -> Result<ExitCode, CommandError> {
+    let vmm = open(via).map_err(CommandError::Open)?;
     let status = vmm.status().map_err(CommandError::Status)?;
     if json {
         print_json(&status)?
