@@ -13,20 +13,27 @@
 //! # }
 //! ```
 //!
-//! A fork from the caller's side, in order ([`Vmm::fork`]):
+//! A fork from the caller's side begins with the route to the VMM ([`Vmm::open`]): by the kernel module's device if there is one for the
+//! caller, else by the doorbell. Then it goes, in order ([`Vmm::fork`]):
 //!
 //! ```text
-//! detect       CPUID names the VMM, its ABI version, control page and doorbell
-//! open         the route to the VMM: today the doorbell port and the control page in /dev/mem
-//! prepare      whatever a copy will need, while there is only one VM to fail
-//! lock         one fork at a time in this guest
-//! raise        the calling thread above every other task of its vCPU
-//! ring         the request is written, and the VMM forks the VM      ->  parent      children
-//! assume       the identity that the VMM left                            seed        seed, host name, clock
-//! lower        the calling thread to where it was; then the lock is dropped
+//! by the device          one ioctl of /dev/vmfork, in which the module
+//!     wait               takes callers one after another
+//!     call               asks the VMM, which forks the VM            ->  parent      children
+//!     assume             sets what the VMM left                          seed        seed, clock
+//! name                   the caller, if it may                                       host name
+//!
+//! by the doorbell        the control page in /dev/mem, and a port, where the caller itself does
+//!     prepare            whatever a copy will need, while there is only one VM to fail
+//!     lock               one fork at a time in this guest
+//!     raise              the calling thread above every other task of its vCPU
+//!     ring               asks the VMM, which forks the VM            ->  parent      children
+//!     assume             sets what the VMM left                          seed        seed, host name, clock
+//!     lower              the calling thread to where it was; then the lock is dropped
 //! ```
 //!
-//! `route::doorbell` has that order. Unsafe code is confined to `raw`, `random` and `capi`.
+//! Each route is a file in `route`, which has that order; another would be one file more, and its place in the choice. Who asks for nothing, but
+//! wants to know when its VM has become another: [`Watch`], [`GenerationPage`]. Unsafe code is confined to `raw`, `random` and `capi`.
 
 mod capi;
 mod detect;
