@@ -1,5 +1,6 @@
 //! The VMM as a process in the guest reaches it.
 
+use std::ffi::OsString;
 use std::{env, io};
 
 use vmfork_abi::device::PATH;
@@ -115,8 +116,8 @@ impl Vmm {
     ///
     /// [`OpenError`] where no route is open to the caller. If there is a device, it is about the device.
     pub fn open() -> Result<Self, OpenError> {
-        match env::var_os(VIA) {
-            Some(name) => Self::open_via(name.to_string_lossy().parse().map_err(OpenError::Via)?),
+        match asked(env::var_os(VIA))? {
+            Some(via) => Self::open_via(via),
             None => Ok(Self { route: Route::choose()? }),
         }
     }
@@ -184,9 +185,24 @@ impl Vmm {
     }
 }
 
+/// The route that the environment's variable asks for, if there is one.
+fn asked(name: Option<OsString>) -> Result<Option<Via>, OpenError> {
+    name.map(|name| name.to_string_lossy().parse()).transpose().map_err(OpenError::Via)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_environment_asks_for_a_route_or_for_none() {
+        assert_eq!(asked(None).unwrap(), None);
+        assert_eq!(asked(Some("doorbell".into())).unwrap(), Some(Via::Doorbell));
+        for wrong in ["", "agent", "Device"] {
+            let error = asked(Some(wrong.into())).unwrap_err();
+            assert_eq!(error.to_string(), "VMFORK_VIA can't be followed");
+        }
+    }
 
     #[test]
     fn a_device_is_missing_or_forbidden_or_broken() {
