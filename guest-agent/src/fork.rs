@@ -4,7 +4,7 @@ use std::io;
 
 use vmfork_abi::{ErrorCode, Role, device};
 
-use crate::outcome::Account;
+use crate::route::Account;
 use crate::route::doorbell::RANDOM_PATH;
 use crate::{Fork, IdentityError, LockError, OpenError, OutcomeError, PrivilegeError};
 

@@ -7,23 +7,7 @@ use serde::{Serialize, Serializer};
 use uuid::Uuid;
 use vmfork_abi::{Identity, ListedCopy, Location, MAX_CHILDREN, Role, padded_text};
 
-/// What the VMM says of a VM and its latest fork, unchecked.
-#[derive(Debug, Default)]
-pub(crate) struct Account {
-    /// Who the VM is.
-    pub(crate) identity: Identity,
-    /// How many copies the list says that it has; 0 in a VM that is no parent, and where the VMM lists none.
-    pub(crate) listed: u32,
-    /// The copies, at most [`MAX_CHILDREN`].
-    pub(crate) copies: Vec<ListedCopy>,
-}
-
-impl Account {
-    /// The side of a fork that the VM is on, where it is on one.
-    pub(crate) fn side(&self) -> Option<Role> {
-        Role::from_number(self.identity.role).filter(|&role| role != Role::Booted)
-    }
-}
+use crate::route::Account;
 
 /// The latest fork as this VM saw it: which side of it this VM is, and who it has been since.
 ///

@@ -8,8 +8,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 use serde::Serialize;
 use vmfork_abi::{Identity, device};
 
-use crate::outcome::Account;
 use crate::raw::head;
+use crate::route::Account;
 use crate::{Fork, OpenError, OutcomeError};
 
 /// The device, from which each fork is read once it has been made.

@@ -8,8 +8,8 @@ use vmfork_abi::device::{ForkArguments, StatusArguments};
 use vmfork_abi::{ErrorCode, Identity, ListedCopy, MAX_CHILDREN, Role, Status};
 
 use crate::fork::which;
-use crate::outcome::Account;
 use crate::raw::{CopyBytes, DeviceFile};
+use crate::route::Account;
 use crate::{Fork, ForkError, ForkRequest, IdentityError, OpenError, OutcomeError, StatusError, identity};
 
 /// The device, whose module speaks this version of its interface.

@@ -7,6 +7,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use serde::Serialize;
+use vmfork_abi::{Identity, ListedCopy, Role};
 
 use self::device::Device;
 use self::doorbell::Doorbell;
@@ -85,6 +86,24 @@ impl Route {
             Self::Device(_) => Via::Device,
             Self::Doorbell(_) => Via::Doorbell,
         }
+    }
+}
+
+/// What the VMM says of a VM and its latest fork, unchecked.
+#[derive(Debug, Default)]
+pub(crate) struct Account {
+    /// Who the VM is.
+    pub(crate) identity: Identity,
+    /// How many copies the list says that it has; 0 in a VM that is no parent, and where the VMM lists none.
+    pub(crate) listed: u32,
+    /// The copies, at most [`MAX_CHILDREN`](vmfork_abi::MAX_CHILDREN).
+    pub(crate) copies: Vec<ListedCopy>,
+}
+
+impl Account {
+    /// The side of a fork that the VM is on, where it is on one.
+    pub(crate) fn side(&self) -> Option<Role> {
+        Role::from_number(self.identity.role).filter(|&role| role != Role::Booted)
     }
 }
 

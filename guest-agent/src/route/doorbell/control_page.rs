@@ -7,8 +7,8 @@ use vmfork_abi::{
     Response, Role, Status,
 };
 
-use crate::outcome::Account;
 use crate::raw::SharedMemory;
+use crate::route::Account;
 use crate::{ForkError, ForkRequest};
 
 /// A control page whose header was checked.

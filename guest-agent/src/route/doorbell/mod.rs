@@ -23,8 +23,8 @@ pub use self::lock::LockError;
 pub use self::privilege::PrivilegeError;
 pub(crate) use self::random::{PATH as RANDOM_PATH, RandomPool};
 use crate::fork::which;
-use crate::outcome::Account;
 use crate::raw::{DoorbellPort, Scheduling, SharedMemory};
+use crate::route::Account;
 use crate::{Fork, ForkError, ForkRequest, OpenError, Vmm, identity};
 
 /// How often, and after what time, a request is made again that is refused since an operator forks this VM. For most of that time the VM stands
