@@ -24,6 +24,7 @@
 /* Macros that are casts or calls of other macros, which bindgen leaves out. */
 const int VMFORK_DYNAMIC_MINOR = MISC_DYNAMIC_MINOR;
 const __poll_t VMFORK_EPOLLIN = EPOLLIN | EPOLLRDNORM;
+const fmode_t VMFORK_FMODE_WRITE = (__force fmode_t)FMODE_WRITE;
 const unsigned long VMFORK_MEMREMAP_WB = MEMREMAP_WB;
 const unsigned int VMFORK_RNDRESEEDCRNG = RNDRESEEDCRNG;
 const unsigned int VMFORK_TASK_NORMAL = TASK_NORMAL;

@@ -132,10 +132,12 @@ unsafe extern "C" fn control(
 ) -> c_long {
     // SAFETY: As the VFS calls this.
     let client = unsafe { client(file) };
+    // SAFETY: As above.
+    let may_fork = unsafe { (*file).f_mode } & bindings::VMFORK_FMODE_WRITE != 0;
     from_result(|| {
         client
             .device
-            .control(command, argument as usize)
+            .control(command, argument as usize, may_fork)
             .map(|()| 0)
     })
 }

@@ -19,13 +19,15 @@ use crate::{
 };
 
 impl Device {
-    /// Serves an ioctl whose argument is at `address` in the caller's memory.
+    /// Serves an ioctl whose argument is at `address` in the caller's memory. A file that was not
+    /// opened for writing may look, but not fork.
     ///
     /// # Errors
     ///
     /// As `vmfork_abi::device` lists them.
-    pub(crate) fn control(&self, command: u32, address: usize) -> Result {
+    pub(crate) fn control(&self, command: u32, address: usize, may_fork: bool) -> Result {
         match command {
+            FORK if !may_fork => Err(EBADF),
             FORK => self.control_fork(address),
             STATUS => self.control_status(address),
             IDENTITY => self.control_identity(address),

@@ -2,9 +2,13 @@
 //!
 //! - [`FORK`], [`STATUS`] and [`IDENTITY`] each take one of the structs here. It begins with its own size and [`VERSION`], by which the module
 //!   refuses programs that were built for another one.
+//! - A file that was opened for reading alone serves for all but [`FORK`]. So a group that may read the device is told of forks, and one that may
+//!   write it makes them.
 //! - `read` gives one [`Notice`] for each fork that this VM has come out of since the file was opened, as parent or as child, or the latest
-//!   where there were several; `poll` tells that there is one (`POLLIN`).
-//! - `mmap` gives one page, read-only, at offset 0: [`Generation`](crate::Generation).
+//!   where there were several; `poll` tells that there is one (`POLLIN`). A shorter buffer is refused (`EINVAL`), and a file that does not wait is
+//!   told `EAGAIN` where there is none.
+//! - `mmap` gives one page, read-only, at offset 0: [`Generation`](crate::Generation); `ENODEV` where the VMM has none, `EACCES` for writing.
+//! - While an operator forks the VM, a [`FORK`] waits for that, and is made then in the original VM: for a second at most, or until its deadline.
 //!
 //! The module keeps the seed of an [`Identity`](crate::Identity) to itself: wherever one stands here, its seed is zero.
 //!
@@ -16,6 +20,7 @@
 //! | `EPROTONOSUPPORT` | another version |
 //! | `EINTR` | a signal came while the caller waited for its turn; no fork was asked for |
 //! | `ETIMEDOUT` | the deadline passed while the caller waited; no fork was asked for |
+//! | `EBADF` | the file was not opened for writing |
 //! | `ESTALE` | this VM is a copy that somebody else's fork made while the caller waited: the request is its parent's to make |
 //! | `ECONNREFUSED` | the VMM refused or failed, and [`ForkArguments::error`] says why |
 //! | `EPROTO` | the VMM's answer makes no sense; its role, where there is one, tells whether the fork was made |

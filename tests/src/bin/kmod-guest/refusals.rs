@@ -31,6 +31,10 @@ pub(crate) fn run() -> anyhow::Result<()> {
     numbers(&file);
     let short = file.read(&mut [0; Notice::BYTES - 1]).map(|_| ()).map_err(|error| error.raw_os_error());
     println!("REFUSED short-read {}", name(short.map_err(|errno| Errno::from_raw(errno.unwrap_or(0)))));
+    let reader = File::open(abi::PATH)?;
+    device::identity(&reader)?;
+    let looked = device::fork(&reader, device::fork_arguments(1)).map(drop).map_err(|refused| refused.errno);
+    println!("REFUSED reader {}", name(looked));
     mappings(&file)?;
     println!("FORKS {}", device::status(&file)?.forks - before);
     // The device still does what it is for.
