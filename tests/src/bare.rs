@@ -52,6 +52,8 @@ global_asm!(
     "    je 110f",
     "    cmp eax, 12",
     "    je 120f",
+    "    cmp eax, 13",
+    "    je 130f",
     "3:  hlt",
     "    jmp 3b",
     "10: mov [rbx], ecx", // store 4 bytes
@@ -129,6 +131,10 @@ global_asm!(
     "120: imul rcx, rcx, 24", // go back so many steps
     "    sub rbp, rcx",
     "    jmp 2b",
+    "130: mov eax, [rcx]", // print 4 bytes, by their offset
+    "    mov edi, [rbx + rax]",
+    "    call 90f",
+    "    jmp 2b",
     "90: mov ecx, 8", // print EDI in hexadecimal, and a new line
     "91: rol edi, 4",
     "    mov eax, edi",
@@ -185,6 +191,12 @@ impl Script {
     #[must_use]
     pub fn print(self, address: u64) -> Self {
         self.step(2, address, 0)
+    }
+
+    /// Prints the four bytes of memory that lie so far behind `address` as the four bytes at `offset_at` say.
+    #[must_use]
+    pub fn print_behind(self, address: u64, offset_at: u64) -> Self {
+        self.step(13, address, offset_at)
     }
 
     /// Writes to a port, 1, 2 or 4 bytes wide.

@@ -3,10 +3,10 @@
 //! At CPL 0 it only opens the page tables to user code and goes to CPL 3 with I/O privilege level 3. There it reads [`Order`]s from the
 //! console, and carries them out. Each thing that a bench wants to time ends with a port write.
 
-use std::{arch::global_asm, slice};
+use std::{arch::global_asm, mem::offset_of, slice};
 
 use tempfile::NamedTempFile;
-use vmfork_abi::{PAGE, Role, Status, doorbell};
+use vmfork_abi::{Header, PAGE, Role, Status, doorbell};
 
 use crate::{
     bare::{CONTROL_PAGE, DOORBELL},
@@ -83,6 +83,8 @@ pub struct Order {
     pub pace_tsc: u64,
     /// Children stand still in the end, instead of switching themselves off.
     pub stay: bool,
+    /// Parent and children print their generation first, as they find it where the control page's header says.
+    pub tell_generation: bool,
     /// Flags of the request: where the children are to run.
     pub flags: u32,
 }
@@ -100,6 +102,7 @@ impl Order {
         }
         bytes[16..24].copy_from_slice(&self.pace_tsc.to_le_bytes());
         bytes[24] = u8::from(self.stay);
+        bytes[25] = u8::from(self.tell_generation);
         bytes[28..32].copy_from_slice(&self.flags.to_le_bytes());
         bytes
     }
@@ -197,6 +200,12 @@ global_asm!(
     "    mov eax, [rbx + {identity} + 4]",
     "    mov edx, {answer}",
     "    out dx, eax",
+    "    cmp byte ptr [rbp + 25], 0",
+    "    je 21f",
+    "    mov eax, [rbx + {generation_offset}]",
+    "    mov edi, [rbx + rax]",
+    "    call user_line",
+    "21:",
     "    cmp dword ptr [rbx + {response} + 8], {forked}",
     "    jne 22f",
     "    cmp dword ptr [rbx + {identity}], {child}",
@@ -304,6 +313,7 @@ global_asm!(
     request = const PAGE.request.offset,
     response = const PAGE.response.offset,
     identity = const PAGE.identity.offset,
+    generation_offset = const offset_of!(Header, generation_offset),
     forked = const Status::Forked.number(),
     child = const Role::Child.number(),
 );

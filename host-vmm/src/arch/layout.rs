@@ -36,7 +36,7 @@ pub const GAP_END: Gpa = Gpa(0x1_0000_0000);
 /// The control page, in the gap: no RAM, so that `/dev/mem` maps it, and no driver claims it.
 pub const CONTROL_PAGE: Gpa = Gpa(0xd000_0000);
 
-/// The control page, and the pages behind it that a long list of copies reaches into, in bytes.
+/// The control page, the pages behind it that a long list of copies reaches into, and the generation's, in bytes.
 pub const CONTROL_REGION_BYTES: u64 = vmfork_abi::REGION_BYTES as u64;
 
 /// Registers of the I/O APIC that KVM emulates.

@@ -1,17 +1,17 @@
 //! The control page, from the VMM's side. Its layout is in the crate `vmfork-abi`.
 //!
 //! The guest can write all of the page at any time. So the request is copied out once and only the copy is looked at, and what
-//! the VMM wrote is never read back. A list of many copies reaches into the pages behind it.
+//! the VMM wrote is never read back. A list of many copies reaches into the pages behind it, and the last of these holds the generation alone.
 //!
-//! Header, identity and list are each VM's own. What guest and VMM have said to each other, request and response, is state: a copy that its
+//! Header, identity, generation and list are each VM's own. What guest and VMM have said to each other, request and response, is state: a copy that its
 //! guest did not ask for may have been about to ask for something else, or to read an answer, and finds both as they were.
 
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use vmfork_abi::{
-    ABI_VERSION, CopyList, Header, Identity, ListedCopy, MAGIC, PAGE, PAGE_BYTES, REGION_BYTES, Request, Response,
-    Status,
+    ABI_VERSION, CopyList, Generation, Header, Identity, ListedCopy, MAGIC, PAGE, PAGE_BYTES, REGION_BYTES, Request,
+    Response, Status,
 };
 
 use crate::memory::{self, Mapping};
@@ -52,6 +52,8 @@ impl ControlPage {
         mapping.map_shared(&memory::unsealed("vm-control-page", REGION_BYTES as u64)?)?;
         let page = Self { mapping };
         page.write_header()?;
+        // Takes that page from the host now, and not while a fork waits for it.
+        page.write_generation(0)?;
         Ok(page)
     }
 
@@ -62,6 +64,7 @@ impl ControlPage {
             page_bytes: u32::try_from(PAGE_BYTES).unwrap_or(0),
             copies_offset: u32::try_from(PAGE.copies.offset).unwrap_or(0),
             copies_bytes: u32::try_from(PAGE.copies.bytes).unwrap_or(0),
+            generation_offset: u32::try_from(PAGE.generation.offset).unwrap_or(0),
             ..Default::default()
         };
         self.mapping.write(PAGE.header.offset, &header.to_bytes())
@@ -119,12 +122,18 @@ impl ControlPage {
         self.mapping.write(PAGE.response.offset, &response.to_bytes())
     }
 
-    /// Writes who this VM is.
+    /// Writes who this VM is, and its generation where processes look for that.
     ///
     /// # Errors
     /// As [`ControlPage::request`].
     pub fn identify(&self, identity: &Identity) -> Result<(), memory::Error> {
+        self.write_generation(identity.generation)?;
         self.mapping.write(PAGE.identity.offset, &identity.to_bytes())
+    }
+
+    fn write_generation(&self, generation: u32) -> Result<(), memory::Error> {
+        let generation = Generation { generation: generation.into(), ..Default::default() };
+        self.mapping.write(PAGE.generation.offset, &generation.to_bytes())
     }
 
     /// Writes which copies the request `seq` made.
@@ -146,6 +155,17 @@ mod tests {
 
     use super::*;
 
+    /// What a process finds that looks where the header says.
+    fn generation(page: &ControlPage) -> u64 {
+        let mut header = [0; Header::BYTES];
+        page.mapping().read(0, &mut header).unwrap();
+        let offset = Header::from_bytes(&header).generation_offset as usize;
+        assert!(offset.is_multiple_of(PAGE_BYTES) && offset + PAGE_BYTES <= page.mapping().bytes());
+        let mut generation = [0; Generation::BYTES];
+        page.mapping().read(offset, &mut generation).unwrap();
+        Generation::from_bytes(&generation).generation
+    }
+
     #[test]
     fn any_bytes_are_a_request() {
         let page = ControlPage::new().unwrap();
@@ -162,13 +182,28 @@ mod tests {
             .write(PAGE.request.offset, &Request { seq: 7, count: 2, ..Default::default() }.to_bytes())
             .unwrap();
         page.respond(&Response { seq: 6, status: 2, error: 3, ..Default::default() }).unwrap();
-        page.identify(&Identity { index: 1, ..Default::default() }).unwrap();
+        page.identify(&Identity { index: 1, generation: 1, ..Default::default() }).unwrap();
         copy.restore(&page.save().unwrap()).unwrap();
         assert_eq!(copy.save().unwrap(), page.save().unwrap());
         assert_eq!(copy.request().unwrap(), Request { seq: 7, count: 2, ..Default::default() });
         let mut identity = [0; Identity::BYTES];
         copy.mapping().read(PAGE.identity.offset, &mut identity).unwrap();
         assert_eq!(identity, [0; Identity::BYTES]);
+        assert_eq!((generation(&page), generation(&copy)), (1, 0));
+    }
+
+    #[test]
+    fn the_generation_is_alone_on_its_page_whatever_a_guest_has_made_of_it() {
+        let page = ControlPage::new().unwrap();
+        page.mapping().write(PAGE_BYTES, &vec![0xff; REGION_BYTES - PAGE_BYTES]).unwrap();
+        for number in [0, 1, u32::MAX] {
+            page.identify(&Identity { generation: number, ..Default::default() }).unwrap();
+            assert_eq!(generation(&page), u64::from(number));
+        }
+        let copies = vec![ListedCopy::default(); MAX_CHILDREN as usize];
+        page.list(1, &copies).unwrap();
+        page.with_code(&[0x90; 64], || ()).unwrap();
+        assert_eq!(generation(&page), u64::from(u32::MAX));
     }
 
     #[test]

@@ -12,6 +12,7 @@ use vmfork_tests::{
 
 mod clones;
 mod forked;
+mod generation;
 mod left_behind;
 mod memory;
 mod older;

@@ -1,0 +1,97 @@
+//! The generation, as processes look for it: on a page of its own, where the control page's header says.
+
+use std::mem::offset_of;
+
+use nix::sys::signal::Signal;
+use vmfork_abi::{Header, PAGE, PAGE_BYTES};
+use vmfork_tests::{
+    bare::{CONTROL_PAGE, Script, control},
+    cluster::Platforms,
+    user::{self, Order},
+    vmm::{Running, Vmm},
+};
+
+use super::{
+    clones::{know_each_other, vms},
+    printed,
+};
+
+/// Where the header has the offset.
+const OFFSET: usize = offset_of!(Header, generation_offset);
+
+#[test]
+fn user_code_finds_another_generation_in_each_copy_and_none_in_a_parent() {
+    let kernel = user::kernel();
+    let mut running = Vmm::kernel(kernel.path()).option("--mem", "64M").start().expect("host-vmm starts");
+    running.wait_for_line("00000001").expect("a guest that takes orders");
+    let order = Order { count: 2, depth: 1, tell_generation: true, stay: true, ..Order::default() };
+    running.type_bytes(&order.to_bytes()).expect("a guest that takes orders");
+    // Two children, each of which says so as a child and as a parent, and has two children itself.
+    let mut lines = running.wait_for_lines("", 2 + 2 * 2 + 4).expect("all generations");
+    lines.sort();
+    let generations = |copies: &[(String, String)]| copies.iter().map(|(_, line)| line.clone()).collect::<Vec<_>>();
+    let (booted, copies): (Vec<_>, Vec<_>) = lines.into_iter().partition(|(name, _)| name == "vm");
+    // The other one has said that it was ready.
+    assert_eq!(generations(&booted), ["00000000", "00000001"]);
+    let (mut once, mut twice) = (0, 0);
+    for of_one in copies.chunk_by(|one, next| one.0 == next.0) {
+        match generations(of_one).iter().map(String::as_str).collect::<Vec<_>>()[..] {
+            ["00000001", "00000001"] => once += 1,
+            ["00000002"] => twice += 1,
+            ref other => panic!("{}: {other:?}", of_one[0].0),
+        }
+    }
+    assert_eq!((once, twice), (2, 4));
+}
+
+/// A guest that spoils the page, and forks, and then waits until it is another one than the booted one, or for input; in the end it prints
+/// what it finds.
+fn looker() -> Script {
+    let generation = control(PAGE.generation.offset);
+    let spoilt = Script::new().fill(generation, 0xff).request(1, "web", 1).ring();
+    let script = spoilt.print_behind(CONTROL_PAGE, control(OFFSET)).wait_for_input_or(generation, 1);
+    script.print(control(OFFSET)).print_behind(CONTROL_PAGE, control(OFFSET)).print(generation + 4).hang()
+}
+
+/// What a VM has printed, once it is so much.
+fn lines_of(running: &mut Running, name: &str, count: usize) -> Vec<u32> {
+    let lines = running.wait_for_lines("", count).expect("what it finds");
+    let lines = lines.into_iter().filter(|(vm, _)| vm == name);
+    lines.map(|(_, line)| u32::from_str_radix(&line, 16).expect("a number")).collect()
+}
+
+#[test]
+fn operators_copies_find_it_here_and_on_another_platform_and_the_parent_finds_nothing_new() {
+    let platforms = Platforms::new(&["a", "b"]);
+    let mut target = Vmm::serve(&platforms.config("b", "")).start().expect("a platform");
+    let kernel = looker().to_kernel();
+    let source = Vmm::kernel(kernel.path()).option("--mem", "64M").config(&platforms.config("a", ""));
+    let mut source = source.start().expect("host-vmm starts");
+    know_each_other(&source, 2);
+    // What the guest has made of the page is gone with its fork; the copy is not waiting.
+    source.wait_for_lines("", 1 + 4).expect("a guest that waits, and its copy");
+    let offset = u32::try_from(PAGE.generation.offset).expect("small");
+    source.ask(&["fork", "vm"]).expect("a copy");
+    source.ask(&["clone", "--vm", "vm", "--to", "b"]).expect("a clone");
+    assert_eq!(lines_of(&mut target, "vm.1", 3), [offset, 1, 0]);
+    source.wait_for_lines("", 1 + 4 + 3).expect("the copy's");
+    // A copy of a copy, and of a clone.
+    source.ask(&["fork", "vm.2"]).expect("a copy of a copy");
+    vms(&source, 4);
+    source.type_bytes(b"!").expect("a guest that waits");
+    source.wait_for_lines("", 1 + 4 + 3 + 3).expect("the parent's");
+    source.signal(Signal::SIGTERM).expect("a signal");
+    let source = source.end().expect("host-vmm ends");
+    assert_eq!(printed(&source, "vm"), [0, offset, 0, 0]);
+    assert_eq!(printed(&source, "web.1"), [1, offset, 1, 0]);
+    assert_eq!(printed(&source, "vm.2"), [offset, 1, 0]);
+}
+
+#[test]
+fn the_region_ends_with_its_page() {
+    // Behind it, nothing answers.
+    let end = control(vmfork_abi::REGION_BYTES);
+    let script = Script::new().print(end - u64::try_from(PAGE_BYTES).expect("small")).print(end - 4).print(end);
+    let ended = super::run(&script.off());
+    assert_eq!(printed(&ended, "vm"), [0, 0, u32::MAX]);
+}
