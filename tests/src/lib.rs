@@ -9,6 +9,7 @@
 //! - [`network`]: hosts of their own, for platforms that are not to share one.
 //! - [`process`]: what a process has of the host's resources.
 //! - [`proxy`]: a way between two platforms on which things go wrong.
+//! - [`rings`]: a guest without an operating system that turns to its VMM again and again, for the bench.
 //! - [`rounds`]: how often that happens, and where.
 //!
 //! The Linux guests' side is the program `test-guest`; the demo is the program `demo`.
@@ -22,6 +23,7 @@ pub mod faults;
 pub mod network;
 pub mod process;
 pub mod proxy;
+pub mod rings;
 pub mod rounds;
 pub mod user;
 pub mod vmm;

@@ -110,6 +110,8 @@ impl Order {
 
 global_asm!(
     ".pushsection .rodata.user",
+    ".globl user_start, user_code", // the compiler may have their addresses taken from another object file
+    ".hidden user_start, user_code",
     "user_start:",
     "    or qword ptr [{pml4}], 4", // user code may reach all of the first and the control page's 2 MiB pages
     "    or qword ptr [{pdpt}], 4",
@@ -320,7 +322,15 @@ global_asm!(
 
 unsafe extern "C" {
     static user_start: u8;
+    static user_code: u8;
     static user_end: u8;
+}
+
+/// Machine code that goes on at CPL 3 behind its end, where it stands at the start of a kernel of its own.
+pub(crate) fn way_to_user_code() -> &'static [u8] {
+    let (start, end) = (&raw const user_start, &raw const user_code);
+    // SAFETY: both labels lie in the one section above, in this order, and what is between them is never written.
+    unsafe { slice::from_raw_parts(start, end as usize - start as usize) }
 }
 
 /// The guest as an ELF file.

@@ -9,6 +9,9 @@
 //! copy's page [`Request`] and [`Response`] stand as the parent had them at that instant, and the [`Identity`] is the copy's own: a child's,
 //! with another ID. A ring that comes while such a fork is under way is refused ([`ErrorCode::Busy`]).
 //!
+//! In every copy, whoever has asked for it, another [`Generation`] stands before the copy runs, and in the parent the same one as before. It has
+//! a page of its own, which a kernel can show to all processes: the control page has the seed too, which is for few to see.
+//!
 //! The page is little-endian. Each part is a `#[repr(C)]` struct without padding; [`PAGE`] gives the parts' offsets. Either side
 //! copies a part out of the page once, as bytes, and looks only at the copy.
 #![no_std]

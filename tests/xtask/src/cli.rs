@@ -25,7 +25,7 @@ pub(crate) enum Task {
     Bench(Bench),
     /// Run a command in the lab: a machine, emulated by QEMU, that has a complete /dev/kvm
     ///
-    /// There, host-vmm, vmfork and demo are on PATH, and kernel and images in $VMFORK_ASSETS. Standard output and error
+    /// There, host-vmm, vmfork, demo and bench are on PATH, and kernel and images in $VMFORK_ASSETS. Standard output and error
     /// both come back as standard output; the exit code comes back too. 124 is a time-out, 130 an interrupt.
     Lab(Lab),
     /// Build the guest images, and print their paths

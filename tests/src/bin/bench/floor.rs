@@ -29,13 +29,13 @@ use crate::REST;
 
 /// Where the guest's page tables and code lie in its memory.
 const TABLES: usize = 0x1000;
-const CODE: usize = 0x20_0000;
+pub(crate) const CODE: usize = 0x20_0000;
 
 /// A private view of an image.
 pub(crate) const PRIVATE: MapFlags = MapFlags::MAP_PRIVATE.union(MapFlags::MAP_NORESERVE);
 
 /// Where the guest finds its control page.
-const CONTROL: u64 = 0xd000_0000;
+pub(crate) const CONTROL: u64 = 0xd000_0000;
 
 /// `mov eax, [rsi]; mov edx, 0x501; out dx, eax; jmp` to the start: what a guest does when its fork returns.
 const INSTRUCTIONS: [u8; 10] = [0x8b, 0x06, 0xba, 0x01, 0x05, 0x00, 0x00, 0xef, 0xeb, 0xf6];
@@ -83,7 +83,7 @@ impl Range {
         Ok(())
     }
 
-    fn write(&self, at: usize, bytes: &[u8]) {
+    pub(crate) fn write(&self, at: usize, bytes: &[u8]) {
         assert!(at + bytes.len() <= self.bytes, "a write within the range");
         // SAFETY: the range is mapped writable, and long enough, as just checked.
         let target = unsafe { self.start.cast::<u8>().byte_add(at) };
@@ -135,9 +135,10 @@ impl Image {
 /// waiting (memory slots before the interrupt controllers, no PIT).
 #[derive(Debug)]
 pub(crate) struct Shell {
-    vcpu: VcpuFd,
-    _vm: VmFd,
-    fresh: kvm_sregs,
+    pub(crate) vcpu: VcpuFd,
+    pub(crate) vm: VmFd,
+    /// What a fresh vCPU holds.
+    pub(crate) fresh: kvm_sregs,
     pub(crate) memory: Range,
     control: Range,
 }
@@ -172,7 +173,7 @@ impl Shell {
         let vcpu = vm.create_vcpu(0)?;
         vcpu.set_cpuid2(&kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?)?;
         let fresh = vcpu.get_sregs()?;
-        let shell = Self { vcpu, _vm: vm, fresh, memory, control };
+        let shell = Self { vcpu, vm, fresh, memory, control };
         if addresses == Addresses::Empty {
             // SAFETY: the range is this value's own, and no Rust object lies in it.
             unsafe { munmap(shell.memory.start, shell.memory.bytes) }?;
@@ -206,7 +207,7 @@ impl Shell {
     }
 
     fn begin(&self, at: usize, pages: u64) -> Result<()> {
-        self.vcpu.set_sregs(&user_mode(self.fresh))?;
+        self.vcpu.set_sregs(&long_mode(self.fresh, 3))?;
         let (rip, rcx, rdi) = (at as u64, pages, DATA as u64);
         Ok(self.vcpu.set_regs(&kvm_regs { rip, rcx, rdi, rsi: CONTROL, rflags: 0x3002, ..Default::default() })?)
     }
@@ -234,20 +235,20 @@ impl Shell {
     }
 }
 
-/// Long mode, CPL 3, the page tables of [`Image`].
-fn user_mode(mut fresh: kvm_sregs) -> kvm_sregs {
+/// Long mode at a privilege level, with the page tables of [`Image`].
+pub(crate) fn long_mode(mut fresh: kvm_sregs, level: u8) -> kvm_sregs {
     let code = kvm_segment {
         limit: u32::MAX,
-        selector: 0x33,
+        selector: 0x30 | u16::from(level),
         type_: 11,
         present: 1,
-        dpl: 3,
+        dpl: level,
         s: 1,
         l: 1,
         g: 1,
         ..Default::default()
     };
-    let data = kvm_segment { type_: 3, selector: 0x2b, l: 0, db: 1, ..code };
+    let data = kvm_segment { type_: 3, selector: 0x28 | u16::from(level), l: 0, db: 1, ..code };
     fresh.cs = code;
     (fresh.ds, fresh.es, fresh.fs, fresh.gs, fresh.ss) = (data, data, data, data, data);
     fresh.cr0 = 0x8005_0033;

@@ -17,6 +17,7 @@ use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 
 mod clones;
+mod doorbell;
 mod firecracker;
 mod floor;
 mod measure;

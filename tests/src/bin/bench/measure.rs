@@ -10,7 +10,7 @@ use vmfork_tests::user::{ANSWER, Order, REWRITE};
 use crate::{
     Progress,
     clones::{self, Moved, Pair},
-    firecracker,
+    doorbell, firecracker,
     floor::{self, Addresses},
     floor_many, rest,
     session::{Outcome, Session, Shape},
@@ -48,6 +48,8 @@ pub(crate) enum Group {
     Thousand,
     /// Clones on another platform of this host.
     Clones,
+    /// Round trips from a guest to its VMM, of each kind that there is.
+    Doorbell,
 }
 
 /// A run of the bench.
@@ -88,6 +90,10 @@ impl Bench {
             Group::Vcpus => self.vcpus(),
             Group::Thousand => self.thousand(),
             Group::Clones => self.clones(),
+            Group::Doorbell => {
+                let repeats = self.repeats(200, 100);
+                doorbell::measure(&self.kvm, repeats, &mut self.samples, &self.progress)
+            }
         }
     }
 

@@ -21,6 +21,12 @@ const RATIOS: &[(&str, &str)] = &[
     ("clone.full", "floor.tls"),
     ("clone.lazy.4g", "clone.lazy.256m"),
     ("clone.lazy.256m", "fork.child.128m"),
+    ("trip.port", "floor.trip.port"),
+    ("trip.mmio", "floor.trip.mmio"),
+    ("trip.hypercall", "floor.trip.hypercall"),
+    ("trip.mmio", "trip.port"),
+    ("trip.hypercall", "trip.port"),
+    ("trip.hypercall.answered", "trip.port.answered"),
 ];
 
 /// The table.
@@ -37,7 +43,7 @@ pub(crate) fn table(figures: &[Figure]) -> String {
         "figure", "unit", "p50", "p90", "p99", "max", "n"
     ));
     for Figure { name, unit, n, p50, p90, p99, max } in figures {
-        let digits = if *unit == "us" { 0 } else { 2 };
+        let digits = if matches!(*unit, "us" | "ns") { 0 } else { 2 };
         line(format_args!(
             "{name:<26} {unit:>5} {p50:>10.digits$} {p90:>10.digits$} {p99:>10.digits$} {max:>10.digits$} {n:>10}"
         ));

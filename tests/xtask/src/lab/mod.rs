@@ -52,7 +52,9 @@ pub(crate) fn command(steps: &mut Steps, arguments: &cli::Lab) -> Result<u8> {
     let assets = Assets::build(steps, &workspace, &programs)?;
     let mut job =
         Job { command: arguments.command.clone(), files: arguments.files.clone(), limit: arguments.limit.duration() };
-    job.add_program("demo", &programs)?;
+    for program in ["demo", "bench"] {
+        job.add_program(program, &programs)?;
+    }
     steps.run("lab", || job.run(&workspace, &assets))
 }
 
