@@ -122,8 +122,12 @@ impl Packages {
     pub fn alone(&self, name: &str) -> Result<Deb, Error> {
         let unknown = || Error::Unknown(name.into());
         let found = self.remembered(&format!("{name}-alone"), || {
-            let best = self.records(name)?.into_iter().next().ok_or_else(unknown)?;
-            Ok::<_, Error>(vec![self.download(&best)?])
+            let best = || self.records(name)?.into_iter().next().ok_or_else(unknown);
+            match self.download(&best()?) {
+                // By now the package lists are new: the mirror may have dropped what the old ones named.
+                Err(Error::Apt(_)) => Ok::<_, Error>(vec![self.download(&best()?)?]),
+                result => Ok(vec![result?]),
+            }
         })?;
         found.into_iter().next().ok_or_else(unknown)
     }

@@ -1,4 +1,11 @@
-//! The guest kernel: pinned here and nowhere else.
+//! Guest kernels: Debian's own, pinned here and nowhere else, and [`lean`], one that is built from Debian's sources.
+
+mod config;
+pub mod lean;
+mod make;
+pub mod module;
+pub mod tools;
+mod tree;
 
 use std::fs;
 use std::path::{Path, PathBuf};
