@@ -82,8 +82,20 @@ impl Vmm {
     /// # Panics
     /// Where there are no assets.
     pub fn linux(image: &str, program: &[&str]) -> Self {
+        Self::linux_kernel("vmlinuz", image, program)
+    }
+
+    /// As [`Vmm::linux`], with the lean kernel and the kernel module.
+    ///
+    /// # Panics
+    /// Where there are no assets.
+    pub fn lean(image: &str, program: &[&str]) -> Self {
+        Self::linux_kernel("lean/vmlinuz", image, program)
+    }
+
+    fn linux_kernel(kernel: &str, image: &str, program: &[&str]) -> Self {
         let initrd = assets::path(image);
-        let vmm = Self::kernel(&assets::path("vmlinuz")).option("--initrd", &initrd.to_string_lossy());
+        let vmm = Self::kernel(&assets::path(kernel)).option("--initrd", &initrd.to_string_lossy());
         vmm.cmdline("quiet").cmdline(&format!("vmfork.start={}", program.join(",")))
     }
 

@@ -12,13 +12,30 @@ pub use self::python::{licenses, python};
 use crate::image::{Error, ImageBuilder};
 use crate::packages::Packages;
 
-/// A guest with busybox and nothing else.
+/// Root, and two users: `guest` may use the kernel module's device, `other` may not.
+const USERS: &str = "\
+root:x:0:0:root:/root:/bin/sh
+guest:x:1000:1000:guest:/tmp:/bin/sh
+other:x:1001:1001:other:/tmp:/bin/sh
+";
+
+/// Their groups. The device belongs to `vmfork`.
+const GROUPS: &str = "\
+root:x:0:
+vmfork:x:900:guest
+guest:x:1000:
+other:x:1001:
+";
+
+/// A guest with busybox and nothing else. `/init` loads the kernel module where the image has one for the kernel that is booted; the word
+/// `vmfork.module=off` on the kernel's command line keeps it from that.
 ///
 /// # Errors
 ///
 /// An [`Error`] where a package can't be had or read.
 pub fn minimal(packages: &Packages) -> Result<ImageBuilder, Error> {
     let mut image = base(packages)?;
+    image.bytes("/etc/group", 0o644, GROUPS).bytes("/etc/passwd", 0o644, USERS);
     image.bytes("/init", 0o755, include_str!("init.sh")).bytes("/etc/guest/start", 0o755, include_str!("start.sh"));
     Ok(image)
 }

@@ -48,9 +48,9 @@ impl Executables {
         Self::build(&[&["build", "--release", "--bins"], packages.as_slice()].concat())
     }
 
-    /// The test programs `bare` and `guests`.
+    /// The test programs in `tests/tests`, such as `bare` and `guests`.
     pub(crate) fn tests() -> Result<Self> {
-        Self::build(&["test", "--no-run", "--release", "--package=vmfork-tests", "--test=bare", "--test=guests"])
+        Self::build(&["test", "--no-run", "--release", "--package=vmfork-tests", "--test=*"])
     }
 
     fn build(arguments: &[&str]) -> Result<Self> {

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// Runs the demo, the tests, the bench, or a command in the lab.
 #[derive(Debug, Parser)]
@@ -30,15 +30,39 @@ pub(crate) enum Task {
     Lab(Lab),
     /// Build the guest images, and print their paths
     Image,
+    /// Build the lean guest kernel and the kernel module, and print their paths
+    ///
+    /// The first time takes minutes; what was built is kept. Debian's compilers and sources are used.
+    Kernel(Kernel),
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct Demo {
     #[command(flatten)]
     pub(crate) limit: Limit,
+    /// Which kernel the guest boots: Debian's, or the lean one with the kernel module
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) kernel: Which,
     /// Passed on to the demo: --json, for example
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     pub(crate) arguments: Vec<String>,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Which {
+    #[default]
+    Debian,
+    Lean,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Kernel {
+    /// Build a kernel that checks locks, memory and the like while it runs
+    #[arg(long)]
+    pub(crate) debug: bool,
+    /// Build both a second time from scratch, elsewhere, and compare every byte
+    #[arg(long)]
+    pub(crate) verify: bool,
 }
 
 #[derive(Debug, Args)]
@@ -106,6 +130,10 @@ mod tests {
     fn demo_gets_its_arguments() {
         let Task::Demo(demo) = Cli::parse_from(["xtask", "demo", "--json", "--mem", "1G"]).task else { panic!() };
         assert_eq!(demo.arguments, ["--json", "--mem", "1G"]);
+        assert_eq!(demo.kernel, Which::Debian);
+        let line = ["xtask", "demo", "--kernel", "lean", "--json"];
+        let Task::Demo(demo) = Cli::parse_from(line).task else { panic!() };
+        assert_eq!((demo.kernel, demo.arguments), (Which::Lean, vec!["--json".to_owned()]));
     }
 
     #[test]

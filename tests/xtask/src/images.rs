@@ -8,11 +8,12 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 use initramfs::image::ImageBuilder;
-use initramfs::kernel::Kernel;
+use initramfs::kernel::{Kernel as DebianKernel, module};
 use initramfs::packages::Packages;
 use initramfs::recipes;
 
 use crate::cargo::{Executables, Workspace};
+use crate::kernel::Kernel;
 use crate::lab;
 use crate::steps::Steps;
 
@@ -29,7 +30,7 @@ pub(crate) struct Assets {
 pub(crate) fn command(steps: &mut Steps) -> Result<u8> {
     let workspace = Workspace::find()?;
     let programs = steps.run("build", Executables::programs)?;
-    let assets = Assets::build(steps, &workspace, &programs)?;
+    let assets = Assets::build(steps, &workspace, &programs, None)?;
     for name in ["vmlinuz", "minimal.cpio", "python.cpio"] {
         println!("{}", assets.dir.join(name).display());
     }
@@ -37,9 +38,14 @@ pub(crate) fn command(steps: &mut Steps) -> Result<u8> {
 }
 
 impl Assets {
-    /// Builds what is missing or no longer as its inputs are.
-    pub(crate) fn build(steps: &mut Steps, workspace: &Workspace, programs: &Executables) -> Result<Self> {
-        let (assets, notice) = steps.quiet("images", || Self::build_quietly(workspace, programs))?;
+    /// Builds what is missing or no longer as its inputs are; `lean` is the kernel that guests can boot beside Debian's, if any.
+    pub(crate) fn build(
+        steps: &mut Steps,
+        workspace: &Workspace,
+        programs: &Executables,
+        lean: Option<&Kernel>,
+    ) -> Result<Self> {
+        let (assets, notice) = steps.quiet("images", || Self::build_quietly(workspace, programs, lean))?;
         if let Some(notice) = notice {
             eprintln!("xtask: {notice}");
         }
@@ -47,13 +53,16 @@ impl Assets {
     }
 
     /// Builds, and returns what to tell the user about the kernel.
-    fn build_quietly(workspace: &Workspace, programs: &Executables) -> Result<(Self, Option<String>)> {
+    fn build_quietly(
+        workspace: &Workspace,
+        programs: &Executables,
+        lean: Option<&Kernel>,
+    ) -> Result<(Self, Option<String>)> {
         let packages = Packages::open(&workspace.target.join("vmfork-cache"))?;
-        let kernel = Kernel::fetch(&packages)?;
+        let kernel = DebianKernel::fetch(&packages)?;
         let dir = workspace.target.join("assets");
-        install(&kernel.vmlinuz, &dir.join("vmlinuz"))?;
-        fs::write(dir.join("kernel.txt"), format!("{} {}\n", kernel.deb.package, kernel.deb.version))
-            .with_context(|| format!("can't write kernel.txt in {}", dir.display()))?;
+        install_kernel(&kernel.vmlinuz, &format!("{} {}", kernel.deb.package, kernel.deb.version), &dir)?;
+        install_lean(lean, &dir.join("lean"))?;
         for program in ["host-vmm", "vmfork"] {
             install(&programs.path(program)?, &dir.join("bin").join(program))?;
         }
@@ -62,15 +71,41 @@ impl Assets {
         let guest = workspace.target.join("guest");
         let vmfork = strip(&programs.path("vmfork")?, &guest)?;
         let test_guest = strip(&programs.path("test-guest")?, &guest)?;
-        recipes::minimal(&packages)?
-            .file("/usr/bin/vmfork", 0o755, &vmfork)
-            .file("/usr/bin/test-guest", 0o755, &test_guest)
-            .build(&dir, "minimal")?;
+        let mut minimal = recipes::minimal(&packages)?;
+        add_module(&mut minimal, lean);
+        minimal.file("/usr/bin/vmfork", 0o755, &vmfork).file("/usr/bin/test-guest", 0o755, &test_guest);
+        minimal.build(&dir, "minimal")?;
         let mut python = recipes::python(&packages)?;
+        add_module(&mut python, lean);
         add_demo(&mut python, &workspace.root.join("tests/demo"))?;
         python.file("/usr/bin/vmfork", 0o755, &vmfork).build(&dir, "python")?;
         let lab = lab::image(&packages, &kernel)?.build(&workspace.target.join("lab"), "lab")?.path;
         Ok((Self { dir, lab }, kernel.notice()))
+    }
+}
+
+/// Puts a kernel into `dir`, with a line that says what it is.
+fn install_kernel(vmlinuz: &Path, what: &str, dir: &Path) -> Result<()> {
+    install(vmlinuz, &dir.join("vmlinuz"))?;
+    fs::write(dir.join("kernel.txt"), format!("{what}\n"))
+        .with_context(|| format!("can't write kernel.txt in {}", dir.display()))
+}
+
+/// Makes `dir` hold the lean kernel and its module, and nothing where there are none.
+fn install_lean(lean: Option<&Kernel>, dir: &Path) -> Result<()> {
+    if dir.exists() {
+        fs::remove_dir_all(dir).with_context(|| format!("can't remove {}", dir.display()))?;
+    }
+    let Some(Kernel { lean, module }) = lean else { return Ok(()) };
+    let what = format!("{} from {} {}", lean.release, lean.source.package, lean.source.version);
+    install_kernel(&lean.vmlinuz, &what, dir)?;
+    module.iter().try_for_each(|module| install(module, &dir.join(module.file_name().unwrap_or_default())))
+}
+
+/// Adds the kernel module where `/init` looks for it.
+fn add_module(image: &mut ImageBuilder, lean: Option<&Kernel>) {
+    if let Some(Kernel { lean, module: Some(module) }) = lean {
+        image.file(&format!("/lib/modules/{}/extra/{}.ko", lean.release, module::NAME), 0o644, module);
     }
 }
 

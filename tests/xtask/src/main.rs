@@ -8,13 +8,14 @@
 //! - `assets/`: what the demo and the tests work with; they find it by `VMFORK_ASSETS`
 //! - `guest/`: programs as they go into images
 //! - `lab/`: the lab's own image, and the console log of a run that failed
-//! - `vmfork-cache/`: Debian packages; remove it to get newer ones
+//! - `vmfork-cache/`: Debian packages, and kernels that were built; remove it to get newer ones
 
 mod bench;
 mod cargo;
 mod cli;
 mod demo;
 mod images;
+mod kernel;
 mod lab;
 mod probe;
 mod setup;
@@ -47,5 +48,6 @@ fn run(task: Task) -> Result<u8> {
         Task::Bench(arguments) => bench::run(&mut steps, &arguments),
         Task::Lab(arguments) => lab::command(&mut steps, &arguments),
         Task::Image => images::command(&mut steps),
+        Task::Kernel(arguments) => kernel::command(&mut steps, &arguments),
     }
 }

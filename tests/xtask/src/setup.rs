@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
+use initramfs::kernel::tools::{self, Tools};
 use initramfs::packages::Packages;
 
 use crate::cargo::Workspace;
@@ -37,7 +38,7 @@ pub(crate) fn qemu() -> Result<()> {
     if is_installed(QEMU) {
         return Ok(());
     }
-    let install = ["install", "--yes", "--no-install-recommends", QEMU_PACKAGE];
+    let install = install(&[QEMU_PACKAGE]);
     if !is_root()? {
         bail!("{QEMU} is not installed; this installs it: sudo apt-get {}", install.join(" "));
     }
@@ -47,6 +48,35 @@ pub(crate) fn qemu() -> Result<()> {
         apt_get(&install)?;
     }
     Ok(())
+}
+
+/// Makes sure that a kernel can be built.
+pub(crate) fn kernel_tools() -> Result<Tools> {
+    match find_or_install() {
+        // With new package lists, other packages may be chosen.
+        Err(_) if is_root()? => {
+            apt_get(&["update"])?;
+            find_or_install()
+        }
+        result => result,
+    }
+}
+
+fn find_or_install() -> Result<Tools> {
+    let packages = match Tools::find() {
+        Err(tools::Error::Missing { packages }) => packages,
+        result => return Ok(result?),
+    };
+    let install = install(&packages);
+    if !is_root()? {
+        let packages = packages.join(" ");
+        bail!(
+            "a kernel is built with {packages}, not installed here; this installs it: sudo apt-get {}",
+            install.join(" ")
+        );
+    }
+    apt_get(&install)?;
+    Ok(Tools::find()?)
 }
 
 /// The etcd for tests: this machine's own, or else Debian's, which is unpacked and not installed: an installed one is a service that runs.
@@ -81,6 +111,12 @@ fn find(program: &str) -> Option<PathBuf> {
 
 fn is_root() -> Result<bool> {
     Ok(fs::metadata("/proc/self").context("can't read /proc/self")?.uid() == 0)
+}
+
+/// Arguments by which apt-get installs packages.
+fn install(packages: &[impl AsRef<str>]) -> Vec<&str> {
+    let packages = packages.iter().map(AsRef::as_ref);
+    ["install", "--yes", "--no-install-recommends"].into_iter().chain(packages).collect()
 }
 
 fn apt_get(arguments: &[&str]) -> Result<()> {

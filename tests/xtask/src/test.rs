@@ -8,10 +8,50 @@ use anyhow::{Context, Result, bail};
 use crate::cargo::{self, Executables, Workspace};
 use crate::cli;
 use crate::images::Assets;
+use crate::kernel;
 use crate::lab::Job;
 use crate::probe::is_kvm_usable;
 use crate::setup;
 use crate::steps::Steps;
+
+/// A program of end-to-end tests, from `tests/tests`.
+struct Program {
+    name: &'static str,
+    step: &'static str,
+    step_in_lab: &'static str,
+    /// How many of its tests run at a time. The lab has one processor. The timers of two tests' Linux guests, of 8 vCPUs and more in several
+    /// copies, can take all of it.
+    at_once_in_lab: &'static str,
+    /// It needs the lean kernel, and the module.
+    of_lean_kernel: bool,
+}
+
+/// What needs no more than a KVM, however slow.
+const BARE: Program = Program {
+    name: "bare",
+    step: "bare guests",
+    step_in_lab: "bare guests in the lab",
+    at_once_in_lab: "2",
+    of_lean_kernel: false,
+};
+
+/// What needs a KVM that can run Linux guests.
+const LINUX: [Program; 2] = [
+    Program {
+        name: "guests",
+        step: "Linux guests",
+        step_in_lab: "Linux guests in the lab",
+        at_once_in_lab: "1",
+        of_lean_kernel: false,
+    },
+    Program {
+        name: "kmod",
+        step: "kernel module",
+        step_in_lab: "kernel module in the lab",
+        at_once_in_lab: "1",
+        of_lean_kernel: true,
+    },
+];
 
 /// Runs all checks and tests, up to the first that fails.
 pub(crate) fn run(steps: &mut Steps, arguments: &cli::Test) -> Result<u8> {
@@ -38,31 +78,42 @@ fn run_steps(steps: &mut Steps, arguments: &cli::Test) -> Result<()> {
         let own = ["test", "--release", "--package=vmfork-tests", "--lib", "--bins", "--"];
         cargo::run(&[&own, filter.as_slice()].concat())
     })?;
-    let assets = Assets::build(steps, &workspace, &programs)?;
+    let lean = kernel::for_tests(steps, &workspace)?;
+    let lean = lean
+        .inspect_err(|error| eprintln!("xtask: SKIPPED on this machine: tests of the kernel module. {error:#}"))
+        .ok();
+    let assets = Assets::build(steps, &workspace, &programs, lean.as_ref())?;
 
     if let Some(error) = setup::kvm_error() {
         eprintln!("xtask: SKIPPED on this machine: tests on bare guests. /dev/kvm can't be opened: {error}");
     } else {
-        steps.run("bare guests", || here(&tests.path("bare")?, arguments, &assets, etcd.as_deref()))?;
+        steps.run(BARE.step, || here(&tests.path(BARE.name)?, arguments, &assets, etcd.as_deref()))?;
     }
+    let mut linux = LINUX.iter().filter(|tests| lean.is_some() || !tests.of_lean_kernel);
     if steps.quiet("probe", || is_kvm_usable(&programs.path("host-vmm")?))? {
-        return steps.run("Linux guests", || here(&tests.path("guests")?, arguments, &assets, None));
+        return linux.try_for_each(|program| {
+            steps.run(program.step, || here(&tests.path(program.name)?, arguments, &assets, None))
+        });
     }
     eprintln!("xtask: this machine's KVM can't run Linux guests (`host-vmm check` says why): they run in the lab");
     steps.quiet("setup of the lab", setup::qemu)?;
-    // The lab has one processor. The timers of two tests' Linux guests, of 8 vCPUs and more in several copies, can take all of it.
-    for (name, at_once, step) in [("bare", "2", "bare guests in the lab"), ("guests", "1", "Linux guests in the lab")] {
-        let rounds = arguments.rounds.map(|rounds| ["env".to_owned(), format!("VMFORK_ROUNDS={rounds}")]);
-        let test = [name, "--test-threads", at_once].into_iter().chain(filter).map(str::to_owned);
-        let command = rounds.into_iter().flatten().chain(test).collect();
-        let mut job = Job { command, files: Vec::new(), limit: arguments.limit.duration() };
-        job.add_program(name, &tests)?;
-        steps.run(step, || match job.run(&workspace, &assets)? {
+    for program in [&BARE].into_iter().chain(linux) {
+        let mut job = job(program, arguments);
+        job.add_program(program.name, &tests)?;
+        steps.run(program.step_in_lab, || match job.run(&workspace, &assets)? {
             0 => Ok(()),
-            code => bail!("{name} in the lab ended with exit code {code}"),
+            code => bail!("{} in the lab ended with exit code {code}", program.name),
         })?;
     }
     Ok(())
+}
+
+/// A test program, as it is run in the lab.
+fn job(program: &Program, arguments: &cli::Test) -> Job {
+    let rounds = arguments.rounds.map(|rounds| ["env".to_owned(), format!("VMFORK_ROUNDS={rounds}")]);
+    let test = [program.name, "--test-threads", program.at_once_in_lab].into_iter().chain(arguments.filter.as_deref());
+    let command = rounds.into_iter().flatten().chain(test.map(str::to_owned)).collect();
+    Job { command, files: Vec::new(), limit: arguments.limit.duration() }
 }
 
 /// Runs a test program on this machine, which may need an etcd.

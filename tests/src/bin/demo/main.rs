@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::{Context, ensure};
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use indicatif::ProgressBar;
 use nix::sys::signal::Signal;
 use serde_json::Value;
@@ -35,9 +35,39 @@ struct Cli {
     /// Guest memory.
     #[arg(long, default_value = "512M")]
     mem: String,
+    /// The guest's kernel: Debian's, or the lean one with the kernel module.
+    #[arg(long, value_enum, default_value_t)]
+    kernel: Kernel,
     /// Print the figures as one JSON object too, on the last line.
     #[arg(long)]
     json: bool,
+}
+
+#[derive(Debug, Clone, Copy, Default, ValueEnum)]
+enum Kernel {
+    #[default]
+    Debian,
+    Lean,
+}
+
+impl Kernel {
+    /// Boots the demo's guest with it.
+    fn boot(self, program: &[&str]) -> Vmm {
+        let boot = match self {
+            Self::Debian => Vmm::linux,
+            Self::Lean => Vmm::lean,
+        };
+        boot("python.cpio", program)
+    }
+
+    /// Its own name for its version, or that of its package.
+    fn name(self) -> String {
+        let file = match self {
+            Self::Debian => "kernel.txt",
+            Self::Lean => "lean/kernel.txt",
+        };
+        std::fs::read_to_string(assets::path(file)).unwrap_or_default().trim().to_owned()
+    }
 }
 
 fn main() -> ExitCode {
@@ -60,10 +90,11 @@ fn main() -> ExitCode {
 fn run(cli: &Cli) -> anyhow::Result<Figures> {
     let kvm = kind_of_kvm();
     let progress = Progress::new();
-    progress.say("booting Debian's kernel, Python and SQLite");
+    let kernel = cli.kernel.name();
+    progress.say(&format!("booting {kernel}, Python and SQLite"));
     let children = cli.children.to_string();
     let started_ns = monotonic_ns();
-    let mut running = Vmm::linux("python.cpio", &[PYTHON, APPLICATION, &children]).option("--mem", &cli.mem).start()?;
+    let mut running = cli.kernel.boot(&[PYTHON, APPLICATION, &children]).option("--mem", &cli.mem).start()?;
     let (ready_ns, ready) = wait_for_line(&mut running, "READY ")?;
     let completions = ready["completions"].as_u64().context("the application is ready, but knows nothing")?;
     progress.say(&format!("the application knows {completions} completions and forks its VM"));
@@ -83,7 +114,7 @@ fn run(cli: &Cli) -> anyhow::Result<Figures> {
     });
     Ok(Figures {
         kvm,
-        kernel: std::fs::read_to_string(assets::path("kernel.txt")).unwrap_or_default().trim().to_owned(),
+        kernel,
         mem: cli.mem.clone(),
         boot_to_ready: Duration::from_nanos(ready_ns.saturating_sub(started_ns)),
         parent_pause: Duration::from_nanos(pause_ns),

@@ -49,7 +49,7 @@ pub(crate) fn command(steps: &mut Steps, arguments: &cli::Lab) -> Result<u8> {
     let workspace = Workspace::find()?;
     steps.quiet("setup", || setup::run().and_then(|()| setup::qemu()))?;
     let programs = steps.run("build", Executables::programs)?;
-    let assets = Assets::build(steps, &workspace, &programs)?;
+    let assets = Assets::build(steps, &workspace, &programs, None)?;
     let mut job =
         Job { command: arguments.command.clone(), files: arguments.files.clone(), limit: arguments.limit.duration() };
     for program in ["demo", "bench"] {
