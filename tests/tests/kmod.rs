@@ -1,8 +1,17 @@
 //! The lean kernel, and what the kernel module offers in it.
 
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde_json::Value;
+use vmfork_abi::{ErrorCode, Role};
 use vmfork_tests::vmm::{Ended, Vmm};
 
 const TEST_GUEST: &str = "/usr/bin/test-guest";
+const KMOD_GUEST: &str = "/usr/bin/kmod-guest";
+
+/// The unprivileged user of the images who may fork, the group that lets him, and one who may not.
+const MEMBER: [&str; 4] = ["--uid", "1000", "--gid", "900"];
+const STRANGER: [&str; 4] = ["--uid", "1001", "--gid", "1001"];
 
 /// What a kernel's log has only where something is wrong.
 const COMPLAINTS: [&str; 10] = [
@@ -19,27 +28,212 @@ const COMPLAINTS: [&str; 10] = [
 ];
 
 /// A guest with the lean kernel that runs a command of `test-guest`.
-fn guest(command: &[&str]) -> Vmm {
+fn test_guest(command: &[&str]) -> Vmm {
     Vmm::lean("minimal.cpio", &[&[TEST_GUEST], command].concat())
 }
 
-/// Runs to the end, which must be a good one.
+/// One that runs a command of `kmod-guest`.
+fn guest(arguments: &[&str]) -> Vmm {
+    Vmm::lean("minimal.cpio", &[&[KMOD_GUEST], arguments].concat())
+}
+
+/// Runs to the end, which must be a good one: no program has failed, and no kernel complains.
 fn run(vmm: Vmm) -> Ended {
     let ended = vmm.start().expect("host-vmm starts").end().expect("host-vmm ends");
     assert_eq!(ended.code, Some(0), "{:?}", ended.lines(""));
+    assert_eq!(ended.lines("COMPLAINT "), [], "{:?}", ended.lines(""));
+    assert_eq!(ended.lines("guest: "), [], "{:?}", ended.lines(""));
     ended
+}
+
+fn texts(ended: &Ended, prefix: &str) -> Vec<String> {
+    ended.lines(prefix).into_iter().map(|(_, line)| line).collect()
+}
+
+/// The one line with this beginning.
+fn text(ended: &Ended, prefix: &str) -> String {
+    let [line] = <[String; 1]>::try_from(texts(ended, prefix)).unwrap_or_else(|lines| panic!("{prefix}: {lines:?}"));
+    line
+}
+
+fn started(ended: &Ended) -> usize {
+    ended.events.iter().filter(|event| event["event"] == "started" && event["generation"] != 0).count()
+}
+
+fn objects(ended: &Ended, prefix: &str) -> Vec<Value> {
+    texts(ended, prefix).iter().map(|line| serde_json::from_str(line).expect("JSON")).collect()
+}
+
+fn is(role: Role) -> impl Fn(&&Value) -> bool {
+    move |copy| copy["role"] == role.number()
 }
 
 #[test]
 fn lean_kernel_boots_without_complaints_and_takes_input() {
-    let mut running = guest(&["hello"]).option("--cpus", "2").start().expect("host-vmm starts");
+    let mut running = test_guest(&["hello"]).option("--cpus", "2").start().expect("host-vmm starts");
     running.wait_for_line("READY").expect("a guest that is ready");
     running.type_line("are you there").expect("a console that takes input");
     running.wait_for_line("HELLO are you there").expect("an answer");
     assert_eq!(running.end().expect("host-vmm ends").code, Some(0));
 
-    let log = run(guest(&["kernel-log"])).lines("LOG ");
+    let log = run(test_guest(&["kernel-log"])).lines("LOG ");
     assert!(log.len() > 50, "{log:?}");
     let complaints = log.iter().filter(|(_, line)| COMPLAINTS.iter().any(|bad| line.contains(bad)));
     assert_eq!(complaints.collect::<Vec<_>>(), [] as [&(String, String); 0]);
+}
+
+#[test]
+fn a_member_of_the_group_forks_by_ioctl() {
+    for cpus in ["1", "2", "4"] {
+        let ended = run(guest(&[&MEMBER[..], &["forks", "1", "2", "8"]].concat()).option("--cpus", cpus));
+        let copies = objects(&ended, "COPY ");
+        assert_eq!(copies.len(), 3 + 1 + 2 + 8, "{cpus}");
+        let children: Vec<&Value> = copies.iter().filter(is(Role::Child)).collect();
+        for count in [1, 2, 8] {
+            let indices = children.iter().filter(|copy| copy["count"] == count);
+            let indices: BTreeSet<u64> = indices.map(|copy| copy["index"].as_u64().expect("an index")).collect();
+            assert_eq!(indices, (1..=count).collect());
+        }
+        // The parent is told of all its copies.
+        let told = copies.iter().filter(is(Role::Parent)).flat_map(|copy| copy["copies"].as_array().expect("a list"));
+        let told: BTreeSet<String> = told.map(Value::to_string).collect();
+        assert_eq!(told, children.iter().map(|copy| copy["vm_id"].to_string()).collect());
+        assert!(children.iter().all(|copy| copy["listed"] == 0 && copy["generation"] == 1));
+        // Nobody has another's random numbers, and everybody's clock is right.
+        let random: BTreeSet<String> = copies.iter().map(|copy| copy["random"].to_string()).collect();
+        assert_eq!(random.len(), copies.len());
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("a clock").as_millis();
+        for copy in &copies {
+            let wall_ms = u128::from(copy["wall_ms"].as_u64().expect("a time"));
+            assert!(wall_ms.abs_diff(now) < 120_000, "the guest's clock says {wall_ms}, the host's {now}");
+            // The caller is scheduled as it was before: nice 0, no real-time priority, SCHED_NORMAL.
+            assert_eq!(copy["policy"], "20 0 0 0");
+        }
+    }
+}
+
+#[test]
+fn five_hundred_forks_in_a_row() {
+    for cpus in ["1", "2", "4"] {
+        let times = if cpus == "2" { 500 } else { 50 };
+        let ended = run(guest(&["repeat", &times.to_string()]).option("--cpus", cpus));
+        assert_eq!(text(&ended, "REPEATED "), times.to_string());
+        assert_eq!(started(&ended), times);
+    }
+}
+
+#[test]
+fn others_may_not_open_it() {
+    let eacces = "Err(Some(13))";
+    for (who, expected) in [(MEMBER, "Ok(())"), (STRANGER, eacces)] {
+        let ended = run(guest(&[&who[..], &["open"]].concat()));
+        assert_eq!(text(&ended, "OPEN "), expected, "{who:?}");
+    }
+    // Whoever is root in a namespace of his own is still who he was outside.
+    let ended = run(guest(&[&STRANGER[..], &["open-in-namespace"]].concat()));
+    assert_eq!(text(&ended, "OPEN "), eacces);
+}
+
+#[test]
+fn callers_at_once_are_served_one_after_another() {
+    for cpus in ["1", "4"] {
+        let ended = run(guest(&["at-once", "3", "3", "4"]).option("--cpus", cpus));
+        assert_eq!(text(&ended, "AT-ONCE "), "36");
+        assert_eq!(started(&ended), 36, "a copy must not make its parent's forks again");
+    }
+}
+
+#[test]
+fn a_signal_ends_the_wait_and_never_a_fork() {
+    let ended = run(guest(&["signals", "4", "10"]).option("--cpus", "2"));
+    let told = text(&ended, "SIGNALS ");
+    let (forks, interrupted) = told.split_once(' ').expect("two numbers");
+    println!("{forks} forks, {interrupted} interrupted");
+    assert_eq!(forks, "40");
+    assert_ne!(interrupted, "0", "no signal came while a thread waited");
+    assert_eq!(started(&ended), 40, "a caller that was told of no fork has made one");
+}
+
+#[test]
+fn processes_are_told_in_parent_and_child() {
+    for cpus in ["1", "4"] {
+        let ended = run(guest(&["notices"]).option("--cpus", cpus));
+        let notices = objects(&ended, "NOTICES ");
+        assert_eq!(notices.len(), 2, "{cpus}");
+        for (role, generation) in [(Role::Parent, [0, 0]), (Role::Child, [0, 1])] {
+            let notice = notices.iter().find(is(role)).expect("both roles");
+            assert_eq!(notice["generation"], Value::from(generation.to_vec()), "{notice}");
+            assert_eq!(notice["by_poll"], role.number(), "{notice}");
+            assert_eq!(notice["by_read"], role.number().to_string(), "{notice}");
+            assert_eq!(notice["forks"], 1, "{notice}");
+        }
+    }
+}
+
+#[test]
+fn a_copy_announces_itself() {
+    let ended = run(guest(&["uevents"]));
+    let told: BTreeMap<String, String> = texts(&ended, "UEVENTS ")
+        .iter()
+        .filter_map(|line| line.split_once(' ').map(|(role, events)| (role.to_owned(), events.to_owned())))
+        .collect();
+    assert_eq!(told["parent"], "[]");
+    let child = &told["child"];
+    for part in ["change@/devices/virtual/misc/vmfork", "VMFORK_ROLE=child", "VMFORK_INDEX=1", "VMFORK_NAME=web.1"] {
+        assert!(child.contains(part), "{part}: {child}");
+    }
+}
+
+#[test]
+fn what_is_wrong_is_refused_and_makes_no_fork() {
+    let ended = run(guest(&["refusals"]).option("--limit", "forbidden:generations=0"));
+    let refused: BTreeMap<String, String> = texts(&ended, "REFUSED ")
+        .iter()
+        .filter_map(|line| line.split_once(' ').map(|(case, errno)| (case.to_owned(), errno.to_owned())))
+        .collect();
+    let expected = [
+        ("EINVAL", "size no-size no-children too-many-children flags no-type type unpadded-type copies-nowhere"),
+        ("EINVAL", "short-read status-size map-two-pages map-second-page"),
+        ("EPROTONOSUPPORT", "version no-version identity-version"),
+        ("ETIMEDOUT", "deadline"),
+        ("EBADF", "reader"),
+        (
+            "EFAULT",
+            "fork-at-null fork-at-low fork-at-kernel fork-at-last status-at-null status-at-low status-at-kernel",
+        ),
+        ("EFAULT", "status-at-last identity-at-null identity-at-low identity-at-kernel identity-at-last"),
+        ("EFAULT", "fork-read-only fork-across copies-low copies-kernel"),
+        ("ENOTTY", "other-number other-smaller other-none other-tcgets"),
+        ("EACCES", "map-writable map-private-writable map-then-writable"),
+    ];
+    let expected = expected.iter().flat_map(|(errno, cases)| cases.split(' ').map(|case| (case, (*errno).to_owned())));
+    let mut expected: BTreeMap<String, String> = expected.map(|(case, errno)| (case.to_owned(), errno)).collect();
+    expected.insert("by-vmm".to_owned(), format!("ECONNREFUSED {}", ErrorCode::Generation.number()));
+    assert_eq!(refused, expected);
+    assert_eq!(text(&ended, "FORKS "), "0");
+    let mut forked = texts(&ended, "FORKED ");
+    forked.sort_unstable();
+    assert_eq!(forked, ["child", "parent"]);
+    assert_eq!(started(&ended), 1);
+}
+
+#[test]
+fn it_stays_while_it_is_used_and_comes_and_goes_otherwise() {
+    let ended = run(guest(&["module", "50"]).option("--cpus", "2"));
+    let expected = ["open Err(EAGAIN)", "mapped Err(EAGAIN)", "unused Ok(())", "again Err(ENOENT)"];
+    assert_eq!(texts(&ended, "UNLOAD "), expected);
+    assert_eq!(texts(&ended, "LOAD "), ["Ok(())", "again Err(EEXIST)"]);
+    assert!(text(&ended, "RELOADED ").starts_with("50 "));
+    assert_eq!(started(&ended), 1);
+}
+
+#[test]
+fn nothing_that_a_process_does_makes_the_kernel_complain() {
+    // Whatever is asked for, no fork is made; and the VM goes on.
+    for (cpus, seed) in [("1", "1"), ("4", "2")] {
+        let vmm = guest(&["fuzz", "20", seed]).option("--cpus", cpus).option("--limit", "*:generations=0");
+        let calls: u64 = text(&run(vmm), "FUZZED ").parse().expect("a number");
+        println!("{cpus} vCPUs: {calls} calls");
+        assert!(calls > 1000);
+    }
 }

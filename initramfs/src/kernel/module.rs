@@ -11,7 +11,7 @@ use crate::hash;
 pub const NAME: &str = "vmfork";
 
 /// Files of a module's directory that belong to it whatever their ending is.
-const NAMED: [&str; 2] = ["Kbuild", "Makefile"];
+const NAMED: [&str; 3] = ["Kbuild", "Makefile", "bindings_parameters"];
 
 /// Endings of all others. What an earlier build has left there is not among them.
 const ENDINGS: [&str; 4] = [".rs", ".c", ".h", ".S"];
@@ -101,7 +101,8 @@ fn read_below(dir: &Path, inner: &str, files: &mut BTreeMap<String, Vec<u8>>) ->
 
 fn is_source(name: &str) -> bool {
     let has_ending = || ENDINGS.iter().any(|ending| name.ends_with(ending));
-    NAMED.contains(&name) || has_ending() && !name.starts_with('.') && !name.ends_with(".mod.c")
+    let was_made = name.starts_with('.') || name.ends_with(".mod.c") || name.ends_with("_generated.rs");
+    NAMED.contains(&name) || has_ending() && !was_made
 }
 
 #[cfg(test)]
@@ -115,7 +116,7 @@ mod tests {
         fs::create_dir_all(module.join("abi")).unwrap();
         fs::create_dir(&abi).unwrap();
         assert!(Sources::read(&module, &abi).unwrap().is_none());
-        let built = ["vmfork.o", "vmfork.mod.c", ".vmfork.o.cmd", ".tmp.c", "abi/old.rs"];
+        let built = ["vmfork.o", "vmfork.mod.c", ".vmfork.o.cmd", ".tmp.c", "abi/old.rs", "bindings_generated.rs"];
         for name in ["Kbuild", "vmfork.rs", "shim.c", "README.md"].into_iter().chain(built) {
             fs::write(module.join(name), name).unwrap();
         }

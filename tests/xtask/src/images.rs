@@ -70,10 +70,11 @@ impl Assets {
 
         let guest = workspace.target.join("guest");
         let vmfork = strip(&programs.path("vmfork")?, &guest)?;
-        let test_guest = strip(&programs.path("test-guest")?, &guest)?;
+        let [test_guest, kmod_guest] = ["test-guest", "kmod-guest"].map(|name| strip(&programs.path(name)?, &guest));
         let mut minimal = recipes::minimal(&packages)?;
         add_module(&mut minimal, lean);
-        minimal.file("/usr/bin/vmfork", 0o755, &vmfork).file("/usr/bin/test-guest", 0o755, &test_guest);
+        minimal.file("/usr/bin/vmfork", 0o755, &vmfork).file("/usr/bin/test-guest", 0o755, &test_guest?);
+        minimal.file("/usr/bin/kmod-guest", 0o755, &kmod_guest?);
         minimal.build(&dir, "minimal")?;
         let mut python = recipes::python(&packages)?;
         add_module(&mut python, lean);

@@ -29,10 +29,15 @@ pub(crate) fn control(fd: RawFd, number: u32, argument: *mut u8) -> nix::Result<
     Errno::result(result).map(drop)
 }
 
+/// A size as arguments begin with it.
+pub(crate) fn size(bytes: usize) -> u32 {
+    u32::try_from(bytes).unwrap_or(u32::MAX)
+}
+
 /// Arguments as they should be.
 pub(crate) fn fork_arguments(count: u32) -> ForkArguments {
     ForkArguments {
-        bytes: ForkArguments::BYTES as u32,
+        bytes: size(ForkArguments::BYTES),
         version: device::VERSION,
         count,
         vm_type: pad_text("web").unwrap_or_default(),
@@ -75,8 +80,7 @@ pub(crate) fn fork(file: &File, arguments: ForkArguments) -> Result<Forked, Refu
 
 /// Asks for the state.
 pub(crate) fn status(file: &File) -> nix::Result<StatusArguments> {
-    let asked =
-        StatusArguments { bytes: StatusArguments::BYTES as u32, version: device::VERSION, ..Default::default() };
+    let asked = StatusArguments { bytes: size(StatusArguments::BYTES), version: device::VERSION, ..Default::default() };
     let mut bytes = asked.to_bytes();
     control(file.as_raw_fd(), device::STATUS, bytes.as_mut_ptr())?;
     Ok(StatusArguments::from_bytes(&bytes))
@@ -84,7 +88,7 @@ pub(crate) fn status(file: &File) -> nix::Result<StatusArguments> {
 
 /// Asks who this VM is.
 pub(crate) fn identity(file: &File) -> nix::Result<Identity> {
-    let asked = Notice { bytes: Notice::BYTES as u32, version: device::VERSION, ..Default::default() };
+    let asked = Notice { bytes: size(Notice::BYTES), version: device::VERSION, ..Default::default() };
     let mut bytes = asked.to_bytes();
     control(file.as_raw_fd(), device::IDENTITY, bytes.as_mut_ptr())?;
     Ok(Identity::from_bytes(&Notice::from_bytes(&bytes).identity))

@@ -19,7 +19,10 @@ use vmfork_abi::{
     pad_text,
 };
 
-use crate::{complaints, device};
+use crate::{
+    complaints,
+    device::{self, size},
+};
 
 const THREADS: usize = 4;
 const PAGE: usize = 4096;
@@ -154,14 +157,14 @@ fn arguments(rng: &mut Rng, number: u32, copies: u64) -> Vec<u8> {
     let vm_type = pad_text(["web", "a", "x-1"][rng.usize(..3)]).unwrap_or_default();
     match number {
         STATUS => {
-            let bytes = StatusArguments::BYTES as u32;
+            let bytes = size(StatusArguments::BYTES);
             StatusArguments { bytes, version: VERSION, copies_address, copies_room, ..Default::default() }
                 .to_bytes()
                 .to_vec()
         }
-        IDENTITY => Notice { bytes: Notice::BYTES as u32, version: VERSION, ..Default::default() }.to_bytes().to_vec(),
+        IDENTITY => Notice { bytes: size(Notice::BYTES), version: VERSION, ..Default::default() }.to_bytes().to_vec(),
         _ => ForkArguments {
-            bytes: ForkArguments::BYTES as u32,
+            bytes: size(ForkArguments::BYTES),
             version: VERSION,
             count: [1, 2, 64, 1024][rng.usize(..4)],
             flags: rng.u32(..4),

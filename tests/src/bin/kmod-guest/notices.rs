@@ -40,8 +40,11 @@ impl Page {
 
     /// The rest of what [`Generation`] says, and of the page.
     fn rest(&self) -> Vec<u64> {
-        // SAFETY: as above.
-        (1..512).map(|at| unsafe { self.0.as_ptr().add(at).read_volatile() }).collect()
+        let word = |at: usize| {
+            // SAFETY: as above; the page has so many words.
+            unsafe { self.0.as_ptr().wrapping_add(at).read_volatile() }
+        };
+        (1..512).map(word).collect()
     }
 }
 

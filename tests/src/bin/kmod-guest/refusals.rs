@@ -19,7 +19,11 @@ use vmfork_abi::{
     pad_text,
 };
 
-use crate::{complaints, device, drain, is_child};
+use crate::{
+    complaints,
+    device::{self, size},
+    drain, is_child,
+};
 
 const PAGE: usize = 4096;
 
@@ -119,7 +123,7 @@ fn numbers(file: &File) {
     }
     let mut old = StatusArguments { bytes: 16, version: abi::VERSION, ..Default::default() }.to_bytes();
     println!("REFUSED status-size {}", name(device::control(file.as_raw_fd(), abi::STATUS, old.as_mut_ptr())));
-    let mut old = Notice { bytes: Notice::BYTES as u32, version: 9, ..Default::default() }.to_bytes();
+    let mut old = Notice { bytes: size(Notice::BYTES), version: 9, ..Default::default() }.to_bytes();
     println!("REFUSED identity-version {}", name(device::control(file.as_raw_fd(), abi::IDENTITY, old.as_mut_ptr())));
 }
 
