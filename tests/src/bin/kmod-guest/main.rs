@@ -77,6 +77,8 @@ fn main() -> anyhow::Result<()> {
     }
     if let Some(uid) = uid {
         setuid(Uid::from_raw(uid))?;
+        // Who changes users has no say over its own /proc otherwise.
+        nix::sys::prctl::set_dumpable(true)?;
     }
     match command {
         Command::Forks { counts } => forks(&counts),
