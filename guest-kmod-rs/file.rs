@@ -137,7 +137,7 @@ unsafe extern "C" fn control(
     from_result(|| {
         client
             .device
-            .control(command, argument as usize, may_fork)
+            .control(command, argument, may_fork)
             .map(|()| 0)
     })
 }

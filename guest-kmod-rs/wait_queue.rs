@@ -2,7 +2,7 @@
 
 //! The wait queue behind `poll`, which [`kernel::sync::CondVar`] has inside but does not show.
 
-use core::{ffi::c_void, mem::MaybeUninit, ptr};
+use core::{ffi::c_void, mem::MaybeUninit};
 
 use kernel::{c_str, prelude::*, types::Opaque};
 
@@ -65,7 +65,7 @@ impl WaitQueue {
 
     /// Wakes all up, since there is something to read.
     pub(crate) fn wake(&self) {
-        let events = ptr::without_provenance_mut::<c_void>(bindings::VMFORK_EPOLLIN as usize);
+        let events = bindings::VMFORK_EPOLLIN as usize as *mut c_void;
         // SAFETY: The queue was initialised.
         unsafe { bindings::__wake_up(self.head.get(), bindings::VMFORK_TASK_NORMAL, 0, events) };
     }
