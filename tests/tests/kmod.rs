@@ -1,10 +1,17 @@
 //! The lean kernel, and what the kernel module offers in it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    process::Command,
+};
 
 use serde_json::Value;
 use vmfork_abi::{ErrorCode, Role};
-use vmfork_tests::vmm::{Ended, Vmm};
+use vmfork_tests::{
+    assets,
+    faults::{self, STEPS},
+    vmm::{Ended, Vmm},
+};
 
 const TEST_GUEST: &str = "/usr/bin/test-guest";
 const KMOD_GUEST: &str = "/usr/bin/kmod-guest";
@@ -237,4 +244,83 @@ fn nothing_that_a_process_does_makes_the_kernel_complain() {
         println!("{cpus} vCPUs: {calls} calls");
         assert!(calls > 500);
     }
+}
+
+#[test]
+fn a_failed_fork_tells_its_caller_why_and_leaves_the_vm_running() {
+    let times = (STEPS.len() + 2).to_string();
+    let ended = run(guest(&["errors", &times]).option("--inject-fault", &faults::all()).option("--cpus", "2"));
+    let expected = STEPS.iter().map(|(_, code)| format!("ECONNREFUSED {}", code.number()));
+    assert_eq!(texts(&ended, "ERROR "), expected.collect::<Vec<_>>());
+    assert_eq!(texts(&ended, "FORKED ").len(), 6);
+    assert_eq!(started(&ended), 2 + 2);
+}
+
+/// Runs `vmfork` as a user.
+fn vmfork(user: &[&str], arguments: &[&str]) -> Ended {
+    let vmm = guest(&[user, &["exec", "/usr/bin/vmfork"], arguments].concat());
+    vmm.start().expect("host-vmm starts").end().expect("host-vmm ends")
+}
+
+#[test]
+fn vmfork_goes_by_the_device_where_it_may() {
+    let ended = vmfork(&MEMBER, &["detect", "--json"]);
+    let report = &objects(&ended, "{").pop();
+    assert_eq!(report.as_ref().map(|report| &report["route"]), Some(&"device".into()), "{:?}", ended.lines(""));
+
+    let ended = vmfork(&MEMBER, &["fork", "--count", "2"]);
+    let mut roles: Vec<String> = ["parent of 2", "child 1 of 2", "child 2 of 2"]
+        .iter()
+        .flat_map(|role| ended.lines(role))
+        .map(|(vm, _)| vm)
+        .collect();
+    roles.sort_unstable();
+    assert_eq!(roles, ["vm", "web.1", "web.2"].map(|name| name.replace("web", "worker")), "{:?}", ended.lines(""));
+
+    // Others are told what they lack.
+    let ended = vmfork(&STRANGER, &["detect"]);
+    assert_eq!(started(&ended), 0);
+    let told: String = ended.lines("").into_iter().map(|(_, line)| line + "\n").collect();
+    assert!(told.contains("group"), "{told}");
+
+    // The module keeps /dev/mem from the control page, so that there are no two ways at once.
+    let ended = vmfork(&[], &["--via", "doorbell", "fork"]);
+    assert_eq!(started(&ended), 0, "{:?}", ended.lines(""));
+    let ended = guest(&["exec", "/usr/bin/vmfork", "fork"]).cmdline("vmfork.module=off").start();
+    let ended = ended.expect("host-vmm starts").end().expect("host-vmm ends");
+    assert_eq!(started(&ended), 1, "{:?}", ended.lines(""));
+}
+
+#[test]
+fn vmfork_watches_forks() {
+    let ended = run(guest(&["watch"]).option("--cpus", "2"));
+    let mut forks = texts(&ended, "FORK ");
+    forks.sort_unstable();
+    assert!(forks[0].starts_with("Some(0) {\"role\":\"parent\""), "{forks:?}");
+    assert!(forks[1].starts_with("Some(10) {\"role\":\"child\""), "{forks:?}");
+    let watched = objects(&ended, "WATCHED ");
+    let roles: BTreeSet<String> = watched.iter().map(Value::to_string).collect();
+    assert_eq!(roles.len(), 2, "{watched:?}");
+}
+
+/// Runs where QEMU is, and not in the lab: `cargo xtask test` sees to that.
+#[test]
+fn where_no_host_vmm_is_it_refuses_to_be_loaded() {
+    const COMMAND_LINE: &str = "console=ttyS0 panic=-1 vmfork.module=off vmfork.start=/usr/bin/kmod-guest,load";
+    let output = Command::new("qemu-system-x86_64")
+        .args(["-accel", "tcg", "-m", "512", "-display", "none", "-serial", "stdio", "-no-reboot"])
+        .arg("-kernel")
+        .arg(assets::path("lean/vmlinuz"))
+        .arg("-initrd")
+        .arg(assets::path("minimal.cpio"))
+        .args(["-append", COMMAND_LINE])
+        .output()
+        .expect("QEMU runs");
+    let console = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{console}");
+    assert!(console.contains("LOADED Err(ENODEV)"), "{console}");
+    assert!(
+        console.contains("vmfork: no VMM that can fork this machine answers at CPUID leaf 0x40000100"),
+        "{console}"
+    );
 }

@@ -11,6 +11,7 @@ mod refusals;
 use std::{
     fs,
     io::stdout,
+    os::unix::process::CommandExt,
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -63,6 +64,15 @@ enum Command {
     Module { rounds: u32 },
     /// Load the module.
     Load,
+    /// Ask for a fork of two children again and again; print the codes of those that fail.
+    Errors { times: u32 },
+    /// Become another program.
+    Exec {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<String>,
+    },
+    /// Fork by `vmfork fork` while `vmfork watch` waits for that.
+    Watch,
     /// Do what comes to mind.
     Fuzz { seconds: u64, seed: u64 },
     /// Print what the kernel complains of.
@@ -108,6 +118,12 @@ fn main() -> anyhow::Result<()> {
             println!("LOADED {:?}", module::load());
             Ok(())
         }
+        Command::Errors { times } => errors(times),
+        Command::Exec { command } => {
+            let (program, arguments) = command.split_first().context("a program")?;
+            Err(std::process::Command::new(program).args(arguments).exec()).context(program.clone())
+        }
+        Command::Watch => notices::watch(),
         Command::Fuzz { seconds, seed } => fuzz::run(seconds, seed),
         Command::Complaints => complaints(),
     }
@@ -178,6 +194,23 @@ fn repeat(times: u32) -> anyhow::Result<()> {
     }
     let forks = device::status(&file)?.forks - before;
     println!("REPEATED {forks}");
+    complaints()
+}
+
+fn errors(times: u32) -> anyhow::Result<()> {
+    let file = device::open()?;
+    for _ in 0..times {
+        drain()?;
+        match device::fork(&file, device::fork_arguments(2)) {
+            Ok(forked) => {
+                println!("FORKED {}", forked.identity.index);
+                if is_child(&forked.identity) {
+                    return Ok(());
+                }
+            }
+            Err(refused) => println!("ERROR {:?} {}", refused.errno, refused.code),
+        }
+    }
     complaints()
 }
 

@@ -163,3 +163,18 @@ pub(crate) fn uevents() -> anyhow::Result<()> {
     println!("UEVENTS {} {of_module:?}", if is_child(&forked.identity) { "child" } else { "parent" });
     complaints()
 }
+
+/// What `vmfork watch` prints of a fork by `vmfork fork`, in both VMs.
+pub(crate) fn watch() -> anyhow::Result<()> {
+    let vmfork = || Command::new("/usr/bin/vmfork");
+    let watch = vmfork().args(["watch", "--json", "--count", "1"]).stdout(Stdio::piped()).spawn()?;
+    // For it to wait in the kernel.
+    thread::sleep(Duration::from_millis(1000));
+    let fork = vmfork().args(["fork", "--json"]).output()?;
+    let watched = watch.wait_with_output()?;
+    ensure!(watched.status.success(), "vmfork watch failed");
+    let line = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
+    println!("FORK {:?} {}", fork.status.code(), line(&fork.stdout));
+    println!("WATCHED {}", line(&watched.stdout));
+    complaints()
+}
