@@ -3,19 +3,19 @@
  * What the module needs of the kernel beyond the `kernel` crate: see bindings.rs. Sorted alphabetically.
  */
 
-#include <linux/cred.h>
 #include <linux/delay.h>
 #include <linux/errno.h>
 #include <linux/fs.h>
 #include <linux/io.h>
 #include <linux/ioport.h>
 #include <linux/kobject.h>
+#include <linux/kthread.h>
 #include <linux/miscdevice.h>
 #include <linux/mm.h>
 #include <linux/poll.h>
 #include <linux/random.h>
 #include <linux/sched.h>
-#include <linux/sched/task.h>
+#include <linux/stat.h>
 #include <linux/timekeeping.h>
 #include <linux/wait.h>
 #include <uapi/linux/random.h>

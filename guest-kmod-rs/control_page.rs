@@ -22,6 +22,10 @@ use crate::bindings;
 /// Most that a VMM may show from the page's address on, in bytes.
 const MAX_BYTES: usize = 1 << 20;
 
+/// How often is looked again at what should stay the same, at most: a VMM that goes on changing it
+/// does not keep its guest here.
+const STABLE: u32 = 16;
+
 /// A control page whose header was checked. Nobody else has it: a kernel with
 /// `CONFIG_IO_STRICT_DEVMEM` keeps `/dev/mem` away from it meanwhile.
 pub(crate) struct ControlPage {
@@ -56,6 +60,10 @@ impl ControlPage {
     /// tells more.
     pub(crate) fn open(interface: &Interface) -> Result<Self> {
         let gpa = interface.control_page_gpa;
+        if gpa % PAGE_BYTES as u64 != 0 {
+            pr_err!("the VMM says that the control page is at {gpa:#x}, in the middle of a page\n");
+            return Err(ENODEV);
+        }
         let header = Header::from_bytes(&Memory::map(gpa, PAGE_BYTES)?.read(PAGE.header.offset)?);
         if header.magic != MAGIC
             || header.abi_version != ABI_VERSION
@@ -104,23 +112,40 @@ impl ControlPage {
         self.header().abi_version
     }
 
-    /// Who this VM is, unchecked.
+    /// Who this VM is, unchecked. Where the VM becomes a copy meanwhile, what was read of it before
+    /// is another's: it is read until it stays the same.
     pub(crate) fn identity(&self) -> Identity {
-        Identity::from_bytes(&self.part(PAGE.identity.offset))
+        let read = || Identity::from_bytes(&self.part(PAGE.identity.offset));
+        let mut last = read();
+        for _ in 0..STABLE {
+            let now = read();
+            if now == last {
+                break;
+            }
+            last = now;
+        }
+        last
     }
 
     /// Who this VM is, and how it came out of its latest fork; of the copies, as many as fit go to
     /// `copies`. Where an operator forks the VM meanwhile, this begins in the one and ends in its
     /// copy: the copy starts again.
     pub(crate) fn account(&self, copies: &mut [u8]) -> Account {
-        loop {
-            let identity = self.identity();
-            let is_parent = identity.role == Role::Parent.number();
-            let listed = if is_parent { self.copies(copies) } else { 0 };
-            if self.identity() == identity {
-                return Account { identity, listed };
+        let mut account = self.account_once(copies);
+        for _ in 0..STABLE {
+            if self.identity() == account.identity {
+                break;
             }
+            account = self.account_once(copies);
         }
+        account
+    }
+
+    fn account_once(&self, copies: &mut [u8]) -> Account {
+        let identity = self.identity();
+        let is_parent = identity.role == Role::Parent.number();
+        let listed = if is_parent { self.copies(copies) } else { 0 };
+        Account { identity, listed }
     }
 
     /// Writes the request, rings by `ring`, and reads the answer: what the page says of the VM that
@@ -227,7 +252,8 @@ unsafe impl Sync for Memory {}
 impl Memory {
     /// Maps `bytes` bytes, a multiple of [`PAGE_BYTES`], at `gpa`.
     fn map(gpa: u64, bytes: usize) -> Result<Self> {
-        // SAFETY: memremap takes any range, and refuses those that are partly RAM.
+        // SAFETY: memremap takes any range. Of RAM it gives what is mapped anyway, which is only
+        // read here until the range turns out to be a control page, and nobody else's.
         let start = unsafe { bindings::memremap(gpa, bytes, bindings::VMFORK_MEMREMAP_WB) };
         NonNull::new(start.cast())
             .map(|start| Self { start, bytes })

@@ -3,6 +3,7 @@
 //! The device: all that the module has, and what it tells its users.
 
 use kernel::{
+    error::to_result,
     new_condvar, new_mutex,
     prelude::*,
     sync::{lock::Guard, CondVar, LockedBy, Mutex},
@@ -11,8 +12,16 @@ use kernel::{
 use vmfork_abi::Identity;
 
 use crate::{
-    bindings, control_page::ControlPage, file, hypercall::Hypercall, identity, seed::Generator,
-    vmm, wait_queue::WaitQueue,
+    bindings,
+    control_page::ControlPage,
+    file,
+    hypercall::Hypercall,
+    identity,
+    seed::Generator,
+    task::{Desk, Job, Task},
+    turn::Turn,
+    vmm,
+    wait_queue::WaitQueue,
 };
 
 /// The device, which stays where it is: the kernel has pointers to it.
@@ -20,7 +29,6 @@ use crate::{
 pub(crate) struct Device {
     #[pin]
     misc: Opaque<bindings::miscdevice>,
-    operations: bindings::file_operations,
     hypercall: Hypercall,
     page: ControlPage,
     generator: Generator,
@@ -34,10 +42,11 @@ pub(crate) struct Device {
     news: CondVar,
     #[pin]
     pollers: WaitQueue,
+    #[pin]
+    desk: Desk,
 }
 
-// SAFETY: `misc` is the kernel's, which locks it; `operations` does not change. All else is `Send`
-// by itself.
+// SAFETY: `misc` is the kernel's, which locks it. All else is `Send` by itself.
 unsafe impl Send for Device {}
 // SAFETY: As above.
 unsafe impl Sync for Device {}
@@ -58,6 +67,8 @@ pub(crate) type Told = LockedBy<u64, State>;
 
 /// A device that processes can open, until this is dropped.
 pub(crate) struct Registration {
+    /// Ends before the device goes.
+    _task: Task,
     device: Pin<KBox<Device>>,
 }
 
@@ -68,7 +79,7 @@ impl Registration {
     ///
     /// `ENODEV` where there is no VMM that can fork this VM by a hypercall, or what its parts
     /// return. The kernel's log tells more.
-    pub(crate) fn new(module: &'static ThisModule) -> Result<Self> {
+    pub(crate) fn new() -> Result<Self> {
         let interface = vmm::detect()?;
         let hypercall = Hypercall::detect();
         if !hypercall.is_handed_on() {
@@ -86,7 +97,6 @@ impl Registration {
         let device = KBox::pin_init(
             pin_init!(Device {
                 misc: Opaque::new(file::misc_device()),
-                operations: file::operations(module),
                 hypercall,
                 page,
                 generator,
@@ -94,17 +104,20 @@ impl Registration {
                 turn <- new_condvar!(),
                 news <- new_condvar!(),
                 pollers <- WaitQueue::new(),
+                desk <- Desk::new(),
             }),
             GFP_KERNEL,
         )?;
-        let misc = device.misc.get();
-        // SAFETY: Nobody else has the device yet.
-        unsafe { (*misc).fops = &device.operations };
+        // SAFETY: The device is pinned, and goes after the task.
+        let task = unsafe { Task::start(&device) }?;
         // SAFETY: The device is complete and pinned. It goes away after `misc_deregister` alone,
         // and not while a file is open, since each holds the module.
-        kernel::error::to_result(unsafe { bindings::misc_register(misc) })?;
+        to_result(unsafe { bindings::misc_register(device.misc.get()) })?;
         pr_info!("control page at {:#x}\n", device.page.gpa());
-        Ok(Self { device })
+        Ok(Self {
+            _task: task,
+            device,
+        })
     }
 }
 
@@ -135,6 +148,10 @@ impl Device {
         &self.hypercall
     }
 
+    pub(crate) fn desk(&self) -> &Desk {
+        &self.desk
+    }
+
     pub(crate) fn generator(&self) -> &Generator {
         &self.generator
     }
@@ -160,15 +177,16 @@ impl Device {
     /// seed when it next looks.
     pub(crate) fn up_to_date(&self) -> Guard<'_, State, kernel::sync::lock::mutex::MutexBackend> {
         let mut state = self.state.lock();
-        let identity = self.page.identity();
-        if state.forking || identity.generation == state.generation {
+        let generation = self.page.identity().generation;
+        if state.forking || generation == state.generation {
             return state;
         }
-        state.generation = identity.generation;
+        state.forking = true;
         drop(state);
+        let turn = Turn::taken(self, generation);
         // Whether its role makes sense is for those to say who ask for it.
-        let _ = self.assume(&identity, None);
-        self.note(&identity);
+        let _ = self.desk.run(Job::CatchUp).result;
+        drop(turn);
         self.state.lock()
     }
 

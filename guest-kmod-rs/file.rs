@@ -2,6 +2,8 @@
 
 //! Calls from the VFS: each takes its raw arguments apart, and goes on in safe code.
 
+use core::mem::MaybeUninit;
+
 use kernel::{
     c_str,
     error::from_result,
@@ -25,27 +27,32 @@ struct Client {
     told: Told,
 }
 
-/// The miscellaneous device, without its operations.
+/// What can be done with a file. Programs of 32 bits have the same structs.
+struct Operations(bindings::file_operations);
+
+// SAFETY: It does not change.
+unsafe impl Sync for Operations {}
+
+static OPERATIONS: Operations = Operations(bindings::file_operations {
+    owner: crate::THIS_MODULE.as_ptr().cast(),
+    open: Some(open),
+    release: Some(release),
+    read: Some(read),
+    poll: Some(poll),
+    unlocked_ioctl: Some(control),
+    compat_ioctl: Some(control),
+    mmap: Some(mmap),
+    // SAFETY: Zeros are no operations.
+    ..unsafe { MaybeUninit::zeroed().assume_init() }
+});
+
+/// The miscellaneous device.
 pub(crate) fn misc_device() -> bindings::miscdevice {
     bindings::miscdevice {
         minor: bindings::VMFORK_DYNAMIC_MINOR,
         name: c_str!("vmfork").as_char_ptr(),
+        fops: &OPERATIONS.0,
         mode: MODE,
-        ..Default::default()
-    }
-}
-
-/// What can be done with a file of it. Programs of 32 bits have the same structs.
-pub(crate) fn operations(module: &'static ThisModule) -> bindings::file_operations {
-    bindings::file_operations {
-        owner: module.as_ptr().cast(),
-        open: Some(open),
-        release: Some(release),
-        read: Some(read),
-        poll: Some(poll),
-        unlocked_ioctl: Some(control),
-        compat_ioctl: Some(control),
-        mmap: Some(mmap),
         ..Default::default()
     }
 }
@@ -53,7 +60,7 @@ pub(crate) fn operations(module: &'static ThisModule) -> bindings::file_operatio
 /// # Safety
 ///
 /// Called by the VFS as `open`.
-unsafe extern "C" fn open(_inode: *mut bindings::inode, file: *mut bindings::file) -> c_int {
+unsafe extern "C" fn open(inode: *mut bindings::inode, file: *mut bindings::file) -> c_int {
     from_result(|| {
         // SAFETY: `misc_open` has put the device there, and the file keeps the module, and so the
         // device, until `release`.
@@ -67,6 +74,8 @@ unsafe extern "C" fn open(_inode: *mut bindings::inode, file: *mut bindings::fil
         )?;
         // SAFETY: The file is the caller's until this returns.
         unsafe { (*file).private_data = KBox::into_raw(client).cast() };
+        // SAFETY: As above. It can't fail.
+        unsafe { bindings::nonseekable_open(inode, file) };
         Ok(0)
     })
 }
@@ -214,6 +223,8 @@ impl Client {
 
     fn set_told(&self, forks: u64) {
         let mut state = self.device.state().lock();
-        *self.told.access_mut(&mut state) = forks;
+        let told = self.told.access_mut(&mut state);
+        // Another reader of this file may have been told of more meanwhile.
+        *told = (*told).max(forks);
     }
 }

@@ -3,14 +3,14 @@
 //! The fork, in the order in which it happens.
 
 use kernel::{error::Error, prelude::*};
-use vmfork_abi::{ErrorCode, Identity, Request, Role};
+use vmfork_abi::{doorbell, ErrorCode, Identity, Request, Role};
 
 use crate::{
     bindings,
     control_page::{Account, Failure},
     device::Device,
     identity::{self, monotonic_ns},
-    priority::Raised,
+    task::Job,
     turn::Turn,
 };
 
@@ -27,14 +27,17 @@ pub(crate) struct Outcome {
     pub(crate) code: ErrorCode,
     /// Who this VM is, where the fork was made.
     pub(crate) account: Option<Account>,
+    /// What a parent is told of its copies, as many as fit.
+    pub(crate) copies: KVVec<u8>,
 }
 
 impl Outcome {
-    fn failed(error: Error) -> Self {
+    fn failed(error: Error, copies: KVVec<u8>) -> Self {
         Self {
             result: Err(error),
             code: ErrorCode::None,
             account: None,
+            copies,
         }
     }
 }
@@ -42,28 +45,41 @@ impl Outcome {
 impl Device {
     /// Forks the VM, and returns in the parent and in every child. Of the copies, a parent is told
     /// as many as fit into `copies`.
-    pub(crate) fn fork(&self, request: &Request, deadline_ns: u64, copies: &mut [u8]) -> Outcome {
+    pub(crate) fn fork(
+        &self,
+        request: Request,
+        deadline_ns: u64,
+        mut copies: KVVec<u8>,
+    ) -> Outcome {
         let turn = match Turn::take(self, deadline_ns) {
             Ok(turn) => turn,
-            Err(error) => return Outcome::failed(error),
+            Err(error) => return Outcome::failed(error, copies),
         };
         for _ in 1..TRIES {
-            let outcome = self.fork_once(request, copies);
+            let outcome = self.desk().run(Job::Fork { request, copies });
             if outcome.code != ErrorCode::Busy {
                 return outcome;
             }
+            copies = outcome.copies;
             if let Err(error) = turn.pause(PAUSE, deadline_ns) {
-                return Outcome::failed(error);
+                return Outcome::failed(error, copies);
             }
         }
-        self.fork_once(request, copies)
+        self.desk().run(Job::Fork { request, copies })
     }
 
-    /// Asks for a fork once. The caller has its turn.
-    fn fork_once(&self, request: &Request, copies: &mut [u8]) -> Outcome {
-        let raised = Raised::new();
+    /// Does a job, as the module's own task, for whoever has the turn.
+    pub(crate) fn work(&self, job: Job) -> Outcome {
+        match job {
+            Job::Fork { request, copies } => self.fork_once(&request, copies),
+            Job::CatchUp => self.catch_up(),
+        }
+    }
+
+    /// Asks for a fork once.
+    fn fork_once(&self, request: &Request, mut copies: KVVec<u8>) -> Outcome {
         let rung_at_ns = monotonic_ns();
-        let outcome = match self.page().exchange(request, copies, || self.ring()) {
+        match self.page().exchange(request, &mut copies, || self.ring()) {
             // From here on there are several VMs, and this is any one of them.
             Ok(account) => {
                 let result = self.assume(&account.identity, Some(rung_at_ns));
@@ -72,28 +88,42 @@ impl Device {
                     result,
                     code: ErrorCode::None,
                     account: Some(account),
+                    copies,
                 }
             }
             Err(Failure::Refused(code)) => Outcome {
                 code,
-                ..Outcome::failed(errno(bindings::ECONNREFUSED))
+                ..Outcome::failed(errno(bindings::ECONNREFUSED), copies)
             },
-            Err(Failure::NotAnswered) => Outcome::failed(errno(bindings::ENOLINK)),
+            Err(Failure::NotAnswered) => Outcome::failed(errno(bindings::ENOLINK), copies),
             Err(Failure::Nonsense { status, error }) => {
                 pr_warn!("status {status} and error {error} mean nothing together\n");
-                Outcome::failed(errno(bindings::EPROTO))
+                Outcome::failed(errno(bindings::EPROTO), copies)
             }
-        };
-        drop(raised);
-        outcome
+        }
+    }
+
+    /// Makes this VM the copy that it has become. An operator may make a copy of that meanwhile.
+    fn catch_up(&self) -> Outcome {
+        loop {
+            let identity = self.page().identity();
+            let result = self.assume(&identity, None);
+            self.note(&identity);
+            if self.page().identity().generation == identity.generation {
+                return Outcome {
+                    result,
+                    code: ErrorCode::None,
+                    account: None,
+                    copies: KVVec::new(),
+                };
+            }
+        }
     }
 
     /// Makes the hypercall. If KVM does not hand it on, the request stays unanswered.
     fn ring(&self) {
-        let result = self
-            .hypercall()
-            .ring(self.page().gpa(), vmfork_abi::doorbell::FORK);
-        if result != vmfork_abi::doorbell::HYPERCALL_ANSWERED {
+        let result = self.hypercall().ring(self.page().gpa(), doorbell::FORK);
+        if result != doorbell::HYPERCALL_ANSWERED {
             pr_warn!("the hypercall returned {result}\n");
         }
     }
@@ -105,14 +135,13 @@ impl Device {
     ///
     /// `EPROTO` where the role is not one of a fork's two, `EUCLEAN` where a child's clock can't be
     /// set.
-    pub(crate) fn assume(&self, identity: &Identity, rung_at_ns: Option<u64>) -> Result {
+    fn assume(&self, identity: &Identity, rung_at_ns: Option<u64>) -> Result {
         self.generator().reseed(&identity.seed);
         match Role::from_number(identity.role) {
             Some(Role::Parent) => Ok(()),
             Some(Role::Child) => {
-                let stepped = rung_at_ns.map_or(Ok(()), |at| {
-                    identity::step_clock(identity.wall_clock_ns, at)
-                });
+                let started_ns = identity.wall_clock_ns;
+                let stepped = rung_at_ns.map_or(Ok(()), |at| identity::step_clock(started_ns, at));
                 self.announce(identity);
                 stepped.map_err(|_| errno(bindings::EUCLEAN))
             }

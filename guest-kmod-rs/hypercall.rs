@@ -56,20 +56,21 @@ impl Hypercall {
         let result: i64;
         // SAFETY: The call changes RAX, and the control page, which is only ever looked at as
         // memory that somebody else writes. RBX, which the compiler keeps for itself, is as it was
-        // when the block ends. A copy of this VM goes on here with the same registers and memory.
+        // when the block ends; all operands are in registers that are named, since any could be
+        // RBX. A copy of this VM goes on here with the same registers and memory.
         unsafe {
             asm!(
-                "xchg {gpa}, rbx",
-                "test {vmmcall:e}, {vmmcall:e}",
+                "xchg rsi, rbx",
+                "test r8d, r8d",
                 "jnz 2f",
                 "vmcall",
                 "jmp 3f",
                 "2:",
                 "vmmcall",
                 "3:",
-                "xchg {gpa}, rbx",
-                gpa = inout(reg) gpa => _,
-                vmmcall = in(reg) u32::from(self.vmmcall),
+                "xchg rsi, rbx",
+                inout("rsi") gpa => _,
+                in("r8") u64::from(self.vmmcall),
                 inout("rax") HYPERCALL => result,
                 in("rcx") pages,
                 in("rdx") u64::from(command),

@@ -2,6 +2,8 @@
 
 //! The ioctls: arguments are copied in once, checked, and answered.
 
+use core::mem::replace;
+
 use kernel::{
     prelude::*,
     uaccess::{UserPtr, UserSlice},
@@ -35,6 +37,7 @@ impl Device {
         }
     }
 
+    #[inline(never)]
     fn control_fork(&self, address: usize) -> Result {
         let arguments = ForkArguments::from_bytes(&read(address)?);
         check(arguments.bytes, ForkArguments::BYTES, arguments.version)?;
@@ -52,11 +55,22 @@ impl Device {
         copies.write(asked.count)?;
 
         drop(self.up_to_date());
+        let outcome = self.fork(
+            request,
+            asked.deadline_ns,
+            replace(&mut copies.bytes, KVVec::new()),
+        );
         let Outcome {
             result,
             code,
             account,
-        } = self.fork(&request, asked.deadline_ns, &mut copies.bytes);
+            ..
+        } = outcome;
+        copies.bytes = outcome.copies;
+        if result.is_err() {
+            // A copy that came about meanwhile is not itself yet.
+            drop(self.up_to_date());
+        }
 
         let Account { identity, listed } = account.unwrap_or(Account {
             identity: Identity::default(),
@@ -73,6 +87,7 @@ impl Device {
         result
     }
 
+    #[inline(never)]
     fn control_status(&self, address: usize) -> Result {
         let arguments = StatusArguments::from_bytes(&read(address)?);
         check(arguments.bytes, StatusArguments::BYTES, arguments.version)?;
@@ -99,6 +114,7 @@ impl Device {
         copies.write(listed)
     }
 
+    #[inline(never)]
     fn control_identity(&self, address: usize) -> Result {
         let arguments = Notice::from_bytes(&read(address)?);
         check(arguments.bytes, Notice::BYTES, arguments.version)?;
@@ -163,7 +179,7 @@ fn public(identity: Identity) -> [u8; Identity::BYTES] {
 /// Room for listed copies, here and in the caller's memory.
 struct Copies {
     address: usize,
-    bytes: KVec<u8>,
+    bytes: KVVec<u8>,
 }
 
 impl Copies {
@@ -174,7 +190,7 @@ impl Copies {
         if room != 0 && address == 0 {
             return Err(EINVAL);
         }
-        let bytes = KVec::from_elem(0, room as usize * ListedCopy::BYTES, GFP_KERNEL)?;
+        let bytes = KVVec::from_elem(0, room as usize * ListedCopy::BYTES, GFP_KERNEL)?;
         Ok(Self {
             address: usize::try_from(address)?,
             bytes,

@@ -35,24 +35,31 @@ mod exported {
 }
 
 /// By what every kernel has: the function for hardware generators mixes the seed in, and an ioctl
-/// of /dev/urandom makes a new key. That ioctl is for administrators alone, so it is made with the
-/// kernel's own credentials.
+/// of /dev/urandom makes a new key. That ioctl is for administrators alone, as the module's own
+/// task is one.
 #[cfg(not(CONFIG_VMGENID = "m"))]
 mod ioctl {
-    use core::ptr::{addr_of, NonNull};
+    use core::ptr::{null_mut, NonNull};
 
-    use kernel::{c_str, error::from_err_ptr, prelude::*};
+    use kernel::{
+        c_str,
+        error::from_err_ptr,
+        ffi::{c_long, c_uint, c_ulong},
+        prelude::*,
+    };
 
     use crate::bindings;
+
+    /// Where the device is, and its number: major 1, minor 9, as the kernel keeps numbers.
+    const DEVICE: bindings::dev_t = 1 << 20 | 9;
+
+    /// What the ioctl answers while the generator has no first key, and needs no new one.
+    const NOT_READY: c_long = -(bindings::ENODATA as c_long);
 
     /// The generator: /dev/urandom, opened.
     pub(crate) struct Generator {
         file: NonNull<bindings::file>,
-        control: unsafe extern "C" fn(
-            *mut bindings::file,
-            kernel::ffi::c_uint,
-            kernel::ffi::c_ulong,
-        ) -> kernel::ffi::c_long,
+        control: unsafe extern "C" fn(*mut bindings::file, c_uint, c_ulong) -> c_long,
     }
 
     // SAFETY: An open file can be used from everywhere.
@@ -61,61 +68,52 @@ mod ioctl {
     unsafe impl Sync for Generator {}
 
     impl Generator {
-        /// Opens the device, as long as whoever loads the module sees it.
+        /// Opens the device, where whoever loads the module sees it.
+        ///
+        /// # Errors
+        ///
+        /// What opening it answers, or `ENODEV` where it is something else.
         pub(crate) fn open() -> Result<Self> {
-            let path = c_str!("/dev/urandom");
+            Self::open_device().inspect_err(|_| pr_err!("there is no /dev/urandom here\n"))
+        }
+
+        fn open_device() -> Result<Self> {
+            let (path, flags) = (c_str!("/dev/urandom"), bindings::O_RDONLY as _);
             // SAFETY: The path is a string with a NUL at its end.
-            let file =
-                unsafe { bindings::filp_open(path.as_char_ptr(), bindings::O_RDONLY as _, 0) };
-            let file = from_err_ptr(file)
-                .and_then(|file| NonNull::new(file).ok_or(ENODEV))
-                .map_err(|error| {
-                    pr_err!("{} can't be opened\n", path);
-                    error
-                })?;
-            // SAFETY: An open file has its operations for as long as it is open.
-            let control = unsafe { (*(*file.as_ptr()).f_op).unlocked_ioctl };
-            match control {
-                Some(control) => Ok(Self { file, control }),
-                None => {
+            let file = unsafe { bindings::filp_open(path.as_char_ptr(), flags, 0) };
+            let file = NonNull::new(from_err_ptr(file)?).ok_or(ENODEV)?;
+            // SAFETY: An open file has its operations and its inode for as long as it is open.
+            let (operations, inode) = unsafe { (&*file.as_ref().f_op, &*file.as_ref().f_inode) };
+            let is_device = c_uint::from(inode.i_mode) & bindings::S_IFMT == bindings::S_IFCHR;
+            match operations.unlocked_ioctl {
+                Some(control) if is_device && inode.i_rdev == DEVICE => Ok(Self { file, control }),
+                _ => {
                     // SAFETY: It was opened above, and is not used any more.
-                    unsafe { bindings::filp_close(file.as_ptr(), core::ptr::null_mut()) };
+                    unsafe { bindings::filp_close(file.as_ptr(), null_mut()) };
                     Err(ENODEV)
                 }
             }
         }
 
-        /// Mixes `seed` in, and makes the generator take a new key from it now.
+        /// Mixes `seed` in, and makes the generator take a new key from it now. Only the module's
+        /// own task may.
         pub(crate) fn reseed(&self, seed: &[u8]) {
+            let (start, bytes) = (seed.as_ptr().cast(), seed.len());
             // SAFETY: The kernel reads as many bytes as it is told.
-            unsafe {
-                bindings::add_hwgenerator_randomness(
-                    seed.as_ptr().cast(),
-                    seed.len(),
-                    8 * seed.len(),
-                    false,
-                )
-            };
-            // SAFETY: There is always a current task.
-            let task = unsafe { kernel::bindings::get_current() }.cast::<bindings::task_struct>();
-            // SAFETY: A task alone changes its own credentials, and those of the first task are
-            // there for ever. They are put back below, before anything else can happen to them: the
-            // ioctl does not change them.
-            let own = unsafe {
-                core::mem::replace(&mut (*task).cred, (*addr_of!(bindings::init_task)).cred)
-            };
-            // SAFETY: The file is open, and the request has no argument. It fails while the
-            // generator has no first key, and then it needs no new one.
-            unsafe { (self.control)(self.file.as_ptr(), bindings::VMFORK_RNDRESEEDCRNG, 0) };
-            // SAFETY: As above.
-            unsafe { (*task).cred = own };
+            unsafe { bindings::add_hwgenerator_randomness(start, bytes, 8 * bytes, false) };
+            let (file, request) = (self.file.as_ptr(), bindings::VMFORK_RNDRESEEDCRNG);
+            // SAFETY: The file is open, and the request has no argument.
+            let result = unsafe { (self.control)(file, request, 0) };
+            if result != 0 && result != NOT_READY {
+                pr_err!("the random generator has no new key: error {result}\n");
+            }
         }
     }
 
     impl Drop for Generator {
         fn drop(&mut self) {
             // SAFETY: It was opened by `open`, and is not used any more.
-            unsafe { bindings::filp_close(self.file.as_ptr(), core::ptr::null_mut()) };
+            unsafe { bindings::filp_close(self.file.as_ptr(), null_mut()) };
         }
     }
 }

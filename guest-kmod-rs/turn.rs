@@ -3,13 +3,12 @@
 //! One fork at a time, whoever asks.
 
 use kernel::{
-    error::Error,
     prelude::*,
     sync::CondVarTimeoutResult,
     time::{msecs_to_jiffies, Msecs},
 };
 
-use crate::{bindings, device::Device, identity::monotonic_ns};
+use crate::{bindings, device::Device, fork::errno, identity::monotonic_ns};
 
 /// Longest wait in one go, in milliseconds.
 const LONG: u64 = 60_000;
@@ -28,37 +27,25 @@ impl<'a> Turn<'a> {
     ///
     /// # Errors
     ///
-    /// `ERESTARTSYS` where a signal comes first, `ETIMEDOUT`, or `ESTALE` where this is a copy that
-    /// came about meanwhile.
+    /// `EINTR` where a signal comes first, `ETIMEDOUT`, or `ESTALE` where this is a copy that came
+    /// about meanwhile.
     pub(crate) fn take(device: &'a Device, deadline_ns: u64) -> Result<Self> {
         let generation = device.page().identity().generation;
-        let mut state = device.state().lock();
-        while state.forking {
-            let signalled = if deadline_ns == 0 {
-                device.turn().wait_interruptible(&mut state)
-            } else {
-                let left_ns = deadline_ns.saturating_sub(monotonic_ns());
-                if left_ns == 0 {
-                    return Err(timed_out());
-                }
-                let left_ms = left_ns.div_ceil(1_000_000).min(LONG) as Msecs;
-                let woken = device
-                    .turn()
-                    .wait_interruptible_timeout(&mut state, msecs_to_jiffies(left_ms));
-                matches!(woken, CondVarTimeoutResult::Signal { .. })
-            };
-            if signalled {
-                return Err(ERESTARTSYS);
+        let waited = wait(device, deadline_ns);
+        // A copy that came about meanwhile: whatever ended the wait, a restart included, is not for
+        // the copy to go on from.
+        if device.page().identity().generation != generation {
+            if waited.is_ok() {
+                drop(Self { device, generation });
             }
+            return Err(errno(bindings::ESTALE));
         }
-        if is_past(deadline_ns) {
-            return Err(timed_out());
-        }
-        state.forking = true;
-        drop(state);
-        let turn = Self { device, generation };
-        turn.check_original()?;
-        Ok(turn)
+        waited.map(|()| Self { device, generation })
+    }
+
+    /// That of whoever has set `State::forking`.
+    pub(crate) fn taken(device: &'a Device, generation: u32) -> Self {
+        Self { device, generation }
     }
 
     /// Waits a moment for whoever else forks this VM: an operator.
@@ -69,24 +56,44 @@ impl<'a> Turn<'a> {
     pub(crate) fn pause(&self, pause_ms: u32, deadline_ns: u64) -> Result {
         // SAFETY: The caller may sleep, and holds no lock.
         let left_ms = unsafe { bindings::msleep_interruptible(pause_ms) };
-        self.check_original()?;
+        if self.device.page().identity().generation != self.generation {
+            return Err(errno(bindings::ESTALE));
+        }
         if left_ms != 0 {
-            return Err(ERESTARTSYS);
+            return Err(EINTR);
         }
         if is_past(deadline_ns) {
-            return Err(timed_out());
+            return Err(errno(bindings::ETIMEDOUT));
         }
         Ok(())
     }
+}
 
-    /// Checks that this is not a copy of the VM that the caller has asked in.
-    fn check_original(&self) -> Result {
-        if self.device.page().identity().generation == self.generation {
-            Ok(())
+/// Waits until nobody has the turn, and sets `State::forking`.
+fn wait(device: &Device, deadline_ns: u64) -> Result {
+    let mut state = device.state().lock();
+    while state.forking {
+        let signalled = if deadline_ns == 0 {
+            device.turn().wait_interruptible(&mut state)
         } else {
-            Err(Error::from_errno(-(bindings::ESTALE as i32)))
+            let left_ns = deadline_ns.saturating_sub(monotonic_ns());
+            if left_ns == 0 {
+                return Err(errno(bindings::ETIMEDOUT));
+            }
+            let left_ms = left_ns.div_ceil(1_000_000).min(LONG) as Msecs;
+            let left = msecs_to_jiffies(left_ms);
+            let woken = device.turn().wait_interruptible_timeout(&mut state, left);
+            matches!(woken, CondVarTimeoutResult::Signal { .. })
+        };
+        if signalled {
+            return Err(EINTR);
         }
     }
+    if is_past(deadline_ns) {
+        return Err(errno(bindings::ETIMEDOUT));
+    }
+    state.forking = true;
+    Ok(())
 }
 
 impl Drop for Turn<'_> {
@@ -98,8 +105,4 @@ impl Drop for Turn<'_> {
 
 fn is_past(deadline_ns: u64) -> bool {
     deadline_ns != 0 && monotonic_ns() >= deadline_ns
-}
-
-fn timed_out() -> Error {
-    Error::from_errno(-(bindings::ETIMEDOUT as i32))
 }

@@ -8,14 +8,15 @@
 //! ```text
 //! ioctl      the arguments are copied in and checked, and room for the answer is touched
 //! turn       one caller after another; a signal or the deadline ends the wait
-//! priority   the caller goes above every other task of its CPU
+//! task       it is handed to the module's own task, which is above every other of its CPU
 //! fork       the request is written, and the hypercall made   ->  parent       children
 //! identity   who this VM is now                                   seed         seed, clock, uevent
 //! device     whoever reads or polls is told; then the caller gets its answer
 //! ```
 //!
 //! Everything unsafe is in `bindings` (what the kernel offers), `control_page` (memory that the VMM
-//! writes too), `hypercall`, `priority`, `seed`, `identity`, and `file` (calls from the VFS).
+//! writes too), `hypercall`, `task`, `seed`, `identity`, `vmm`, `wait_queue`, `device`, and `file`
+//! (calls from the VFS).
 
 mod bindings;
 mod control_page;
@@ -25,8 +26,8 @@ mod fork;
 mod hypercall;
 mod identity;
 mod ioctl;
-mod priority;
 mod seed;
+mod task;
 mod turn;
 mod vmm;
 mod wait_queue;
@@ -58,9 +59,9 @@ struct VmFork {
 }
 
 impl kernel::Module for VmFork {
-    fn init(module: &'static ThisModule) -> Result<Self> {
+    fn init(_module: &'static ThisModule) -> Result<Self> {
         Ok(Self {
-            _device: Registration::new(module)?,
+            _device: Registration::new()?,
         })
     }
 }

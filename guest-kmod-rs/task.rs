@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The module's own task, which makes the forks: it is above every other task of its CPU, so that
+//! none of them runs in a copy that is not itself yet, and has the kernel's credentials.
+//!
+//! It is a task of its own, and not the caller raised for a while: whoever may change the caller's
+//! scheduling could keep it up there.
+
+use core::{
+    ffi::c_void,
+    mem::{replace, size_of},
+    ptr::NonNull,
+};
+
+use kernel::{
+    c_str,
+    error::{from_err_ptr, to_result},
+    ffi::c_int,
+    new_condvar, new_mutex,
+    prelude::*,
+    sync::{CondVar, Mutex},
+};
+use vmfork_abi::Request;
+
+use crate::{
+    bindings::{self, sched_attr, task_struct},
+    device::Device,
+    fork::Outcome,
+};
+
+/// The highest real-time priority of user space.
+const TOP: u32 = 99;
+
+/// NUMA_NO_NODE of linux/numa.h: the task's memory may be anywhere.
+const ANY_NODE: c_int = -1;
+
+/// What the task is asked to do.
+pub(crate) enum Job {
+    /// To ask for a fork once. Of its copies, a parent is told as many as fit into `copies`.
+    Fork { request: Request, copies: KVVec<u8> },
+    /// To make this VM itself, which has become a copy by a fork that did not come by the device.
+    CatchUp,
+}
+
+// There is one.
+#[allow(clippy::large_enum_variant)]
+enum Slot {
+    Empty,
+    Asked(Job),
+    Done(Outcome),
+    /// Nothing will be asked any more.
+    Closed,
+}
+
+/// Where jobs are given to the task, one at a time: by whoever has the turn.
+#[pin_data]
+pub(crate) struct Desk {
+    #[pin]
+    slot: Mutex<Slot>,
+    #[pin]
+    changed: CondVar,
+}
+
+impl Desk {
+    pub(crate) fn new() -> impl PinInit<Self> {
+        pin_init!(Self {
+            slot <- new_mutex!(Slot::Empty),
+            changed <- new_condvar!(),
+        })
+    }
+
+    /// Has the task do a job, and waits until that is done, which no signal ends.
+    pub(crate) fn run(&self, job: Job) -> Outcome {
+        let mut slot = self.slot.lock();
+        *slot = Slot::Asked(job);
+        self.changed.notify_all();
+        loop {
+            self.changed.wait(&mut slot);
+            match replace(&mut *slot, Slot::Empty) {
+                Slot::Done(outcome) => return outcome,
+                other => *slot = other,
+            }
+        }
+    }
+
+    /// The next job; none after [`Desk::close`].
+    fn next(&self) -> Option<Job> {
+        let mut slot = self.slot.lock();
+        loop {
+            match replace(&mut *slot, Slot::Empty) {
+                Slot::Asked(job) => return Some(job),
+                Slot::Closed => return None,
+                other => *slot = other,
+            }
+            // A task of the kernel gets no signals; waiting so, it does not count as stuck.
+            let _ = self.changed.wait_interruptible(&mut slot);
+        }
+    }
+
+    fn done(&self, outcome: Outcome) {
+        *self.slot.lock() = Slot::Done(outcome);
+        self.changed.notify_all();
+    }
+
+    fn close(&self) {
+        *self.slot.lock() = Slot::Closed;
+        self.changed.notify_all();
+    }
+}
+
+/// The task, until this is dropped.
+pub(crate) struct Task {
+    task: NonNull<task_struct>,
+    device: NonNull<Device>,
+}
+
+// SAFETY: A task can be waited for from everywhere, and a `Device` is `Sync`.
+unsafe impl Send for Task {}
+// SAFETY: As above.
+unsafe impl Sync for Task {}
+
+impl Task {
+    /// Starts the task of a device.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel answers where there can't be another task.
+    ///
+    /// # Safety
+    ///
+    /// The device stays where it is until the result is dropped.
+    pub(crate) unsafe fn start(device: &Device) -> Result<Self> {
+        let device = NonNull::from(device);
+        let name = c_str!("vmfork").as_char_ptr();
+        // SAFETY: `main` takes a device, which outlives the task, as the caller says. The name has
+        // no directives that would need arguments.
+        let task = unsafe {
+            bindings::kthread_create_on_node(Some(main), device.as_ptr().cast(), ANY_NODE, name)
+        };
+        let task = NonNull::new(from_err_ptr(task)?).ok_or(ENOMEM)?;
+        // From here on it is ended by `drop`.
+        let task = Self { task, device };
+        let top = sched_attr {
+            size: size_of::<sched_attr>() as u32,
+            sched_policy: bindings::SCHED_FIFO,
+            sched_priority: TOP,
+            ..Default::default()
+        };
+        // SAFETY: The task has not ended, and the attributes live until the call returns.
+        to_result(unsafe { bindings::sched_setattr_nocheck(task.task.as_ptr(), &top) })?;
+        // SAFETY: As above.
+        unsafe { bindings::wake_up_process(task.task.as_ptr()) };
+        Ok(task)
+    }
+}
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        // SAFETY: The device is still there, as the caller of `start` has promised.
+        unsafe { self.device.as_ref() }.desk().close();
+        // SAFETY: The task ends only after this, and was not waited for before.
+        unsafe { bindings::kthread_stop(self.task.as_ptr()) };
+    }
+}
+
+/// What the task does.
+///
+/// # Safety
+///
+/// `device` is a [`Device`] that outlives the task.
+unsafe extern "C" fn main(device: *mut c_void) -> c_int {
+    // SAFETY: As the caller says.
+    let device = unsafe { &*device.cast::<Device>() };
+    while let Some(job) = device.desk().next() {
+        device.desk().done(device.work(job));
+    }
+    // Whoever ends the task must find it.
+    // SAFETY: This is a task of the kernel that holds no lock.
+    while !unsafe { bindings::kthread_should_stop() } {
+        // SAFETY: As above.
+        unsafe { bindings::msleep_interruptible(1) };
+    }
+    0
+}
