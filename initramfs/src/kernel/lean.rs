@@ -83,7 +83,7 @@ pub enum Error {
     Differs {
         /// What was built first.
         first: PathBuf,
-        /// What was built then, and is kept.
+        /// What was built then, and is kept until the next build.
         second: PathBuf,
     },
 }
@@ -207,6 +207,8 @@ impl Recipe {
         if let Some(known) = self.known(&dir) {
             return Ok(known);
         }
+        remove_unfinished(&kernels).map_err(in_cache(&kernels))?;
+        // Complete, but described as another version of this code did.
         if dir.exists() {
             fs::remove_dir_all(&dir).map_err(in_cache(&dir))?;
         }
@@ -248,6 +250,7 @@ impl Recipe {
     /// [`Error::Differs`] where they are not the same, another where they can't be built.
     pub fn verify(&self, kernel: &Lean, module: Option<(&Path, &Sources)>) -> Result<(), Error> {
         let kernels = self.kernels();
+        let _lock = cache::lock(&kernels).map_err(in_cache(&kernels))?;
         let second = tempfile::Builder::new().prefix("again-").tempdir_in(&kernels).map_err(in_cache(&kernels))?;
         let mut pairs = vec![(kernel.vmlinuz.clone(), self.build(second.path())?.vmlinuz)];
         if let Some((module, sources)) = module {
@@ -310,6 +313,17 @@ impl Recipe {
     }
 }
 
+/// Removes what builds have left in `kernels` that did not come to their end. Who calls it holds the lock, so that none is under way.
+fn remove_unfinished(kernels: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(kernels)? {
+        let path = entry?.path();
+        if path.is_dir() && !path.join(DESCRIPTION).is_file() {
+            fs::remove_dir_all(path)?;
+        }
+    }
+    Ok(())
+}
+
 fn tree_in(dir: &Path) -> PathBuf {
     dir.join("tree")
 }
@@ -322,6 +336,20 @@ fn in_cache(path: &Path) -> impl FnOnce(io::Error) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn unfinished_builds_are_removed() {
+        let kernels = tempfile::tempdir().unwrap();
+        for dir in ["complete", "unfinished/tree"] {
+            fs::create_dir_all(kernels.path().join(dir)).unwrap();
+        }
+        fs::write(kernels.path().join("complete").join(DESCRIPTION), "{}").unwrap();
+        fs::write(kernels.path().join("lock"), "").unwrap();
+        remove_unfinished(kernels.path()).unwrap();
+        let mut left: Vec<_> = fs::read_dir(kernels.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left, ["complete", "lock"]);
+    }
 
     #[test]
     fn debug_kernel_checks_more_and_has_no_vmgenid() {

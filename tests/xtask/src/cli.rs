@@ -87,6 +87,9 @@ pub(crate) struct Test {
 pub(crate) struct Lab {
     #[command(flatten)]
     pub(crate) limit: Limit,
+    /// With "lean", $VMFORK_ASSETS has the lean kernel beside Debian's, and images have the kernel module
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) kernel: Which,
     /// Put a file of this machine into the lab; may be given again
     #[arg(long = "file", value_name = "HERE:THERE", value_parser = parse_file)]
     pub(crate) files: Vec<(PathBuf, String)>,

@@ -5,7 +5,7 @@ use std::process::Command;
 use anyhow::{Context, Result};
 
 use crate::cargo::{Executables, Workspace};
-use crate::cli::{self, Which};
+use crate::cli;
 use crate::images::Assets;
 use crate::kernel;
 use crate::lab::Job;
@@ -18,7 +18,7 @@ pub(crate) fn run(steps: &mut Steps, arguments: &cli::Demo) -> Result<u8> {
     let workspace = Workspace::find()?;
     steps.quiet("setup", setup::run)?;
     let programs = steps.run("build", Executables::programs)?;
-    let lean = (arguments.kernel == Which::Lean).then(|| kernel::build(steps, &workspace)).transpose()?;
+    let lean = kernel::wanted(steps, &workspace, arguments.kernel)?;
     let assets = Assets::build(steps, &workspace, &programs, lean.as_ref())?;
     let which = lean.map_or(Vec::new(), |_| vec!["--kernel".to_owned(), "lean".to_owned()]);
     let arguments_of_demo = [which.as_slice(), arguments.arguments.as_slice()].concat();

@@ -8,7 +8,7 @@ use initramfs::kernel::module::Sources;
 use initramfs::packages::Packages;
 
 use crate::cargo::Workspace;
-use crate::cli;
+use crate::cli::{self, Which};
 use crate::setup;
 use crate::steps::Steps;
 
@@ -38,12 +38,15 @@ pub(crate) fn command(steps: &mut Steps, arguments: &cli::Kernel) -> Result<u8> 
     Ok(0)
 }
 
-/// The lean kernel and its module, from the cache or new.
-pub(crate) fn build(steps: &mut Steps, workspace: &Workspace) -> Result<Kernel> {
-    Builder::new(steps, workspace, Variant::Lean)?.build(steps)
+/// The lean kernel and its module, from the cache or new, where they are asked for.
+pub(crate) fn wanted(steps: &mut Steps, workspace: &Workspace, which: Which) -> Result<Option<Kernel>> {
+    match which {
+        Which::Debian => Ok(None),
+        Which::Lean => Builder::new(steps, workspace, Variant::Lean)?.build(steps).map(Some),
+    }
 }
 
-/// As [`build`], for tests: where there is no module or this machine can't build it, the reason why.
+/// The same for tests: where there is no module or this machine can't build it, the reason why.
 pub(crate) fn for_tests(steps: &mut Steps, workspace: &Workspace) -> Result<Result<Kernel>> {
     if !module_dir(workspace).join("Kbuild").is_file() {
         return Ok(Err(anyhow!("there is no module to build")));

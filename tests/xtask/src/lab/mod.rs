@@ -21,6 +21,7 @@ use initramfs::recipes;
 use crate::cargo::{Executables, Workspace};
 use crate::cli;
 use crate::images::Assets;
+use crate::kernel;
 use crate::setup;
 use crate::steps::Steps;
 
@@ -49,7 +50,8 @@ pub(crate) fn command(steps: &mut Steps, arguments: &cli::Lab) -> Result<u8> {
     let workspace = Workspace::find()?;
     steps.quiet("setup", || setup::run().and_then(|()| setup::qemu()))?;
     let programs = steps.run("build", Executables::programs)?;
-    let assets = Assets::build(steps, &workspace, &programs, None)?;
+    let lean = kernel::wanted(steps, &workspace, arguments.kernel)?;
+    let assets = Assets::build(steps, &workspace, &programs, lean.as_ref())?;
     let mut job =
         Job { command: arguments.command.clone(), files: arguments.files.clone(), limit: arguments.limit.duration() };
     for program in ["demo", "bench"] {
