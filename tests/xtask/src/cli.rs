@@ -52,7 +52,10 @@ pub(crate) struct Demo {
 pub(crate) enum Which {
     #[default]
     Debian,
+    /// As `cargo xtask kernel` builds it
     Lean,
+    /// As `cargo xtask kernel --debug` does; it takes the place of the lean one
+    Debug,
 }
 
 #[derive(Debug, Args)]

@@ -40,10 +40,12 @@ pub(crate) fn command(steps: &mut Steps, arguments: &cli::Kernel) -> Result<u8> 
 
 /// The lean kernel and its module, from the cache or new, where they are asked for.
 pub(crate) fn wanted(steps: &mut Steps, workspace: &Workspace, which: Which) -> Result<Option<Kernel>> {
-    match which {
-        Which::Debian => Ok(None),
-        Which::Lean => Builder::new(steps, workspace, Variant::Lean)?.build(steps).map(Some),
-    }
+    let variant = match which {
+        Which::Debian => return Ok(None),
+        Which::Lean => Variant::Lean,
+        Which::Debug => Variant::Debug,
+    };
+    Builder::new(steps, workspace, variant)?.build(steps).map(Some)
 }
 
 /// The same for tests: where there is no module or this machine can't build it, the reason why.
