@@ -56,7 +56,7 @@ enum Slot {
 #[pin_data]
 pub(crate) struct Desk {
     #[pin]
-    slot: Mutex<Slot>,
+    job: Mutex<Slot>,
     #[pin]
     changed: CondVar,
 }
@@ -64,14 +64,14 @@ pub(crate) struct Desk {
 impl Desk {
     pub(crate) fn new() -> impl PinInit<Self> {
         pin_init!(Self {
-            slot <- new_mutex!(Slot::Empty),
+            job <- new_mutex!(Slot::Empty),
             changed <- new_condvar!(),
         })
     }
 
     /// Has the task do a job, and waits until that is done, which no signal ends.
     pub(crate) fn run(&self, job: Job) -> Outcome {
-        let mut slot = self.slot.lock();
+        let mut slot = self.job.lock();
         *slot = Slot::Asked(job);
         self.changed.notify_all();
         loop {
@@ -85,7 +85,7 @@ impl Desk {
 
     /// The next job; none after [`Desk::close`].
     fn next(&self) -> Option<Job> {
-        let mut slot = self.slot.lock();
+        let mut slot = self.job.lock();
         loop {
             match replace(&mut *slot, Slot::Empty) {
                 Slot::Asked(job) => return Some(job),
@@ -98,12 +98,12 @@ impl Desk {
     }
 
     fn done(&self, outcome: Outcome) {
-        *self.slot.lock() = Slot::Done(outcome);
+        *self.job.lock() = Slot::Done(outcome);
         self.changed.notify_all();
     }
 
     fn close(&self) {
-        *self.slot.lock() = Slot::Closed;
+        *self.job.lock() = Slot::Closed;
         self.changed.notify_all();
     }
 }
