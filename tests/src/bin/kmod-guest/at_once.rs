@@ -3,7 +3,7 @@
 use std::{
     env,
     fs::File,
-    process::{self, Command, Stdio},
+    process::{Command, Stdio},
     sync::{
         Arc, Barrier,
         atomic::{AtomicBool, AtomicU32, Ordering},
@@ -21,7 +21,7 @@ use nix::{
     },
 };
 
-use crate::{complaints, device, drain, is_child};
+use crate::{complaints, device, drain, is_child, power_off};
 
 /// How a thread came out of its forks.
 enum End {
@@ -48,7 +48,7 @@ pub(crate) fn run(processes: usize, threads: usize, times: u32) -> anyhow::Resul
         forks += told.trim().parse::<u32>().unwrap_or(0);
     }
     if device::identity(&file)?.generation > 0 {
-        return Ok(());
+        power_off()?;
     }
     println!("AT-ONCE {forks}");
     complaints()
@@ -67,7 +67,7 @@ pub(crate) fn worker(threads: usize, times: u32) -> anyhow::Result<()> {
     for thread in threads.collect::<Vec<_>>() {
         match thread.join().map_err(|_| anyhow!("a thread panicked"))?? {
             End::Original { forks, .. } => total += forks,
-            End::Copy => return Ok(()),
+            End::Copy => power_off()?,
         }
     }
     println!("{total}");
@@ -136,7 +136,7 @@ pub(crate) fn signals(threads: usize, times: u32) -> anyhow::Result<()> {
             End::Original { forks: more, interrupted: times } => {
                 (forks, interrupted) = (forks + more, interrupted + times)
             }
-            End::Copy => process::exit(0),
+            End::Copy => power_off()?,
         }
     }
     ensure!(device::identity(&file)?.generation == 0, "a copy took itself for the original");

@@ -18,7 +18,7 @@ use std::{
 use anyhow::{Context, bail, ensure};
 use clap::{Parser, Subcommand};
 use nix::{
-    sys::termios::tcdrain,
+    sys::{reboot::RebootMode, termios::tcdrain},
     unistd::{Gid, Uid, setgid, setgroups, setuid},
 };
 use serde_json::json;
@@ -138,6 +138,12 @@ fn is_child(identity: &Identity) -> bool {
     identity.role == Role::Child.number()
 }
 
+/// Ends this VM at once.
+fn power_off() -> anyhow::Result<()> {
+    let never = nix::sys::reboot::reboot(RebootMode::RB_POWER_OFF)?;
+    match never {}
+}
+
 fn forks(counts: &[u32]) -> anyhow::Result<()> {
     let file = device::open()?;
     for &count in counts {
@@ -187,7 +193,7 @@ fn repeat(times: u32) -> anyhow::Result<()> {
     drain()?;
     for number in 1..=times {
         match device::fork(&file, device::fork_arguments(1)) {
-            Ok(forked) if is_child(&forked.identity) => return Ok(()),
+            Ok(forked) if is_child(&forked.identity) => power_off()?,
             Ok(_) => {}
             Err(refused) => bail!("fork {number} of {times} failed: {refused:?}"),
         }
