@@ -8,6 +8,7 @@
 //!   where there were several; `poll` tells that there is one (`POLLIN`). A shorter buffer is refused (`EINVAL`), and a file that does not wait is
 //!   told `EAGAIN` where there is none.
 //! - `mmap` gives one page, read-only, at offset 0: [`Generation`](crate::Generation); `ENODEV` where the VMM has none, `EACCES` for writing.
+//! - [`FORK`] is made by a task of the module's own, above all others of its CPU: in a copy, nothing else runs there before it is itself.
 //! - While an operator forks the VM, a [`FORK`] waits for that, and is made then in the original VM: for a second at most, or until its deadline.
 //!
 //! The module keeps the seed of an [`Identity`](crate::Identity) to itself: wherever one stands here, its seed is zero.
@@ -66,7 +67,7 @@ part! {
         8 count: u32,
         /// [`flags`](crate::flags).
         12 flags: u32,
-        /// Until when the caller waits for its turn, in nanoseconds of CLOCK_MONOTONIC; zero where it waits for ever.
+        /// Until when the caller waits for its turn, in nanoseconds of CLOCK_MONOTONIC outside of all time namespaces; zero where it waits for ever.
         16 deadline_ns: u64,
         /// The kind of worker, NUL-padded, as [`is_vm_type`](crate::is_vm_type) allows.
         24 vm_type: [u8; VM_TYPE_BYTES],

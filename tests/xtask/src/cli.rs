@@ -82,6 +82,9 @@ pub(crate) struct Test {
     /// Have things go wrong so often in each test in which they do at random
     #[arg(long, env = "VMFORK_ROUNDS")]
     pub(crate) rounds: Option<u32>,
+    /// Test the kernel module with the debug kernel, which checks locks, memory and the like while it runs
+    #[arg(long)]
+    pub(crate) debug_kernel: bool,
     /// Run only tests whose names contain this
     pub(crate) filter: Option<String>,
 }
@@ -144,8 +147,9 @@ mod tests {
 
     #[test]
     fn tests_take_rounds_and_a_filter() {
-        let Task::Test(test) = Cli::parse_from(["xtask", "test", "--rounds", "100", "killed"]).task else { panic!() };
-        assert_eq!((test.rounds, test.filter.as_deref()), (Some(100), Some("killed")));
+        let line = ["xtask", "test", "--rounds", "100", "--debug-kernel", "killed"];
+        let Task::Test(test) = Cli::parse_from(line).task else { panic!() };
+        assert_eq!((test.rounds, test.debug_kernel, test.filter.as_deref()), (Some(100), true, Some("killed")));
     }
 
     #[test]

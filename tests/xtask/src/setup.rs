@@ -109,7 +109,8 @@ fn find(program: &str) -> Option<PathBuf> {
     env::split_paths(&path).map(|dir| dir.join(program)).find(|path| path.is_file())
 }
 
-fn is_root() -> Result<bool> {
+/// Whether packages can be installed.
+pub(crate) fn is_root() -> Result<bool> {
     Ok(fs::metadata("/proc/self").context("can't read /proc/self")?.uid() == 0)
 }
 

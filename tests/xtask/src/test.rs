@@ -87,7 +87,7 @@ fn run_steps(steps: &mut Steps, arguments: &cli::Test) -> Result<()> {
         let own = ["test", "--release", "--package=vmfork-tests", "--lib", "--bins", "--"];
         cargo::run(&[&own, filter.as_slice()].concat())
     })?;
-    let lean = kernel::for_tests(steps, &workspace)?;
+    let lean = kernel::for_tests(steps, &workspace, arguments.debug_kernel)?;
     let lean = lean
         .inspect_err(|error| eprintln!("xtask: SKIPPED on this machine: tests of the kernel module. {error:#}"))
         .ok();
