@@ -222,15 +222,17 @@ fn errors(times: u32) -> anyhow::Result<()> {
 
 /// Prints the lines of the kernel's log that tell of something wrong, or that there are none.
 fn complaints() -> anyhow::Result<()> {
-    const BAD: [&str; 12] = [
+    const BAD: [&str; 14] = [
         "WARNING",
         "cut here",
         "Call Trace",
         "BUG",
         "Oops",
-        "KASAN",
-        "lockdep",
         "possible circular locking",
+        "possible recursive locking",
+        "inconsistent lock state",
+        "held lock freed",
+        "suspicious RCU usage",
         "soft lockup",
         "rcu: INFO",
         "hung task",
@@ -239,10 +241,7 @@ fn complaints() -> anyhow::Result<()> {
     let output = std::process::Command::new("dmesg").output().context("dmesg")?;
     let log = String::from_utf8_lossy(&output.stdout);
     for line in log.lines().filter(|line| BAD.iter().any(|bad| line.contains(bad))) {
-        // lockdep tells at boot how large it is.
-        if !line.contains("lockdep:") && !line.contains("Lock dependency validator") {
-            println!("COMPLAINT {line}");
-        }
+        println!("COMPLAINT {line}");
     }
     println!("COMPLAINTS none but those above");
     Ok(())
