@@ -121,6 +121,19 @@ fn a_member_of_the_group_forks_by_ioctl() {
 }
 
 #[test]
+fn a_childs_clock_is_right_though_its_parents_is_not() {
+    let ended = run(guest(&["clock"]));
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("a clock").as_millis();
+    let told: BTreeMap<String, u128> = texts(&ended, "CLOCK ")
+        .iter()
+        .filter_map(|line| line.split_once(' ').map(|(role, ms)| (role.to_owned(), ms.parse().expect("a time"))))
+        .collect();
+    let hour = 3600 * 1000;
+    assert!(told["child"].abs_diff(now) < hour / 10, "{told:?}, now {now}");
+    assert!((told["parent"] + hour).abs_diff(now) < hour / 10, "{told:?}, now {now}");
+}
+
+#[test]
 fn five_hundred_forks_in_a_row() {
     for (cpus, times) in [("1", 500), ("2", 20), ("4", 20)] {
         let ended = run(guest(&["repeat", &times.to_string()]).option("--cpus", cpus));

@@ -12,13 +12,14 @@ use std::{
     fs,
     io::stdout,
     os::unix::process::CommandExt,
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, anyhow, bail, ensure};
 use clap::{Parser, Subcommand};
 use nix::{
     sys::{reboot::RebootMode, termios::tcdrain},
+    time::{ClockId, clock_settime},
     unistd::{Gid, Uid, setgid, setgroups, setuid},
 };
 use serde_json::json;
@@ -40,6 +41,8 @@ struct Cli {
 enum Command {
     /// Fork once for each count; each copy prints who it is.
     Forks { counts: Vec<u32> },
+    /// Set the clock an hour back, fork, and print the time in each copy.
+    Clock,
     /// Fork again and again; each child ends at once.
     Repeat { times: u32 },
     /// Fork from several processes of several threads at once.
@@ -92,6 +95,7 @@ fn main() -> anyhow::Result<()> {
     }
     match command {
         Command::Forks { counts } => forks(&counts),
+        Command::Clock => clock(),
         Command::Repeat { times } => repeat(times),
         Command::AtOnce { processes, threads, times } => at_once::run(processes, threads, times),
         Command::Worker { threads, times } => at_once::worker(threads, times),
@@ -185,6 +189,17 @@ fn policy() -> anyhow::Result<String> {
     let fields: Vec<&str> = shown.rsplit(") ").next().context("a stat")?.split(' ').collect();
     // Fields 18, 19, 40 and 41 of proc(5), counted from 1 with two before the closing bracket.
     Ok([15, 16, 37, 38].map(|at| fields.get(at).copied().unwrap_or_default()).join(" "))
+}
+
+fn clock() -> anyhow::Result<()> {
+    let now = || Ok::<_, anyhow::Error>(SystemTime::now().duration_since(UNIX_EPOCH)?);
+    clock_settime(ClockId::CLOCK_REALTIME, (now()? - Duration::from_secs(3600)).into())?;
+    drain()?;
+    let forked = device::fork(&device::open()?, device::fork_arguments(1));
+    let forked = forked.map_err(|refused| anyhow!("no fork: {refused:?}"))?;
+    let wall_ms = now()?.as_millis();
+    println!("CLOCK {} {wall_ms}", if is_child(&forked.identity) { "child" } else { "parent" });
+    complaints()
 }
 
 fn repeat(times: u32) -> anyhow::Result<()> {
