@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use super::config::{self, Config};
 use super::make::{self, Make};
 use super::module::{self, NAME, Sources};
-use super::tools::{self, Tools};
+use super::tools::{self, Compiler, Tools};
 use super::tree;
 use crate::packages::{self, Deb, Packages};
 use crate::{cache, hash};
@@ -98,6 +98,15 @@ pub enum Variant {
 }
 
 impl Variant {
+    /// What it is built with.
+    pub fn compiler(self) -> Compiler {
+        match self {
+            Self::Lean => Compiler::Gcc,
+            // 6.12 has either KASAN or Rust with GCC ("RUST depends on !KASAN || CC_IS_CLANG").
+            Self::Debug => Compiler::Clang,
+        }
+    }
+
     fn config(self) -> Result<Config, config::Error> {
         let lean = Config::parse(include_str!("lean.config"))?;
         Ok(match self {

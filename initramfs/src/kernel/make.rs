@@ -69,9 +69,10 @@ impl Make<'_> {
             .arg(format!("BINDGEN={}", self.bindgen.display()))
             .arg(format!("KCFLAGS={}", flags("-ffile-prefix-map")))
             .arg(format!("KRUSTFLAGS={}", flags("--remap-path-prefix")))
+            .args(self.tools.setting())
             .args(goals);
         // The kernel's build takes many settings from its environment.
-        make.env_clear().env("PATH", PATH).env("LC_ALL", "C").env("LIBCLANG_PATH", &self.tools.libclang);
+        make.env_clear().env("PATH", PATH).env("LC_ALL", "C").env("LIBCLANG_PATH", self.tools.libclang());
         make.stdout(log.try_clone().map_err(failed)?).stderr(log);
         if make.status().map_err(failed)?.success() {
             return Ok(());

@@ -15,8 +15,8 @@ const PLAIN: [&str; 9] = ["gcc", "libc6-dev", "make", "bc", "flex", "bison", "li
 /// Compiler and sources of Rust's core library, the better ones first. Debian 12 has a new enough compiler for browsers only.
 const RUST: [[&str; 2]; 2] = [["rustc-web", "rust-web-src"], ["rustc", "rust-src"]];
 
-/// The library that bindgen loads, the best tried one first.
-const LIBCLANG: [&str; 5] = ["libclang1-19", "libclang1-20", "libclang1-21", "libclang1-18", "libclang1-17"];
+/// Versions of LLVM, whose library bindgen loads, the best tried one first.
+const LLVM: [&str; 5] = ["19", "20", "21", "18", "17"];
 
 /// Version of bindgen-cli: Debian 12 has none that the kernel takes.
 const BINDGEN: &str = "0.72.1";
@@ -64,62 +64,102 @@ pub enum Error {
     },
 }
 
+/// What compiles the parts that are in C.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Compiler {
+    /// GCC and the linker of GNU's binutils, which every Debian has.
+    Gcc,
+    /// Clang and the other tools of LLVM.
+    Clang,
+}
+
+impl Compiler {
+    /// Packages that it needs beside [`PLAIN`] ones, which bindgen's own build needs with either.
+    fn packages(self, llvm: &str) -> Vec<String> {
+        match self {
+            Self::Gcc => Vec::new(),
+            Self::Clang => ["clang", "lld", "llvm"].map(|package| format!("{package}-{llvm}")).to_vec(),
+        }
+    }
+
+    /// Its compiler and linker.
+    fn programs(self, llvm: &str) -> [String; 2] {
+        match self {
+            Self::Gcc => ["gcc", "ld"].map(str::to_owned),
+            Self::Clang => ["clang", "ld.lld"].map(|program| format!("{program}-{llvm}")),
+        }
+    }
+}
+
 /// Tools that are installed.
 #[derive(Debug, Clone)]
 pub struct Tools {
     /// What decides what they make, as they tell it: names and versions.
     pub(super) versions: BTreeMap<String, String>,
-    /// The directory of the library libclang.
-    pub(super) libclang: PathBuf,
+    compiler: Compiler,
+    /// The version of LLVM whose packages are used.
+    llvm: &'static str,
 }
 
 impl Tools {
-    /// Finds them among the installed packages.
+    /// Finds those to build with `compiler` among the installed packages.
     ///
     /// # Errors
     ///
     /// [`Error::Missing`] where packages are not installed, another where they can't be asked for their versions.
-    pub fn find() -> Result<Self, Error> {
+    pub fn find(compiler: Compiler) -> Result<Self, Error> {
         let installed = installed()?;
-        let chosen = Chosen::new(|package| installed.contains_key(package), is_offered);
-        let missing = chosen.packages().filter(|package| !installed.contains_key(*package));
-        let packages: Vec<String> = missing.map(str::to_owned).collect();
+        let Chosen { rust, llvm } = Chosen::new(|package| installed.contains_key(package), is_offered);
+        let libclang = libclang(llvm);
+        let needed = PLAIN.into_iter().chain(rust).chain([libclang.as_str()]).map(str::to_owned);
+        let missing = needed.chain(compiler.packages(llvm)).filter(|package| !installed.contains_key(package));
+        let packages: Vec<String> = missing.collect();
         if !packages.is_empty() {
             return Err(Error::Missing { packages });
         }
         let version = |package: &str| installed.get(package).cloned().unwrap_or_default();
         let mut versions: BTreeMap<_, _> =
-            chosen.rust.into_iter().chain([chosen.libclang]).map(|name| (name.to_owned(), version(name))).collect();
+            rust.into_iter().chain([libclang.as_str()]).map(|name| (name.to_owned(), version(name))).collect();
         // The package gcc only depends on the compiler.
-        for program in ["gcc", "ld", RUSTC] {
+        for program in compiler.programs(llvm).iter().map(String::as_str).chain([RUSTC]) {
             versions.insert(program.into(), first_line(Command::new(program).arg("--version"))?);
         }
         versions.insert("bindgen".into(), BINDGEN.into());
-        let llvm = chosen.libclang.trim_start_matches("libclang1-");
-        Ok(Self { versions, libclang: format!("/usr/lib/llvm-{llvm}/lib").into() })
+        Ok(Self { versions, compiler, llvm })
+    }
+
+    /// The directory of the library libclang.
+    pub(super) fn libclang(&self) -> PathBuf {
+        format!("/usr/lib/llvm-{}/lib", self.llvm).into()
+    }
+
+    /// The kernel's setting that makes LLVM's tools be used, where they are.
+    pub(super) fn setting(&self) -> Option<String> {
+        (self.compiler == Compiler::Clang).then(|| format!("LLVM=-{}", self.llvm))
     }
 }
 
-/// The packages that are to be used, of those that there are to choose from.
+/// What is to be used, of what there is to choose from.
 struct Chosen {
     rust: [&'static str; 2],
-    libclang: &'static str,
+    llvm: &'static str,
 }
 
 impl Chosen {
     fn new(is_installed: impl Fn(&str) -> bool, is_offered: impl Fn(&str) -> bool) -> Self {
-        let can_be_had = |package: &&str| is_installed(package) || is_offered(package);
+        let can_be_had = |package: &str| is_installed(package) || is_offered(package);
         let [best, fallback] = RUST;
-        let installed = LIBCLANG.into_iter().find(|package| is_installed(package));
+        let installed = LLVM.into_iter().find(|llvm| is_installed(&libclang(llvm)));
         Self {
-            rust: if best.iter().all(can_be_had) { best } else { fallback },
-            libclang: installed.or_else(|| LIBCLANG.into_iter().find(can_be_had)).unwrap_or(LIBCLANG[0]),
+            rust: if best.into_iter().all(can_be_had) { best } else { fallback },
+            llvm: installed.or_else(|| LLVM.into_iter().find(|llvm| can_be_had(&libclang(llvm)))).unwrap_or(LLVM[0]),
         }
     }
+}
 
-    fn packages(&self) -> impl Iterator<Item = &'static str> {
-        PLAIN.into_iter().chain(self.rust).chain([self.libclang])
-    }
+/// The package of the library that bindgen loads.
+fn libclang(llvm: &str) -> String {
+    format!("libclang1-{llvm}")
 }
 
 /// bindgen, which is built and installed in `cache` where it isn't there yet.
@@ -161,7 +201,8 @@ pub(super) fn bindgen(cache: &Path) -> Result<PathBuf, Error> {
 fn installed() -> Result<BTreeMap<String, String>, Error> {
     let mut query = Command::new("dpkg-query");
     query.args(["--show", "--showformat", "${db:Status-Abbrev}|${Package}|${Version}\\n"]);
-    query.args(PLAIN).args(RUST.as_flattened()).args(LIBCLANG);
+    query.args(PLAIN).args(RUST.as_flattened());
+    query.args(LLVM.into_iter().flat_map(|llvm| [vec![libclang(llvm)], Compiler::Clang.packages(llvm)].concat()));
     // It ends with an error where one of them is not known, and tells of the others.
     let output = query.output().map_err(|source| Error::Start { program: "dpkg-query".into(), source })?;
     Ok(parse_installed(&String::from_utf8_lossy(&output.stdout)))
@@ -203,22 +244,22 @@ mod tests {
 
     fn chosen(installed: &[&str], offered: &[&str]) -> ([&'static str; 2], &'static str) {
         let chosen = Chosen::new(|package| installed.contains(&package), |package| offered.contains(&package));
-        (chosen.rust, chosen.libclang)
+        (chosen.rust, chosen.llvm)
     }
 
     #[test]
     fn compiler_for_browsers_is_taken_where_there_is_one() {
         let debian_12 = ["rustc", "rust-src", "rustc-web", "rust-web-src", "libclang1-14", "libclang1-19"];
-        assert_eq!(chosen(&["rustc", "rust-src"], &debian_12), (["rustc-web", "rust-web-src"], "libclang1-19"));
+        assert_eq!(chosen(&["rustc", "rust-src"], &debian_12), (["rustc-web", "rust-web-src"], "19"));
         let debian_13 = ["rustc", "rust-src", "libclang1-17", "libclang1-19"];
-        assert_eq!(chosen(&[], &debian_13), (["rustc", "rust-src"], "libclang1-19"));
+        assert_eq!(chosen(&[], &debian_13), (["rustc", "rust-src"], "19"));
     }
 
     #[test]
     fn installed_libclang_is_taken_before_a_better_one() {
-        assert_eq!(chosen(&["libclang1-20"], &["libclang1-19"]).1, "libclang1-20");
-        assert_eq!(chosen(&[], &["libclang1-18", "libclang1-21"]).1, "libclang1-21");
-        assert_eq!(chosen(&[], &[]).1, "libclang1-19");
+        assert_eq!(chosen(&["libclang1-20"], &["libclang1-19"]).1, "20");
+        assert_eq!(chosen(&[], &["libclang1-18", "libclang1-21"]).1, "21");
+        assert_eq!(chosen(&[], &[]).1, "19");
     }
 
     #[test]

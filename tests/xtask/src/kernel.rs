@@ -68,7 +68,7 @@ struct Builder {
 impl Builder {
     fn new(steps: &mut Steps, workspace: &Workspace, variant: Variant) -> Result<Self> {
         let cache = workspace.target.join("vmfork-cache");
-        let tools = steps.quiet("setup of the kernel's tools", setup::kernel_tools)?;
+        let tools = steps.quiet("setup of the kernel's tools", || setup::kernel_tools(variant.compiler()))?;
         let source = steps.quiet("kernel sources", || Ok(Source::fetch(&Packages::open(&cache)?)?))?;
         let recipe = Recipe::new(&cache, source, tools, variant)?;
         let sources = Sources::read(&module_dir(workspace), &workspace.root.join("guest-agent/abi/src"))?;

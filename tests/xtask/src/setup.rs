@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
-use initramfs::kernel::tools::{self, Tools};
+use initramfs::kernel::tools::{self, Compiler, Tools};
 use initramfs::packages::Packages;
 
 use crate::cargo::Workspace;
@@ -50,20 +50,20 @@ pub(crate) fn qemu() -> Result<()> {
     Ok(())
 }
 
-/// Makes sure that a kernel can be built.
-pub(crate) fn kernel_tools() -> Result<Tools> {
-    match find_or_install() {
+/// Makes sure that a kernel can be built with `compiler`.
+pub(crate) fn kernel_tools(compiler: Compiler) -> Result<Tools> {
+    match find_or_install(compiler) {
         // With new package lists, other packages may be chosen.
         Err(_) if is_root()? => {
             apt_get(&["update"])?;
-            find_or_install()
+            find_or_install(compiler)
         }
         result => result,
     }
 }
 
-fn find_or_install() -> Result<Tools> {
-    let packages = match Tools::find() {
+fn find_or_install(compiler: Compiler) -> Result<Tools> {
+    let packages = match Tools::find(compiler) {
         Err(tools::Error::Missing { packages }) => packages,
         result => return Ok(result?),
     };
@@ -76,7 +76,7 @@ fn find_or_install() -> Result<Tools> {
         );
     }
     apt_get(&install)?;
-    Ok(Tools::find()?)
+    Ok(Tools::find(compiler)?)
 }
 
 /// The etcd for tests: this machine's own, or else Debian's, which is unpacked and not installed: an installed one is a service that runs.
