@@ -24,7 +24,7 @@ const MAX_BYTES: usize = 1 << 20;
 
 /// How often is looked again at what should stay the same, at most: a VMM that goes on changing it
 /// does not keep its guest here.
-const STABLE: u32 = 16;
+pub(crate) const STABLE: u32 = 16;
 
 /// A control page whose header was checked. Nobody else has it: a kernel with
 /// `CONFIG_IO_STRICT_DEVMEM` keeps `/dev/mem` away from it meanwhile.

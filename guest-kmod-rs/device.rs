@@ -177,13 +177,13 @@ impl Device {
     /// seed when it next looks.
     pub(crate) fn up_to_date(&self) -> Guard<'_, State, kernel::sync::lock::mutex::MutexBackend> {
         let mut state = self.state.lock();
-        let generation = self.page.identity().generation;
-        if state.forking || generation == state.generation {
+        let identity = self.page.identity();
+        if state.forking || identity.generation == state.generation {
             return state;
         }
         state.forking = true;
         drop(state);
-        let turn = Turn::taken(self, generation);
+        let turn = Turn::taken(self, identity.vm_id);
         // Whether its role makes sense is for those to say who ask for it.
         let _ = self.desk.run(Job::CatchUp).result;
         drop(turn);

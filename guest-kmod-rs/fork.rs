@@ -7,7 +7,7 @@ use vmfork_abi::{doorbell, ErrorCode, Identity, Request, Role};
 
 use crate::{
     bindings,
-    control_page::{Account, Failure},
+    control_page::{Account, Failure, STABLE},
     device::Device,
     identity::{self, monotonic_ns},
     task::Job,
@@ -55,6 +55,10 @@ impl Device {
             Ok(turn) => turn,
             Err(error) => return Outcome::failed(error, copies),
         };
+        let request = Request {
+            asker: turn.asker(),
+            ..request
+        };
         for _ in 1..TRIES {
             let outcome = self.desk().run(Job::Fork { request, copies });
             if outcome.code != ErrorCode::Busy {
@@ -82,14 +86,16 @@ impl Device {
         match self.page().exchange(request, &mut copies, || self.ring()) {
             // From here on there are several VMs, and this is any one of them.
             Ok(account) => {
-                let result = self.assume(&account.identity, Some(rung_at_ns));
-                self.note(&account.identity);
+                let result = self.take_on(&account.identity, Some(rung_at_ns));
                 Outcome {
                     result,
                     code: ErrorCode::None,
                     account: Some(account),
                     copies,
                 }
+            }
+            Err(Failure::Refused(ErrorCode::Copied)) => {
+                Outcome::failed(errno(bindings::ESTALE), copies)
             }
             Err(Failure::Refused(code)) => Outcome {
                 code,
@@ -103,20 +109,24 @@ impl Device {
         }
     }
 
-    /// Makes this VM the copy that it has become. An operator may make a copy of that meanwhile.
+    /// Makes this VM the copy that it has become. An operator may make a copy of that meanwhile:
+    /// then again, if not for ever, since the next one who uses the device looks again.
     fn catch_up(&self) -> Outcome {
-        loop {
-            let identity = self.page().identity();
-            let result = self.assume(&identity, None);
-            self.note(&identity);
-            if self.page().identity().generation == identity.generation {
-                return Outcome {
-                    result,
-                    code: ErrorCode::None,
-                    account: None,
-                    copies: KVVec::new(),
-                };
+        let mut identity = self.page().identity();
+        let mut result = self.take_on(&identity, None);
+        for _ in 1..STABLE {
+            let now = self.page().identity();
+            if now.generation == identity.generation {
+                break;
             }
+            identity = now;
+            result = self.take_on(&identity, None);
+        }
+        Outcome {
+            result,
+            code: ErrorCode::None,
+            account: None,
+            copies: KVVec::new(),
         }
     }
 
@@ -126,6 +136,13 @@ impl Device {
         if result != doorbell::HYPERCALL_ANSWERED {
             pr_warn!("the hypercall returned {result}\n");
         }
+    }
+
+    /// [Makes](Self::assume) this VM the one that `identity` describes, and tells those who wait.
+    fn take_on(&self, identity: &Identity, rung_at_ns: Option<u64>) -> Result {
+        let result = self.assume(identity, rung_at_ns);
+        self.note(identity);
+        result
     }
 
     /// Makes this VM the one that `identity` describes: the seed everywhere, clock and uevent in a

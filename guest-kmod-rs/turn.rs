@@ -17,8 +17,8 @@ const LONG: u64 = 60_000;
 /// gives it up there.
 pub(crate) struct Turn<'a> {
     device: &'a Device,
-    /// Of the VM that the caller has asked in.
-    generation: u32,
+    /// ID of the VM that the caller has asked in.
+    asker: [u8; 16],
 }
 
 impl<'a> Turn<'a> {
@@ -30,22 +30,28 @@ impl<'a> Turn<'a> {
     /// `EINTR` where a signal comes first, `ETIMEDOUT`, or `ESTALE` where this is a copy that came
     /// about meanwhile.
     pub(crate) fn take(device: &'a Device, deadline_ns: u64) -> Result<Self> {
-        let generation = device.page().identity().generation;
+        let asker = device.page().identity().vm_id;
         let waited = wait(device, deadline_ns);
         // A copy that came about meanwhile: whatever ended the wait, a restart included, is not for
         // the copy to go on from.
-        if device.page().identity().generation != generation {
+        if device.page().identity().vm_id != asker {
             if waited.is_ok() {
-                drop(Self { device, generation });
+                drop(Self { device, asker });
             }
             return Err(errno(bindings::ESTALE));
         }
-        waited.map(|()| Self { device, generation })
+        waited.map(|()| Self { device, asker })
     }
 
-    /// That of whoever has set `State::forking`.
-    pub(crate) fn taken(device: &'a Device, generation: u32) -> Self {
-        Self { device, generation }
+    /// That of whoever has set `State::forking`, in the VM `asker`.
+    pub(crate) fn taken(device: &'a Device, asker: [u8; 16]) -> Self {
+        Self { device, asker }
+    }
+
+    /// ID of the VM that the caller has asked in: in a copy that came about since then, its request
+    /// is not for the copy to make.
+    pub(crate) fn asker(&self) -> [u8; 16] {
+        self.asker
     }
 
     /// Waits a moment for whoever else forks this VM: an operator.
@@ -56,7 +62,7 @@ impl<'a> Turn<'a> {
     pub(crate) fn pause(&self, pause_ms: u32, deadline_ns: u64) -> Result {
         // SAFETY: The caller may sleep, and holds no lock.
         let left_ms = unsafe { bindings::msleep_interruptible(pause_ms) };
-        if self.device.page().identity().generation != self.generation {
+        if self.device.page().identity().vm_id != self.asker {
             return Err(errno(bindings::ESTALE));
         }
         if left_ms != 0 {

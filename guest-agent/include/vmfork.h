@@ -71,6 +71,7 @@ extern "C" {
 #define VMFORK_REFUSED_GENERATION 16
 #define VMFORK_REFUSED_MEMORY 17
 #define VMFORK_REFUSED_INCOMPLETE 18
+#define VMFORK_REFUSED_COPIED 19 /* told as VMFORK_ECOPIED */
 
 /* A fork as one VM saw it. */
 struct vmfork_fork_t {

@@ -18,8 +18,8 @@ pub enum ForkError {
     /// The guest-wide lock can't be had.
     #[error("the fork lock can't be taken")]
     Lock(#[source] LockError),
-    /// Another caller's fork made this VM while this caller waited for its turn, or an operator's. Its request is the parent's to make:
-    /// were it made here too, forks would multiply.
+    /// Another caller's fork made this VM while this caller waited for its turn, or an operator's before its request was served. The request is
+    /// the parent's to make: were it made here too, forks would multiply.
     #[error("this VM is a copy made by somebody else's fork")]
     Copied,
     /// It was not this caller's turn before its deadline ([`ForkRequest::with_timeout`](crate::ForkRequest::with_timeout)).

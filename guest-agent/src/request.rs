@@ -93,10 +93,10 @@ impl ForkRequest {
         self.timeout
     }
 
-    /// The request as the control page takes it, under the number `seq`.
-    pub(crate) fn numbered(&self, seq: u64) -> Request {
+    /// The request as the control page takes it, under the number `seq`, for the VM `asker`.
+    pub(crate) fn numbered(&self, seq: u64, asker: [u8; 16]) -> Request {
         let Self { vm_type, count, placement, .. } = *self;
-        Request { seq, count, vm_type, flags: placement.flags(), ..Request::default() }
+        Request { seq, count, vm_type, asker, flags: placement.flags(), ..Request::default() }
     }
 
     /// The request as the kernel module takes it, made at the monotonic time `now`. Size, version and room for copies are for others to say.
@@ -118,10 +118,10 @@ mod tests {
 
     #[test]
     fn a_request_reaches_the_page_whole() {
-        let request = ForkRequest::new("web", 4).unwrap().numbered(7);
+        let request = ForkRequest::new("web", 4).unwrap().numbered(7, [3; 16]);
         assert_eq!((request.seq, request.count, request.flags), (7, 4, 0));
         assert_eq!(vmfork_abi::padded_text(&request.vm_type), Some("web"));
-        let request = ForkRequest::new("web", 4).unwrap().placed(Placement::Remote).numbered(7);
+        let request = ForkRequest::new("web", 4).unwrap().placed(Placement::Remote).numbered(7, [3; 16]);
         assert_eq!(request.flags, flags::REMOTE);
     }
 

@@ -54,6 +54,8 @@ global_asm!(
     "    je 120f",
     "    cmp eax, 13",
     "    je 130f",
+    "    cmp eax, 14",
+    "    je 140f",
     "3:  hlt",
     "    jmp 3b",
     "10: mov [rbx], ecx", // store 4 bytes
@@ -135,6 +137,9 @@ global_asm!(
     "    mov edi, [rbx + rax]",
     "    call 90f",
     "    jmp 2b",
+    "140: mov eax, [rbx]", // copy 4 bytes
+    "    mov [rcx], eax",
+    "    jmp 2b",
     "90: mov ecx, 8", // print EDI in hexadecimal, and a new line
     "91: rol edi, 4",
     "    mov eax, edi",
@@ -185,6 +190,12 @@ impl Script {
     #[must_use]
     pub fn store(self, address: u64, value: u32) -> Self {
         self.step(1, address, u64::from(value))
+    }
+
+    /// Copies so many bytes of memory, a multiple of four.
+    #[must_use]
+    pub fn copy(self, from: u64, to: u64, bytes: u64) -> Self {
+        (0..bytes / 4).fold(self, |script, word| script.step(14, from + 4 * word, to + 4 * word))
     }
 
     /// Prints four bytes of memory, as a line of eight hexadecimal digits.

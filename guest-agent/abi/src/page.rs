@@ -80,8 +80,11 @@ part! {
         12 flags: u32,
         /// The kind of worker, NUL-padded, as [`is_vm_type`](crate::is_vm_type) allows.
         16 vm_type: [u8; VM_TYPE_BYTES],
+        /// ID of the VM that is to be forked, as its [`Identity`] had it when somebody asked for this: in a copy that came about since then,
+        /// the request is refused ([`ErrorCode::Copied`](crate::ErrorCode::Copied)). Zero where any copy may make it.
+        48 asker: [u8; 16],
         /// Zero.
-        48 reserved: [u8; 80],
+        64 reserved: [u8; 64],
     }
 }
 

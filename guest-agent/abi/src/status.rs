@@ -105,6 +105,8 @@ numbered! {
         Memory = 17, "the operator allows less memory";
         /// The VM is a clone whose memory has not come as a whole yet.
         Incomplete = 18, "the VM's memory has not come as a whole yet";
+        /// The request is that of another VM, of which this one is a copy.
+        Copied = 19, "the request is that of the VM that this one is a copy of";
     }
 }
 

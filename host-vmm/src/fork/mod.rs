@@ -219,7 +219,8 @@ impl Engine {
         // The request is copied out once; from here on only the copy is looked at.
         let request = self.machine.control_page.request();
         let seq = request.as_ref().map_or(0, |request| request.seq);
-        let check = || request::validate(command, &request?).map_err(Error::Refused);
+        let vm_id = lock(&self.machine.identity).id;
+        let check = || request::validate(command, &request?, vm_id).map_err(Error::Refused);
         self.serve(vcpu, Asker::Guest, seq, check, |outcome| match outcome {
             // Another vCPU has rung before: the page is that one's to answer.
             Ok(_) | Err(Error::Busy(Asker::Guest)) => Ok(()),

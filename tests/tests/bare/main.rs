@@ -10,6 +10,7 @@ use vmfork_tests::{
     vmm::{Ended, Running, Vmm},
 };
 
+mod asker;
 mod clones;
 mod forked;
 mod generation;

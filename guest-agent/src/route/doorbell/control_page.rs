@@ -102,14 +102,19 @@ impl ControlPage {
         Identity::from_bytes(&self.page.read::<{ PAGE.identity.offset }, _>())
     }
 
-    /// Writes the request, rings by `ring`, and reads the answer: what the page says of the VM that this has returned in.
+    /// Writes the request of the VM `asker`, rings by `ring`, and reads the answer: what the page says of the VM that this has returned in.
     ///
     /// # Errors
     ///
-    /// [`ForkError::NotAnswered`], [`ForkError::Refused`] or [`ForkError::UnknownAnswer`].
-    pub(crate) fn exchange(&self, request: &ForkRequest, ring: impl FnOnce()) -> Result<Account, ForkError> {
+    /// [`ForkError::Copied`], [`ForkError::NotAnswered`], [`ForkError::Refused`] or [`ForkError::UnknownAnswer`].
+    pub(crate) fn exchange(
+        &self,
+        request: &ForkRequest,
+        asker: [u8; 16],
+        ring: impl FnOnce(),
+    ) -> Result<Account, ForkError> {
         let seq = next_seq(self.request().seq, self.response().seq);
-        self.page.write::<{ PAGE.request.offset }, _>(&request.numbered(seq).to_bytes());
+        self.page.write::<{ PAGE.request.offset }, _>(&request.numbered(seq, asker).to_bytes());
         fence(Ordering::SeqCst);
         ring();
         fence(Ordering::SeqCst);
@@ -140,6 +145,7 @@ fn accept(seq: u64, response: Response) -> Result<(), ForkError> {
     }
     match (Status::from_number(status), ErrorCode::from_number(error)) {
         (Some(Status::Forked), Some(ErrorCode::None)) => Ok(()),
+        (Some(Status::Failed), Some(ErrorCode::Copied)) => Err(ForkError::Copied),
         (Some(Status::Failed), Some(code)) if code != ErrorCode::None => Err(ForkError::Refused(code)),
         _ => Err(ForkError::UnknownAnswer { status, error }),
     }
@@ -218,8 +224,8 @@ mod tests {
         let control = with_header(header()).unwrap();
         let request = ForkRequest::new("web", 4).unwrap();
         for seq in 1..=3 {
-            let account = control.exchange(&request, || {
-                assert_eq!(control.request(), request.numbered(seq));
+            let account = control.exchange(&request, [3; 16], || {
+                assert_eq!(control.request(), request.numbered(seq, [3; 16]));
                 answer(&control, 0, Status::Forked.number(), 0);
             });
             assert_eq!(account.unwrap().identity.role, Role::Child.number());
@@ -259,9 +265,10 @@ mod tests {
     fn silence_and_other_requests_answers_are_errors() {
         let control = with_header(header()).unwrap();
         let request = ForkRequest::new("web", 1).unwrap();
-        let silent = control.exchange(&request, || ()).unwrap_err();
+        let silent = control.exchange(&request, [3; 16], || ()).unwrap_err();
         assert!(matches!(silent, ForkError::NotAnswered { seq: 1, last: 0 }), "{silent}");
-        let other = control.exchange(&request, || answer(&control, 7, Status::Forked.number(), 0)).unwrap_err();
+        let other =
+            control.exchange(&request, [3; 16], || answer(&control, 7, Status::Forked.number(), 0)).unwrap_err();
         assert!(matches!(other, ForkError::NotAnswered { seq: 2, last: 9 }), "{other}");
     }
 
@@ -270,8 +277,11 @@ mod tests {
         let control = with_header(header()).unwrap();
         let request = ForkRequest::new("web", 1).unwrap();
         for &code in ErrorCode::ALL.iter().filter(|&&code| code != ErrorCode::None) {
-            let error = control.exchange(&request, || answer(&control, 0, Status::Failed.number(), code.number()));
-            assert!(matches!(error, Err(ForkError::Refused(refused)) if refused == code));
+            let refuse = || answer(&control, 0, Status::Failed.number(), code.number());
+            match control.exchange(&request, [3; 16], refuse).unwrap_err() {
+                ForkError::Copied => assert_eq!(code, ErrorCode::Copied),
+                error => assert_eq!(error.code(), Some(code).filter(|&code| code != ErrorCode::Copied)),
+            }
         }
     }
 
@@ -280,7 +290,7 @@ mod tests {
         let control = with_header(header()).unwrap();
         let request = ForkRequest::new("web", 1).unwrap();
         for (status, error) in [(0, 0), (1, 3), (2, 0), (2, 999), (7, 0)] {
-            let answered = control.exchange(&request, || answer(&control, 0, status, error)).unwrap_err();
+            let answered = control.exchange(&request, [3; 16], || answer(&control, 0, status, error)).unwrap_err();
             assert!(matches!(answered, ForkError::UnknownAnswer { .. }), "{answered}");
         }
     }

@@ -43,8 +43,8 @@ pub(crate) struct Doorbell {
 struct Tools {
     port: DoorbellPort,
     pool: RandomPool,
-    /// Of this VM, when the request was made.
-    generation: u32,
+    /// ID of the VM in which the request was made.
+    asker: [u8; 16],
     /// Held until the identity is complete too: another fork in between would copy a VM that is half itself.
     _lock: ForkLock,
 }
@@ -106,7 +106,7 @@ impl Doorbell {
                 return Err(ForkError::DeadlinePassed);
             }
             thread::sleep(PAUSE);
-            self.check_original(tools.generation)?;
+            self.check_original(tools.asker)?;
         }
         self.fork_once(&tools, request)
     }
@@ -117,15 +117,15 @@ impl Doorbell {
         let port = DoorbellPort::acquire(self.interface).map_err(|source| ForkError::Port { port, source })?;
         privilege::check().map_err(ForkError::Privilege)?;
         let pool = RandomPool::open().map_err(|source| ForkError::OpenRandom { source })?;
-        let generation = self.page.identity().generation;
+        let asker = self.page.identity().vm_id;
         let lock = ForkLock::acquire(deadline).map_err(ForkError::Lock)?.ok_or(ForkError::DeadlinePassed)?;
-        self.check_original(generation)?;
-        Ok(Tools { port, pool, generation, _lock: lock })
+        self.check_original(asker)?;
+        Ok(Tools { port, pool, asker, _lock: lock })
     }
 
-    /// Checks that this is not a copy of the VM that had this generation.
-    fn check_original(&self, generation: u32) -> Result<(), ForkError> {
-        if self.page.identity().generation == generation { Ok(()) } else { Err(ForkError::Copied) }
+    /// Checks that this is the VM `asker`, and not a copy of it.
+    fn check_original(&self, asker: [u8; 16]) -> Result<(), ForkError> {
+        if self.page.identity().vm_id == asker { Ok(()) } else { Err(ForkError::Copied) }
     }
 
     /// Asks for a fork once.
@@ -141,7 +141,7 @@ impl Doorbell {
     /// Rings, and makes the VM in which that returns the one that it should be.
     fn ring(&self, tools: &Tools, request: &ForkRequest) -> Result<Fork, ForkError> {
         let doorbell_at = identity::monotonic().map_err(|source| ForkError::ReadClock { source })?;
-        let account = self.page.exchange(request, || tools.port.ring(doorbell::FORK))?;
+        let account = self.page.exchange(request, tools.asker, || tools.port.ring(doorbell::FORK))?;
         // From here on there are several VMs, and this is any one of them.
         let fork = which(&account)?;
         identity::assume(&fork, &account.identity, &tools.pool, doorbell_at)
