@@ -107,16 +107,9 @@ fn a_member_of_the_group_forks_by_ioctl() {
         let told: BTreeSet<String> = told.map(Value::to_string).collect();
         assert_eq!(told, children.iter().map(|copy| copy["vm_id"].to_string()).collect());
         assert!(children.iter().all(|copy| copy["listed"] == 0 && copy["generation"] == 1));
-        // Nobody has another's random numbers, and everybody's clock is right.
+        // Nobody has another's random numbers.
         let random: BTreeSet<String> = copies.iter().map(|copy| copy["random"].to_string()).collect();
         assert_eq!(random.len(), copies.len());
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("a clock").as_millis();
-        for copy in &copies {
-            let wall_ms = u128::from(copy["wall_ms"].as_u64().expect("a time"));
-            assert!(wall_ms.abs_diff(now) < 120_000, "the guest's clock says {wall_ms}, the host's {now}");
-            // The caller is scheduled as it was before: nice 0, no real-time priority, SCHED_NORMAL.
-            assert_eq!(copy["policy"], "20 0 0 0");
-        }
     }
 }
 

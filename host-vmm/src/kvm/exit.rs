@@ -65,6 +65,10 @@ impl<'a> From<VcpuExit<'a>> for Exit<'a> {
             }
             VcpuExit::Intr => Self::Interrupted,
             VcpuExit::Shutdown => Self::Shutdown,
+            VcpuExit::FailEntry(reason, cpu) => Self::Broken(format!(
+                "KVM can't enter the guest, for the hardware's reason {reason:#x}, on CPU {cpu}; the kernel's log tells more where the module kvm_intel has \
+                 dump_invalid_vmcs=1, or kvm_amd dump_invalid_vmcb=1"
+            )),
             other => Self::Broken(format!("{other:?}")),
         }
     }

@@ -25,7 +25,7 @@ use nix::{
         reboot::RebootMode,
         termios::tcdrain,
     },
-    time::{ClockId, clock_gettime},
+    time::{ClockId, clock_gettime, clock_settime},
     unistd::Pid,
 };
 use serde_json::json;
@@ -49,7 +49,7 @@ enum Command {
     KernelLog,
     /// Make the kernel panic.
     Panic,
-    /// Fork once for each count; each copy prints who it is, and ends.
+    /// Set the clock an hour back, and fork once for each count; each copy prints who it is, and ends.
     Forks { counts: Vec<u32> },
     /// Fill memory, fork, write in all copies, and check every page in each.
     Memory { mib: usize, children: u32 },
@@ -133,13 +133,18 @@ fn print_copy(fork: &Fork) -> anyhow::Result<()> {
         "hostname": nix::unistd::gethostname()?.to_string_lossy(),
         "uuid": fs::read_to_string("/proc/sys/kernel/random/uuid")?.trim(),
         "random": random,
-        "wall_ms": SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis(),
+        "wall_ms": wall()?.as_millis(),
     });
     println!("COPY {copy}");
     Ok(())
 }
 
+fn wall() -> anyhow::Result<Duration> {
+    Ok(SystemTime::now().duration_since(UNIX_EPOCH)?)
+}
+
 fn forks(counts: &[u32]) -> anyhow::Result<()> {
+    clock_settime(ClockId::CLOCK_REALTIME, (wall()? - Duration::from_secs(3600)).into())?;
     for &count in counts {
         let fork = fork("web", count)?;
         print_copy(&fork)?;

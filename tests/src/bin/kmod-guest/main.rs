@@ -172,8 +172,6 @@ fn forks(counts: &[u32]) -> anyhow::Result<()> {
             "listed": forked.listed,
             "copies": ids,
             "random": random,
-            "wall_ms": SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis(),
-            "policy": policy()?,
         });
         println!("COPY {copy}");
         if is_child(&identity) {
@@ -181,14 +179,6 @@ fn forks(counts: &[u32]) -> anyhow::Result<()> {
         }
     }
     complaints()
-}
-
-/// How this thread is scheduled: a policy and a nice value, as the kernel shows them.
-fn policy() -> anyhow::Result<String> {
-    let shown = fs::read_to_string("/proc/self/stat")?;
-    let fields: Vec<&str> = shown.rsplit(") ").next().context("a stat")?.split(' ').collect();
-    // Fields 18, 19, 40 and 41 of proc(5), counted from 1 with two before the closing bracket.
-    Ok([15, 16, 37, 38].map(|at| fields.get(at).copied().unwrap_or_default()).join(" "))
 }
 
 fn clock() -> anyhow::Result<()> {

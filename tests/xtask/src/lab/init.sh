@@ -6,7 +6,8 @@ mkdir /dev/pts /dev/shm
 mount -a
 echo lab >/proc/sys/kernel/hostname
 export PATH=/lab/bin:/usr/sbin:/usr/bin HOME=/root TERM=dumb VMFORK_ASSETS=/lab/assets VMFORK_LAB=1
-modprobe kvm-amd
+# Where it can't enter a guest, it says what was wrong with it.
+modprobe kvm-amd dump_invalid_vmcb=1
 ip link set lo up
 cd /root
 

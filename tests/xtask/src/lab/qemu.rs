@@ -29,8 +29,11 @@ const INTERRUPTED: u8 = 130;
 /// How long QEMU may take to end before it is killed.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// How many lines of the console are shown when the lab fails.
-const CONSOLE_LINES: usize = 20;
+/// How many lines of the console are shown when the lab fails, or the command in it. What KVM says of a guest that it can't enter takes 70.
+const CONSOLE_LINES: usize = 100;
+
+/// Words of lines that are always on the console: KVM says that a Linux guest has looked for performance counters, and the kernel that it ends.
+const EXPECTED_LINES: [&str; 2] = ["Unhandled WRMSR(0xc0010007)", "reboot: Power down"];
 
 /// The kernel's command line. The emulated TSC is as steady as this machine's, but doesn't say so: without
 /// `tsc=reliable`, the kernel would take every time from an emulated HPET.
@@ -97,6 +100,10 @@ pub(super) fn run(kernel: &Path, initrd: &File, dir: &Path, limit: Duration) -> 
         }
     };
     let Some(code) = code else { bail!("the lab ended before the command in it did. {}", records.last_words()?) };
+    if code != 0 {
+        // Most commands fail for reasons of their own.
+        records.console_end().iter().for_each(|line| eprintln!("xtask: the lab's kernel: {line}"));
+    }
     fs::remove_file(&records.console).with_context(|| format!("can't remove {}", records.console.display()))?;
     Ok(code)
 }
@@ -178,12 +185,20 @@ impl Records {
     fn last_words(&mut self) -> Result<String> {
         let messages = text(&mut self.messages)?;
         let messages = messages.lines().filter(|line| !line.contains(EXPECTED_MESSAGE));
+        let heading = format!("The end of its console, {}:", self.console.display());
+        let console = self.console_end();
+        let console = [&heading].into_iter().chain(&console).map(String::as_str);
+        Ok(messages.chain(console).collect::<Vec<_>>().join("\n"))
+    }
+
+    /// What the kernel has said of late that it does not always say.
+    fn console_end(&self) -> Vec<String> {
         let console = fs::read(&self.console).unwrap_or_default();
         let console = String::from_utf8_lossy(&console);
-        let lines: Vec<_> = console.lines().collect();
-        let last = &lines[lines.len().saturating_sub(CONSOLE_LINES)..];
-        let heading = format!("The end of its console, {}:", self.console.display());
-        Ok(messages.chain([heading.as_str()]).chain(last.iter().copied()).collect::<Vec<_>>().join("\n"))
+        let lines = console.lines().filter(|line| !EXPECTED_LINES.iter().any(|expected| line.contains(expected)));
+        let mut last: Vec<_> = lines.rev().take(CONSOLE_LINES).map(str::to_owned).collect();
+        last.reverse();
+        last
     }
 }
 
