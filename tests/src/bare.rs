@@ -61,7 +61,7 @@ global_asm!(
     "10: mov [rbx], ecx", // store 4 bytes
     "    jmp 2b",
     "20: mov edi, [rbx]", // print 4 bytes
-    "    call 90f",
+    "    call bare_line",
     "    jmp 2b",
     "30: mov edx, ebx", // write 4 bytes to a port
     "    mov eax, ecx",
@@ -94,7 +94,7 @@ global_asm!(
     "    jmp 62f",
     "61: vmmcall",
     "62: mov edi, eax",
-    "    call 90f",
+    "    call bare_line",
     "    jmp 2b",
     "70: mov eax, ecx", // fill the rest of a page with a byte
     "    mov edi, ebx",
@@ -135,26 +135,12 @@ global_asm!(
     "    jmp 2b",
     "130: mov eax, [rcx]", // print 4 bytes, by their offset
     "    mov edi, [rbx + rax]",
-    "    call 90f",
+    "    call bare_line",
     "    jmp 2b",
     "140: mov eax, [rbx]", // copy 4 bytes
     "    mov [rcx], eax",
     "    jmp 2b",
-    "90: mov ecx, 8", // print EDI in hexadecimal, and a new line
-    "91: rol edi, 4",
-    "    mov eax, edi",
-    "    and eax, 15",
-    "    add eax, 48",
-    "    cmp eax, 57",
-    "    jbe 92f",
-    "    add eax, 39",
-    "92: mov edx, 0x3f8",
-    "    out dx, al",
-    "    dec ecx",
-    "    jnz 91b",
-    "    mov eax, 10",
-    "    out dx, al",
-    "    ret",
+    elf::print_line!("bare_line"),
     "bare_end:",
     ".popsection",
 );

@@ -7,6 +7,31 @@ use tempfile::NamedTempFile;
 /// Where the code is loaded, and begins: behind the first MiB.
 pub(crate) const ADDRESS: u64 = 0x20_0000;
 
+/// Assembly of a subroutine of this name, which prints EDI in hexadecimal, and a new line. It changes RAX, RCX, RDX and RDI.
+macro_rules! print_line {
+    ($name:literal) => {
+        concat!(
+            $name,
+            ": mov ecx, 8\n",
+            "1: rol edi, 4\n",
+            "mov eax, edi\n",
+            "and eax, 15\n",
+            "add eax, 48\n",
+            "cmp eax, 57\n",
+            "jbe 2f\n",
+            "add eax, 39\n",
+            "2: mov edx, 0x3f8\n",
+            "out dx, al\n",
+            "dec ecx\n",
+            "jnz 1b\n",
+            "mov eax, 10\n",
+            "out dx, al\n",
+            "ret\n",
+        )
+    };
+}
+pub(crate) use print_line;
+
 /// Code that starts with its first byte at [`ADDRESS`], as a kernel.
 ///
 /// # Panics
