@@ -22,7 +22,7 @@
 //! | `EINTR` | a signal came while the caller waited for its turn; no fork was asked for |
 //! | `ETIMEDOUT` | the deadline passed while the caller waited; no fork was asked for |
 //! | `EBADF` | the file was not opened for writing |
-//! | `ESTALE` | this VM is a copy that somebody else's fork made while the caller waited: the request is its parent's to make |
+//! | `ESTALE` | this VM is a copy that somebody else's fork made before the request was served, which is its parent's to make |
 //! | `ECONNREFUSED` | the VMM refused or failed, and [`ForkArguments::error`] says why |
 //! | `EPROTO` | the VMM's answer makes no sense; its role, where there is one, tells whether the fork was made |
 //! | `ENOLINK` | the VMM did not answer |

@@ -7,7 +7,8 @@
 //!
 //! An operator can fork a VM too. Its guest is not told: nothing in the parent's page changes, whatever the guest is about to do with it. In a
 //! copy's page [`Request`] and [`Response`] stand as the parent had them at that instant, and the [`Identity`] is the copy's own: a child's,
-//! with another ID. A ring that comes while such a fork is under way is refused ([`ErrorCode::Busy`]).
+//! with another ID. A ring that comes while such a fork is under way is refused ([`ErrorCode::Busy`]), and so is one for a request that names
+//! another VM than the one that rings: its parent's, in the operator's copy ([`ErrorCode::Copied`]).
 //!
 //! In every copy, whoever has asked for it, another [`Generation`] stands before the copy runs, and in the parent the same one as before. It has
 //! a page of its own, which a kernel can show to all processes: the control page has the seed too, which is for few to see.
