@@ -174,20 +174,34 @@ impl Device {
 
     /// The state, after forks that did not come by this device were noticed: an operator's, or by
     /// the doorbell's port. Nothing tells the module of such a one, so that it sees to the copy's
-    /// seed when it next looks.
+    /// seed when it next looks: whenever the device is used, and [from time to time](Self::look).
     pub(crate) fn up_to_date(&self) -> Guard<'_, State, kernel::sync::lock::mutex::MutexBackend> {
+        if let Some(turn) = self.turn_of_copy() {
+            // Whether its role makes sense is for those to say who ask for it.
+            let _ = self.desk.run(Job::CatchUp).result;
+            drop(turn);
+        }
+        self.state.lock()
+    }
+
+    /// The same, by the module's own task.
+    pub(crate) fn look(&self) {
+        if let Some(turn) = self.turn_of_copy() {
+            // As above.
+            let _ = self.work(Job::CatchUp).result;
+            drop(turn);
+        }
+    }
+
+    /// The turn, where this VM is a copy that is not itself yet, and nobody else has it.
+    fn turn_of_copy(&self) -> Option<Turn<'_>> {
         let mut state = self.state.lock();
         let identity = self.page.identity();
         if state.forking || identity.generation == state.generation {
-            return state;
+            return None;
         }
         state.forking = true;
-        drop(state);
-        let turn = Turn::taken(self, identity.vm_id);
-        // Whether its role makes sense is for those to say who ask for it.
-        let _ = self.desk.run(Job::CatchUp).result;
-        drop(turn);
-        self.state.lock()
+        Some(Turn::taken(self, identity.vm_id))
     }
 
     /// Notes that this VM has come out of a fork, and tells those who wait for it.

@@ -27,6 +27,22 @@ struct Client {
     told: Told,
 }
 
+impl Client {
+    fn new(device: &'static Device) -> Self {
+        device.desk().opened();
+        Self {
+            device,
+            told: device.told(),
+        }
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        self.device.desk().closed();
+    }
+}
+
 /// What can be done with a file. Programs of 32 bits have the same structs.
 struct Operations(bindings::file_operations);
 
@@ -65,13 +81,7 @@ unsafe extern "C" fn open(inode: *mut bindings::inode, file: *mut bindings::file
         // SAFETY: `misc_open` has put the device there, and the file keeps the module, and so the
         // device, until `release`.
         let device: &'static Device = unsafe { Device::from_misc((*file).private_data.cast()) };
-        let client = KBox::new(
-            Client {
-                device,
-                told: device.told(),
-            },
-            GFP_KERNEL,
-        )?;
+        let client = KBox::new(Client::new(device), GFP_KERNEL)?;
         // SAFETY: The file is the caller's until this returns.
         unsafe { (*file).private_data = KBox::into_raw(client).cast() };
         // SAFETY: As above. It can't fail.

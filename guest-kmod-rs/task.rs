@@ -18,7 +18,8 @@ use kernel::{
     ffi::c_int,
     new_condvar, new_mutex,
     prelude::*,
-    sync::{CondVar, Mutex},
+    sync::{CondVar, CondVarTimeoutResult, Mutex},
+    time::msecs_to_jiffies,
 };
 use vmfork_abi::Request;
 
@@ -30,6 +31,10 @@ use crate::{
 
 /// The highest real-time priority of user space.
 const TOP: u32 = 99;
+
+/// How often the task looks by itself who this VM is, in milliseconds, while somebody has the device
+/// open.
+const LOOK: u32 = 1000;
 
 /// NUMA_NO_NODE of linux/numa.h: the task's memory may be anywhere.
 const ANY_NODE: c_int = -1;
@@ -52,58 +57,95 @@ enum Slot {
     Closed,
 }
 
+/// What lies on the desk.
+struct Top {
+    slot: Slot,
+    /// How many files are open.
+    clients: u32,
+}
+
 /// Where jobs are given to the task, one at a time: by whoever has the turn.
 #[pin_data]
 pub(crate) struct Desk {
     #[pin]
-    job: Mutex<Slot>,
+    top: Mutex<Top>,
     #[pin]
     changed: CondVar,
+}
+
+/// What the task does next.
+enum Next {
+    Work(Job),
+    /// To look who this VM is.
+    Look,
+    End,
 }
 
 impl Desk {
     pub(crate) fn new() -> impl PinInit<Self> {
         pin_init!(Self {
-            job <- new_mutex!(Slot::Empty),
+            top <- new_mutex!(Top {
+                slot: Slot::Empty,
+                clients: 0,
+            }),
             changed <- new_condvar!(),
         })
     }
 
     /// Has the task do a job, and waits until that is done, which no signal ends.
     pub(crate) fn run(&self, job: Job) -> Outcome {
-        let mut slot = self.job.lock();
-        *slot = Slot::Asked(job);
+        let mut top = self.top.lock();
+        top.slot = Slot::Asked(job);
         self.changed.notify_all();
         loop {
-            self.changed.wait(&mut slot);
-            match replace(&mut *slot, Slot::Empty) {
+            self.changed.wait(&mut top);
+            match replace(&mut top.slot, Slot::Empty) {
                 Slot::Done(outcome) => return outcome,
-                other => *slot = other,
+                other => top.slot = other,
             }
         }
     }
 
-    /// The next job; none after [`Desk::close`].
-    fn next(&self) -> Option<Job> {
-        let mut slot = self.job.lock();
+    /// Notes that a file was opened.
+    pub(crate) fn opened(&self) {
+        self.top.lock().clients += 1;
+        self.changed.notify_all();
+    }
+
+    /// Notes that a file was closed.
+    pub(crate) fn closed(&self) {
+        self.top.lock().clients -= 1;
+    }
+
+    /// Waits for what there is to do.
+    fn next(&self) -> Next {
+        let mut top = self.top.lock();
         loop {
-            match replace(&mut *slot, Slot::Empty) {
-                Slot::Asked(job) => return Some(job),
-                Slot::Closed => return None,
-                other => *slot = other,
+            match replace(&mut top.slot, Slot::Empty) {
+                Slot::Asked(job) => return Next::Work(job),
+                Slot::Closed => return Next::End,
+                other => top.slot = other,
             }
             // A task of the kernel gets no signals; waiting so, it does not count as stuck.
-            let _ = self.changed.wait_interruptible(&mut slot);
+            if top.clients == 0 {
+                let _ = self.changed.wait_interruptible(&mut top);
+                continue;
+            }
+            let look = msecs_to_jiffies(LOOK);
+            let woken = self.changed.wait_interruptible_timeout(&mut top, look);
+            if matches!(woken, CondVarTimeoutResult::Timeout) {
+                return Next::Look;
+            }
         }
     }
 
     fn done(&self, outcome: Outcome) {
-        *self.job.lock() = Slot::Done(outcome);
+        self.top.lock().slot = Slot::Done(outcome);
         self.changed.notify_all();
     }
 
     fn close(&self) {
-        *self.job.lock() = Slot::Closed;
+        self.top.lock().slot = Slot::Closed;
         self.changed.notify_all();
     }
 }
@@ -171,8 +213,12 @@ impl Drop for Task {
 unsafe extern "C" fn main(device: *mut c_void) -> c_int {
     // SAFETY: As the caller says.
     let device = unsafe { &*device.cast::<Device>() };
-    while let Some(job) = device.desk().next() {
-        device.desk().done(device.work(job));
+    loop {
+        match device.desk().next() {
+            Next::Work(job) => device.desk().done(device.work(job)),
+            Next::Look => device.look(),
+            Next::End => break,
+        }
     }
     // Whoever ends the task must find it.
     // SAFETY: This is a task of the kernel that holds no lock.

@@ -14,7 +14,7 @@ use crate::{Fork, OpenError, OutcomeError};
 
 /// The device, from which each fork is read once it has been made.
 ///
-/// Any number of processes can watch, each for itself. As a file it can be polled: there is something to read where there is a [`Notice`].
+/// Any number of processes can watch, each for itself. A copy by an operator is told of within a second. As a file it can be polled: there is something to read where there is a [`Notice`].
 #[derive(Debug)]
 pub struct Watch {
     device: File,

@@ -5,6 +5,7 @@ use std::{
     process::Command,
 };
 
+use nix::sys::signal::Signal;
 use serde_json::Value;
 use vmfork_abi::{ErrorCode, Role};
 use vmfork_tests::{
@@ -182,6 +183,23 @@ fn processes_are_told_in_parent_and_child() {
             assert_eq!(notice["forks"], 1, "{notice}");
         }
     }
+}
+
+#[test]
+fn processes_in_a_copy_are_told_though_an_operator_has_made_it() {
+    let mut running = guest(&["others"]).option("--cpus", "2").start().expect("host-vmm starts");
+    running.wait_for_line("READY").expect("a guest that waits");
+    running.ask(&["fork", "vm"]).expect("a copy");
+    let (copy, told) = running.wait_for_line("TOLD ").expect("what the copy is told");
+    let child = Role::Child.number();
+    assert_eq!(copy, "vm.1");
+    assert!(told.starts_with(&format!("{child} {child} [")), "{told}");
+    assert_eq!(told.matches("VMFORK_NAME=vm.1").count(), 1, "{told}");
+    running.signal(Signal::SIGTERM).expect("a signal");
+    let ended = running.end().expect("host-vmm ends");
+    assert_eq!(ended.code, Some(143));
+    assert_eq!(texts(&ended, "TOLD ").len(), 1, "the parent is told nothing");
+    assert_eq!(ended.lines("COMPLAINT "), []);
 }
 
 #[test]

@@ -55,6 +55,8 @@ enum Command {
     Notices,
     /// Be that process.
     Watcher,
+    /// Have two threads wait for a fork that somebody else asks for.
+    Others,
     /// Wait for the uevents of a fork.
     Uevents,
     /// Ask for what must be refused.
@@ -102,6 +104,7 @@ fn main() -> anyhow::Result<()> {
         Command::Signals { threads, times } => at_once::signals(threads, times),
         Command::Notices => notices::run(),
         Command::Watcher => notices::watcher(),
+        Command::Others => notices::others(),
         Command::Uevents => notices::uevents(),
         Command::Refusals => refusals::run(),
         Command::Open => {

@@ -120,6 +120,20 @@ pub(crate) fn run() -> anyhow::Result<()> {
     complaints()
 }
 
+/// Waits for a fork that somebody else asks for, in one thread by poll and in one by read, and prints the role that each is told, and the uevents.
+pub(crate) fn others() -> anyhow::Result<()> {
+    let socket = uevent_socket()?;
+    let waiting = thread::spawn(wait);
+    let mut file = device::open()?;
+    // For the other one to wait in the kernel.
+    thread::sleep(Duration::from_millis(500));
+    println!("READY");
+    let by_read = Identity::from_bytes(&notice(&mut file)?.identity);
+    let by_poll = waiting.join().map_err(|_| anyhow!("a thread panicked"))??;
+    println!("TOLD {} {} {:?}", by_read.role, by_poll.role, uevents_of_module(&socket)?);
+    complaints()
+}
+
 /// A socket that gets the kernel's uevents.
 fn uevent_socket() -> anyhow::Result<OwnedFd> {
     // SAFETY: the call touches no memory of this process.
@@ -150,18 +164,24 @@ pub(crate) fn uevents() -> anyhow::Result<()> {
     drain()?;
     let forked = device::fork(&file, device::fork_arguments(1)).map_err(|refused| anyhow!("{refused:?}"))?;
     // What there is, is there before FORK returns.
+    let events = uevents_of_module(&socket)?;
+    println!("UEVENTS {} {events:?}", if is_child(&forked.identity) { "child" } else { "parent" });
+    complaints()
+}
+
+/// Those that the module has sent by now.
+fn uevents_of_module(socket: &OwnedFd) -> anyhow::Result<Vec<String>> {
     let mut found = Vec::new();
     loop {
         let mut buffer = [0; 4096];
-        match nix::unistd::read(&socket, &mut buffer) {
+        match nix::unistd::read(socket, &mut buffer) {
             Ok(bytes) => found.push(String::from_utf8_lossy(&buffer[..bytes]).replace('\0', " ")),
             Err(nix::errno::Errno::EAGAIN) => break,
             Err(errno) => bail!("the uevents can't be read: {errno}"),
         }
     }
-    let of_module = found.iter().filter(|event| event.contains("VMFORK_ROLE")).collect::<Vec<_>>();
-    println!("UEVENTS {} {of_module:?}", if is_child(&forked.identity) { "child" } else { "parent" });
-    complaints()
+    found.retain(|event| event.contains("VMFORK_ROLE"));
+    Ok(found)
 }
 
 /// What `vmfork watch` prints of a fork by `vmfork fork`, in both VMs.
