@@ -124,7 +124,8 @@ impl Vmm {
 
     /// Opens this route to the VMM, and looks at no other.
     ///
-    /// [`Via::Device`] takes a member of the device's group, and a kernel module of this version. [`Via::Doorbell`] takes CAP_SYS_RAWIO and a
+    /// [`Via::Device`] takes a member of the device's group, and a kernel module of this version. Who may read the device and not write it has
+    /// [`Vmm::status`] by it, and no fork. [`Via::Doorbell`] takes CAP_SYS_RAWIO and a
     /// kernel without lockdown; with the module loaded, a kernel with CONFIG_IO_STRICT_DEVMEM keeps the control page for it.
     ///
     /// # Errors

@@ -307,6 +307,16 @@ fn vmfork_goes_by_the_device_where_it_may() {
     let told: String = ended.lines("").into_iter().map(|(_, line)| line + "\n").collect();
     assert!(told.contains("group"), "{told}");
 
+    // Whom it may tell of forks need not be who may make them.
+    let reader = [&["--mode", "644"][..], &STRANGER].concat();
+    let ended = vmfork(&reader, &["status", "--json"]);
+    let status = ended.lines("").into_iter().find_map(|(_, line)| serde_json::from_str::<Value>(&line).ok());
+    assert_eq!(status.map(|status| status["role"].clone()), Some("booted".into()), "{:?}", ended.lines(""));
+    let ended = vmfork(&reader, &["fork"]);
+    assert_eq!(started(&ended), 0);
+    let told: String = ended.lines("").into_iter().map(|(_, line)| line + "\n").collect();
+    assert!(told.contains("group"), "{told}");
+
     // The module keeps /dev/mem from the control page, so that there are no two ways at once.
     let ended = vmfork(&[], &["--via", "doorbell", "fork"]);
     assert_eq!(started(&ended), 0, "{:?}", ended.lines(""));

@@ -1,7 +1,7 @@
 //! The kernel module's device: its ioctls.
 
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
 
 use vmfork_abi::ListedCopy;
@@ -18,12 +18,23 @@ pub(crate) type CopyBytes = [u8; ListedCopy::BYTES];
 #[derive(Debug)]
 pub(crate) struct DeviceFile {
     device: File,
+    may_fork: bool,
 }
 
 impl DeviceFile {
-    /// Opens [`PATH`].
+    /// Opens [`PATH`], for reading alone where it may not be written.
     pub(crate) fn open() -> io::Result<Self> {
-        Ok(Self { device: OpenOptions::new().read(true).write(true).open(PATH)? })
+        let open =
+            |may_fork| OpenOptions::new().read(true).write(may_fork).open(PATH).map(|device| Self { device, may_fork });
+        match open(true) {
+            Err(error) if error.kind() == ErrorKind::PermissionDenied => open(false),
+            result => result,
+        }
+    }
+
+    /// Whether the module takes a fork from this file.
+    pub(crate) fn may_fork(&self) -> bool {
+        self.may_fork
     }
 
     /// Asks for [`FORK`], with room for these copies, and has `arguments` be the answer, also where there is an error.
@@ -84,7 +95,7 @@ mod tests {
 
     #[test]
     fn another_file_knows_no_such_request() {
-        let other = DeviceFile { device: File::open("/dev/null").unwrap() };
+        let other = DeviceFile { device: File::open("/dev/null").unwrap(), may_fork: false };
         assert_eq!(other.fork(&mut ForkArguments::default(), &mut []), Err(nix::errno::Errno::ENOTTY));
         assert_eq!(other.status(&mut []), Err(nix::errno::Errno::ENOTTY));
         assert_eq!(other.identity(), Err(nix::errno::Errno::ENOTTY));

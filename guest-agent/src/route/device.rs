@@ -40,13 +40,19 @@ impl Device {
         status(|copies| self.file.status(copies)).map_err(|errno| StatusError::Ask { source: errno.into() })
     }
 
-    /// Whether the module answers: it has all else that a fork needs.
+    /// Whether the module answers, and this caller may ask it for a fork: it has all else that one needs.
     ///
     /// # Errors
     ///
-    /// [`ForkError::Open`] where it does not.
+    /// [`ForkError::Open`] where it does not, or the caller may not.
     pub(crate) fn check(&self) -> Result<(), ForkError> {
+        self.check_permission()?;
         self.file.identity().map(drop).map_err(|errno| ForkError::Open(unanswered(errno)))
+    }
+
+    fn check_permission(&self) -> Result<(), ForkError> {
+        let forbidden = || OpenError::DeviceForbidden { source: Errno::EACCES.into() };
+        if self.file.may_fork() { Ok(()) } else { Err(ForkError::Open(forbidden())) }
     }
 
     /// Forks this VM once it is this caller's turn, and returns in the parent and in every child.
@@ -55,6 +61,7 @@ impl Device {
     ///
     /// [`ForkError`], in the caller's VM or in a copy.
     pub(crate) fn fork(&self, request: &ForkRequest) -> Result<Fork, ForkError> {
+        self.check_permission()?;
         let now = identity::monotonic().map_err(|source| ForkError::ReadClock { source })?;
         let mut arguments = request.at(now);
         let mut copies = vec![[0; ListedCopy::BYTES]; request.count() as usize];

@@ -9,9 +9,9 @@ mod notices;
 mod refusals;
 
 use std::{
-    fs,
+    fs::{self, Permissions},
     io::stdout,
-    os::unix::process::CommandExt,
+    os::unix::{fs::PermissionsExt, process::CommandExt},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -27,6 +27,9 @@ use vmfork_abi::{Identity, Role};
 
 #[derive(Debug, Parser)]
 struct Cli {
+    /// Give the device these permissions first, in octal digits.
+    #[arg(long)]
+    mode: Option<String>,
     /// Become this user first.
     #[arg(long)]
     uid: Option<u32>,
@@ -85,7 +88,10 @@ enum Command {
 }
 
 fn main() -> anyhow::Result<()> {
-    let Cli { uid, gid, command } = Cli::parse();
+    let Cli { mode, uid, gid, command } = Cli::parse();
+    if let Some(mode) = mode {
+        fs::set_permissions(vmfork_abi::device::PATH, Permissions::from_mode(u32::from_str_radix(&mode, 8)?))?;
+    }
     if let Some(gid) = gid.map(Gid::from_raw) {
         setgroups(&[gid])?;
         setgid(gid)?;
