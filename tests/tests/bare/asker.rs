@@ -17,16 +17,20 @@ const SCRATCH: u64 = 0x100_0000;
 /// Bytes of an ID.
 const ID_BYTES: u64 = 16;
 
-/// Asks for a child of the VM whose ID is kept.
-fn request(script: Script, seq: u64) -> Script {
+/// Keeps the ID of this VM, in its copies too.
+pub(super) fn keep_id() -> Script {
+    Script::new().copy(control(PAGE.identity.offset + offset_of!(Identity, vm_id)), SCRATCH, ID_BYTES)
+}
+
+/// Writes a request for a child of the VM whose ID is kept.
+pub(super) fn request(script: Script, seq: u64) -> Script {
     let asker = control(PAGE.request.offset + offset_of!(Request, asker));
     script.request(seq, "web", 1).copy(SCRATCH, asker, ID_BYTES)
 }
 
 #[test]
 fn a_request_is_refused_in_a_copy_that_came_about_after_it_was_written() {
-    let id = control(PAGE.identity.offset + offset_of!(Identity, vm_id));
-    let waits = request(Script::new().copy(id, SCRATCH, ID_BYTES), 1);
+    let waits = request(keep_id(), 1);
     let waits = waits.print(SCRATCH).wait_for_input_or(control(PAGE.generation.offset), 1);
     let once = waits.ring().print(control(STATUS)).print(control(ERROR)).print(control(ROLE));
     let twice = request(once, 2).ring().print(control(STATUS)).print(control(ERROR));
