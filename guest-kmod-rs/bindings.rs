@@ -6,7 +6,8 @@
 //! of the very kernel that the module is built for, so that no layout can drift; sizes and offsets
 //! are asserted when this is compiled. `bindings_parameters` is the whole list of what is taken:
 //! the miscellaneous device and its file operations, a wait queue for `poll`, the mapping of memory
-//! that is not RAM, the random pool, the clock, uevents, and how a task is scheduled.
+//! that is not RAM, the random pool, the clock, uevents, how a task is scheduled, and how the whole
+//! machine is stopped.
 //!
 //! All of it is unsafe. Each use stands in the one module that makes it safe.
 

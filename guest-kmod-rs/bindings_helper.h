@@ -16,6 +16,7 @@
 #include <linux/random.h>
 #include <linux/sched.h>
 #include <linux/stat.h>
+#include <linux/stop_machine.h>
 #include <linux/timekeeping.h>
 #include <linux/wait.h>
 #include <uapi/linux/random.h>

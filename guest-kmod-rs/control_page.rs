@@ -11,7 +11,7 @@ use core::{
     sync::atomic::{fence, Ordering},
 };
 
-use kernel::{c_str, prelude::*};
+use kernel::{c_str, ffi::c_int, prelude::*};
 use vmfork_abi::{
     cpuid::Interface, CopyList, ErrorCode, Header, Identity, ListedCopy, Request, Response, Role,
     Status, ABI_VERSION, MAGIC, MAX_CHILDREN, PAGE, PAGE_BYTES,
@@ -27,7 +27,7 @@ const MAX_BYTES: usize = 1 << 20;
 pub(crate) const STABLE: u32 = 16;
 
 /// A control page whose header was checked. Nobody else has it: a kernel with
-/// `CONFIG_IO_STRICT_DEVMEM` keeps `/dev/mem` away from it meanwhile.
+/// `CONFIG_STRICT_DEVMEM` keeps `/dev/mem` away from it meanwhile.
 pub(crate) struct ControlPage {
     memory: Memory,
     _claim: Claim,
@@ -45,6 +45,8 @@ pub(crate) struct Account {
 pub(crate) enum Failure {
     /// The VMM did not look at it.
     NotAnswered,
+    /// This VM is a copy of the one that has asked, and comes of somebody else's request.
+    Copied,
     /// The VMM said no, and why.
     Refused(ErrorCode),
     /// The VMM's answer makes no sense.
@@ -153,7 +155,7 @@ impl ControlPage {
     ///
     /// # Errors
     ///
-    /// [`Failure`]; a copy was made in none but, perhaps, [`Failure::Nonsense`].
+    /// [`Failure`]; this VM is a copy in [`Failure::Copied`] alone.
     pub(crate) fn exchange(
         &self,
         request: &Request,
@@ -167,8 +169,12 @@ impl ControlPage {
         fence(Ordering::SeqCst);
         ring();
         fence(Ordering::SeqCst);
-        accept(seq, self.response())?;
-        Ok(self.account(copies))
+        match accept(seq, self.response()) {
+            Ok(()) => Ok(self.account(copies)),
+            // Whatever the answer is, this VM is not the one that has asked.
+            Err(_) if self.identity().vm_id != request.asker => Err(Failure::Copied),
+            Err(failure) => Err(failure),
+        }
     }
 
     fn header(&self) -> Header {
@@ -314,7 +320,7 @@ impl Drop for Memory {
     }
 }
 
-/// A range of addresses that `/proc/iomem` shows as this module's.
+/// A range of addresses that `/proc/iomem` shows as this module's, and `/dev/mem` does not show.
 struct Claim {
     gpa: u64,
     bytes: usize,
@@ -325,7 +331,13 @@ impl Claim {
         let parent = addr_of_mut!(bindings::iomem_resource);
         // SAFETY: The parent is the kernel's root of all memory, and the name is static.
         let claimed = unsafe {
-            bindings::__request_region(parent, gpa, bytes as u64, c_str!("vmfork").as_char_ptr(), 0)
+            bindings::__request_region(
+                parent,
+                gpa,
+                bytes as u64,
+                c_str!("vmfork").as_char_ptr(),
+                bindings::IORESOURCE_EXCLUSIVE as c_int,
+            )
         };
         if claimed.is_null() {
             pr_err!("another driver has the control page at {gpa:#x}: see /proc/iomem\n");

@@ -67,8 +67,8 @@ pub(crate) type Told = LockedBy<u64, State>;
 
 /// A device that processes can open, until this is dropped.
 pub(crate) struct Registration {
-    /// Ends before the device goes.
-    _task: Task,
+    /// Ends before the device goes, and before it is deregistered: it sends uevents by it.
+    task: Option<Task>,
     device: Pin<KBox<Device>>,
 }
 
@@ -115,7 +115,7 @@ impl Registration {
         to_result(unsafe { bindings::misc_register(device.misc.get()) })?;
         pr_info!("control page at {:#x}\n", device.page.gpa());
         Ok(Self {
-            _task: task,
+            task: Some(task),
             device,
         })
     }
@@ -123,6 +123,7 @@ impl Registration {
 
 impl Drop for Registration {
     fn drop(&mut self) {
+        drop(self.task.take());
         // SAFETY: `new` has registered it.
         unsafe { bindings::misc_deregister(self.device.misc.get()) };
     }

@@ -10,6 +10,7 @@ use crate::{
     control_page::{Account, Failure, STABLE},
     device::Device,
     identity::{self, monotonic_ns},
+    stop,
     task::Job,
     turn::Turn,
 };
@@ -82,10 +83,13 @@ impl Device {
 
     /// Asks for a fork once.
     fn fork_once(&self, request: &Request, mut copies: KVVec<u8>) -> Outcome {
-        let rung_at_ns = monotonic_ns();
-        match self.page().exchange(request, &mut copies, || self.ring()) {
-            // From here on there are several VMs, and this is any one of them.
-            Ok(account) => {
+        let exchanged = stop::with_machine_stopped(|| self.exchange(request, &mut copies));
+        let exchanged = match exchanged {
+            Ok(exchanged) => exchanged,
+            Err(error) => return Outcome::failed(error, copies),
+        };
+        match exchanged {
+            Ok((account, rung_at_ns)) => {
                 let result = self.take_on(&account.identity, Some(rung_at_ns));
                 Outcome {
                     result,
@@ -94,7 +98,7 @@ impl Device {
                     copies,
                 }
             }
-            Err(Failure::Refused(ErrorCode::Copied)) => {
+            Err(Failure::Copied | Failure::Refused(ErrorCode::Copied)) => {
                 Outcome::failed(errno(bindings::ESTALE), copies)
             }
             Err(Failure::Refused(code)) => Outcome {
@@ -109,18 +113,29 @@ impl Device {
         }
     }
 
+    /// Makes the request, and sees to it that no number is drawn before the generator has the seed
+    /// of the VM that this returns in. It runs while the machine is stopped: whatever it calls may
+    /// not sleep. Gives the time at which it rang, too.
+    fn exchange(&self, request: &Request, copies: &mut [u8]) -> Result<(Account, u64), Failure> {
+        let rung_at_ns = monotonic_ns();
+        let account = self.page().exchange(request, copies, || self.ring())?;
+        // From here on there are several VMs, and this is any one of them.
+        self.generator().reseed(&account.identity.seed);
+        Ok((account, rung_at_ns))
+    }
+
     /// Makes this VM the copy that it has become. An operator may make a copy of that meanwhile:
     /// then again, if not for ever, since the next one who uses the device looks again.
     fn catch_up(&self) -> Outcome {
         let mut identity = self.page().identity();
-        let mut result = self.take_on(&identity, None);
+        let mut result = self.catch_up_once(&identity);
         for _ in 1..STABLE {
             let now = self.page().identity();
             if now.generation == identity.generation {
                 break;
             }
             identity = now;
-            result = self.take_on(&identity, None);
+            result = self.catch_up_once(&identity);
         }
         Outcome {
             result,
@@ -128,6 +143,11 @@ impl Device {
             account: None,
             copies: KVVec::new(),
         }
+    }
+
+    fn catch_up_once(&self, identity: &Identity) -> Result {
+        self.generator().reseed(&identity.seed);
+        self.take_on(identity, None)
     }
 
     /// Makes the hypercall. If KVM does not hand it on, the request stays unanswered.
@@ -145,18 +165,19 @@ impl Device {
         result
     }
 
-    /// Makes this VM the one that `identity` describes: the seed everywhere, clock and uevent in a
-    /// child only. Without the time at which the fork was asked for, the clock stays as it is.
+    /// Makes this VM the one that `identity` describes, whose seed the generator has: in a child,
+    /// the generator's users are told, the clock is set and a uevent is sent, all of which may
+    /// sleep. Without the time at which the fork was asked for, the clock stays as it is.
     ///
     /// # Errors
     ///
     /// `EPROTO` where the role is not one of a fork's two, `EUCLEAN` where a child's clock can't be
     /// set.
     fn assume(&self, identity: &Identity, rung_at_ns: Option<u64>) -> Result {
-        self.generator().reseed(&identity.seed);
         match Role::from_number(identity.role) {
             Some(Role::Parent) => Ok(()),
             Some(Role::Child) => {
+                self.generator().tell_users(&identity.seed);
                 let started_ns = identity.wall_clock_ns;
                 let stepped = rung_at_ns.map_or(Ok(()), |at| identity::step_clock(started_ns, at));
                 self.announce(identity);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! The module's own task, which makes the forks: it is above every other task of its CPU, so that
-//! none of them runs in a copy that is not itself yet, and has the kernel's credentials.
+//! a copy has its clock before most others run, and has the kernel's credentials.
 //!
 //! It is a task of its own, and not the caller raised for a while: whoever may change the caller's
 //! scheduling could keep it up there.

@@ -9,14 +9,17 @@
 //! ioctl      the arguments are copied in and checked, and room for the answer is touched
 //! turn       one caller after another; a signal or the deadline ends the wait
 //! task       it is handed to the module's own task, which is above every other of its CPU
+//! stop       all CPUs are stopped, but for the one that goes on here
 //! fork       the request is written, and the hypercall made   ->  parent       children
-//! identity   who this VM is now                                   seed         seed, clock, uevent
+//! seed       the generator takes the seed of this VM               seed         seed
+//! stop       all CPUs go on
+//! identity   who this VM is now                                                clock, uevent
 //! device     whoever reads or polls is told; then the caller gets its answer
 //! ```
 //!
 //! Everything unsafe is in `bindings` (what the kernel offers), `control_page` (memory that the VMM
-//! writes too), `hypercall`, `task`, `seed`, `identity`, `vmm`, `wait_queue`, `device`, and `file`
-//! (calls from the VFS).
+//! writes too), `hypercall`, `task`, `stop`, `seed`, `identity`, `vmm`, `wait_queue`, `device`, and
+//! `file` (calls from the VFS).
 
 mod bindings;
 mod control_page;
@@ -27,6 +30,7 @@ mod hypercall;
 mod identity;
 mod ioctl;
 mod seed;
+mod stop;
 mod task;
 mod turn;
 mod vmm;

@@ -11,9 +11,15 @@
  *     if (fork.role == VMFORK_CHILD)
  *         serve(fork.index);
  *
- * There are two routes to the VMM: the device of the kernel module, /dev/vmfork, which serves root and the members of its group, and the
- * doorbell, which takes root. All functions take the device if there is one for the caller, else the doorbell. Where the variable VMFORK_VIA is
- * in the environment, its value ("device" or "doorbell") is the one to take; setenv() chooses for the calls that follow.
+ * There are two routes to the VMM: the device of the kernel module, /dev/vmfork, which serves root and the
+ * members of its group, and the doorbell, which takes root. All functions take the device if there is one for
+ * the caller, else the doorbell. Where the variable VMFORK_VIA was in the environment when the program was
+ * executed, its value ("device" or "doorbell") is the one to take. The environment is read once, from
+ * /proc/self/environ: setenv() changes nothing here, and may be called by other threads meanwhile.
+ *
+ * By the device, nothing of a child runs before its kernel has a random seed of its own. By the doorbell, the
+ * tasks of other CPUs do: until vmfork_fork() returns, they may draw the same random numbers as those of the
+ * parent and of the other children.
  *
  * Link with libvmfork.a; for a static program, with -static -Wl,--gc-sections. Any thread may call any function.
  */
@@ -72,6 +78,7 @@ extern "C" {
 #define VMFORK_REFUSED_MEMORY 17
 #define VMFORK_REFUSED_INCOMPLETE 18
 #define VMFORK_REFUSED_COPIED 19 /* told as VMFORK_ECOPIED */
+#define VMFORK_REFUSED_TIMEOUT 20
 
 /* A fork as one VM saw it. */
 struct vmfork_fork_t {

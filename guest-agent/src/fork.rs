@@ -32,9 +32,9 @@ pub enum ForkError {
     #[error("the caller may not set up a copy")]
     Privilege(#[source] PrivilegeError),
     /// The kernel's random pool can't be reached.
-    #[error("{RANDOM_PATH} can't be opened")]
+    #[error("{RANDOM_PATH} can't be opened or read")]
     OpenRandom {
-        /// What open(2) answered.
+        /// What open(2) or read(2) answered.
         source: io::Error,
     },
     /// The kernel does not let this thread ring the doorbell.
@@ -57,8 +57,12 @@ pub enum ForkError {
         /// What the scheduler's system call answered.
         source: io::Error,
     },
-    /// The VMM did not look at the request: it is busy with another, or gone.
-    #[error("the VMM did not answer request {seq}, the last it answered is {last}")]
+    /// The VMM did not look at the request: it is busy with another's, or gone. Callers of this library wait
+    /// for each other, and come to no such end.
+    #[error(
+        "the VMM did not answer request {seq}, the last it answered is {last}: if the VMM is there, look for \
+         a program that rings without waiting for its turn, such as one with an older vmfork"
+    )]
     NotAnswered {
         /// Number of this request.
         seq: u64,

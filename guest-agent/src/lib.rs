@@ -32,6 +32,10 @@
 //!     lower              the calling thread to where it was; then the lock is dropped
 //! ```
 //!
+//! By the device, nothing of the guest runs between the fork and the new seed. By the doorbell, the tasks of
+//! other vCPUs do: in a copy, they draw random numbers that its parent and the other copies may draw too, until
+//! the seed is set.
+//!
 //! Each route is a file in `route`, which has that order; another would be one file more, and its place in the choice. Who asks for nothing, but
 //! wants to know when its VM has become another: [`Watch`], [`GenerationPage`]. Unsafe code is confined to `raw`, `random` and `capi`.
 

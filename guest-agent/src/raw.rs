@@ -222,6 +222,50 @@ impl Scheduling {
     }
 }
 
+/// The calling thread, scheduled in another way than before, until this is dropped: also where that is by a
+/// panic.
+#[derive(Debug)]
+pub(crate) struct Raised {
+    /// How it was scheduled; `None` once it is again.
+    before: Option<Scheduling>,
+    /// The scheduling is the thread's own, so this must not leave the thread.
+    thread_bound: PhantomData<*const ()>,
+}
+
+impl Raised {
+    /// Schedules the calling thread as `to` says.
+    ///
+    /// # Errors
+    ///
+    /// As [`Scheduling::apply`]; and where the thread could not be put back, as a deadline task can't: then
+    /// it is left alone.
+    pub(crate) fn to(to: Scheduling) -> io::Result<Self> {
+        let before = Scheduling::current()?;
+        before.apply()?;
+        to.apply()?;
+        Ok(Self { before: Some(before), thread_bound: PhantomData })
+    }
+
+    /// Schedules the calling thread as before.
+    ///
+    /// # Errors
+    ///
+    /// As [`Scheduling::apply`].
+    pub(crate) fn lower(mut self) -> io::Result<()> {
+        self.before.take().map_or(Ok(()), |before| before.apply())
+    }
+}
+
+impl Drop for Raised {
+    fn drop(&mut self) {
+        if let Some(before) = self.before.take() {
+            // Only a panic leads here, which has the word. The thread was accepted with this scheduling
+            // before.
+            drop(before.apply());
+        }
+    }
+}
+
 /// Effective capabilities of the calling thread, bit n for capability n: capget(2).
 pub(crate) fn effective_capabilities() -> io::Result<u64> {
     /// `_LINUX_CAPABILITY_VERSION_3`: two words of 32 capabilities each.
@@ -302,6 +346,23 @@ pub(crate) mod tests {
         before.apply().unwrap();
         let after = Scheduling::current().unwrap();
         assert_eq!((after.policy, after.parameters.sched_priority), (before.policy, before.parameters.sched_priority));
+    }
+
+    #[test]
+    fn a_thread_is_put_back_also_where_it_panics() {
+        let policy = || Scheduling::current().unwrap().policy;
+        let before = policy();
+        let batch = Scheduling { policy: libc::SCHED_BATCH, parameters: libc::sched_param { sched_priority: 0 } };
+        let panicked = std::panic::catch_unwind(|| {
+            let _raised = Raised::to(batch).unwrap();
+            assert_eq!(policy(), libc::SCHED_OTHER, "as is to be seen");
+        });
+        assert!(panicked.unwrap_err().downcast_ref::<String>().is_some_and(|why| why.contains("as is to be seen")));
+        assert_eq!(policy(), before);
+        let raised = Raised::to(batch).unwrap();
+        assert_eq!(policy(), libc::SCHED_BATCH);
+        raised.lower().unwrap();
+        assert_eq!(policy(), before);
     }
 
     #[test]

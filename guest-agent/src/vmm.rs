@@ -1,7 +1,9 @@
 //! The VMM as a process in the guest reaches it.
 
-use std::ffi::OsString;
-use std::{env, io};
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+use std::sync::OnceLock;
+use std::{fs, io};
 
 use vmfork_abi::device::PATH;
 
@@ -109,14 +111,19 @@ pub enum StatusError {
 }
 
 impl Vmm {
-    /// Opens the best route to the VMM that there is for the caller: the kernel module's device, or else the doorbell. Where the variable
-    /// `VMFORK_VIA` is in the environment, its value is the name of the one to take ([`Via::name`]).
+    /// Opens the best route to the VMM that there is for the caller: the kernel module's device, or else the
+    /// doorbell. Where the variable `VMFORK_VIA` was in the environment with which the program was executed,
+    /// its value is the name of the one to take ([`Via::name`]).
+    ///
+    /// The environment is read once, from /proc/self/environ: what the program makes of its variables since
+    /// then does not count, nor would it be safe to look at in a thread beside one that calls setenv(3). A
+    /// program that may not read it, or has no /proc, asks for no route.
     ///
     /// # Errors
     ///
     /// [`OpenError`] where no route is open to the caller. If there is a device, it is about the device.
     pub fn open() -> Result<Self, OpenError> {
-        match asked(env::var_os(VIA))? {
+        match asked(at_start(VIA))? {
             Some(via) => Self::open_via(via),
             None => Ok(Self { route: Route::choose()? }),
         }
@@ -124,9 +131,10 @@ impl Vmm {
 
     /// Opens this route to the VMM, and looks at no other.
     ///
-    /// [`Via::Device`] takes a member of the device's group, and a kernel module of this version. Who may read the device and not write it has
-    /// [`Vmm::status`] by it, and no fork. [`Via::Doorbell`] takes CAP_SYS_RAWIO and a
-    /// kernel without lockdown; with the module loaded, a kernel with CONFIG_IO_STRICT_DEVMEM keeps the control page for it.
+    /// [`Via::Device`] takes a member of the device's group, and a kernel module of this version. Who may
+    /// read the device and not write it has [`Vmm::status`] by it, and no fork. [`Via::Doorbell`] takes
+    /// CAP_SYS_RAWIO and a kernel without lockdown; with the module loaded, a kernel with
+    /// CONFIG_STRICT_DEVMEM keeps the control page for it.
     ///
     /// # Errors
     ///
@@ -171,9 +179,10 @@ impl Vmm {
     /// wait. A child's random pool and clock are its own before this returns, and before any other task of the calling vCPU runs. Tasks on
     /// other vCPUs are not held back.
     ///
-    /// By the doorbell, that holds for the host name too, and the caller needs CAP_SYS_RAWIO to ring, CAP_SYS_NICE to run first, CAP_SYS_ADMIN
-    /// for seed and host name, and CAP_SYS_TIME. By the device it needs nothing; the host name is set last, and stays the parent's where the
-    /// caller lacks CAP_SYS_ADMIN.
+    /// By the doorbell, that holds for the host name too, and the caller needs CAP_SYS_RAWIO to ring,
+    /// CAP_SYS_NICE to run first, CAP_SYS_ADMIN for turn, seed and host name, and CAP_SYS_TIME, and the
+    /// kernel has to be Linux 5.2 or newer with CONFIG_DEVTMPFS. By the device it needs nothing; the host
+    /// name is set last, and stays the parent's where the caller lacks CAP_SYS_ADMIN.
     ///
     /// # Errors
     ///
@@ -184,6 +193,19 @@ impl Vmm {
             Route::Doorbell(doorbell) => doorbell.fork(request),
         }
     }
+}
+
+/// The value of a variable in the environment with which this program was executed.
+fn at_start(name: &str) -> Option<OsString> {
+    static ENVIRONMENT: OnceLock<Vec<u8>> = OnceLock::new();
+    let environment = ENVIRONMENT.get_or_init(|| fs::read("/proc/self/environ").unwrap_or_default());
+    value(environment, name).map(OsStr::to_owned)
+}
+
+/// The value of a variable in an `environment` as the kernel shows it: `NAME=value`, each ended by a NUL.
+fn value<'a>(environment: &'a [u8], name: &str) -> Option<&'a OsStr> {
+    let value = |entry: &'a [u8]| entry.strip_prefix(name.as_bytes())?.strip_prefix(b"=");
+    environment.split(|&byte| byte == 0).find_map(value).map(OsStr::from_bytes)
 }
 
 /// The route that the environment's variable asks for, if there is one.
@@ -203,6 +225,16 @@ mod tests {
             let error = asked(Some(wrong.into())).unwrap_err();
             assert_eq!(error.to_string(), "VMFORK_VIA can't be followed");
         }
+    }
+
+    #[test]
+    fn the_environment_is_that_of_the_programs_start() {
+        let environment = b"VMFORK_VIAS=1\0A=VMFORK_VIA=2\0VMFORK_VIA=a=b\0VMFORK_VIA=c\0\0NONE\0";
+        assert_eq!(value(environment, "VMFORK_VIA"), Some(OsStr::new("a=b")));
+        assert_eq!(value(environment, "NONE"), None);
+        assert_eq!(value(b"", "VMFORK_VIA"), None);
+        assert_eq!(at_start("VMFORK_NO_SUCH"), None);
+        assert_eq!(at_start("PATH"), std::env::var_os("PATH"));
     }
 
     #[test]

@@ -8,7 +8,8 @@
 //!   where there were several; `poll` tells that there is one (`POLLIN`). A shorter buffer is refused (`EINVAL`), and a file that does not wait is
 //!   told `EAGAIN` where there is none.
 //! - `mmap` gives one page, read-only, at offset 0: [`Generation`](crate::Generation); `ENODEV` where the VMM has none, `EACCES` for writing.
-//! - [`FORK`] is made by a task of the module's own, above all others of its CPU: in a copy, nothing else runs there before it is itself.
+//! - [`FORK`] is made while the module has stopped all CPUs: in a copy, nothing else runs on any of them before
+//!   the kernel's random generator has the copy's seed. Its clock is set, and its uevent sent, right after that.
 //! - While an operator forks the VM, a [`FORK`] waits for that, and is made then in the original VM: for a second at most, or until its deadline.
 //!
 //! The module keeps the seed of an [`Identity`](crate::Identity) to itself: wherever one stands here, its seed is zero.

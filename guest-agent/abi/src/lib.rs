@@ -10,6 +10,13 @@
 //! with another ID. A ring that comes while such a fork is under way is refused ([`ErrorCode::Busy`]), and so is one for a request that names
 //! another VM than the one that rings: its parent's, in the operator's copy ([`ErrorCode::Copied`]).
 //!
+//! There is one request at a time, so callers in a guest take turns, from before they write the request until
+//! their copy is whole. The kernel module lets its own take turns, and keeps others from the page. Programs
+//! that use the page themselves, in whatever namespaces, hold an exclusive flock(2) on the node `mem` in the
+//! kernel's devtmpfs, which none but they can open. Each chooses the number of its request at random, so that
+//! it takes no answer to another's request for its own; and whoever finds another VM's ID in the [`Identity`]
+//! than before its ring is in a copy, whatever the response is.
+//!
 //! In every copy, whoever has asked for it, another [`Generation`] stands before the copy runs, and in the parent the same one as before. It has
 //! a page of its own, which a kernel can show to all processes: the control page has the seed too, which is for few to see.
 //!

@@ -120,8 +120,8 @@ part! {
         32 parent_id: [u8; 16],
         /// Random bytes that no other VM was given, fresh in every copy, and after every fork that this VM has asked for.
         48 seed: [u8; 64],
-        /// Wall-clock time when this VM's vCPUs were last started after a launch or a fork that it has asked for, in nanoseconds since
-        /// 1970 (UTC).
+        /// Wall-clock time in nanoseconds since 1970 (UTC): in a copy when its clocks began to go on from the capture, else when
+        /// this VM's vCPUs were last started after a launch or a fork that it has asked for.
         112 wall_clock_ns: u64,
         /// Name of this VM on its platform, such as `web.2`, NUL-padded.
         120 name: [u8; NAME_BYTES],

@@ -107,6 +107,9 @@ numbered! {
         Incomplete = 18, "the VM's memory has not come as a whole yet";
         /// The request is that of another VM, of which this one is a copy.
         Copied = 19, "the request is that of the VM that this one is a copy of";
+        /// The children were not ready to run in time: the operator says how long a VM may stand still for a
+        /// fork.
+        Timeout = 20, "the children were not ready to run in time";
     }
 }
 

@@ -104,21 +104,31 @@ impl ControlPage {
 
     /// Writes the request of the VM `asker`, rings by `ring`, and reads the answer: what the page says of the VM that this has returned in.
     ///
+    /// The request's number is made of `nonce`, random bits, by which the answer to this request is told from
+    /// the answer to any other: also of one that was made meanwhile, by a program that does not wait for its
+    /// turn.
+    ///
     /// # Errors
     ///
-    /// [`ForkError::Copied`], [`ForkError::NotAnswered`], [`ForkError::Refused`] or [`ForkError::UnknownAnswer`].
+    /// [`ForkError::Copied`] in a copy that came of any other request; in the VM `asker`,
+    /// [`ForkError::NotAnswered`], [`ForkError::Refused`] or [`ForkError::UnknownAnswer`].
     pub(crate) fn exchange(
         &self,
         request: &ForkRequest,
         asker: [u8; 16],
+        nonce: u64,
         ring: impl FnOnce(),
     ) -> Result<Account, ForkError> {
-        let seq = next_seq(self.request().seq, self.response().seq);
+        let seq = new_seq(nonce, self.request().seq, self.response().seq);
         self.page.write::<{ PAGE.request.offset }, _>(&request.numbered(seq, asker).to_bytes());
         fence(Ordering::SeqCst);
         ring();
         fence(Ordering::SeqCst);
-        accept(seq, self.response())?;
+        accept(seq, self.response()).map_err(|error| match error {
+            // Whatever the answer is, this VM is not the one that has asked.
+            _ if self.identity().vm_id != asker => ForkError::Copied,
+            error => error,
+        })?;
         Ok(self.account())
     }
 
@@ -131,10 +141,11 @@ impl ControlPage {
     }
 }
 
-/// A number that differs from the last request's and the last response's.
-fn next_seq(last_request: u64, last_response: u64) -> u64 {
-    let next = last_request.wrapping_add(1);
-    if next == last_response { next.wrapping_add(1) } else { next }
+/// A number made of `nonce` that is neither the last request's nor the last response's, and not zero. It has
+/// 52 bits, as many as go through every reader of JSON: events and traces have it too.
+fn new_seq(nonce: u64, last_request: u64, last_response: u64) -> u64 {
+    let seq = (nonce >> 12).max(1);
+    [seq, seq + 1, seq + 2].into_iter().find(|&seq| seq != last_request && seq != last_response).unwrap_or(seq)
 }
 
 /// Passes if `response` says that request `seq` was served.
@@ -193,6 +204,12 @@ mod tests {
         (file, header)
     }
 
+    const ASKER: [u8; 16] = [3; 16];
+
+    /// Random bits, and the number of the request for which they are taken.
+    const NONCE: u64 = 0x1234_5678_9abc_def0;
+    const SEQ: u64 = 0x1_2345_6789_abcd;
+
     /// What a VMM does at the doorbell: answers the request that it finds, `shift` beside its number.
     fn answer(control: &ControlPage, shift: u64, status: u32, error: u32) {
         let response = Response { seq: control.request().seq + shift, status, error, ..Response::default() };
@@ -212,10 +229,13 @@ mod tests {
 
     #[test]
     fn a_number_is_never_the_last_one_of_either_side() {
-        let numbers = [0, 1, 2, u64::MAX - 1, u64::MAX];
-        for (request, response) in numbers.iter().flat_map(|&a| numbers.map(|b| (a, b))) {
-            let seq = next_seq(request, response);
-            assert!(seq != request && seq != response, "{request} {response} {seq}");
+        let lasts = [0, 1, 2, SEQ, SEQ + 1, u64::MAX >> 12, u64::MAX];
+        for nonce in [0, 4095, 4096, NONCE, u64::MAX] {
+            for (request, response) in lasts.iter().flat_map(|&a| lasts.map(|b| (a, b))) {
+                let seq = new_seq(nonce, request, response);
+                assert!(![0, request, response].contains(&seq), "{nonce} {request} {response} {seq}");
+                assert!(seq <= 1 << 53, "{seq} goes through JSON");
+            }
         }
     }
 
@@ -223,12 +243,55 @@ mod tests {
     fn an_answered_request_yields_the_identity() {
         let control = with_header(header()).unwrap();
         let request = ForkRequest::new("web", 4).unwrap();
-        for seq in 1..=3 {
-            let account = control.exchange(&request, [3; 16], || {
-                assert_eq!(control.request(), request.numbered(seq, [3; 16]));
+        for round in 0..3 {
+            let account = control.exchange(&request, ASKER, NONCE + (round << 12), || {
+                assert_eq!(control.request(), request.numbered(SEQ + round, ASKER));
                 answer(&control, 0, Status::Forked.number(), 0);
             });
             assert_eq!(account.unwrap().identity.role, Role::Child.number());
+        }
+    }
+
+    /// What a VMM does at the doorbell, for a ring that comes back in the original or in a copy: it forks the
+    /// VM as the request says that it finds.
+    fn serve(control: &ControlPage, in_copy: bool) {
+        let Request { seq, count, .. } = control.request();
+        let role = if in_copy { Role::Child } else { Role::Parent };
+        let vm_id = if in_copy { child().vm_id } else { ASKER };
+        let identity = Identity { role: role.number(), index: u32::from(in_copy), count, vm_id, ..child() };
+        let response = Response { seq, status: Status::Forked.number(), ..Response::default() };
+        control.page.write::<{ PAGE.response.offset }, _>(&response.to_bytes());
+        control.page.write::<{ PAGE.identity.offset }, _>(&identity.to_bytes());
+    }
+
+    #[test]
+    fn callers_that_do_not_wait_for_each_other_take_no_answer_of_the_others() {
+        let [one, other] = [1, 2].map(|count| ForkRequest::new("web", count).unwrap());
+        let last = Identity { role: Role::Parent.number(), index: 0, count: 9, vm_id: ASKER, ..child() };
+        for in_copy in [false, true] {
+            for (others_ring, own_ring) in [(true, true), (true, false), (false, true), (false, false)] {
+                let control = with_header(header()).unwrap();
+                control.page.write::<{ PAGE.identity.offset }, _>(&last.to_bytes());
+                let asked = control.exchange(&one, ASKER, NONCE, || {
+                    // The same random bits would be an accident; the same last request is none.
+                    let asked = control.exchange(&other, ASKER, !NONCE, || {
+                        if others_ring {
+                            serve(&control, in_copy);
+                        }
+                    });
+                    match asked {
+                        Ok(account) => assert_eq!((others_ring, account.identity.count), (true, 2)),
+                        Err(error) => assert!(!others_ring, "{error}"),
+                    }
+                    if own_ring {
+                        serve(&control, in_copy);
+                    }
+                });
+                let error = asked.expect_err("the other's request was served, or none");
+                let is_copy = in_copy && (others_ring || own_ring);
+                assert_eq!(error.role(), is_copy.then_some(Role::Child), "{error}");
+                assert_eq!(matches!(error, ForkError::NotAnswered { seq: SEQ, .. }), !is_copy, "{error}");
+            }
         }
     }
 
@@ -261,24 +324,26 @@ mod tests {
         assert_eq!(listed(header, REGION_BYTES), 0);
     }
 
+    /// What a fork of one child answers where the VMM does this.
+    fn asked(control: &ControlPage, ring: impl FnOnce()) -> ForkError {
+        control.exchange(&ForkRequest::new("web", 1).unwrap(), child().vm_id, NONCE, ring).unwrap_err()
+    }
+
     #[test]
     fn silence_and_other_requests_answers_are_errors() {
         let control = with_header(header()).unwrap();
-        let request = ForkRequest::new("web", 1).unwrap();
-        let silent = control.exchange(&request, [3; 16], || ()).unwrap_err();
-        assert!(matches!(silent, ForkError::NotAnswered { seq: 1, last: 0 }), "{silent}");
-        let other =
-            control.exchange(&request, [3; 16], || answer(&control, 7, Status::Forked.number(), 0)).unwrap_err();
-        assert!(matches!(other, ForkError::NotAnswered { seq: 2, last: 9 }), "{other}");
+        control.page.write::<{ PAGE.identity.offset }, _>(&child().to_bytes());
+        let silent = asked(&control, || ());
+        assert!(matches!(silent, ForkError::NotAnswered { seq: SEQ, last: 0 }), "{silent}");
+        let other = asked(&control, || answer(&control, 7, Status::Forked.number(), 0));
+        assert!(matches!(other, ForkError::NotAnswered { seq, last } if seq == SEQ + 1 && last == SEQ + 8), "{other}");
     }
 
     #[test]
     fn refusals_keep_their_code() {
         let control = with_header(header()).unwrap();
-        let request = ForkRequest::new("web", 1).unwrap();
         for &code in ErrorCode::ALL.iter().filter(|&&code| code != ErrorCode::None) {
-            let refuse = || answer(&control, 0, Status::Failed.number(), code.number());
-            match control.exchange(&request, [3; 16], refuse).unwrap_err() {
+            match asked(&control, || answer(&control, 0, Status::Failed.number(), code.number())) {
                 ForkError::Copied => assert_eq!(code, ErrorCode::Copied),
                 error => assert_eq!(error.code(), Some(code).filter(|&code| code != ErrorCode::Copied)),
             }
@@ -288,9 +353,8 @@ mod tests {
     #[test]
     fn answers_that_contradict_themselves_are_errors() {
         let control = with_header(header()).unwrap();
-        let request = ForkRequest::new("web", 1).unwrap();
         for (status, error) in [(0, 0), (1, 3), (2, 0), (2, 999), (7, 0)] {
-            let answered = control.exchange(&request, [3; 16], || answer(&control, 0, status, error)).unwrap_err();
+            let answered = asked(&control, || answer(&control, 0, status, error));
             assert!(matches!(answered, ForkError::UnknownAnswer { .. }), "{answered}");
         }
     }

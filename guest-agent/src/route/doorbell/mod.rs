@@ -1,7 +1,7 @@
 //! From user space alone: the control page through /dev/mem, and the doorbell by a port write.
 //!
-//! [`Doorbell::fork`] has the order. The calling thread takes its turn by a lock, holds back the other tasks of its vCPU, and gives a copy its
-//! identity itself.
+//! [`Doorbell::fork`] has the order. The calling thread takes its turn by a lock of the whole guest, holds
+//! back the other tasks of its vCPU, and gives a copy its identity itself.
 
 mod control_page;
 mod lock;
@@ -10,20 +10,21 @@ mod random;
 
 use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
+use std::sync::OnceLock;
+use std::thread;
 use std::time::{Duration, Instant};
-use std::{io, thread};
 
 use vmfork_abi::cpuid::Interface;
 use vmfork_abi::{ErrorCode, PAGE_BYTES, doorbell};
 
 use self::control_page::ControlPage;
 pub use self::control_page::HeaderError;
-use self::lock::ForkLock;
 pub use self::lock::LockError;
+use self::lock::{Devtmpfs, ForkLock};
 pub use self::privilege::PrivilegeError;
 pub(crate) use self::random::{PATH as RANDOM_PATH, RandomPool};
 use crate::fork::which;
-use crate::raw::{DoorbellPort, Scheduling, SharedMemory};
+use crate::raw::{DoorbellPort, Raised, Scheduling, SharedMemory};
 use crate::route::Account;
 use crate::{Fork, ForkError, ForkRequest, OpenError, Vmm, identity};
 
@@ -37,6 +38,8 @@ const PAUSE: Duration = Duration::from_millis(10);
 pub(crate) struct Doorbell {
     interface: Interface,
     page: ControlPage,
+    /// Mounted by the first fork.
+    devtmpfs: OnceLock<Devtmpfs>,
 }
 
 /// What the steps around the doorbell use, made before it so that a lack of it fails while there is only one VM.
@@ -71,7 +74,8 @@ impl Doorbell {
         // The page says how much there is behind it.
         let page = map(PAGE_BYTES)?;
         let needed_bytes = page.needed_bytes();
-        Ok(Self { interface, page: if needed_bytes > PAGE_BYTES { map(needed_bytes)? } else { page } })
+        let page = if needed_bytes > PAGE_BYTES { map(needed_bytes)? } else { page };
+        Ok(Self { interface, page, devtmpfs: OnceLock::new() })
     }
 
     /// Who this VM is, and how it came out of its latest fork, unchecked.
@@ -86,7 +90,7 @@ impl Doorbell {
     /// What [`Self::fork`] would return without asking the VMM.
     pub(crate) fn check(&self) -> Result<(), ForkError> {
         let _tools = self.prepare(None)?;
-        raise().and_then(|old| old.apply()).map_err(|source| ForkError::Raise { source })
+        Raised::to(Scheduling::TOP).and_then(Raised::lower).map_err(|source| ForkError::Raise { source })
     }
 
     /// Forks this VM once it is this caller's turn, and returns in the parent and in every child.
@@ -102,6 +106,8 @@ impl Doorbell {
                 Err(ForkError::Refused(ErrorCode::Busy)) => {}
                 other => return other,
             }
+            // Before the deadline is looked at: a copy must learn that it is one.
+            self.check_original(tools.asker)?;
             if passed(deadline) {
                 return Err(ForkError::DeadlinePassed);
             }
@@ -118,9 +124,23 @@ impl Doorbell {
         privilege::check().map_err(ForkError::Privilege)?;
         let pool = RandomPool::open().map_err(|source| ForkError::OpenRandom { source })?;
         let asker = self.page.identity().vm_id;
-        let lock = ForkLock::acquire(deadline).map_err(ForkError::Lock)?.ok_or(ForkError::DeadlinePassed)?;
+        let lock = self.lock(deadline).map_err(ForkError::Lock)?;
+        // Whoever holds it may have forked meanwhile, and hold it in this copy too, until after the deadline.
         self.check_original(asker)?;
-        Ok(Tools { port, pool, asker, _lock: lock })
+        Ok(Tools { port, pool, asker, _lock: lock.ok_or(ForkError::DeadlinePassed)? })
+    }
+
+    /// Waits for the caller's turn, or until the deadline: then there is `None`.
+    fn lock(&self, deadline: Option<Instant>) -> Result<Option<ForkLock>, LockError> {
+        // Of several first callers, all but one drop theirs again.
+        let devtmpfs = match self.devtmpfs.get() {
+            Some(mounted) => mounted,
+            None => {
+                let mounted = Devtmpfs::mount()?;
+                self.devtmpfs.get_or_init(|| mounted)
+            }
+        };
+        ForkLock::acquire(devtmpfs, deadline)
     }
 
     /// Checks that this is the VM `asker`, and not a copy of it.
@@ -130,9 +150,9 @@ impl Doorbell {
 
     /// Asks for a fork once.
     fn fork_once(&self, tools: &Tools, request: &ForkRequest) -> Result<Fork, ForkError> {
-        let old = raise().map_err(|source| ForkError::Raise { source })?;
+        let raised = Raised::to(Scheduling::TOP).map_err(|source| ForkError::Raise { source })?;
         let forked = self.ring(tools, request);
-        let lowered = old.apply();
+        let lowered = raised.lower();
         let fork = forked?;
         lowered.map_err(|source| ForkError::Lower { role: fork.role, source })?;
         Ok(fork)
@@ -141,11 +161,15 @@ impl Doorbell {
     /// Rings, and makes the VM in which that returns the one that it should be.
     fn ring(&self, tools: &Tools, request: &ForkRequest) -> Result<Fork, ForkError> {
         let doorbell_at = identity::monotonic().map_err(|source| ForkError::ReadClock { source })?;
-        let account = self.page.exchange(request, tools.asker, || tools.port.ring(doorbell::FORK))?;
+        let nonce = tools.pool.bits().map_err(|source| ForkError::OpenRandom { source })?;
+        let account = self.page.exchange(request, tools.asker, nonce, || tools.port.ring(doorbell::FORK))?;
         // From here on there are several VMs, and this is any one of them.
         let fork = which(&account)?;
         identity::assume(&fork, &account.identity, &tools.pool, doorbell_at)
             .map_err(|source| ForkError::Identity { role: fork.role, source })?;
+        // An operator may have made a copy of that VM meanwhile, which has become the VM that it was told to
+        // be, and is another.
+        self.check_original(account.identity.vm_id)?;
         Ok(fork)
     }
 }
@@ -153,13 +177,4 @@ impl Doorbell {
 /// Whether there is a deadline, and it has passed.
 fn passed(deadline: Option<Instant>) -> bool {
     deadline.is_some_and(|deadline| Instant::now() >= deadline)
-}
-
-/// Raises the calling thread above every other task of its vCPU, and returns how it was scheduled before.
-fn raise() -> io::Result<Scheduling> {
-    let old = Scheduling::current()?;
-    // What can't be put back later, as a deadline task can't, is left alone.
-    old.apply()?;
-    Scheduling::TOP.apply()?;
-    Ok(old)
 }

@@ -1,7 +1,7 @@
 //! The kernel's random pool, which a copy shares with its parent until a seed of its own is mixed in.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::AsRawFd;
 
 /// Where the pool's ioctls are served (random(4)).
@@ -35,6 +35,13 @@ impl RandomPool {
     /// Opens [`PATH`].
     pub(crate) fn open() -> io::Result<Self> {
         Ok(Self { device: File::open(PATH)? })
+    }
+
+    /// Random bits, without waiting for the pool to be filled.
+    pub(crate) fn bits(&self) -> io::Result<u64> {
+        let mut bytes = [0; 8];
+        (&self.device).read_exact(&mut bytes)?;
+        Ok(u64::from_ne_bytes(bytes))
     }
 
     /// Mixes `seed` into the pool and credits all of its bits.
