@@ -110,7 +110,7 @@ pub struct Run {
     #[arg(long, value_name = "FILE")]
     pub trace: Option<PathBuf>,
     /// Be a platform of a cluster too, which is set up by this file. It says what other options say otherwise.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["log_dir", "events", "trace", "max_vms", "limits", "keep", "ready", "no_prefetch", "cpu_profile"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["log_dir", "events", "trace", "max_vms", "max_pause", "limits", "keep", "image_memory", "ready", "no_prefetch", "cpu_profile"])]
     pub config: Option<PathBuf>,
     /// Answer `host-vmm ps` and others on this socket, instead of one in the folder for this user's sockets.
     #[arg(long, value_name = "SOCKET")]
@@ -118,6 +118,11 @@ pub struct Run {
     /// Most VMs at a time; a fork that would need more fails.
     #[arg(long, value_name = "N", default_value_t = 1100)]
     pub max_vms: usize,
+    /// Longest pause of a VM for a fork. Where its copies, here and on other platforms, are not ready to run
+    /// within that time, the fork fails with an error code of its own, the VM goes on, and nothing is left of
+    /// the copies.
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=600))]
+    pub max_pause: u64,
     /// Limit what VMs of a type may do; * stands for all types. Names: fork-children (children of one fork), children (that one VM has at
     /// a time), rate (forks of one VM within a second), generations, memory (of all VMs of the type, with K, M or G). A fork beyond
     /// a limit fails with an error code. May be given again.
@@ -127,6 +132,11 @@ pub struct Run {
     /// image can be launched at any time (`host-vmm spawn`), and this command goes on for as long as it is kept. May be given again.
     #[arg(long, value_name = "TYPE[:NUMBER]")]
     pub keep: Vec<Keep>,
+    /// Most memory that images from elsewhere take, which clones and `host-vmm image load` bring: bytes, or
+    /// with K, M or G; what does not fit is refused. Half of the host's memory where this is not given; a
+    /// sixteenth of that stays available in any case.
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub image_memory: Option<u64>,
     /// Ready machines to keep for the children of the next fork; up to as many more stand by, each for one VM that forks. Children beyond
     /// that number take longer.
     #[arg(long, value_name = "N", default_value_t = 4)]
@@ -138,7 +148,8 @@ pub struct Run {
     /// Make no pages ready for a child beforehand that the first child of its parent has written to before its first output.
     #[arg(long)]
     pub no_prefetch: bool,
-    /// For tests: let the booted VM's forks fail, one for each step that is named, in order.
+    /// For tests: let the booted VM's forks fail, one for each step that is named, in order. A fork with
+    /// `first-run` does not fail: in its copies, the other vCPUs run 50 ms before the first one.
     #[arg(long, value_name = "STEP", value_delimiter = ',', hide = true)]
     pub inject_fault: Vec<Step>,
 }
@@ -423,10 +434,15 @@ fn cpu_profile(text: &str) -> Result<Profile, String> {
     Subset::from_json(&file).map(Profile::Common).map_err(|error| chain(&error))
 }
 
+/// Parses a size such as `8G`.
+fn size(text: &str) -> Result<u64, String> {
+    units::size(text).ok_or_else(|| "not a size: give bytes, or a number with K, M or G".to_owned())
+}
+
 /// Parses a memory size such as `512M`.
 fn memory_size(text: &str) -> Result<u64, String> {
     use crate::arch::layout::{MAX_RAM_BYTES, MIN_RAM_BYTES, PAGE_BYTES};
-    let bytes = units::size(text).ok_or("not a size: give bytes, or a number with K, M or G")?;
+    let bytes = size(text)?;
     let bytes = Some(bytes).filter(|bytes| (MIN_RAM_BYTES..=MAX_RAM_BYTES).contains(bytes));
     let bytes = bytes.ok_or_else(|| format!("must be from {}M to {}G", MIN_RAM_BYTES >> 20, MAX_RAM_BYTES >> 30))?;
     if bytes % PAGE_BYTES == 0 { Ok(bytes) } else { Err("must be a multiple of 4096 bytes".to_owned()) }

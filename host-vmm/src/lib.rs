@@ -32,6 +32,8 @@
 //! - [`capsule`]: a captured VM as bytes, beside the files of its memory; [`capsule::compat`] says whether a platform can run it.
 //! - [`memory`]: immutable images, and private views of them.
 //! - [`devices`], [`kvm`], [`arch`]: what a machine consists of.
+//! - [`text`]: text from elsewhere, cut and escaped where it comes in.
+//! - [`output`]: standard output, standard error and event files, which never make a VM or a fork wait.
 
 pub mod api;
 pub mod arch;
@@ -49,8 +51,11 @@ pub mod kvm;
 pub mod machine;
 pub mod memory;
 pub mod node;
+mod outage;
+pub mod output;
 pub mod platform;
 mod sync;
+pub mod text;
 mod threads;
 mod units;
 pub mod wire;

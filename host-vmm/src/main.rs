@@ -1,24 +1,46 @@
 //! `host-vmm`: parse, run, and print what went wrong.
 
-use std::process::ExitCode;
+use std::{
+    io::{self, IsTerminal},
+    process::ExitCode,
+};
 
 use anyhow::Context;
 use clap::Parser;
 use host_vmm::{
     cli::{Cli, Command},
     command, node,
+    output::{self, Messages, NodeMessages},
+    text,
 };
 use nix::sys::signal::{SigSet, Signal};
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
-    let filter = EnvFilter::try_from_env("HOST_VMM_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
-    let result = ignore_file_limit().and_then(|()| run(Cli::parse().command));
-    result.unwrap_or_else(|error| {
-        eprintln!("host-vmm: {error:#}");
+    let command = Cli::parse().command;
+    let result = ignore_file_limit().and_then(|()| log(&command)).and_then(|()| run(command));
+    let code = result.unwrap_or_else(|error| {
+        output::say(format_args!("{}", text::lines(&format!("{error:#}"))));
         ExitCode::FAILURE
-    })
+    });
+    output::end_messages();
+    code
+}
+
+/// Has logs written to standard error. Nobody waits for who reads that: neither a platform and its VMs, nor
+/// nodes, whose standard error the platform passes on.
+fn log(command: &Command) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_from_env("HOST_VMM_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
+    // What it would say of messages that are left out would be written past all this.
+    let logs = tracing_subscriber::fmt().with_env_filter(filter).log_internal_errors(false);
+    if matches!(command, Command::Zygote(_)) {
+        // It has one thread. The platform escapes what comes from it: colours too.
+        logs.with_ansi(false).with_writer(|| NodeMessages).init();
+        return Ok(());
+    }
+    output::take_messages().context("can't set up standard error")?;
+    logs.with_ansi(io::stderr().is_terminal()).with_writer(|| Messages).init();
+    Ok(())
 }
 
 /// Has a file that may not become longer be an error for whoever writes it, instead of the end of a platform with all its VMs.

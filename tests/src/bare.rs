@@ -12,6 +12,9 @@ use crate::elf;
 
 /// Where `host-vmm` puts the control page, and listens for the doorbell. A guest would find both by CPUID.
 pub const CONTROL_PAGE: u64 = 0xd000_0000;
+/// Where `host-vmm` puts the VM generation ID: behind all that belongs to the control page. A guest would
+/// find it by ACPI.
+pub const GENERATION_ID: u64 = CONTROL_PAGE + vmfork_abi::REGION_BYTES as u64;
 /// Port of the doorbell.
 pub const DOORBELL: u16 = 0x560;
 
@@ -56,6 +59,10 @@ global_asm!(
     "    je 130f",
     "    cmp eax, 14",
     "    je 140f",
+    "    cmp eax, 15",
+    "    je 150f",
+    "    cmp eax, 16",
+    "    je 160f",
     "3:  hlt",
     "    jmp 3b",
     "10: mov [rbx], ecx", // store 4 bytes
@@ -139,6 +146,43 @@ global_asm!(
     "    jmp 2b",
     "140: mov eax, [rbx]", // copy 4 bytes
     "    mov [rcx], eax",
+    "    jmp 2b",
+    "150: mov rax, rcx", // write a model-specific register
+    "    mov rdx, rcx",
+    "    shr rdx, 32",
+    "    mov ecx, ebx",
+    "    wrmsr",
+    "    jmp 2b",
+    "160: mov rsi, rcx", // look at the clocks
+    "161: mov r8d, [rbx]",
+    "    test r8d, 1",
+    "    jnz 161b",
+    "    rdtsc",
+    "    shl rdx, 32",
+    "    or rax, rdx",
+    "    mov r10, rax",
+    "    sub rax, [rbx + 8]",
+    "    movsx ecx, byte ptr [rbx + 28]",
+    "    test ecx, ecx",
+    "    js 162f",
+    "    shl rax, cl",
+    "    jmp 163f",
+    "162: neg ecx",
+    "    shr rax, cl",
+    "163: mov r9d, [rbx + 24]",
+    "    mul r9",
+    "    shrd rax, rdx, 32",
+    "    add rax, [rbx + 16]",
+    "    cmp r8d, [rbx]",
+    "    jne 161b",
+    "    cmp r10, [rsi]",
+    "    jae 164f",
+    "    inc dword ptr [rsi + 16]",
+    "164: cmp rax, [rsi + 8]",
+    "    jae 165f",
+    "    inc dword ptr [rsi + 20]",
+    "165: mov [rsi], r10",
+    "    mov [rsi + 8], rax",
     "    jmp 2b",
     elf::print_line!("bare_line"),
     "bare_end:",
@@ -250,6 +294,19 @@ impl Script {
         let steps = what.steps.len() as u64 + 1;
         self.steps.extend(what.steps);
         self.step(12, 0, steps)
+    }
+
+    /// Writes a model-specific register.
+    #[must_use]
+    pub fn write_msr(self, index: u32, value: u64) -> Self {
+        self.step(15, u64::from(index), value)
+    }
+
+    /// Looks at the time-stamp counter, and at kvmclock, whose structure is at `clock`. Stores both at `result`, 8 bytes each, and counts behind them, 4
+    /// bytes each, how often they have gone back from one look to the next.
+    #[must_use]
+    pub fn look_at_clocks(self, clock: u64, result: u64) -> Self {
+        self.step(16, clock, result)
     }
 
     /// Stands still.

@@ -14,6 +14,9 @@ use crate::{assets, network::Network};
 /// Where a platform listens that has a host of its own.
 const PORT: u16 = 7070;
 
+/// How long a VM may stand still for a fork, where a test does not say it.
+const MAX_PAUSE: &str = "max_pause_seconds = 120\n";
+
 /// Platforms, where each of them listens, and the folder with their certificates, if they have some.
 #[derive(Debug)]
 pub struct Platforms(Vec<(&'static str, SocketAddr)>, Option<TempDir>);
@@ -125,7 +128,9 @@ impl Platforms {
         };
         // Few are ready, for several platforms share this host; tests that count processes want none.
         let ready = if more.contains("ready = ") { "" } else { "ready = 2\n" };
-        format!("name = \"{name}\"\nlisten = \"{}\"\n{trust}\n{ready}{more}", self.address(name))
+        // On a busy machine, what is right may take long.
+        let pause = if more.contains("max_pause_seconds = ") { "" } else { MAX_PAUSE };
+        format!("name = \"{name}\"\nlisten = \"{}\"\n{trust}\n{ready}{pause}{more}", self.address(name))
     }
 }
 

@@ -3,27 +3,33 @@
 //! - [`vmm`]: a running `host-vmm`, and what it reports.
 //! - [`bare`]: a guest without an operating system, that does what a test writes down.
 //! - [`user`]: a guest without an operating system that runs at CPL 3, for the bench, and for tests of many forks.
+//! - [`fake`]: a platform that does to others what no platform does.
 //! - [`faults`]: the steps of a fork that can be made to fail.
 //! - [`cluster`]: several platforms, on one host or on several.
 //! - [`etcd`]: what they may know each other by.
 //! - [`network`]: hosts of their own, for platforms that are not to share one.
+//! - [`peer`]: a platform that keeps others waiting.
 //! - [`process`]: what a process has of the host's resources.
 //! - [`proxy`]: a way between two platforms on which things go wrong.
 //! - [`rings`]: a guest without an operating system that turns to its VMM again and again, for the bench.
 //! - [`rounds`]: how often that happens, and where.
+//! - [`state`]: a guest without an operating system that fills all of its registers, and looks whether they stay as they are.
 //!
 //! The Linux guests' side is the program `test-guest`; the demo is the program `demo`.
 
 pub mod assets;
 pub mod bare;
+pub mod clocks;
 pub mod cluster;
 mod elf;
 pub mod etcd;
 pub mod faults;
 pub mod network;
+pub mod peer;
 pub mod process;
 pub mod proxy;
 pub mod rings;
 pub mod rounds;
+pub mod state;
 pub mod user;
 pub mod vmm;

@@ -29,8 +29,15 @@ use crate::{
     process,
 };
 
-/// How long a test waits for something to happen. Guests in the lab are slow, and two tests run at a time.
+/// Time that a test waits while nothing happens. Guests in the lab are slow, and two tests run at a time.
 pub const PATIENCE: Duration = Duration::from_secs(180);
+
+/// Time that it waits in all, though something happens: on a busy machine, what is right may take long.
+const IN_ALL: Duration = Duration::from_secs(900);
+
+/// How long a VM may stand still for a fork, where a test does not say it: on a busy machine, what is right
+/// may take long.
+const MAX_PAUSE_SECONDS: &str = "120";
 
 /// How often it is looked whether one that tells nothing has ended.
 const LOOK_AROUND: Duration = Duration::from_secs(1);
@@ -52,6 +59,10 @@ pub struct Vmm {
     config: Option<String>,
     /// Where it runs; `None` for this machine itself.
     host: Option<Host>,
+    /// Its standard output and standard error, where these are not nowhere and the test's.
+    output: Option<[Stdio; 2]>,
+    /// How much it logs, where it is not as much as usual.
+    log_level: Option<&'static str>,
 }
 
 impl Vmm {
@@ -75,6 +86,18 @@ impl Vmm {
     #[must_use]
     pub fn on(self, host: &Host) -> Self {
         Self { host: Some(host.clone()), ..self }
+    }
+
+    /// Gives it a standard output and a standard error.
+    #[must_use]
+    pub fn output(self, stdout: impl Into<Stdio>, stderr: impl Into<Stdio>) -> Self {
+        Self { output: Some([stdout.into(), stderr.into()]), ..self }
+    }
+
+    /// Has it log all that is of a level, such as `debug`.
+    #[must_use]
+    pub fn log_level(self, level: &'static str) -> Self {
+        Self { log_level: Some(level), ..self }
     }
 
     /// Boots Linux with an image, and runs a program with arguments in it.
@@ -144,13 +167,18 @@ impl Vmm {
         } else {
             command.arg("--events").arg(&fifo).arg("--log-dir").arg(logs);
             command.arg("--api").arg(folder.path().join(SOCKET));
+            if !self.arguments.iter().any(|argument| argument == "--max-pause") {
+                command.args(["--max-pause", MAX_PAUSE_SECONDS]);
+            }
         }
-        let mut process = command
-            .args(&self.arguments)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .spawn()
-            .with_context(|| format!("can't start {}", host_vmm.display()))?;
+        command.args(&self.arguments).stdin(Stdio::piped()).stdout(Stdio::null());
+        if let Some([stdout, stderr]) = self.output {
+            command.stdout(stdout).stderr(stderr);
+        }
+        if let Some(level) = self.log_level {
+            command.env("HOST_VMM_LOG", level);
+        }
+        let mut process = command.spawn().with_context(|| format!("can't start {}", host_vmm.display()))?;
         let stdin = process.stdin.take();
         let (sender, events) = mpsc::channel();
         thread::spawn(move || {
@@ -225,9 +253,9 @@ impl Running {
         if let Some(found) = self.seen.iter().find_map(&mut pick) {
             return Ok(found);
         }
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + IN_ALL;
         loop {
-            match self.events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            match self.events.recv_timeout(PATIENCE.min(deadline.saturating_duration_since(Instant::now()))) {
                 Ok(event) => {
                     let found = pick(&event);
                     self.seen.push(event);
@@ -235,7 +263,12 @@ impl Running {
                         return Ok(found);
                     }
                 }
-                Err(RecvTimeoutError::Timeout) => bail!("no {what} within {PATIENCE:?}{}", last_lines(&self.seen)),
+                Err(RecvTimeoutError::Timeout) => {
+                    bail!(
+                        "no {what}: nothing happens in {PATIENCE:?}, or not that in {IN_ALL:?}{}",
+                        last_lines(&self.seen)
+                    )
+                }
                 Err(RecvTimeoutError::Disconnected) => bail!("host-vmm ended before {what}{}", last_lines(&self.seen)),
             }
         }
@@ -299,6 +332,25 @@ impl Running {
         Ok(String::from_utf8(output.stdout)?)
     }
 
+    /// The ID of the image that is kept, where one is to be: of several forks, that of the last one takes the place of
+    /// the others when it is sealed, which may be after the copies run.
+    ///
+    /// # Errors
+    /// Where there is no such single image within [`PATIENCE`], or `host-vmm` does not answer.
+    pub fn kept_image(&self) -> anyhow::Result<String> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let images: Value = serde_json::from_str(&self.ask(&["image", "ls", "--json"])?)?;
+            match images.as_array().map(Vec::as_slice) {
+                Some([image]) if image["sealed"] == true => {
+                    return Ok(image["id"].as_str().context("an image without an ID")?.to_owned());
+                }
+                _ => anyhow::ensure!(Instant::now() < deadline, "there is no single sealed image: {images}"),
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+
     /// Starts a command of `host-vmm` that asks this platform.
     ///
     /// # Errors
@@ -322,14 +374,18 @@ impl Running {
     /// # Errors
     /// Where it does not come in time.
     pub fn end(mut self) -> anyhow::Result<Ended> {
-        let deadline = Instant::now() + PATIENCE;
+        let began = Instant::now();
+        let mut latest = began;
         loop {
+            if latest.elapsed() >= PATIENCE || began.elapsed() >= IN_ALL {
+                bail!("no end: nothing happens in {PATIENCE:?}, or no end in {IN_ALL:?}{}", last_lines(&self.seen))
+            }
             match self.events.recv_timeout(LOOK_AROUND) {
-                Ok(event) => self.seen.push(event),
-                Err(RecvTimeoutError::Disconnected) => break,
-                Err(RecvTimeoutError::Timeout) if Instant::now() >= deadline => {
-                    bail!("no end within {PATIENCE:?}{}", last_lines(&self.seen))
+                Ok(event) => {
+                    latest = Instant::now();
+                    self.seen.push(event);
                 }
+                Err(RecvTimeoutError::Disconnected) => break,
                 Err(RecvTimeoutError::Timeout) => {
                     if self.process.try_wait()?.is_some() {
                         // It may have been killed before it has opened the way for its events, and somebody waits for that.

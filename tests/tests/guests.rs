@@ -13,6 +13,7 @@ use nix::{
 use serde_json::Value;
 use vmfork_abi::ErrorCode;
 use vmfork_tests::{
+    clocks,
     cluster::Platforms,
     faults::{self, STEPS},
     process,
@@ -114,6 +115,14 @@ fn forks_of_one_two_and_eight_make_different_vms() {
 }
 
 #[test]
+fn no_clock_of_any_vcpu_goes_back_in_any_copy() {
+    // What the guest takes its time from is the TSC itself, and shells stand ready since the start.
+    let tsc = |vmm: Vmm| vmm.option("--cpus", "2").cmdline("clocksource=tsc tsc=reliable");
+    clocks::check(guest, 6, "tsc", tsc);
+    clocks::check(guest, 3, "kvm-clock", |vmm| vmm.option("--cpus", "4").option("--ready", "0"));
+}
+
+#[test]
 fn memory_is_isolated_both_ways() {
     let mut running = start(guest(&["memory", "64", "2"]));
     running.wait_for_lines("CHILD wrote", 2).expect("children that write");
@@ -198,6 +207,39 @@ fn vcpus_that_ring_at_once_are_served_one_after_another() {
     assert!((1..=4 * RINGS + 1).contains(&forks));
     let started = |event: &&Value| event["event"] == "started" && event["generation"] == 1;
     assert_eq!(ended.events.iter().filter(started).count(), forks);
+}
+
+#[test]
+fn containers_of_one_guest_are_served_one_after_another() {
+    const CONTAINERS: usize = 3;
+    // Copies may not fork, whatever they take themselves for.
+    let vmm = guest(&["containers", &CONTAINERS.to_string()]).option("--cpus", "2");
+    let ended = run(vmm.option("--limit", "*:generations=1"));
+    let (of_parent, of_copies): (Vec<_>, Vec<_>) = ended.lines("TOLD ").into_iter().partition(|(vm, _)| vm == "vm");
+    let of_parent: Vec<String> = of_parent.into_iter().map(|(_, told)| told).collect();
+    let children = |container: usize| 1 + container % 2;
+    let (while_held, then) = of_parent.split_at_checked(CONTAINERS).expect("each container is told twice");
+    let sorted = |told: &[String]| told.iter().cloned().collect::<BTreeSet<_>>();
+    assert_eq!(sorted(while_held), (0..CONTAINERS).map(|container| format!("w{container} DeadlinePassed")).collect());
+    let parent = |container: usize| format!("w{container} parent {}", children(container));
+    assert_eq!(sorted(then), (0..CONTAINERS).map(parent).collect());
+    assert_eq!(then.len(), CONTAINERS);
+    for (vm, told) in of_copies {
+        // A copy that is told prints it while another process switches it off, whose kernel says so.
+        let told = told.split_once('[').map_or(told.as_str(), |(told, _)| told);
+        let (container, told) = told.split_once(' ').expect("a container, and what it is told");
+        let number: usize = container.trim_start_matches('w').parse().expect("a container's number");
+        let is_its_own = vm.split_once('.').is_some_and(|(vm_type, _)| vm_type == container);
+        let role = if is_its_own { format!("child {}", children(number)) } else { "child of another".to_owned() };
+        // One that had not asked yet asks in the copy too; one that had been told before may print it in both.
+        let was_told_before = !is_its_own && told == format!("parent {}", children(number));
+        let is_right = told == role || told == "refused Generation" || was_told_before;
+        assert!(is_right, "{container} in {vm} is told {told}");
+    }
+    let of_booted = ended.forks().into_iter().filter(|fork| fork["parent"]["generation"] == 0);
+    assert!(of_booted.clone().all(|fork| fork["code"] == 0), "{:?}", of_booted.collect::<Vec<_>>());
+    let started = |event: &&Value| event["event"] == "started" && event["generation"] == 1;
+    assert_eq!(ended.events.iter().filter(started).count(), (0..CONTAINERS).map(children).sum::<usize>());
 }
 
 #[test]

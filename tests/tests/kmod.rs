@@ -9,7 +9,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 use vmfork_abi::{ErrorCode, Role};
 use vmfork_tests::{
-    assets,
+    assets, clocks,
     faults::{self, STEPS},
     vmm::{Ended, Vmm},
 };
@@ -76,6 +76,12 @@ fn is(role: Role) -> impl Fn(&&Value) -> bool {
     move |copy| copy["role"] == role.number()
 }
 
+/// Debian's kernel of the other tests is an older one.
+#[test]
+fn no_clock_of_any_vcpu_goes_back_in_any_copy() {
+    clocks::check(test_guest, 4, "kvm-clock", |vmm| vmm.option("--cpus", "2"));
+}
+
 #[test]
 fn lean_kernel_boots_without_complaints_and_takes_input() {
     let mut running = test_guest(&["hello"]).option("--cpus", "2").start().expect("host-vmm starts");
@@ -125,6 +131,60 @@ fn a_childs_clock_is_right_though_its_parents_is_not() {
     let hour = 3600 * 1000;
     assert!(told["child"].abs_diff(now) < hour / 10, "{told:?}, now {now}");
     assert!((told["parent"] + hour).abs_diff(now) < hour / 10, "{told:?}, now {now}");
+}
+
+/// What each VM has drawn, by its name.
+fn draws(ended: &Ended) -> BTreeMap<String, Vec<String>> {
+    let mut draws: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for (vm, value) in ended.lines("DRAW ") {
+        draws.entry(vm).or_default().push(value);
+    }
+    draws
+}
+
+/// Makes sure that no number was drawn by two of so many VMs.
+fn all_differ(draws: &BTreeMap<String, Vec<String>>, vms: usize) {
+    assert_eq!(draws.len(), vms, "{draws:?}");
+    let mut all = BTreeSet::new();
+    for (vm, values) in draws {
+        assert!(values.len() >= 32, "{vm} has drawn {} numbers", values.len());
+        let again: Vec<&String> = values.iter().filter(|value| !all.insert(*value)).collect();
+        assert_eq!(again, [] as [&String; 0], "{vm} has drawn what another one has");
+    }
+}
+
+#[test]
+fn no_number_is_drawn_twice_though_the_vcpu_that_forks_is_the_last_one_to_run_in_a_copy() {
+    for cpus in ["1", "2"] {
+        let ended = run(guest(&["draws", "2"]).option("--cpus", cpus).option("--inject-fault", "first-run"));
+        all_differ(&draws(&ended), 3);
+    }
+}
+
+#[test]
+fn copies_that_their_guest_has_not_asked_for_draw_numbers_of_their_own() {
+    let mut running = guest(&["draws-alone"]).start().expect("host-vmm starts");
+    running.wait_for_line("READY").expect("a guest that draws");
+    running.ask(&["fork", "vm", "--count", "2"]).expect("two copies");
+    running.wait_for_lines("COMPLAINTS ", 2).expect("copies whose kernel has heard of it");
+    running.signal(Signal::SIGTERM).expect("a signal");
+    let ended = running.end().expect("host-vmm ends");
+    all_differ(&draws(&ended), 2);
+    // Until then they draw the same numbers, if they draw any.
+    let drawn = |vm: &str| -> Vec<String> {
+        ended.lines("DREW ").into_iter().filter(|(name, _)| name == vm).map(|(_, line)| line).collect()
+    };
+    let (one, other) = (drawn("vm.1"), drawn("vm.2"));
+    let is_same = |(one, other): &(&String, &String)| {
+        one.split_once(' ').map(|one| one.1) == other.split_once(' ').map(|other| other.1)
+    };
+    let same = one.iter().zip(&other).take_while(is_same).count();
+    println!(
+        "{same} numbers were drawn twice, until {:?} and {:?} (microseconds, number)",
+        one.get(same),
+        other.get(same)
+    );
+    assert_eq!(ended.lines("COMPLAINT "), []);
 }
 
 #[test]

@@ -41,9 +41,13 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 pub mod client;
+#[cfg(test)]
+mod json_test;
 mod server;
+mod steady;
 
 pub use server::{Network, ServeError, Server, serve};
+pub(crate) use steady::LEAST_RATE;
 
 use crate::{
     capsule::{
@@ -51,6 +55,7 @@ use crate::{
         header::{self, OLDEST_VERSION},
     },
     cluster::{member::Member, placement::Where},
+    text::{Name, Reason},
 };
 
 /// Version of the API, with which all paths begin.
@@ -102,7 +107,8 @@ impl Version {
 pub struct Vms {
     /// Those that there are, parents before their children.
     pub vms: Vec<Vm>,
-    /// VMs that have ended, and of which there are copies.
+    /// VMs that have ended, and of which there are copies; and the latest ones that the platform has ended, for their image
+    /// could be changed.
     pub ended: Vec<Ended>,
 }
 
@@ -130,6 +136,12 @@ pub struct Vm {
     pub vcpus: u8,
     /// Size of its guest's memory in bytes.
     pub ram_bytes: u64,
+    /// Whether the image that its memory is a view of is sealed: the kernel lets nobody write to it then. Null where there
+    /// is none, for it was booted, and has never forked.
+    pub sealed: Option<bool>,
+    /// Whether its guest's kernel can know by a VM generation ID (ACPI) that it runs in a copy: not where
+    /// it was booted by a program that had none. Null while the VM is being made.
+    pub generation_id: Option<bool>,
     /// Bytes of its memory of which it is not known yet what is there; null where it has all of it.
     pub missing_bytes: Option<u64>,
     /// What its process has of the host's memory; null where it is ending.
@@ -168,6 +180,9 @@ pub struct Ended {
     pub name: String,
     /// The VM that it was a copy of; null in a booted VM.
     pub parent: Option<Uuid>,
+    /// Reason why the platform has ended it, where its image could be changed; null else.
+    #[schema(value_type = Option<String>)]
+    pub why: Option<Reason>,
 }
 
 /// An image that is kept.
@@ -192,6 +207,9 @@ pub struct Image {
     pub created_ms: u64,
     /// Files that its memory consists of.
     pub layers: usize,
+    /// Whether they are sealed: the kernel lets nobody write to them then. Before, whoever uses the image waits for that.
+    #[serde(default)]
+    pub sealed: bool,
     /// Size of its state in bytes.
     pub state_bytes: u64,
     /// Memory of the layers that no other kept image has, in bytes.
@@ -231,7 +249,8 @@ pub struct Copied {
     /// Its ID.
     pub id: Uuid,
     /// Its name.
-    pub name: String,
+    #[schema(value_type = String)]
+    pub name: Name,
 }
 
 /// A wish for copies on another platform.
@@ -272,11 +291,13 @@ pub struct ForkedVm {
     /// Its ID.
     pub id: Uuid,
     /// Its name on its platform.
-    pub name: String,
+    #[schema(value_type = String)]
+    pub name: Name,
     /// Which of the fork's copies it is, from 1.
     pub index: u32,
     /// Name of the platform where it runs; empty where there is one platform alone.
-    pub platform: String,
+    #[schema(value_type = String)]
+    pub platform: Name,
     /// Whether that is its parent's.
     pub placement: Placement,
 }
@@ -334,8 +355,9 @@ pub struct Platforms {
 /// Why something was not done.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct Failure {
-    /// In words.
-    pub error: String,
+    /// In words: at most 4096 bytes, in which control characters are escaped.
+    #[schema(value_type = String)]
+    pub error: Reason,
 }
 
 /// The folder in which a platform's socket stands where nobody names another: this user's alone.

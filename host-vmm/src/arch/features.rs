@@ -210,6 +210,14 @@ impl Feature {
         name.filter(|name| *name != NAMELESS)
     }
 
+    /// Has the leaves no longer show it.
+    pub fn hide(self, leaves: &mut [Leaf]) {
+        let Word { function, index, register } = self.word;
+        for leaf in leaves.iter_mut().filter(|leaf| (leaf.function, leaf.index) == (function, index)) {
+            leaf.set(register, leaf.get(register) & !self.mask());
+        }
+    }
+
     /// Whether these leaves show it.
     pub fn is_shown(self, leaves: &[Leaf]) -> bool {
         leaf::word(leaves, self.word) & self.mask() != 0

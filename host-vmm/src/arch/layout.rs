@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! 0x0000_0000  RAM   boot structures below 1 MiB, the kernel from 1 MiB up, the initrd at the end
-//! 0xc000_0000  gap   control page, I/O APIC, local APICs
+//! 0xc000_0000  gap   control page, generation ID, I/O APIC, local APICs
 //! 0x1_0000_0000 RAM  what does not fit below the gap
 //! ```
 
@@ -38,6 +38,10 @@ pub const CONTROL_PAGE: Gpa = Gpa(0xd000_0000);
 
 /// The control page, the pages behind it that a long list of copies reaches into, and the generation's, in bytes.
 pub const CONTROL_REGION_BYTES: u64 = vmfork_abi::REGION_BYTES as u64;
+
+/// The page of the VM generation ID, behind the control page's. The guest can't write to it, and no
+/// process of a guest needs to read it.
+pub const GENERATION_ID: Gpa = Gpa(CONTROL_PAGE.0 + CONTROL_REGION_BYTES);
 
 /// Registers of the I/O APIC that KVM emulates.
 pub const IO_APIC: Gpa = Gpa(0xfec0_0000);
@@ -86,6 +90,10 @@ pub const SERIAL_PORT: u16 = 0x3f8;
 
 /// Interrupt of the serial console.
 pub const SERIAL_GSI: u32 = 4;
+
+/// Interrupt of the VM generation ID: of the I/O APIC alone. The first 16 are the PICs' too, which the kernel
+/// of a hardware-reduced machine does not set up: it would take what is raised there for an exception.
+pub const GENERATION_ID_GSI: u32 = 16;
 
 /// The keyboard controller's command port; all that is there is the reset line.
 pub const I8042_PORT: u16 = 0x64;

@@ -5,6 +5,7 @@ pub mod features;
 pub mod layout;
 pub mod leaf;
 pub mod levels;
+pub mod msr;
 pub mod paging;
 pub mod profile;
 pub mod regs;

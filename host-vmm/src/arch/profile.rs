@@ -1,8 +1,10 @@
 //! CPU profiles: what of a host's CPU its guests are shown, so that they can go on where there is less.
 //!
+//! All of them, `host` too, leave out features whose state a fork does not copy, and what this program does not know.
+//!
 //! A profile takes features from what KVM supports, before [`cpuid::for_vcpu`](super::cpuid::for_vcpu) makes a vCPU's leaves of it. Numbers
 //! (address bits, performance counters) are cut down likewise, and the state that XSAVE saves to what the features use. Leaves that this
-//! program does not know are left out: nobody could say whether another host has what they promise.
+//! program does not know are left out: nobody could say whether another host has what they promise, or whether a copy would keep it.
 //!
 //! What model-specific registers promise can't be cut down, so a profile other than `host` never shows that they are there:
 //! IA32_ARCH_CAPABILITIES (`arch_capabilities`), IA32_CORE_CAPABILITIES and IA32_PERF_CAPABILITIES (`pdcm`). A guest that can't read the
@@ -29,20 +31,39 @@ use crate::kvm::CpuidEntry;
 /// Features that the making of a vCPU's leaves decides on, whatever the host has.
 const MACHINES: &[&str] = &["hypervisor", "tsc_deadline_timer", "x2apic"];
 
-/// Features that no profile shows: what can't be copied, what model-specific registers tell more of, and what a leaf does that is left
-/// out.
-const NEVER: &[&str] = &[
-    "arch_capabilities",
-    "arch_perfmon_ext",
-    "core_capabilities",
-    "hreset",
+/// Features that no profile shows but `host`: what model-specific registers tell more of, and what a leaf does that is left out.
+const NEVER: &[&str] =
+    &["arch_capabilities", "arch_perfmon_ext", "core_capabilities", "hreset", "pdcm", "sgx", "sgx_lc", "svm", "vmx"];
+
+/// Features that no profile shows at all: with them, a guest has state that is not saved, or of which no test has seen that it is. The shadow
+/// stack pointer of control-flow enforcement (`shstk`, `ibt`) is in no register that KVM lists; AMX, MPX, APX and LWP have components of the
+/// XSAVE area, and the others registers, that no host had on which this was tried.
+const UNCOPIED: &[&str] = &[
+    "amx_bf16",
+    "amx_complex",
+    "amx_fp16",
+    "amx_int8",
+    "amx_tile",
+    "apx",
+    "arch_lbr",
+    "cet_sss",
+    "enqcmd",
+    "fred",
+    "ibt",
     "intel_pt",
-    "pdcm",
-    "sgx",
-    "sgx_lc",
-    "svm",
-    "vmx",
+    "key_locker",
+    "lbr_v2",
+    "lwp",
+    "mpx",
+    "pks",
+    "shstk",
+    "uintr",
+    "xfd",
 ];
+
+/// Components of the XSAVE area that are copied, and seen to be by a test: x87, SSE, AVX, those of AVX-512, and PKRU. The supervisor's are in no
+/// area that KVM shows.
+const COPIED_COMPONENTS: u64 = 0b10_1110_0111;
 
 /// The feature whose leaves tell of AMX's tiles.
 const TILES: &str = "amx_tile";
@@ -80,7 +101,7 @@ pub enum Error {
 /// What guests are shown.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Profile {
-    /// All that KVM supports.
+    /// All that KVM supports, and copies keep.
     Host,
     /// What a level of x86-64 has.
     Level(Level),
@@ -122,7 +143,7 @@ impl Profile {
     /// elsewhere.
     pub fn apply(&self, supported: &[CpuidEntry]) -> Result<Vec<CpuidEntry>, Error> {
         let (subset, needed) = match self {
-            Self::Host => return Ok(supported.to_vec()),
+            Self::Host => return Ok(copied(supported)),
             Self::Level(level) => (Subset::of_level(*level), level.defined()),
             Self::Common(subset) => (subset.clone(), subset.features.clone()),
         };
@@ -199,7 +220,7 @@ impl Subset {
         most: BTreeMap<String, u32>,
         mut state: BTreeMap<u32, Component>,
     ) -> Self {
-        for feature in named(NEVER).chain(named(MACHINES)) {
+        for feature in named(NEVER).chain(named(UNCOPIED)).chain(named(MACHINES)) {
             features.remove(&feature);
         }
         xstate::keep_together(&mut features);
@@ -243,16 +264,9 @@ impl Subset {
             .iter()
             .filter(|(number, place)| xstate::component(&leaves, **number).is_some_and(|found| found != **place));
         let elsewhere = elsewhere.fold(0, |mask, (number, _)| mask | 1u64.checked_shl(*number).unwrap_or(0));
-        xstate::hide(&mut leaves, elsewhere);
+        xstate::hide(&mut leaves, elsewhere | !COPIED_COMPONENTS);
         xstate::settle(&mut leaves);
-        let stays = |leaf: &Leaf| match features::kind(leaf) {
-            Kind::Known | Kind::Free => true,
-            Kind::State if leaf.index < 2 => xstate::has_xsave(&leaves),
-            Kind::State => xstate::numbers(xstate::shown(&leaves)).any(|number| number == leaf.index),
-            Kind::Tiles => named(&[TILES]).all(|tiles| tiles.is_shown(&leaves)),
-            Kind::Unknown => false,
-        };
-        let entries = supported.iter().zip(&leaves).filter(|(_, leaf)| stays(leaf));
+        let entries = supported.iter().zip(&leaves).filter(|(_, leaf)| is_of_use(leaf, &leaves));
         entries.map(|(entry, leaf)| leaf.into_entry(*entry)).collect()
     }
 
@@ -333,6 +347,28 @@ impl TryFrom<Form> for Subset {
             return Err(FormError::Component(*number));
         }
         Ok(Self::new(vendor, features, most, state))
+    }
+}
+
+/// What is left of a host's leaves without features whose state is not copied, or of which this program does not know whether they have any.
+fn copied(supported: &[CpuidEntry]) -> Vec<CpuidEntry> {
+    let mut leaves = leaf::leaves(supported);
+    let nameless = features::all().filter(|feature| feature.name().is_none());
+    named(UNCOPIED).chain(nameless).for_each(|feature| feature.hide(&mut leaves));
+    xstate::hide(&mut leaves, !COPIED_COMPONENTS);
+    xstate::settle(&mut leaves);
+    let entries = supported.iter().zip(&leaves).filter(|(_, leaf)| is_of_use(leaf, &leaves));
+    entries.map(|(entry, leaf)| leaf.into_entry(*entry)).collect()
+}
+
+/// Whether it is known what a leaf says, and the others don't deny it.
+fn is_of_use(leaf: &Leaf, leaves: &[Leaf]) -> bool {
+    match features::kind(leaf) {
+        Kind::Known | Kind::Free => true,
+        Kind::State if leaf.index < 2 => xstate::has_xsave(leaves),
+        Kind::State => xstate::numbers(xstate::shown(leaves)).any(|number| number == leaf.index),
+        Kind::Tiles => named(&[TILES]).all(|tiles| tiles.is_shown(leaves)),
+        Kind::Unknown => false,
     }
 }
 

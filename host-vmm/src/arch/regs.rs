@@ -11,7 +11,10 @@ use x86::{
     },
 };
 
-use super::layout::{BOOT_GDT, BOOT_PAGE_TABLES, BOOT_PARAMS, BOOT_STACK, Gpa, PAGE_BYTES};
+use super::{
+    layout::{BOOT_GDT, BOOT_PAGE_TABLES, BOOT_PARAMS, BOOT_STACK, Gpa, PAGE_BYTES},
+    msr::MTRR_AT_BOOT,
+};
 use crate::kvm::{Msr, Registers, Segment, SystemRegisters};
 
 /// EFER: long mode enabled and active.
@@ -19,10 +22,6 @@ const EFER_LONG_MODE: u64 = 1 << 8 | 1 << 10;
 
 /// RFLAGS: bit 1 always reads as one; interrupts are off.
 const RFLAGS_RESERVED: u64 = 1 << 1;
-
-/// MTRRdefType: the register, and its value for "enabled, write-back everywhere".
-const MTRR_DEF_TYPE: u32 = 0x2ff;
-const MTRR_ENABLED_WRITE_BACK: u64 = 1 << 11 | 6;
 
 /// IA32_MISC_ENABLE: fast string operations.
 const MISC_FAST_STRING: u64 = 1;
@@ -67,12 +66,9 @@ pub fn entry_system(mut reset: SystemRegisters) -> SystemRegisters {
     reset
 }
 
-/// Model-specific registers that firmware would have set.
-pub fn entry_msrs() -> [Msr; 2] {
-    [
-        Msr { index: IA32_MISC_ENABLE, value: MISC_FAST_STRING },
-        Msr { index: MTRR_DEF_TYPE, value: MTRR_ENABLED_WRITE_BACK },
-    ]
+/// Model-specific registers that firmware would have set, on each processor.
+pub fn boot_msrs() -> [Msr; 2] {
+    [Msr { index: IA32_MISC_ENABLE, value: MISC_FAST_STRING }, MTRR_AT_BOOT]
 }
 
 /// The descriptor table for [`BOOT_GDT`]: two unused entries, code, data.

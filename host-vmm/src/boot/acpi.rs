@@ -1,4 +1,5 @@
-//! ACPI tables: the processors, the I/O APIC, the serial console, and how to power off and reset.
+//! ACPI tables: the processors, the I/O APIC, the serial console, the VM generation ID, and how to power off
+//! and reset.
 //!
 //! The machine is "hardware-reduced": no PIT, no CMOS clock, no ACPI fixed hardware. The kernel finds all of it here and probes for nothing.
 
@@ -15,7 +16,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::{Error, write as failed};
 use crate::arch::layout::{
-    ACPI, Gpa, IO_APIC, LOCAL_APIC, RESET_PORT, SERIAL_GSI, SERIAL_PORT, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT,
+    ACPI, GENERATION_ID, GENERATION_ID_GSI, Gpa, IO_APIC, LOCAL_APIC, RESET_PORT, SERIAL_GSI, SERIAL_PORT,
+    SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT,
 };
 use crate::devices::power::{RESET_VALUE, SLEEP_TYPE_OFF};
 
@@ -25,6 +27,9 @@ const OEM_TABLE_ID: [u8; 8] = *b"VMFORKVM";
 /// FADT `iapc_boot_arch`: VGA is not there; CMOS clock is not there.
 const NO_VGA: u16 = 1 << 2;
 const NO_CMOS_RTC: u16 = 1 << 5;
+
+/// Notification that there is another generation ID: the first of those that are each device's own.
+const ID_CHANGED: u8 = 0x80;
 
 /// Writes the tables, and returns the address of the RSDP.
 pub(super) fn write(memory: &GuestMemoryMmap, vcpus: u8) -> Result<Gpa, Error> {
@@ -80,7 +85,7 @@ fn madt(vcpus: u8) -> MADT {
     madt
 }
 
-/// The serial console (PNP0501), and the sleep state S5.
+/// The serial console (PNP0501), the VM generation ID with the device for its event, and the sleep state S5.
 fn dsdt() -> Sdt {
     let mut body = Vec::new();
     aml::Device::new(
@@ -99,9 +104,46 @@ fn dsdt() -> Sdt {
         ],
     )
     .to_aml_bytes(&mut body);
+    generation_id(&mut body);
     aml::Name::new("_S5_".into(), &aml::Package::new(vec![&SLEEP_TYPE_OFF])).to_aml_bytes(&mut body);
     let mut dsdt = Sdt::new(*b"DSDT", 36, 6, OEM_ID, OEM_TABLE_ID, 1);
     dsdt.append_slice(&body);
     dsdt.update_checksum();
     dsdt
+}
+
+/// The VM generation ID, and the generic event device (ACPI0013) that announces a new one. Linux has a driver
+/// for it since 5.18, which knows both names. One of them is the `_HID`, since not every kernel looks at a
+/// `_CID` for it.
+fn generation_id(body: &mut Vec<u8>) {
+    let interrupt = aml::Interrupt::new(true, true, false, false, GENERATION_ID_GSI);
+    let (low, high) = (GENERATION_ID.0 & u64::from(u32::MAX), GENERATION_ID.0 >> u32::BITS);
+    aml::Device::new(
+        "_SB_.VGEN".into(),
+        vec![
+            &aml::Name::new("_HID".into(), &"VMGENCTR"),
+            &aml::Name::new("_CID".into(), &"VM_GEN_COUNTER"),
+            &aml::Name::new("_DDN".into(), &"VM_GEN_COUNTER"),
+            &aml::Name::new("ADDR".into(), &aml::Package::new(vec![&low, &high])),
+        ],
+    )
+    .to_aml_bytes(body);
+    aml::Device::new(
+        "_SB_.GED_".into(),
+        vec![
+            &aml::Name::new("_HID".into(), &"ACPI0013"),
+            &aml::Name::new("_UID".into(), &aml::ZERO),
+            &aml::Name::new("_CRS".into(), &aml::ResourceTemplate::new(vec![&interrupt])),
+            &aml::Method::new(
+                "_EVT".into(),
+                1,
+                true,
+                vec![&aml::If::new(
+                    &aml::Equal::new(&aml::Arg(0), &GENERATION_ID_GSI),
+                    vec![&aml::Notify::new(&aml::Path::new("\\_SB_.VGEN"), &ID_CHANGED)],
+                )],
+            ),
+        ],
+    )
+    .to_aml_bytes(body);
 }

@@ -10,7 +10,10 @@ use std::{
 };
 
 use super::{Capsule, Chunk, Description, Error, LayerManifest};
-use crate::{arch::layout::PAGE_BYTES, memory};
+use crate::{
+    arch::layout::PAGE_BYTES,
+    memory::{self, Budget, Grant},
+};
 
 /// Name of a layer's memory file, as `/proc` shows it.
 const LAYER_NAME: &str = "vm-loaded";
@@ -40,14 +43,47 @@ pub struct Assembly {
     /// Each chunk, and the number of its layer.
     chunks: Vec<(usize, Chunk)>,
     is_there: Vec<AtomicBool>,
+    /// What all of this but the files takes.
+    _grant: Option<Grant>,
 }
 
+/// Bytes of memory for each chunk beside its content: in the description, and here.
+const CHUNK_COST: usize = size_of::<Chunk>() + size_of::<(usize, Chunk)>() + size_of::<AtomicBool>();
+
 impl Assembly {
-    /// An empty memory. Layers for which `shared` has a file are there already.
+    /// An empty memory, for all of which there is room in the budget: each chunk counts as often as it
+    /// occurs, whether it is to be sent or is here already. Layers for which `shared` has a file are there,
+    /// and count where they came from.
+    ///
+    /// # Errors
+    /// [`Error::NoRoom`]; [`Error::Memory`] where there can be no file for a layer.
+    pub fn new(
+        description: Description,
+        budget: &Budget,
+        shared: impl Fn(&LayerManifest) -> Option<Arc<File>>,
+    ) -> Result<Self, Error> {
+        let assembly = Self::unfilled(description, shared)?;
+        let layers = assembly.files.iter().zip(&assembly.description.memory.layers);
+        let new: Vec<(&Arc<File>, u64)> = layers
+            .filter_map(|(file, layer)| match file {
+                LayerFile::New(file) => Some((file, layer.data_bytes())),
+                LayerFile::Shared(_) => None,
+            })
+            .collect();
+        let cost = assembly.chunks.len().saturating_mul(CHUNK_COST) as u64;
+        let mut grant = budget.reserve(new.iter().fold(cost, |sum, (_, bytes)| sum.saturating_add(*bytes)))?;
+        new.into_iter().for_each(|(file, bytes)| grant.pass_on(file, bytes));
+        Ok(Self { _grant: Some(grant), ..assembly })
+    }
+
+    /// A memory that nobody fills: to find out whether what comes would be right.
     ///
     /// # Errors
     /// [`Error::Memory`] where there can be no file for a layer.
-    pub fn new(description: Description, shared: impl Fn(&LayerManifest) -> Option<Arc<File>>) -> Result<Self, Error> {
+    pub(super) fn unfilled(
+        description: Description,
+        shared: impl Fn(&LayerManifest) -> Option<Arc<File>>,
+    ) -> Result<Self, Error> {
         let files = description.memory.layers.iter().map(|layer| match shared(layer) {
             Some(file) => Ok(LayerFile::Shared(file)),
             None => Ok(LayerFile::New(Arc::new(memory::unsealed(LAYER_NAME, layer.file_pages * PAGE_BYTES)?))),
@@ -56,7 +92,7 @@ impl Assembly {
         let chunks: Vec<_> = description.memory.chunks().map(|(layer, chunk)| (layer, *chunk)).collect();
         let is_shared = |layer: usize| matches!(files[layer], LayerFile::Shared(_));
         let is_there = chunks.iter().map(|(layer, _)| AtomicBool::new(is_shared(*layer))).collect();
-        Ok(Self { description, files, chunks, is_there })
+        Ok(Self { description, files, chunks, is_there, _grant: None })
     }
 
     /// What is being put together.

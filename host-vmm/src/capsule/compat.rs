@@ -28,10 +28,10 @@ use crate::{
 
 /// Version of the state in a capsule: another one with each change of [`MachineState`], of guest-physical addresses, or of the interface
 /// between VMMs; but for what only some states have, in a part of its own, which programs refuse that do not know it.
-pub const STATE_VERSION: u32 = 1;
+pub const STATE_VERSION: u32 = 2;
 
 /// Versions of the state that this program can restore.
-pub const READABLE_STATE_VERSIONS: RangeInclusive<u32> = STATE_VERSION..=STATE_VERSION;
+pub const READABLE_STATE_VERSIONS: RangeInclusive<u32> = 1..=STATE_VERSION;
 
 /// How far frequencies of time-stamp counters may be apart, in millionths: what KVM itself takes for the same one (kernel source,
 /// tsc_tolerance_ppm), half of what NTP can correct. A guest's clock then drifts by no more than that until it is disciplined.
@@ -81,23 +81,22 @@ struct Needs {
 #[error("no VM has such requirements: {0}")]
 pub struct Invalid(&'static str);
 
+/// Check of the names of capabilities or of devices: not too many, and none too long.
+pub(super) fn are_names<'n>(mut names: impl ExactSizeIterator<Item = &'n String>) -> bool {
+    let is_letter = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_');
+    let is_name = |name: &String| (1..=MAX_NAME_BYTES).contains(&name.len()) && name.bytes().all(is_letter);
+    names.len() <= MAX_NAMES && names.all(is_name)
+}
+
 impl TryFrom<Needs> for Requirements {
     type Error = Invalid;
 
     fn try_from(needs: Needs) -> Result<Self, Invalid> {
-        let is_name = |name: &str| {
-            let is_letter = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_');
-            (1..=MAX_NAME_BYTES).contains(&name.len()) && name.bytes().all(is_letter)
-        };
-        let names = || needs.capabilities.iter().chain(needs.devices.iter().map(|(name, _)| name));
         if needs.leaves.len() > MAX_CPUID_LEAVES || needs.msrs.len() > MAX_MSRS {
             return Err(Invalid("too many leaves of CPUID or registers"));
         }
-        if needs.capabilities.len() > MAX_NAMES || needs.devices.len() > MAX_NAMES {
-            return Err(Invalid("too many capabilities or devices"));
-        }
-        if !names().all(|name| is_name(name)) {
-            return Err(Invalid("a capability or device has no proper name"));
+        if !are_names(needs.capabilities.iter()) || !are_names(needs.devices.iter().map(|(name, _)| name)) {
+            return Err(Invalid("too many capabilities or devices, or one without a proper name"));
         }
         Ok(Self(needs))
     }

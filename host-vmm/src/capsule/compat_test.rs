@@ -24,6 +24,9 @@ fn model(cpuid: Vec<CpuidEntry>, msrs: Vec<u32>) -> Model {
         tsc_deadline_timer: true,
         tsc_khz: Some(2_500_000),
         tsc_scaling: false,
+        tsc_shift: true,
+        tsc_steady: true,
+        mce_banks: true,
         xsave_bytes: 4096,
         capabilities: ["KVM_CAP_EXIT_HYPERCALL", "KVM_CAP_XCRS"].map(str::to_owned).into(),
     }
@@ -131,7 +134,7 @@ fn each_difference_has_its_words() {
         (|_, offer| offer.page_bytes = 16384, "pages of 4096 bytes vs 16384"),
         (|needs, _| needs.devices.push(("disk".to_owned(), 3)), "missing device disk version 3"),
         (|needs, _| needs.devices[1].1 = 2, "device serial version 2 vs 1"),
-        (|needs, _| needs.state_version = 9, "state version 9 vs 1"),
+        (|needs, _| needs.state_version = 9, "state version 9 vs 1 to 2"),
         (|needs, offer| (needs.state_version, offer.state_versions) = (1, 2..=4), "state version 1 vs 2 to 4"),
     ];
     for (change, expected) in cases {

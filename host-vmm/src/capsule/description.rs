@@ -3,15 +3,22 @@
 //! A part's version rises with its layout, whatever the others do. A reader knows the version that it writes and the one before. A part that it
 //! does not know at all is an error, unless its kind says that it may be passed over.
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use uuid::Uuid;
 
-use super::{Error, codec, compat::Requirements, manifest::Manifest};
+use super::{
+    Error, codec,
+    compat::{self, Requirements},
+    manifest::Manifest,
+};
 use crate::{
     arch::layout::PAGE_BYTES,
-    devices::{ControlPageState, DevicesState},
-    kvm::{VcpuState, VmState},
+    devices::{ControlPageState, DevicesState, OlderDevicesState},
+    kvm::{OlderVcpuState, VcpuState, VmState},
     machine::{Config, MachineState, VmIdentity},
+    memory::Grant,
 };
 
 /// Kinds from here on say something that nobody needs to know.
@@ -53,6 +60,8 @@ pub struct Description {
     pub memory: Manifest,
     /// Where the memory is compressed: size of each chunk in bytes, as it is stored.
     pub stored: Option<Vec<u32>>,
+    /// Memory that it takes, where it has come from elsewhere: given back with the last copy of it.
+    pub(crate) _grant: Option<Arc<Grant>>,
 }
 
 /// One part as it is stored.
@@ -93,16 +102,28 @@ trait Part: Serialize + DeserializeOwned {
     fn from_older(_version: u32, body: &[u8]) -> Result<Self, codec::Error> {
         codec::decode(body)
     }
+
+    /// Checks, before it is read, that it does not become much larger than it is here.
+    fn check_body(_body: &[u8]) -> Result<(), Error> {
+        Ok(())
+    }
 }
 
 macro_rules! parts {
-    ($($part:ty: $kind:literal, $name:literal, $version:literal;)+) => {
+    ($($part:ty: $kind:literal, $name:literal, $version:literal $(, before: $older:ty)?;)+) => {
         $(impl Part for $part {
             const KIND: u32 = $kind;
             const NAME: &'static str = $name;
             const VERSION: u32 = $version;
+            $(
+                const OLDEST: u32 = $version - 1;
+
+                fn from_older(_version: u32, body: &[u8]) -> Result<Self, codec::Error> {
+                    codec::decode::<$older>(body).map(Into::into)
+                }
+            )?
         })+
-        const KINDS: &[u32] = &[$($kind),+];
+        const KINDS: &[u32] = &[Vec::<VcpuState>::KIND, $($kind),+];
     };
 }
 
@@ -111,11 +132,28 @@ parts! {
     Requirements: 2, "what a platform must have", 1;
     Machine: 3, "the machine", 1;
     VmState: 4, "the interrupt controllers and the clock", 1;
-    Vec<VcpuState>: 5, "the vCPUs", 1;
-    DevicesState: 6, "the devices", 1;
+    DevicesState: 6, "the devices", 2, before: OlderDevicesState;
     Manifest: 7, "the memory", 1;
     Vec<u32>: 8, "the sizes of compressed chunks", 1;
     ControlPageState: 9, "what guest and VMM have said to each other", 1;
+}
+
+impl Part for Vec<VcpuState> {
+    const KIND: u32 = 5;
+    const NAME: &'static str = "the vCPUs";
+    const VERSION: u32 = 2;
+    const OLDEST: u32 = 1;
+
+    fn from_older(_version: u32, body: &[u8]) -> Result<Self, codec::Error> {
+        Ok(OlderVcpuState::into_current(codec::decode(body)?))
+    }
+
+    /// Registers that are left out are read as zero, and take memory like others.
+    fn check_body(body: &[u8]) -> Result<(), Error> {
+        let count = body.first_chunk().map_or(0, |count| u64::from_le_bytes(*count));
+        let least = count.saturating_mul(size_of::<VcpuState>() as u64 / 2);
+        if body.len() as u64 >= least { Ok(()) } else { Err(Error::Invalid("registers of its vCPUs are missing")) }
+    }
 }
 
 /// What a machine's state has of no other part.
@@ -138,6 +176,7 @@ impl Parts {
     fn take<T: Part>(&mut self) -> Result<Option<T>, Error> {
         let Some(at) = self.0.iter().position(|section| section.kind == T::KIND) else { return Ok(None) };
         let Section { version, body, .. } = self.0.swap_remove(at);
+        T::check_body(&body)?;
         if version == T::VERSION {
             Ok(Some(codec::decode(&body)?))
         } else if (T::OLDEST..T::VERSION).contains(&version) {
@@ -196,16 +235,28 @@ impl Description {
         let (vm, vcpus, devices) = (parts.need()?, parts.need()?, parts.need()?);
         let control_page = parts.take()?.unwrap_or_else(|| ControlPageState::forked(about.seq));
         let machine = MachineState { config: about.config, vm, vcpus, devices, control_page, tsc_khz, capabilities };
-        let (memory, stored) = (parts.need::<Manifest>()?, parts.take()?);
+        let (memory, stored) = (parts.need::<Manifest>()?, parts.take::<Vec<u32>>()?);
         about.check()?;
         memory.check()?;
+        if !compat::are_names(machine.capabilities.iter()) {
+            return Err(Error::Invalid("its machine has too many capabilities, or one without a proper name"));
+        }
+        if stored.as_ref().is_some_and(|stored| stored.len() != memory.chunks().count()) {
+            return Err(Error::Invalid("it does not say how its memory is stored"));
+        }
         let Config { ram_bytes, vcpus } = about.config;
         let is_of_shape =
             machine.vcpus.len() == usize::from(vcpus) && memory.pages.checked_mul(PAGE_BYTES) == Some(ram_bytes);
         if vcpus == 0 || !is_of_shape {
             return Err(Error::Invalid("its vCPUs or its memory are not those of its shape"));
         }
-        Ok(Self { about, requirements, machine, memory, stored })
+        Ok(Self { about, requirements, machine, memory, stored, _grant: None })
+    }
+
+    /// The same, with the memory that it takes: for as long as it is there, or a copy of it.
+    #[must_use]
+    pub fn held_by(self, grant: Grant) -> Self {
+        Self { _grant: Some(Arc::new(grant)), ..self }
     }
 }
 
@@ -242,6 +293,26 @@ mod tests {
             assert!(matches!(refused, Err(Error::Version { what: "a test", oldest: 6, newest: 7, .. })), "{version}");
         }
         assert!(matches!(Parts(Vec::new()).need::<Grown>(), Err(Error::MissingPart("a test"))));
+    }
+
+    #[test]
+    fn devices_of_before_have_no_generation_id() {
+        let read = |version, body| Parts(vec![Section { kind: 6, version, body }]).need::<DevicesState>().unwrap();
+        let older = codec::encode(&OlderDevicesState::from(DevicesState::power_on())).unwrap();
+        assert!(!read(1, older).has_generation_id());
+        assert!(read(2, codec::encode(&DevicesState::power_on()).unwrap()).has_generation_id());
+    }
+
+    #[test]
+    fn vcpus_without_registers_are_refused_before_there_is_memory_for_them() {
+        let read = |body| Parts(vec![Section { kind: 5, version: 2, body }]).need::<Vec<VcpuState>>();
+        let whole = codec::encode(&vec![VcpuState::sample(Vec::new(), Vec::new(), 0, 0)]).unwrap();
+        assert_eq!(read(whole.clone()).unwrap().len(), 1);
+        // As many as the bytes could stand for where nothing is said of any.
+        let many = whole.len() as u64 / 90;
+        for body in [many.to_le_bytes().to_vec(), [&many.to_le_bytes()[..], &whole[8..]].concat(), vec![0xff; 4096]] {
+            assert!(matches!(read(body), Err(Error::Invalid(_))));
+        }
     }
 
     #[test]

@@ -15,6 +15,7 @@ use super::{
     header::{DATA_OFFSET, HEADER_BYTES, OLDEST_VERSION},
     older, parallel,
 };
+use crate::memory::Budget;
 
 /// How much work is put into making a file small: zstd's default.
 const COMPRESSION_LEVEL: i32 = 3;
@@ -59,17 +60,25 @@ fn write(file: &File, bytes: &[u8], at: u64) -> Result<(), Error> {
     file.write_all_at(bytes, at).map_err(|error| Error::Io("write the capsule", error))
 }
 
-/// Reads a capsule. Its layers are memory files that nobody can write to.
+/// Memory that reading a description takes at most, as a multiple of its length: 2 for the bytes themselves,
+/// in a buffer that has grown, 2 for its parts, likewise, and 10 for what is decoded from them. An entry of
+/// CPUID that is left out has 8 bytes there, and 40 in memory, in a list that has grown; all else grows by
+/// less: short names 9-fold, layers 5-fold, chunks and runs 2-fold.
+pub const DESCRIPTION_COPIES: u64 = 14;
+
+/// Reads a capsule. Its layers are memory files that nobody can write to, for which there is room in the
+/// budget.
 ///
 /// # Errors
-/// [`Error`]: whatever is wrong with the file.
-pub fn load(file: &File) -> Result<Capsule, Error> {
+/// [`Error`]: whatever is wrong with the file, or [`Error::NoRoom`].
+pub fn load(file: &File, budget: &Budget) -> Result<Capsule, Error> {
     let header = read_header(file)?;
+    let _described = budget.reserve(header.description_bytes.saturating_mul(DESCRIPTION_COPIES))?;
     let description = read_description(file, &header)?;
     if header.version == OLDEST_VERSION {
-        return older::load(file, &header, &description);
+        return older::load(file, &header, &description, budget);
     }
-    let assembly = Assembly::new(Description::from_bytes(&description)?, |_| None)?;
+    let assembly = Assembly::new(Description::from_bytes(&description)?, budget, |_| None)?;
     read_memory(file, &header, &assembly, |number, data| assembly.put(number, data))?;
     Ok(assembly.finish()?.0)
 }
@@ -77,16 +86,28 @@ pub fn load(file: &File) -> Result<Capsule, Error> {
 /// Reads all of a capsule, and keeps nothing of it.
 ///
 /// # Errors
-/// As [`load`].
+/// As [`load`]; a capsule of the version before is loaded for that.
 pub fn verify(file: &File) -> Result<(), Error> {
     let header = read_header(file)?;
     if header.version == OLDEST_VERSION {
-        return load(file).map(drop);
+        return load(file, &Budget::of_this_host(None)?).map(drop);
     }
     let description = Description::from_bytes(&read_description(file, &header)?)?;
-    let assembly = Assembly::new(description, |_| None)?;
+    let assembly = Assembly::unfilled(description, |_| None)?;
     read_memory(file, &header, &assembly, |number, data| assembly.check(number, data).map(drop))?;
     assembly.close().map(drop)
+}
+
+/// Bytes of memory that loading a capsule takes at most, beside what it says of itself.
+///
+/// # Errors
+/// As [`inspect`].
+pub fn memory_bytes(file: &File) -> Result<u64, Error> {
+    let header = read_header(file)?;
+    if !header.is_compressed {
+        return Ok(header.data_bytes);
+    }
+    Ok(Description::from_bytes(&read_description(file, &header)?)?.memory.data_bytes())
 }
 
 /// What a capsule says of itself, without its memory's content.
@@ -96,7 +117,7 @@ pub fn verify(file: &File) -> Result<(), Error> {
 pub fn inspect(file: &File) -> Result<(Header, Description), Error> {
     let header = read_header(file)?;
     let description = if header.version == OLDEST_VERSION {
-        load(file)?.describe(&Digests::default())?.0
+        load(file, &Budget::of_this_host(None)?)?.describe(&Digests::default())?.0
     } else {
         Description::from_bytes(&read_description(file, &header)?)?
     };

@@ -6,8 +6,13 @@ use uuid::Uuid;
 use super::*;
 use crate::{
     arch::layout::PAGE_BYTES,
-    capsule::{About, older::tests::saved_as_version_1, pack, unpack},
+    capsule::{
+        About,
+        older::tests::{as_version_1_has_it, saved_as_version_1},
+        pack, unpack,
+    },
     devices::ControlPageState,
+    kvm::OlderVcpuState,
     machine::{Config, MachineState, VmIdentity},
     memory::{self, Image, Layer, Run},
 };
@@ -63,10 +68,38 @@ fn file_of(bytes: &[u8]) -> File {
     file
 }
 
+/// A budget that has room for all that is made here.
+pub(crate) fn roomy() -> Budget {
+    Budget::new(1 << 30, 0, || Ok(u64::MAX))
+}
+
 fn loaded(bytes: &[u8]) -> Result<Capsule, Error> {
-    let (loaded, verified) = (load(&file_of(bytes)), verify(&file_of(bytes)));
+    let (loaded, verified) = (load(&file_of(bytes), &roomy()), verify(&file_of(bytes)));
     assert_eq!(loaded.is_ok(), verified.is_ok());
     loaded
+}
+
+#[test]
+fn what_there_is_no_room_for_is_refused_and_what_is_loaded_counts_until_it_goes() {
+    const BYTES: u64 = 30 * PAGE_BYTES;
+    // Equal pages count each.
+    let before = capsule(&[vec![1; 20], vec![1; 10]]);
+    for bytes in [saved(&before, false), saved(&before, true), saved_as_version_1(&before)] {
+        let load = |limit: u64| {
+            let budget = Budget::new(limit, 0, || Ok(u64::MAX));
+            (load(&file_of(&bytes), &budget), budget)
+        };
+        for limit in [0, BYTES - 1] {
+            let (refused, budget) = load(limit);
+            assert!(matches!(refused, Err(Error::NoRoom(_))), "{limit}");
+            assert_eq!(budget.held(), 0);
+        }
+        let (loaded, budget) = load(1 << 30);
+        let loaded = loaded.unwrap();
+        assert_eq!(budget.held(), BYTES);
+        drop(loaded);
+        assert_eq!(budget.held(), 0);
+    }
 }
 
 fn layers() -> impl Strategy<Value = Vec<Vec<u8>>> {
@@ -83,7 +116,7 @@ proptest! {
         let after = loaded(&bytes).unwrap();
         let contents = |capsule: &Capsule| capsule.files.iter().map(|file| content(file)).collect::<Vec<_>>();
         prop_assert_eq!(contents(&after), contents(&before));
-        prop_assert!(after.files.iter().all(|file| memory::is_immutable(file).unwrap()));
+        prop_assert!(after.files.iter().all(|file| memory::is_sealed(file).unwrap()));
         prop_assert_eq!((&after.about, &after.state), (&before.about, &before.state));
     }
 
@@ -117,9 +150,12 @@ proptest! {
 
     #[test]
     fn the_version_before_is_read(layers in layers()) {
-        let before = capsule(&layers);
+        let before = as_version_1_has_it(capsule(&layers));
         let after = loaded(&saved_as_version_1(&before)).unwrap();
-        prop_assert_eq!((&after.about, &after.state), (&before.about, &before.state));
+        let (mut machine, image) = unpack(&before.state, &before.files).unwrap();
+        machine.vcpus = OlderVcpuState::into_current(machine.vcpus.into_iter().map(OlderVcpuState::of).collect());
+        let state = pack(&machine, &image, &before.files).unwrap();
+        prop_assert_eq!((&after.about, after.state == state), (&before.about, true));
         let contents = |capsule: &Capsule| capsule.files.iter().map(|file| content(file)).collect::<Vec<_>>();
         prop_assert_eq!(contents(&after), contents(&before));
     }
@@ -187,6 +223,28 @@ fn forged_descriptions_are_refused() {
     assert!(matches!(forged(|it| it.about.config.ram_bytes = 0), Err(Error::Invalid(_))));
     assert!(matches!(forged(|it| it.memory.layers[1].runs[0].pages = 3), Err(Error::Memory(_))));
     assert!(matches!(forged(|it| it.memory.layers.clear()), Err(Error::Invalid(_))));
+    // What takes little to say.
+    assert!(matches!(forged(|it| it.stored = Some(vec![1; 1000])), Err(Error::Invalid(_))));
+    assert!(matches!(forged(|it| it.machine.capabilities = vec!["A".into(); 65]), Err(Error::Invalid(_))));
+    assert!(matches!(forged(|it| it.machine.capabilities = vec!["A".repeat(65)]), Err(Error::Invalid(_))));
+    assert!(matches!(forged(|it| it.machine.capabilities.push("\x1b".into())), Err(Error::Invalid(_))));
+    let empty = Run { page: 20, pages: 0, file_page: 0 };
+    assert!(matches!(forged(|it| it.memory.layers[1].runs.push(empty)), Err(Error::Invalid(_))));
+    let one = |page| Run { page, pages: 1, file_page: 0 };
+    assert!(matches!(forged(|it| it.memory.layers[1].runs.extend([20, 22].map(one))), Err(Error::Invalid(_))));
+}
+
+#[test]
+fn a_description_has_its_memory_for_as_long_as_it_is_there() {
+    let budget = roomy();
+    let described = capsule(&[]).describe(&Digests::default()).unwrap().0;
+    let description = described.held_by(budget.reserve(5000).unwrap());
+    let other = description.clone();
+    let (capsule, description) = Assembly::new(description, &budget, |_| None).unwrap().finish().unwrap();
+    drop((capsule, other));
+    assert_eq!(budget.held(), 5000);
+    drop(description);
+    assert_eq!(budget.held(), 0);
 }
 
 #[test]

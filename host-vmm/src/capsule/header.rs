@@ -18,7 +18,7 @@ pub const HEADER_BYTES: usize = 128;
 /// Where the memory begins in a file.
 pub const DATA_OFFSET: u64 = PAGE_BYTES;
 
-/// Longest description in bytes: a state, and 48 bytes for each 256 KiB of memory, which comes to a memory of 256 GiB.
+/// Longest description in bytes: a state, and 44 bytes for each 256 KiB of memory, which comes to a memory of 256 GiB.
 pub const MAX_DESCRIPTION_BYTES: u64 = 64 << 20;
 
 /// The memory is compressed (zstd), each chunk by itself.

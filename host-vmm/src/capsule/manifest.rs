@@ -15,9 +15,12 @@ use serde::{Deserialize, Serialize};
 use super::{CHUNK_BYTES, CHUNK_PAGES, Chunk, Error, chunk, parallel};
 use crate::{
     arch::layout::{MAX_RAM_BYTES, PAGE_BYTES},
-    memory::{Image, Layer, MAX_EXTENTS, MAX_LAYERS, Run},
+    memory::{self, Image, Layer, MAX_EXTENTS, MAX_LAYERS, Run},
     sync::lock,
 };
+
+/// Question whether anybody still wants the manifest that is being made.
+pub type IsWanted<'w> = &'w (dyn Fn() -> bool + Sync);
 
 /// One layer of a memory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,6 +41,11 @@ impl LayerManifest {
     pub fn outline(layer: &Layer) -> Result<Self, Error> {
         let bytes = layer.file.metadata().map_err(|error| Error::Io("look at a layer", error))?.len();
         Ok(Self { file_pages: bytes.div_ceil(PAGE_BYTES), runs: layer.runs.clone(), chunks: Vec::new() })
+    }
+
+    /// Size of its pages that are not zero in bytes.
+    pub fn data_bytes(&self) -> u64 {
+        self.chunks.iter().map(Chunk::data_bytes).sum()
     }
 
     /// Size of the chunk with this number in bytes: the last one may be shorter.
@@ -87,8 +95,16 @@ impl Manifest {
     /// # Errors
     /// [`Error::Io`] where a layer can't be read.
     pub fn of(image: &Image, digests: &Digests) -> Result<Self, Error> {
+        Self::of_while(image, digests, &|| true)
+    }
+
+    /// The same, for as long as somebody wants it.
+    ///
+    /// # Errors
+    /// As [`Manifest::of`], and [`Error::CalledOff`].
+    pub fn of_while(image: &Image, digests: &Digests, is_wanted: IsWanted<'_>) -> Result<Self, Error> {
         let layers = image.layers().iter().map(|layer| {
-            let file = digests.of(&layer.file)?;
+            let file = digests.of(&layer.file, is_wanted)?;
             Ok(LayerManifest { file_pages: file.pages, runs: layer.runs.clone(), chunks: file.chunks.clone() })
         });
         Ok(Self { pages: image.pages(), layers: layers.collect::<Result<_, Error>>()? })
@@ -102,6 +118,20 @@ impl Manifest {
     /// Size of all pages that are not zero in bytes.
     pub fn data_bytes(&self) -> u64 {
         self.chunks().map(|(_, chunk)| chunk.data_bytes()).sum()
+    }
+
+    /// Size of the layers' files in bytes: what is in them at most.
+    pub fn file_bytes(&self) -> u64 {
+        self.layers.iter().fold(0, |sum: u64, layer| sum.saturating_add(layer.file_pages.saturating_mul(PAGE_BYTES)))
+    }
+
+    /// Size in bytes, as it travels, of the longest manifest with the same layers, whatever is in these.
+    pub fn most_bytes(&self) -> u64 {
+        self.layers.iter().fold(HEAD_LENGTH, |sum, layer| {
+            let runs = (layer.runs.len() as u64).saturating_mul(RUN_LENGTH);
+            let chunks = layer.file_pages.div_ceil(CHUNK_PAGES).saturating_mul(CHUNK_LENGTH);
+            sum.saturating_add(LAYER_LENGTH).saturating_add(runs).saturating_add(chunks)
+        })
     }
 
     /// Checks it, since it comes from elsewhere: layers of a possible size, chunks that are sorted, within them, and not empty. Whether the
@@ -118,8 +148,11 @@ impl Manifest {
             return Err(Error::Invalid("its layers are too large together"));
         }
         for LayerManifest { file_pages, runs, chunks } in &self.layers {
-            if *file_pages > MAX_RAM_BYTES / PAGE_BYTES || runs.len() > MAX_EXTENTS {
+            if *file_pages > MAX_RAM_BYTES / PAGE_BYTES || runs.len() > MAX_EXTENTS || runs.len() as u64 > *file_pages {
                 return Err(Error::Invalid("a layer is too large, or has too many runs"));
+            }
+            if runs.iter().any(|run| run.pages == 0) {
+                return Err(Error::Invalid("a run of a layer is empty"));
             }
             let run_pages = runs.iter().try_fold(0u64, |all, run| all.checked_add(run.pages));
             if run_pages.is_none_or(|pages| pages > self.pages) {
@@ -173,7 +206,8 @@ pub(super) fn check_length(image: &Image, most: u64) -> Result<(), Error> {
     if found > most { Err(Error::TooLarge { found, most }) } else { Ok(()) }
 }
 
-/// What is known of layers' files, which never change: to read one takes a second for some GiB.
+/// Digests of what is in layers' files that are sealed: to read one takes a second for some GiB. Of others nothing is
+/// remembered, since neither length nor time of change tells of a store by a mapping.
 #[derive(Debug, Default)]
 pub struct Digests(Mutex<Vec<(FileId, Arc<FileChunks>)>>);
 
@@ -190,23 +224,7 @@ struct FileChunks {
     chunks: Vec<Chunk>,
 }
 
-/// The same knowledge, apart: what is found out with it is not known elsewhere until that [learns](Digests::learn) it.
-impl Clone for Digests {
-    fn clone(&self) -> Self {
-        Self(Mutex::new(lock(&self.0).clone()))
-    }
-}
-
 impl Digests {
-    /// Takes over what was found out of files that are certain not to change any more: that of a booted VM's memory is written to again where
-    /// its fork fails.
-    pub fn learn(&self, from: &Self) {
-        let found = lock(&from.0).clone();
-        for (id, chunks) in found {
-            self.enter(id, chunks);
-        }
-    }
-
     fn enter(&self, id: FileId, chunks: Arc<FileChunks>) {
         let mut known = lock(&self.0);
         if known.iter().all(|(other, _)| *other != id) {
@@ -216,17 +234,30 @@ impl Digests {
         }
     }
 
-    fn of(&self, file: &File) -> Result<Arc<FileChunks>, Error> {
+    fn of(&self, file: &File, is_wanted: IsWanted<'_>) -> Result<Arc<FileChunks>, Error> {
         let metadata = file.metadata().map_err(|error| Error::Io("look at a layer", error))?;
         let id = (metadata.dev(), metadata.ino(), metadata.ctime(), metadata.ctime_nsec(), metadata.len());
         let found = lock(&self.0).iter().find(|(known, _)| *known == id).map(|(_, chunks)| Arc::clone(chunks));
         if let Some(found) = found {
             return Ok(found);
         }
+        // Before it is read: a seal that comes meanwhile says nothing of what was read before it.
+        let is_sealed = memory::is_sealed(file)?;
         let bytes = metadata.len();
-        let made = Arc::new(FileChunks { pages: bytes.div_ceil(PAGE_BYTES), chunks: chunks_of(file, bytes)? });
-        self.enter(id, Arc::clone(&made));
+        let chunks = chunks_of(file, bytes, is_wanted)?;
+        let made = Arc::new(FileChunks { pages: bytes.div_ceil(PAGE_BYTES), chunks });
+        if is_sealed {
+            self.enter(id, Arc::clone(&made));
+        }
         Ok(made)
+    }
+
+    /// Reads these files of which nothing is remembered, so that whoever asks next need not: those that are sealed.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where one can't be read.
+    pub fn learn<'f>(&self, files: impl IntoIterator<Item = &'f Arc<File>>) -> Result<(), Error> {
+        files.into_iter().try_for_each(|file| self.of(file, &|| true).map(drop))
     }
 }
 
@@ -247,8 +278,11 @@ fn numbers_of(file: &File, bytes: u64) -> Result<Vec<u64>, Error> {
 }
 
 /// What is in a file of so many bytes.
-fn chunks_of(file: &File, bytes: u64) -> Result<Vec<Chunk>, Error> {
+fn chunks_of(file: &File, bytes: u64, is_wanted: IsWanted<'_>) -> Result<Vec<Chunk>, Error> {
     let chunks = parallel::map(&numbers_of(file, bytes)?, |data, &number| {
+        if !is_wanted() {
+            return Err(Error::CalledOff);
+        }
         data.clear();
         let (offset, number) =
             (number * CHUNK_BYTES, u32::try_from(number).map_err(|_| Error::Invalid("a layer is too large"))?);
@@ -296,14 +330,35 @@ mod tests {
     }
 
     #[test]
-    fn what_is_found_out_apart_is_known_once_it_is_learnt() {
-        let (all, file) = (Digests::default(), file(&[1, 0, 2]));
-        let apart = all.clone();
-        let found = apart.of(&file).unwrap();
-        assert!(lock(&all.0).is_empty());
-        all.learn(&apart);
-        all.learn(&apart);
-        assert!(lock(&all.0).len() == 1 && Arc::ptr_eq(&all.of(&file).unwrap(), &found));
+    fn what_can_still_be_written_to_is_read_again() {
+        use std::os::unix::fs::FileExt;
+        let (digests, file) = (Digests::default(), memory::unsealed("test", 4096).unwrap());
+        file.write_all_at(&[1], 0).unwrap();
+        let of = |file: &File| digests.of(file, &|| true);
+        let before = of(&file).unwrap();
+        // As by a mapping that tells no time of change.
+        file.write_all_at(&[2], 0).unwrap();
+        let after = of(&file).unwrap();
+        assert_ne!(before.chunks, after.chunks);
+        assert!(lock(&digests.0).is_empty());
+        assert!(memory::try_seal(&file).unwrap());
+        let known = of(&file).unwrap();
+        assert_eq!(known.chunks, after.chunks);
+        assert!(lock(&digests.0).len() == 1 && Arc::ptr_eq(&of(&file).unwrap(), &known));
+    }
+
+    #[test]
+    fn what_nobody_wants_any_more_is_not_read_to_its_end() {
+        use std::sync::atomic::{AtomicUsize, Ordering};
+        let (digests, pages) = (Digests::default(), vec![1u8; 32 * 64]);
+        let image = Image::new(32 * 64, vec![Arc::new(Layer::whole(Arc::new(file(&pages)), 32 * 64))]).unwrap();
+        let looks = AtomicUsize::new(0);
+        let called_off = Manifest::of_while(&image, &digests, &|| looks.fetch_add(1, Ordering::Relaxed) < 2);
+        assert!(matches!(called_off, Err(Error::CalledOff)));
+        // Each processor has begun one more at most.
+        assert!(looks.into_inner() <= 2 + crate::threads::processors());
+        assert!(lock(&digests.0).is_empty(), "it is not known what is in it");
+        assert_eq!(Manifest::of(&image, &digests).unwrap().layers[0].chunks.len(), 32);
     }
 
     #[test]
@@ -320,6 +375,7 @@ mod tests {
         let check = |most| check_length(&image, most);
         let Err(Error::TooLarge { found, most: 0 }) = check(0) else { panic!("it is longer than nothing") };
         assert_eq!(found, bytes);
+        assert_eq!(manifest.most_bytes(), bytes, "no chunk is zero");
         assert!(check(found).is_ok() && check(found - 1).is_err());
     }
 

@@ -30,11 +30,11 @@ pub use chunk::{CHUNK_BYTES, CHUNK_PAGES, Chunk, Digest};
 pub use description::{About, Description};
 pub use difference::{Difference, Incompatible};
 pub use header::Header;
-pub use manifest::{Digests, LayerManifest, Manifest};
+pub use manifest::{Digests, IsWanted, LayerManifest, Manifest};
 
 use crate::{
     machine::MachineState,
-    memory::{self, Image, Layer, Run},
+    memory::{self, Image, Layer, Run, budget},
 };
 
 /// Largest state in bytes: a machine's is some 20 KiB a vCPU, an image's description 24 bytes a piece.
@@ -49,6 +49,9 @@ pub enum Error {
     /// The image makes no sense, or there is no memory for it.
     #[error("the VM's memory does not fit")]
     Memory(#[from] memory::Error),
+    /// This host has no memory for it, or may not give it so much.
+    #[error("there is no room for the VM's memory")]
+    NoRoom(#[from] budget::Error),
     /// A layer can still be changed.
     #[error("a layer of the image is not sealed")]
     Mutable,
@@ -103,6 +106,9 @@ pub enum Error {
     /// It has something that must be known to run it.
     #[error("the capsule has a part of the kind {0}, which this program does not know: it was made by a newer one")]
     UnknownPart(u32),
+    /// Nobody wants it any more.
+    #[error("the capsule was not made: the copies that it was for were called off")]
+    CalledOff,
 }
 
 /// Longest manifest in bytes: it leaves room in a description for the state of the largest machine.
@@ -126,11 +132,19 @@ impl Capsule {
     /// # Errors
     /// [`Error`]: whatever does not fit, or can't be read.
     pub fn describe(&self, digests: &Digests) -> Result<(Description, Image), Error> {
+        self.describe_while(digests, &|| true)
+    }
+
+    /// The same, for as long as somebody wants it.
+    ///
+    /// # Errors
+    /// As [`Capsule::describe`], and [`Error::CalledOff`].
+    pub fn describe_while(&self, digests: &Digests, is_wanted: IsWanted<'_>) -> Result<(Description, Image), Error> {
         let (machine, image) = unpack(&self.state, &self.files)?;
         manifest::check_length(&image, MAX_MANIFEST_BYTES)?;
         let requirements = compat::Requirements::of(&machine);
-        let (about, memory) = (self.about.clone(), Manifest::of(&image, digests)?);
-        Ok((Description { about, requirements, machine, memory, stored: None }, image))
+        let (about, memory) = (self.about.clone(), Manifest::of_while(&image, digests, is_wanted)?);
+        Ok((Description { about, requirements, machine, memory, stored: None, _grant: None }, image))
     }
 
     /// Describes it, without what is in its memory.
@@ -144,7 +158,8 @@ impl Capsule {
         let requirements = compat::Requirements::of(&machine);
         let layers = image.layers().iter().map(|layer| LayerManifest::outline(layer));
         let memory = Manifest { pages: image.pages(), layers: layers.collect::<Result<_, Error>>()? };
-        Ok((Description { about: self.about.clone(), requirements, machine, memory, stored: None }, image))
+        let about = self.about.clone();
+        Ok((Description { about, requirements, machine, memory, stored: None, _grant: None }, image))
     }
 
     /// The one that is described, with its memory in these files, one for each layer, in their order.
@@ -194,12 +209,12 @@ pub fn pack(machine: &MachineState, image: &Image, files: &[Arc<File>]) -> Resul
     Ok(codec::encode(&Contents { machine: Cow::Borrowed(machine), pages: image.pages(), layers })?)
 }
 
-/// Unpacks what [`pack`] gave, and checks that the image is whole and can't change.
+/// Unpacks what [`pack`] gave, and checks that the image is whole, and frozen at least: platforms seal images.
 ///
 /// # Errors
 /// [`Error`]: whatever does not fit.
 pub fn unpack(state: &[u8], files: &[Arc<File>]) -> Result<(MachineState, Image), Error> {
-    unpack_where(state, files, memory::is_immutable)
+    unpack_where(state, files, memory::is_frozen)
 }
 
 /// As [`unpack`], where the image may still be being filled, by somebody who is trusted with that.
@@ -207,7 +222,7 @@ pub fn unpack(state: &[u8], files: &[Arc<File>]) -> Result<(MachineState, Image)
 /// # Errors
 /// As there.
 pub fn unpack_lazily(state: &[u8], files: &[Arc<File>]) -> Result<(MachineState, Image), Error> {
-    unpack_where(state, files, |file| Ok(memory::is_immutable(file)? || memory::is_being_filled(file)?))
+    unpack_where(state, files, |file| Ok(memory::is_frozen(file)? || memory::is_being_filled(file)?))
 }
 
 fn unpack_where(

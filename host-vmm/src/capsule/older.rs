@@ -14,10 +14,10 @@ use uuid::Uuid;
 use super::{About, Capsule, Error, Header, LayerContents, MAX_BYTES, codec, header::DATA_OFFSET, image, pack};
 use crate::{
     arch::layout::{MAX_RAM_BYTES, PAGE_BYTES},
-    devices::{ControlPageState, DevicesState},
-    kvm::{VcpuState, VmState},
+    devices::{ControlPageState, OlderDevicesState},
+    kvm::{OlderVcpuState, VmState},
     machine::{Config, MachineState, VmIdentity},
-    memory::{self, MAX_LAYERS},
+    memory::{self, Budget, MAX_LAYERS},
 };
 
 /// Bytes that are read at once.
@@ -61,26 +61,32 @@ struct Contents {
 struct Machine {
     config: Config,
     vm: VmState,
-    vcpus: Vec<VcpuState>,
-    devices: DevicesState,
+    vcpus: Vec<OlderVcpuState>,
+    devices: OlderDevicesState,
 }
 
 /// Reads the rest of a file of version 1.
 ///
 /// # Errors
-/// [`Error`]: whatever is wrong with it.
-pub(super) fn load(file: &File, header: &Header, description: &[u8]) -> Result<Capsule, Error> {
+/// [`Error`]: whatever is wrong with it, or [`Error::NoRoom`].
+pub(super) fn load(file: &File, header: &Header, description: &[u8], budget: &Budget) -> Result<Capsule, Error> {
     let description: Description = codec::decode(description)?;
     check(&description, header.data_bytes)?;
+    let mut grant = budget.reserve(header.data_bytes)?;
     let mut pages = Reader { file, at: DATA_OFFSET, digest: blake3::Hasher::new() };
-    let files: Vec<_> =
+    let files: Vec<Arc<File>> =
         description.layers.iter().map(|layer| pages.layer(layer).map(Arc::new)).collect::<Result<_, _>>()?;
+    for (layer, file) in description.layers.iter().zip(&files) {
+        let layer_pages: u64 = layer.runs.iter().map(|(_, pages)| pages).sum();
+        grant.pass_on(file, layer_pages * PAGE_BYTES);
+    }
     if *pages.digest.finalize().as_bytes() != description.data_digest {
         return Err(Error::Digest("the memory"));
     }
     let Contents { machine: Machine { config, vm, vcpus, devices }, pages, layers } =
         codec::decode(&description.state)?;
-    let control_page = ControlPageState::forked(description.seq);
+    let vcpus = OlderVcpuState::into_current(vcpus);
+    let (devices, control_page) = (devices.into(), ControlPageState::forked(description.seq));
     let machine = MachineState { config, vm, vcpus, devices, control_page, tsc_khz: None, capabilities: Vec::new() };
     let state = pack(&machine, &image(pages, layers, &files)?, &files)?;
     let Description { id, created_ns, vm_type, original, config, seq, .. } = description;

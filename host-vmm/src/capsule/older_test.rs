@@ -1,8 +1,22 @@
 use super::*;
-use crate::capsule::{file::tests::content, unpack};
+use crate::capsule::{
+    file::tests::{content, roomy},
+    unpack,
+};
 
 /// A file that a program of that version has written, made smaller: of a guest that had done no more than to fork.
 const GOLDEN: &[u8] = include_bytes!("version-1.capsule.zst");
+
+/// A file in the format of today whose states are of version 1, of the same guest.
+const STATE_1: &[u8] = include_bytes!("state-1.capsule.zst");
+
+/// A capsule without what programs of that version did not know.
+pub(crate) fn as_version_1_has_it(capsule: Capsule) -> Capsule {
+    let (mut machine, image) = unpack(&capsule.state, &capsule.files).unwrap();
+    machine.devices = OlderDevicesState::from(machine.devices).into();
+    machine.vcpus = OlderVcpuState::into_current(machine.vcpus.into_iter().map(OlderVcpuState::of).collect());
+    Capsule { state: pack(&machine, &image, &capsule.files).unwrap(), ..capsule }
+}
 
 /// What a program of that version has written.
 pub(crate) fn saved_as_version_1(capsule: &Capsule) -> Vec<u8> {
@@ -10,7 +24,9 @@ pub(crate) fn saved_as_version_1(capsule: &Capsule) -> Vec<u8> {
     let MachineState { config, vm, vcpus, devices, .. } = machine;
     let layers = image.layers().iter().enumerate();
     let layers = layers.map(|(file, layer)| LayerContents { file, runs: layer.runs.clone() }).collect();
-    let contents = Contents { machine: Machine { config, vm, vcpus, devices }, pages: image.pages(), layers };
+    let vcpus = vcpus.into_iter().map(OlderVcpuState::of).collect();
+    let contents =
+        Contents { machine: Machine { config, vm, vcpus, devices: devices.into() }, pages: image.pages(), layers };
     let (mut data, mut described) = (Vec::new(), Vec::new());
     for layer in image.layers() {
         let content = content(&layer.file);
@@ -39,7 +55,7 @@ fn loaded(bytes: &[u8]) -> Result<Capsule, Error> {
     use std::io::Write;
     let mut file = tempfile::tempfile().unwrap();
     file.write_all(bytes).unwrap();
-    crate::capsule::file::load(&file)
+    crate::capsule::file::load(&file, &roomy())
 }
 
 #[test]
@@ -51,11 +67,27 @@ fn what_a_program_of_that_version_has_written_is_loaded_and_can_be_described() {
     assert_eq!((config.ram_bytes, config.vcpus), (32 << 20, 1));
     let (machine, image) = unpack(&capsule.state, &capsule.files).unwrap();
     assert_eq!((machine.config, machine.vcpus.len(), image.pages()), (*config, 1, 8192));
+    // Its guest was told of no generation ID: copies of it get no interrupt of that.
+    assert!(!machine.devices.has_generation_id());
     let memory = content(&image.layers()[0].file);
     // Its code is where the kernel was loaded, behind the first 2 MiB.
     assert!(memory[0x20_0000..0x20_1000].iter().any(|&byte| byte != 0));
     let description = capsule.describe(&crate::capsule::Digests::default()).unwrap().0;
     assert_eq!(description.memory.data_bytes(), 12 * PAGE_BYTES);
+}
+
+#[test]
+fn a_state_of_version_1_gets_what_it_lacks_as_it_is_at_boot() {
+    let capsule = loaded(&zstd::stream::decode_all(STATE_1).unwrap()).unwrap();
+    let (machine, image) = unpack(&capsule.state, &capsule.files).unwrap();
+    assert_eq!((machine.vcpus.len(), image.pages(), machine.tsc_khz.is_some()), (1, 8192, true));
+    let value = |index| machine.vcpus[0].msrs().iter().find(|msr| msr.index == index).map(|msr| msr.value);
+    assert_eq!([0x2ff, 0x179, 0x400].map(value), [Some(0x806), Some(32), Some(0)]);
+    assert!(machine.vcpus[0].tsc().is_some_and(|tsc| tsc > 0));
+    // Its copies ask for no more than they did.
+    let description = capsule.describe(&crate::capsule::Digests::default()).unwrap().0;
+    let offer = crate::capsule::compat::Requirements::of(&machine);
+    assert_eq!(description.requirements, offer);
 }
 
 #[test]

@@ -1,53 +1,35 @@
 //! What this host has to do, and what it has left: its part of a [`Load`].
 
 use std::{
-    fs, io,
+    fs,
     sync::atomic::{AtomicBool, Ordering},
 };
 
 use super::member::Load;
-use crate::threads;
+use crate::{
+    memory::{HostMemory, HostMemoryError},
+    threads,
+};
 
-const MEMORY: &str = "/proc/meminfo";
 const CPU_PRESSURE: &str = "/proc/pressure/cpu";
 const MEMORY_PRESSURE: &str = "/proc/pressure/memory";
-
-/// Why a host's load can't be read.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// The file can't be read.
-    #[error("can't read {MEMORY}: is /proc mounted?")]
-    Read(#[source] io::Error),
-    /// A line is missing, or holds no number.
-    #[error("{MEMORY} has no {0} in kB: Linux has it since 3.14")]
-    Missing(&'static str),
-}
 
 /// Reads what this host has to do: its memory, its processors, and what waits for them. What VMs and shells the platform has is its own to
 /// fill in, and 0 or empty here.
 ///
 /// # Errors
-/// [`Error`]: the memory can't be told. A kernel that does not tell what waits (no PSI) is taken for one on which nothing does.
-pub fn read() -> Result<Load, Error> {
-    let (memory_bytes, memory_available_bytes) = memory(&fs::read_to_string(MEMORY).map_err(Error::Read)?)?;
+/// [`HostMemoryError`]: the memory can't be told. A kernel that does not tell what waits (no PSI) is taken
+/// for one on which nothing does.
+pub fn read() -> Result<Load, HostMemoryError> {
+    let memory = HostMemory::read()?;
     Ok(Load {
         processors: u32::try_from(threads::processors()).unwrap_or(u32::MAX),
         cpu_pressure_permille: read_pressure(CPU_PRESSURE),
         memory_pressure_permille: read_pressure(MEMORY_PRESSURE),
-        memory_bytes,
-        memory_available_bytes,
+        memory_bytes: memory.total,
+        memory_available_bytes: memory.available,
         ..Load::default()
     })
-}
-
-/// All memory and what of it is available, in bytes, from the text of `/proc/meminfo`.
-fn memory(text: &str) -> Result<(u64, u64), Error> {
-    let bytes = |name: &'static str| {
-        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-        let number = line.and_then(|line| line.trim().strip_suffix(" kB")?.parse::<u64>().ok());
-        number.and_then(|kib| kib.checked_mul(1024)).ok_or(Error::Missing(name))
-    };
-    Ok((bytes("MemTotal")?, bytes("MemAvailable")?))
 }
 
 fn read_pressure(path: &'static str) -> u32 {
@@ -77,28 +59,6 @@ fn pressure_permille(text: &str) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn memory_is_read_in_bytes() {
-        let text =
-            "MemTotal:       24689764 kB\nMemFree:         1000000 kB\nMemAvailable:   20000000 kB\nBuffers:  1 kB\n";
-        assert_eq!(memory(text).unwrap(), (24_689_764 << 10, 20_000_000 << 10));
-    }
-
-    #[test]
-    fn memory_that_is_not_told_is_an_error() {
-        for (text, missing) in [
-            ("", "MemTotal"),
-            ("MemTotal: 1 kB\nMemFree: 1 kB\n", "MemAvailable"),
-            ("MemTotal: 1 kB\nMemAvailable: 1\n", "MemAvailable"),
-            ("MemTotal: x kB\nMemAvailable: 1 kB\n", "MemTotal"),
-            ("MemTotalled: 1 kB\nMemAvailable: 1 kB\n", "MemTotal"),
-            ("MemTotal: 18446744073709551615 kB\nMemAvailable: 1 kB\n", "MemTotal"),
-        ] {
-            let Err(Error::Missing(name)) = memory(text) else { panic!("{text}") };
-            assert_eq!(name, missing, "{text}");
-        }
-    }
 
     #[test]
     fn pressure_is_in_thousandths() {

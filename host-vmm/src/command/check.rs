@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use serde::Serialize;
 
+use super::table::json;
 use crate::{
     cli,
     error::chain,
@@ -85,7 +86,7 @@ const EMULATED: &str = "This KVM has no hardware virtualisation behind it: it ru
 pub fn check(options: &cli::Check) -> anyhow::Result<ExitCode> {
     let report = Report::new(probe::probe());
     if options.json {
-        println!("{}", serde_json::to_string(&report)?);
+        println!("{}", json(&report)?);
     } else {
         report.print();
     }

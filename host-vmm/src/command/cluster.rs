@@ -15,7 +15,7 @@ use super::{
     asked::endpoint,
     fork::print_forked,
     image::print_spawned,
-    table::{Column, size, table},
+    table::{Column, json, size, table},
 };
 use crate::{
     api::{
@@ -25,6 +25,7 @@ use crate::{
     cli::{self, Original},
     cluster::placement::{Explanation, Wish},
     machine::Config,
+    text::Name,
 };
 
 /// How often it is looked how far a clone is.
@@ -37,7 +38,7 @@ const LOOK: Duration = Duration::from_millis(200);
 pub fn platforms(options: &cli::Platforms) -> anyhow::Result<ExitCode> {
     let platforms = client::platforms(endpoint(&options.platform)?.as_ref())?;
     if options.json {
-        println!("{}", serde_json::to_string(&platforms)?);
+        println!("{}", json(&platforms)?);
         return Ok(ExitCode::SUCCESS);
     }
     print!("{}", list(&platforms.platforms));
@@ -87,13 +88,13 @@ pub fn place(options: &cli::Place) -> anyhow::Result<ExitCode> {
     };
     let explanation = client::explain(endpoint(&options.platform)?.as_ref(), wish)?;
     if options.json {
-        println!("{}", serde_json::to_string(&explanation)?);
+        println!("{}", json(&explanation)?);
     } else if options.explain {
         let head = Explanation::HEAD.map(|title| (title, Column::Words));
         print!("{}", table(head, explanation.rows().into_iter()));
     } else {
         for reason in explanation.platforms.iter().filter(|reason| reason.copies > 0) {
-            println!("{} {}", reason.platform, reason.copies);
+            println!("{} {}", Name::from(reason.platform.as_str()), reason.copies);
         }
     }
     Ok(if explanation.placed { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -213,10 +213,12 @@ pub(super) fn settings(config: &PlatformConfig) -> anyhow::Result<Settings> {
         events: config.events.as_deref().map(create).transpose()?,
         trace: None,
         max_vms: config.max_vms,
+        max_pause: config.max_pause,
         ready: config.ready,
         cpu_profile: check_profile(&profile(config)?)?,
         prefetches: config.prefetch,
         limits: config.limits.clone(),
         keep: config.keep.clone(),
+        image_memory: config.image_memory,
     })
 }

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use super::{
     asked::endpoint,
-    table::{Column, table},
+    table::{Column, json, table},
 };
 use crate::{
     api::{ForkWish, Forked, Placement, client},
@@ -22,9 +22,9 @@ pub fn fork(options: &cli::Fork) -> anyhow::Result<ExitCode> {
 }
 
 /// Says which copies were made.
-pub(super) fn print_forked(forked: &Forked, json: bool) -> anyhow::Result<ExitCode> {
-    if json {
-        println!("{}", serde_json::to_string(forked)?);
+pub(super) fn print_forked(forked: &Forked, as_json: bool) -> anyhow::Result<ExitCode> {
+    if as_json {
+        println!("{}", json(forked)?);
     } else {
         print!("{}", list(forked));
     }
@@ -34,12 +34,12 @@ pub(super) fn print_forked(forked: &Forked, json: bool) -> anyhow::Result<ExitCo
 fn list(forked: &Forked) -> String {
     let head = ["ID", "NAME", "PLATFORM", "PLACEMENT"].map(|title| (title, Column::Words));
     let rows = forked.vms.iter().map(|vm| {
-        let platform = if vm.platform.is_empty() { "-" } else { &vm.platform };
+        let platform = if vm.platform.is_empty() { "-" } else { vm.platform.as_str() };
         let placement = match vm.placement {
             Placement::Local => "local",
             Placement::Remote => "remote",
         };
-        [vm.id.to_string(), vm.name.clone(), platform.to_owned(), placement.to_owned()]
+        [vm.id.to_string(), vm.name.to_string(), platform.to_owned(), placement.to_owned()]
     });
     table(head, rows)
 }
@@ -55,9 +55,9 @@ mod tests {
     fn each_copy_has_a_line() {
         let copy = |index, platform: &str, placement| ForkedVm {
             id: Uuid::from_u128(u128::from(index)),
-            name: format!("web.{index}"),
+            name: format!("web.{index}").into(),
             index,
-            platform: platform.to_owned(),
+            platform: platform.into(),
             placement,
         };
         let vms = vec![copy(1, "", Placement::Local), copy(2, "north", Placement::Remote)];

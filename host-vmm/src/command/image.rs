@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use super::{
     asked::{endpoint, endpoint_here},
-    table::{Column, size, table},
+    table::{Column, json, json_lines, size, table},
 };
 use crate::{
     api::{Image, Spawned, client},
@@ -26,17 +26,17 @@ const SHORT_ID: usize = 8;
 /// Where no platform answers, or it has no such image.
 pub fn image(command: &ImageCommand) -> anyhow::Result<ExitCode> {
     match command {
-        ImageCommand::Ls { platform, json } => {
+        ImageCommand::Ls { platform, json: as_json } => {
             let images = client::images(endpoint(platform)?.as_ref())?;
-            if *json {
-                println!("{}", serde_json::to_string(&images)?);
+            if *as_json {
+                println!("{}", json(&images)?);
             } else {
                 print!("{}", list(&images));
             }
         }
         ImageCommand::Show { platform, id } => {
             let image = client::image(endpoint(platform)?.as_ref(), id)?;
-            println!("{}", serde_json::to_string_pretty(&image)?);
+            println!("{}", json_lines(&image)?);
         }
         ImageCommand::Rm { platform, ids } => {
             let platform = endpoint(platform)?;
@@ -47,7 +47,7 @@ pub fn image(command: &ImageCommand) -> anyhow::Result<ExitCode> {
         }
         ImageCommand::Inspect { file } => {
             let inspection = Inspection::of(file).with_context(|| format!("can't read {}", file.display()))?;
-            println!("{}", serde_json::to_string_pretty(&inspection)?);
+            println!("{}", json_lines(&inspection)?);
         }
         ImageCommand::Verify { file } => {
             let opened = File::open(file).with_context(|| format!("can't open {}", file.display()))?;
@@ -135,9 +135,9 @@ pub fn spawn(options: &cli::Spawn) -> anyhow::Result<ExitCode> {
 }
 
 /// Says which VMs were made.
-pub(super) fn print_spawned(spawned: &Spawned, json: bool) -> anyhow::Result<ExitCode> {
-    if json {
-        println!("{}", serde_json::to_string(spawned)?);
+pub(super) fn print_spawned(spawned: &Spawned, as_json: bool) -> anyhow::Result<ExitCode> {
+    if as_json {
+        println!("{}", json(spawned)?);
     } else {
         for vm in &spawned.vms {
             println!("{}", vm.name);

@@ -8,11 +8,12 @@ use uuid::Uuid;
 
 use super::{
     asked::endpoint,
-    table::{Column, size, table},
+    table::{Column, json, size, table},
 };
 use crate::{
-    api::{Memory, State, Vm, Vms, client},
+    api::{Ended, Memory, State, Vm, Vms, client},
     cli,
+    text::Name,
 };
 
 /// Prints a table of all VMs.
@@ -22,9 +23,9 @@ use crate::{
 pub fn ps(options: &cli::Ps) -> anyhow::Result<ExitCode> {
     let vms = client::vms(endpoint(&options.platform)?.as_ref())?;
     if options.json {
-        println!("{}", serde_json::to_string(&vms)?);
+        println!("{}", json(&vms)?);
     } else {
-        print!("{}", list(&vms.vms));
+        print!("{}{}", list(&vms.vms), list_ended(&vms.ended));
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -51,6 +52,8 @@ fn list(vms: &[Vm]) -> String {
         ("UPTIME", Numbers),
         ("VCPUS", Numbers),
         ("RAM", Numbers),
+        ("SEALED", Words),
+        ("VMGENID", Words),
         ("MISSING", Numbers),
         ("PRIVATE", Numbers),
         ("SHARED", Numbers),
@@ -67,6 +70,8 @@ fn list(vms: &[Vm]) -> String {
             uptime(vm),
             vm.vcpus.to_string(),
             size(vm.ram_bytes),
+            vm.sealed.map_or("-", |sealed| if sealed { "yes" } else { "no" }).to_owned(),
+            generation_id(vm).to_owned(),
             vm.missing_bytes.map_or_else(|| "-".to_owned(), size),
             memory(|memory| memory.private_bytes),
             memory(|memory| memory.shared_bytes),
@@ -75,10 +80,21 @@ fn list(vms: &[Vm]) -> String {
     table(head, rows)
 }
 
+/// A line for each VM that the platform has ended for a reason of its own.
+fn list_ended(ended: &[Ended]) -> String {
+    let told = ended.iter().filter_map(|Ended { name, why, .. }| {
+        Some(format!("{} was ended: {}\n", Name::from(name.as_str()), why.as_ref()?))
+    });
+    told.collect()
+}
+
 fn trees(vms: &Vms) -> Vec<Tree<String>> {
     let mut labels: BTreeMap<Uuid, String> = BTreeMap::new();
     let mut children: BTreeMap<Option<Uuid>, Vec<Uuid>> = BTreeMap::new();
-    let ended = vms.ended.iter().map(|ended| (ended.id, ended.parent, format!("{} (ended)", ended.name)));
+    let ended = vms.ended.iter().map(|ended| {
+        let why = ended.why.as_ref().map_or_else(String::new, |why| format!(": {why}"));
+        (ended.id, ended.parent, format!("{} (ended{why})", Name::from(ended.name.as_str())))
+    });
     for (id, parent, label) in ended.chain(vms.vms.iter().map(|vm| (vm.id, vm.parent, label(vm)))) {
         labels.insert(id, label);
         children.entry(parent).or_default().push(id);
@@ -97,7 +113,7 @@ fn grow(id: Uuid, labels: &BTreeMap<Uuid, String>, children: &BTreeMap<Option<Uu
 fn label(vm: &Vm) -> String {
     let private = vm.memory.map_or_else(String::new, |memory| format!(", {} of its own", size(memory.private_bytes)));
     let missing = vm.missing_bytes.map_or_else(String::new, |bytes| format!(", {} to come", size(bytes)));
-    format!("{} ({} for {}{private}{missing})", vm.name, state(vm.state), uptime(vm))
+    format!("{} ({} for {}{private}{missing})", Name::from(vm.name.as_str()), state(vm.state), uptime(vm))
 }
 
 fn state(state: State) -> &'static str {
@@ -108,6 +124,14 @@ fn state(state: State) -> &'static str {
     }
 }
 
+fn generation_id(vm: &Vm) -> &'static str {
+    match vm.generation_id {
+        Some(true) => "yes",
+        Some(false) => "no",
+        None => "-",
+    }
+}
+
 fn uptime(vm: &Vm) -> String {
     FormattedDuration(Duration::from_millis(vm.uptime_ms)).to_string()
 }
@@ -115,7 +139,6 @@ fn uptime(vm: &Vm) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::Ended;
 
     fn vm(id: u128, parent: Option<u128>, name: &str) -> Vm {
         Vm {
@@ -129,6 +152,8 @@ mod tests {
             uptime_ms: 61_000,
             vcpus: 1,
             ram_bytes: 512 << 20,
+            sealed: Some(true),
+            generation_id: Some(true),
             missing_bytes: None,
             memory: Some(Memory { private_bytes: 3 << 20, shared_bytes: 0, proportional_bytes: 0 }),
         }
@@ -151,8 +176,23 @@ mod tests {
     }
 
     #[test]
+    fn it_is_shown_whether_memory_is_sealed_and_who_was_ended_since_it_was_not() {
+        let all = [None, Some(false), Some(true)].map(|sealed| Vm { sealed, ..vm(1, None, "vm") });
+        let text = list(&all);
+        let at = text.find("SEALED").unwrap();
+        let shown: Vec<&str> = text.lines().map(|line| line[at..].split_whitespace().next().unwrap()).collect();
+        assert_eq!(shown, ["SEALED", "-", "no", "yes"], "{text}");
+        let ended =
+            |why: Option<&str>| Ended { id: Uuid::nil(), name: "web.1".into(), parent: None, why: why.map(Into::into) };
+        assert_eq!(list_ended(&[ended(None), ended(Some("a reason"))]), "web.1 was ended: a reason\n");
+        let hostile = Ended { name: "\x1b]2;mine\x07\n".into(), ..ended(Some("a reason")) };
+        let told = list_ended(&[hostile]);
+        assert!(told.trim_end().chars().all(|character| !character.is_control()), "{told:?}");
+    }
+
+    #[test]
     fn a_tree_has_the_ended_too() {
-        let ended = Ended { id: Uuid::from_u128(2), name: "web.1".into(), parent: Some(Uuid::from_u128(1)) };
+        let ended = Ended { id: Uuid::from_u128(2), name: "web.1".into(), parent: Some(Uuid::from_u128(1)), why: None };
         let vms =
             Vms { vms: vec![vm(1, None, "vm"), vm(3, Some(2), "web.2"), vm(4, Some(1), "web.3")], ended: vec![ended] };
         let trees = trees(&vms);

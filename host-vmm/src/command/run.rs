@@ -9,6 +9,7 @@ use std::{
         atomic::{AtomicU8, Ordering},
     },
     thread,
+    time::Duration,
 };
 
 use anyhow::Context;
@@ -18,6 +19,7 @@ use crate::{
     cli,
     cluster::config::PlatformConfig,
     machine::{Config, End},
+    output::say,
     platform::{Boot, ConsoleInput, Platform, Settings, Terminal, read_keys},
 };
 
@@ -57,11 +59,13 @@ pub fn run(options: cli::Run) -> anyhow::Result<ExitCode> {
             events: options.events.as_deref().map(create).transpose()?,
             trace: options.trace.as_deref().map(create).transpose()?,
             max_vms: options.max_vms,
+            max_pause: Duration::from_secs(options.max_pause),
             ready: options.ready,
             cpu_profile: daemon::check_profile(&options.cpu_profile)?,
             prefetches: !options.no_prefetch,
             limits: options.limits,
             keep: options.keep,
+            image_memory: options.image_memory,
         },
     };
     let log_dir = settings.log_dir.clone();
@@ -80,7 +84,7 @@ pub fn run(options: cli::Run) -> anyhow::Result<ExitCode> {
     // Dropped on every way out from here, which puts the terminal back.
     let terminal = Terminal::raw().context("can't switch the terminal to raw mode")?;
     if terminal.is_interactive() {
-        eprintln!("host-vmm: Ctrl-A x ends all VMs; consoles are logged in {}", log_dir.display());
+        say(format_args!("Ctrl-A x ends all VMs; consoles are logged in {}", log_dir.display()));
     }
     let input = platform.boot(boot)?;
     read_console(&platform, &stopped, terminal.is_interactive(), input)?;
@@ -103,7 +107,18 @@ fn read_console(
             stopped.store(0, Ordering::SeqCst);
             platform.stop();
         };
-        read_keys(interactive, |bytes| input.send(bytes).is_ok(), quit);
+        let mut is_told = false;
+        let pass = |bytes: &[u8]| {
+            // From a terminal, more may come that is for this program, and not for the VM.
+            let sent = if interactive { input.try_send(bytes) } else { input.send(bytes).map(|()| true) };
+            if let Ok(false) = sent
+                && !std::mem::replace(&mut is_told, true)
+            {
+                tracing::warn!("the VM takes no more keys at present; what is typed is lost until it does");
+            }
+            sent.is_ok()
+        };
+        read_keys(interactive, pass, quit);
     };
     thread::Builder::new().name("keys".into()).spawn(read).context("can't start a thread")?;
     Ok(())
@@ -116,12 +131,12 @@ fn exit_code(stopped: u8, end: Option<End>) -> ExitCode {
     match end {
         Some(End::PoweredOff | End::Stopped) => ExitCode::SUCCESS,
         Some(End::Reset) => ExitCode::from(RESET),
-        Some(End::Broken(why) | End::SourceLost(why)) => {
-            eprintln!("host-vmm: the VM can't go on: {why}");
+        Some(End::Broken(why) | End::SourceLost(why) | End::Unsealed(why)) => {
+            say(format_args!("the VM can't go on: {why}"));
             ExitCode::FAILURE
         }
         Some(End::Orphaned) | None => {
-            eprintln!("host-vmm: the VM's node died");
+            say(format_args!("the VM's node died"));
             ExitCode::FAILURE
         }
     }

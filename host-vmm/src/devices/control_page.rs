@@ -2,6 +2,7 @@
 //!
 //! The guest can write all of the page at any time. So the request is copied out once and only the copy is looked at, and what
 //! the VMM wrote is never read back. A list of many copies reaches into the pages behind it, and the last of these holds the generation alone.
+//! Behind that comes the page of the VM generation ID, which the guest can only read.
 //!
 //! Header, identity, generation and list are each VM's own. What guest and VMM have said to each other, request and response, is state: a copy that its
 //! guest did not ask for may have been about to ask for something else, or to read an answer, and finds both as they were.
@@ -14,7 +15,10 @@ use vmfork_abi::{
     Response, Status,
 };
 
-use crate::memory::{self, Mapping};
+use crate::{
+    arch::layout::{CONTROL_PAGE, GENERATION_ID},
+    memory::{self, Mapping},
+};
 
 /// One VM's control page. Cloning it gives the same page.
 #[derive(Debug, Clone)]
@@ -25,6 +29,17 @@ pub struct ControlPage {
 /// Request and response as they stand in the page, one behind the other. All bytes are a state; nobody looks at them but the guest.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ControlPageState([[u8; 32]; STATE_BYTES / 32]);
+
+/// Size of a VM generation ID in bytes.
+pub const GENERATION_ID_BYTES: usize = 16;
+
+/// Offset in bytes of the page of the VM generation ID in the mapping.
+pub const GENERATION_ID_OFFSET: usize = REGION_BYTES;
+
+/// Size of the mapping in bytes.
+const MAPPING_BYTES: usize = GENERATION_ID_OFFSET + PAGE_BYTES;
+
+const _: () = assert!(GENERATION_ID.0 - CONTROL_PAGE.0 == GENERATION_ID_OFFSET as u64);
 
 /// Size of the state in bytes.
 const STATE_BYTES: usize = Request::BYTES + Response::BYTES;
@@ -48,12 +63,13 @@ impl ControlPage {
     /// # Errors
     /// [`memory::Error`] where there is no memory for it.
     pub fn new() -> Result<Self, memory::Error> {
-        let mapping = Arc::new(Mapping::reserve(REGION_BYTES)?);
-        mapping.map_shared(&memory::unsealed("vm-control-page", REGION_BYTES as u64)?)?;
+        let mapping = Arc::new(Mapping::reserve(MAPPING_BYTES)?);
+        mapping.map_shared(&memory::unsealed("vm-control-page", MAPPING_BYTES as u64)?)?;
         let page = Self { mapping };
         page.write_header()?;
-        // Takes that page from the host now, and not while a fork waits for it.
+        // Takes these pages from the host now, and not while a fork waits for them.
         page.write_generation(0)?;
+        page.write_generation_id(&[0; GENERATION_ID_BYTES])?;
         Ok(page)
     }
 
@@ -134,6 +150,14 @@ impl ControlPage {
     fn write_generation(&self, generation: u32) -> Result<(), memory::Error> {
         let generation = Generation { generation: generation.into(), ..Default::default() };
         self.mapping.write(PAGE.generation.offset, &generation.to_bytes())
+    }
+
+    /// Writes the VM generation ID, which tells a guest that it is in another VM.
+    ///
+    /// # Errors
+    /// As [`ControlPage::request`].
+    pub fn write_generation_id(&self, id: &[u8; GENERATION_ID_BYTES]) -> Result<(), memory::Error> {
+        self.mapping.write(GENERATION_ID_OFFSET, id)
     }
 
     /// Writes which copies the request `seq` made.

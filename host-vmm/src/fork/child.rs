@@ -48,6 +48,8 @@ pub struct Child {
     pub seq: u64,
     /// What it does about its first writes.
     pub working_set: Prefetch,
+    /// Whether its first vCPU runs later than the others.
+    pub first_vcpu_late: bool,
     /// Its side of the fork.
     pub steps: Vec<Timing>,
     /// Where it met its parent: to be dropped when there is time for it.
@@ -71,8 +73,9 @@ impl Child {
         let Meeting { rendezvous, files } = meeting;
         let mut timeline = Timeline::new(None);
         match meet(&rendezvous, &files, shell, (console, faults), order, is_alone, &mut timeline) {
-            Ok((machine, vcpus, CopyOrder { seq, working_set, .. })) => {
-                Ok(Self { machine, vcpus, seq, working_set, steps: timeline.into_steps(), rendezvous })
+            Ok((machine, vcpus, CopyOrder { seq, working_set, first_vcpu_late, .. })) => {
+                let steps = timeline.into_steps();
+                Ok(Self { machine, vcpus, seq, working_set, first_vcpu_late, steps, rendezvous })
             }
             Err(error) => {
                 rendezvous.fail()?;

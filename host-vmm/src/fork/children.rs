@@ -4,7 +4,7 @@ use std::{
     fs::File,
     os::fd::AsFd,
     sync::{Arc, mpsc},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use vmfork_abi::{ErrorCode, ListedCopy};
@@ -15,11 +15,10 @@ use super::{
     standby::Bell,
     whereabouts,
 };
-use crate::wire::{ForkOrder, NodeLink, Step, ToNode, ToPlatform, link};
-
-/// How long copies may take until they are ready to run: a thousand can start at once on a host without hardware virtualisation, and some may
-/// have gone to other platforms with all of their memory. The platform ends what it sees to fail earlier.
-const LAUNCH_TIMEOUT: Duration = Duration::from_secs(600);
+use crate::{
+    text::Reason,
+    wire::{ForkOrder, NodeLink, Step, ToNode, ToPlatform, link},
+};
 
 /// What the platform answers to this VM's forks.
 pub type Replies = mpsc::Receiver<ToNode>;
@@ -79,11 +78,18 @@ impl Children<'_> {
         Ok(self.rendezvous()?.publish(state)?)
     }
 
-    /// Waits until all of them are ready to run.
-    pub(super) fn wait(&mut self) -> Result<(), Error> {
-        let arrived = self.rendezvous()?.wait_arrivals(self.count, LAUNCH_TIMEOUT, || self.link.is_closed());
+    /// Waits until all of them are ready to run, for as long as a fork that `began` then may take. The
+    /// platform ends what it sees to fail earlier.
+    pub(super) fn wait(&mut self, began: Instant, max_pause: Duration) -> Result<(), Error> {
+        let limit = max_pause.saturating_sub(began.elapsed());
+        let arrived = self.rendezvous()?.wait_arrivals(self.count, limit, || self.link.is_closed());
         match arrived {
             Err(rendezvous::Error::ChildFailed | rendezvous::Error::Aborted) => Err(self.call_off()?),
+            Err(rendezvous::Error::Gone) if !self.link.is_closed() => {
+                // Nothing of them is left when the parent goes on.
+                self.call_off()?;
+                Err(Error::Late(max_pause))
+            }
             other => Ok(other?),
         }
     }
@@ -95,7 +101,11 @@ impl Children<'_> {
 
     /// Lets them run. From here on there is no way back. What is left is to be dropped when there is time for it.
     pub(super) fn commit(mut self) -> Result<Met, Error> {
-        self.rendezvous()?.commit()?;
+        match self.rendezvous()?.commit() {
+            // The platform has found one gone that had been ready.
+            Err(rendezvous::Error::Aborted) => return Err(self.call_off()?),
+            committed => committed?,
+        }
         let rendezvous = self.rendezvous.take().ok_or(Error::Committed)?;
         Ok(Met { _rendezvous: rendezvous, _bell: self.bell.take() })
     }
@@ -113,7 +123,7 @@ impl Children<'_> {
             Ok(ToNode::Aborted { code, why }) => {
                 Ok(Error::Platform { code: ErrorCode::from_number(code).unwrap_or(ErrorCode::Launch), why })
             }
-            Ok(other) => Err(link::Error::Unexpected(format!("{other:?}")).into()),
+            Ok(other) => Err(link::Error::Unexpected(Reason::of(format_args!("{other:?}"))).into()),
             Err(mpsc::RecvError) => Err(link::Error::Closed.into()),
         }
     }

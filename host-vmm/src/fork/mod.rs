@@ -20,6 +20,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
+    time::{Duration, Instant},
 };
 
 use vmfork_abi::ErrorCode;
@@ -46,10 +47,11 @@ use crate::{
     descriptors,
     devices::{ControlPageState, Paused},
     error::chain,
-    kvm::{self, Vcpu},
+    kvm::{self, TscRate, Vcpu},
     machine::{self, FirstExit, GateError, LeftBehind, Machine, MachineState, Stopped, Successor},
     memory::{self, Changes, Onward},
     sync::lock,
+    text::Reason,
     wire::{Asker, ForkOrder, NodeLink, Report, Step, ToPlatform, link},
 };
 use children::Met;
@@ -93,6 +95,12 @@ pub enum Error {
     /// The parent can't go on in another VM.
     #[error("can't bring the parent to where it goes on")]
     Successor(#[from] machine::Error),
+    /// The copies are not ready in time.
+    #[error(
+        "the copies were not ready to run within {0:?}, which is as long as a VM may stand still for a fork here: \
+         where they need longer, raise --max-pause or max_pause_seconds"
+    )]
+    Late(Duration),
     /// A fork of this VM is under way, for which somebody has asked.
     #[error("a fork of this VM is under way")]
     Busy(Asker),
@@ -102,7 +110,7 @@ pub enum Error {
         /// What whoever has asked is told.
         code: ErrorCode,
         /// The platform's reason.
-        why: String,
+        why: Reason,
     },
     /// The platform can't be reached.
     #[error("the platform does not answer")]
@@ -126,6 +134,7 @@ impl Error {
             Self::Quiesce(GateError::Save(_)) | Self::Capture(_) => ErrorCode::Capture,
             Self::Freeze(_) | Self::Pack(_) => ErrorCode::Freeze,
             Self::Rendezvous(_) | Self::Standby(_) => ErrorCode::Launch,
+            Self::Late(_) => ErrorCode::Timeout,
             Self::Link(_) | Self::Successor(_) | Self::Committed => ErrorCode::Internal,
             Self::Signal(_) => ErrorCode::Signal,
             Self::Injected(step) => step.code(),
@@ -159,6 +168,8 @@ pub struct Engine {
     link: Arc<NodeLink>,
     supplies: Supplies,
     turns: Turns,
+    /// How long the VM may stand still for a fork.
+    max_pause: Duration,
     /// The children for which an operator has asked, until a vCPU's thread takes that up.
     ordered: Mutex<Option<u32>>,
     /// Whether the VM is one that forks.
@@ -170,13 +181,20 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// The engine of `machine`, whose platform answers by `replies`.
-    pub fn new(machine: Arc<Machine>, link: Arc<NodeLink>, replies: Replies, faults: Vec<Step>) -> Self {
+    /// The engine of `machine`, whose platform answers by `replies`, and lets it stand still for as long as
+    /// `max_pause` for a fork.
+    pub fn new(
+        machine: Arc<Machine>,
+        link: Arc<NodeLink>,
+        replies: Replies,
+        max_pause: Duration,
+        faults: Vec<Step>,
+    ) -> Self {
         let (supplies, turns, faults) = (Supplies::default(), Turns::new(replies), Mutex::new(faults.into()));
         // Copies are made to work, and booted VMs to be copied.
         let forks = AtomicBool::new(lock(&machine.identity).generation == 0);
         let is_clearing = AtomicBool::new(false);
-        Self { machine, link, supplies, turns, ordered: Mutex::default(), forks, is_clearing, faults }
+        Self { machine, link, supplies, turns, max_pause, ordered: Mutex::default(), forks, is_clearing, faults }
     }
 
     /// Makes what the next fork will use up, where there is time for it. Without it, that fork takes longer.
@@ -255,7 +273,7 @@ impl Engine {
     /// Tells the platform what has come of an operator's order.
     fn answer(&self, outcome: Result<(), &Error>) -> Result<(), link::Error> {
         let code = outcome.map_or_else(Error::code, |()| ErrorCode::None).number();
-        let why = outcome.map_or_else(|error| chain(error), |()| String::new());
+        let why = outcome.map_or_else(|error| Reason::of_error(error), |()| Reason::default());
         self.link.send(&ToPlatform::Answer { code, why }, &[])
     }
 
@@ -290,7 +308,7 @@ impl Engine {
         check: impl FnOnce() -> Result<ForkOrder, Error>,
         timeline: &mut Timeline,
     ) -> Result<Remains, Error> {
-        let machine = &self.machine;
+        let (machine, began) = (&self.machine, Instant::now());
         let order = timeline.step(Step::Validate, || {
             let order = check()?;
             if machine.is_whole() { Ok(order) } else { Err(Error::Refused(ErrorCode::Incomplete)) }
@@ -332,7 +350,7 @@ impl Engine {
                 successor => Ok(successor.transpose()?),
             }
         })?;
-        timeline.step(Step::Launch, || children.wait())?;
+        timeline.step(Step::Launch, || children.wait(began, self.max_pause))?;
         let signal = timeline.step(Step::Signal, || match &order {
             ForkOrder::Guest { seq, count, .. } => {
                 Ok(Some(Signal::to_parent(machine, *seq, *count, children.whereabouts()?)?))
@@ -359,17 +377,21 @@ fn capture(
     stopped: &Stopped<'_>,
     devices: &Paused<'_>,
 ) -> Result<MachineState, Error> {
+    // Before the VM's part: reading a vCPU's run state takes in what is pending.
+    let mut vcpus = stopped.states(vcpu.save().map_err(Error::Capture)?)?;
+    let (vm, clock_read_at) = machine.vm.get().save().map_err(Error::Capture)?;
+    let host = &machine.workshop.host.model;
+    kvm::align(&mut vcpus, clock_read_at, TscRate::new(machine.tsc_khz, host.tsc_khz), host.tsc_steady);
     Ok(MachineState {
         config: machine.config,
-        // Before the VM's part: reading a vCPU's run state takes in what is pending.
-        vcpus: stopped.states(vcpu.save().map_err(Error::Capture)?)?,
-        vm: machine.vm.get().save().map_err(Error::Capture)?,
+        vcpus,
+        vm,
         devices: devices.save(),
         control_page: match order {
             ForkOrder::Guest { seq, .. } => ControlPageState::forked(*seq),
             ForkOrder::Operator { .. } => machine.control_page.save()?,
         },
         tsc_khz: machine.tsc_khz,
-        capabilities: machine.workshop.host.model.capabilities.clone(),
+        capabilities: host.capabilities.clone(),
     })
 }

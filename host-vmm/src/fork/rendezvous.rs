@@ -6,16 +6,22 @@
 //!  publish: state, length, phase = Published  ──►
 //!                                             restores itself
 //!                                        ◄──  arrive: one more arrival
-//!  all have arrived
-//!  commit: phase = Committed                  ──►  runs
+//!  all have arrived, and the platform holds nothing
+//!  commit: seals, phase = Decided             ──►  runs
 //! ```
 //!
 //! Words that all sides watch (futexes) take a microsecond or two where a message through a socket takes fifty: nobody else has to
-//! wake up. The platform has it too: it can abort a fork whose parent has died, and tell a parent of a child that has. Whoever is
-//! first to change the phase from `Published` decides what becomes of the fork.
+//! wake up. The platform has it too: it can abort a fork whose parent has died, and tell a parent of a child that has.
 //!
-//! The other sides may write anything at any time. The state is copied out once before it is looked at, and any phase or number
-//! does no harm but to those that share it: a parent and what were to be its copies.
+//! The outcome of the fork is the file's seals ([`memory::decide`]): the first to decide, by a commit or by
+//! calling it off, decides for all, and the kernel lets nobody change that. The phase only says when to look. A
+//! copy that runs can still write the words and the state, and nobody reads them any more: each child has
+//! arrived, and so has copied the state out; the parent has copied out where its copies went; and where the
+//! platform keeps the image, it holds the fork until it has its own copy of the state ([`Rendezvous::hold`]).
+//!
+//! Before the commit, children run no guest code. A parent that its guest has taken over may write anything at
+//! any time: it can commit before its children are ready, or give each of them another state. That harms nobody
+//! but its copies, all of whose state is its own. Each side copies the state out once before it looks at it.
 
 use std::{
     fs::File,
@@ -40,6 +46,7 @@ use crate::{
 /// Offsets of the words.
 const PHASE: usize = 0;
 const ARRIVALS: usize = 64;
+const HELD: usize = 80;
 const LENGTH: usize = 128;
 const PARENT_CPU: usize = 192;
 
@@ -61,8 +68,7 @@ const WARM_BYTES: usize = 28 << 10;
 /// Phases.
 const OPEN: u32 = 0;
 const PUBLISHED: u32 = 1;
-const COMMITTED: u32 = 2;
-const ABORTED: u32 = 3;
+const DECIDED: u32 = 2;
 
 /// Set in the arrivals where one child will not come.
 const FAILED: u32 = 1 << 31;
@@ -132,7 +138,7 @@ impl Rendezvous {
     /// # Errors
     /// [`Error::Memory`].
     pub fn new() -> Result<Self, Error> {
-        Self::map(memory::unresizable("vm-rendezvous", BYTES as u64)?)
+        Self::map(memory::fillable("vm-rendezvous", BYTES as u64)?)
     }
 
     /// Makes the pages that most states need.
@@ -225,7 +231,9 @@ impl Rendezvous {
         self.mapping.write(STATE, state)?;
         let length = u32::try_from(state.len()).map_err(|_| Error::TooLarge(state.len()))?;
         self.word(LENGTH)?.store(length, Ordering::Release);
-        if self.change_phase(OPEN, PUBLISHED)? { Ok(()) } else { Err(Error::Aborted) }
+        let published = self.word(PHASE)?.compare_exchange(OPEN, PUBLISHED, Ordering::AcqRel, Ordering::Acquire);
+        self.wake(PHASE)?;
+        if published.is_ok() { Ok(()) } else { Err(Error::Aborted) }
     }
 
     /// Waits for the state.
@@ -234,7 +242,8 @@ impl Rendezvous {
     /// [`Error::Aborted`], or [`Error::Gone`] once `is_alone` says so.
     pub fn wait_state(&self, is_alone: impl Fn() -> bool) -> Result<Vec<u8>, Error> {
         match self.wait(PHASE, |phase| phase != OPEN, FOR_STATE, None, is_alone)? {
-            PUBLISHED | COMMITTED => {}
+            PUBLISHED => {}
+            _ if memory::decided(&self.file)? == Some(true) => {}
             _ => return Err(Error::Aborted),
         }
         let length = self.word(LENGTH)?.load(Ordering::Acquire);
@@ -265,13 +274,33 @@ impl Rendezvous {
         self.wake(ARRIVALS)
     }
 
-    /// Waits until `count` children are ready to run.
+    /// Keeps the fork from its commit until the hold is dropped. To be called before a child can arrive.
+    ///
+    /// # Errors
+    /// As [`Rendezvous::arrive`].
+    pub fn hold(&self) -> Result<Hold<'_>, Error> {
+        self.word(HELD)?.store(1, Ordering::Release);
+        Ok(Hold(self))
+    }
+
+    fn release(&self) -> Result<(), Error> {
+        self.word(HELD)?.store(0, Ordering::Release);
+        self.wake(HELD)
+    }
+
+    /// Waits until `count` children are ready to run, and nobody [holds](Self::hold) the fork.
     ///
     /// # Errors
     /// [`Error::ChildFailed`], or [`Error::Gone`] after `limit`, or once `is_alone` says so.
     pub fn wait_arrivals(&self, count: u32, limit: Duration, is_alone: impl Fn() -> bool) -> Result<(), Error> {
+        let started = Instant::now();
         let there = |arrivals| arrivals & FAILED != 0 || arrivals >= count;
-        let arrivals = self.wait(ARRIVALS, there, FOR_ARRIVALS, Some(limit), is_alone)?;
+        let mut arrivals = self.wait(ARRIVALS, there, FOR_ARRIVALS, Some(limit), &is_alone)?;
+        if arrivals & FAILED == 0 {
+            let left = limit.saturating_sub(started.elapsed());
+            self.wait(HELD, |held| held == 0, FOR_ARRIVALS, Some(left), is_alone)?;
+            arrivals = self.word(ARRIVALS)?.load(Ordering::Acquire);
+        }
         if arrivals & FAILED == 0 { Ok(()) } else { Err(Error::ChildFailed) }
     }
 
@@ -280,7 +309,7 @@ impl Rendezvous {
     /// # Errors
     /// [`Error::Aborted`] where the fork was called off meanwhile.
     pub fn commit(&self) -> Result<(), Error> {
-        if self.change_phase(PUBLISHED, COMMITTED)? { Ok(()) } else { Err(Error::Aborted) }
+        if self.decide(true)? { Ok(()) } else { Err(Error::Aborted) }
     }
 
     /// Calls the fork off, and says whether it is: `false` where the children run already.
@@ -288,27 +317,44 @@ impl Rendezvous {
     /// # Errors
     /// As [`Rendezvous::arrive`].
     pub fn abort(&self) -> Result<bool, Error> {
-        if self.change_phase(OPEN, ABORTED)? || self.change_phase(PUBLISHED, ABORTED)? {
-            return Ok(true);
-        }
-        Ok(self.word(PHASE)?.load(Ordering::Acquire) != COMMITTED)
+        Ok(!self.decide(false)?)
+    }
+
+    /// Whether the fork was called off.
+    pub fn is_aborted(&self) -> bool {
+        matches!(memory::decided(&self.file), Ok(Some(false)))
+    }
+
+    /// True once the parent has committed the fork.
+    pub fn is_committed(&self) -> bool {
+        matches!(memory::decided(&self.file), Ok(Some(true)))
     }
 
     /// Waits until the children may run.
     ///
     /// # Errors
     /// [`Error::Aborted`], or [`Error::Gone`] once `is_alone` says so.
-    pub fn wait_commit(&self, is_alone: impl FnMut() -> bool) -> Result<(), Error> {
-        match self.wait(PHASE, |phase| phase != PUBLISHED, FOR_COMMIT, None, is_alone)? {
-            COMMITTED => Ok(()),
-            _ => Err(Error::Aborted),
+    pub fn wait_commit(&self, mut is_alone: impl FnMut() -> bool) -> Result<(), Error> {
+        let word = self.word(PHASE)?;
+        self.spin(word, |phase| phase != PUBLISHED, FOR_COMMIT)?;
+        loop {
+            // In this order: whoever decides after this look changes the word, and nobody sleeps then.
+            let phase = word.load(Ordering::Acquire);
+            match memory::decided(&self.file)? {
+                Some(true) => return Ok(()),
+                Some(false) => return Err(Error::Aborted),
+                None if is_alone() => return Err(Error::Gone),
+                None => sleep(word, phase)?,
+            }
         }
     }
 
-    fn change_phase(&self, from: u32, to: u32) -> Result<bool, Error> {
-        let changed = self.word(PHASE)?.compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire).is_ok();
+    /// Decides, unless it is decided, and says whether it is that the children run.
+    fn decide(&self, is_commit: bool) -> Result<bool, Error> {
+        let is_committed = memory::decide(&self.file, is_commit)?;
+        self.word(PHASE)?.store(DECIDED, Ordering::Release);
         self.wake(PHASE)?;
-        Ok(changed)
+        Ok(is_committed)
     }
 
     fn wake(&self, at: usize) -> Result<(), Error> {
@@ -328,14 +374,8 @@ impl Rendezvous {
     ) -> Result<u32, Error> {
         let word = self.word(at)?;
         let started = Instant::now();
-        let parent_cpu = self.word(PARENT_CPU)?;
-        let is_parents = || spin.beside_parent && parent_cpu.load(Ordering::Relaxed) == threads::current_processor();
-        while self.spins && started.elapsed() < spin.limit && !is_parents() {
-            let value = word.load(Ordering::Acquire);
-            if is_right(value) {
-                return Ok(value);
-            }
-            if spin.yields { thread::yield_now() } else { std::hint::spin_loop() }
+        if let Some(value) = self.spin(word, &is_right, spin)? {
+            return Ok(value);
         }
         loop {
             let value = word.load(Ordering::Acquire);
@@ -345,12 +385,47 @@ impl Rendezvous {
             if is_alone() || limit.is_some_and(|limit| started.elapsed() >= limit) {
                 return Err(Error::Gone);
             }
-            let nap = Timespec { tv_sec: 0, tv_nsec: i64::from(LOOK_AROUND.subsec_nanos()) };
-            match futex::wait(word, futex::Flags::empty(), value, Some(&nap)) {
-                Ok(()) | Err(Errno::AGAIN | Errno::INTR | Errno::TIMEDOUT) => {}
-                Err(errno) => return Err(Error::Wait(errno)),
-            }
+            sleep(word, value)?;
         }
+    }
+
+    /// Looks at a word for a while, where there is a processor for that; gives its value once that is right.
+    fn spin(&self, word: &AtomicU32, is_right: impl Fn(u32) -> bool, spin: Spin) -> Result<Option<u32>, Error> {
+        let started = Instant::now();
+        let parent_cpu = self.word(PARENT_CPU)?;
+        let is_parents = || spin.beside_parent && parent_cpu.load(Ordering::Relaxed) == threads::current_processor();
+        while self.spins && started.elapsed() < spin.limit && !is_parents() {
+            let value = word.load(Ordering::Acquire);
+            if is_right(value) {
+                return Ok(Some(value));
+            }
+            if spin.yields { thread::yield_now() } else { std::hint::spin_loop() }
+        }
+        Ok(None)
+    }
+}
+
+/// What keeps a fork from its commit until it is dropped.
+#[derive(Debug)]
+#[must_use]
+pub struct Hold<'a>(&'a Rendezvous);
+
+impl Drop for Hold<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.0.release() {
+            // The parent waits until it is tired of it.
+            tracing::error!(%error, "a fork can't be let go of");
+        }
+    }
+}
+
+/// Sleeps while a word has this value, until it is woken, or it is time to look around.
+fn sleep(word: &AtomicU32, value: u32) -> Result<(), Error> {
+    let nap = Timespec { tv_sec: 0, tv_nsec: i64::from(LOOK_AROUND.subsec_nanos()) };
+    // Others change it in other processes: the flags don't say "private".
+    match futex::wait(word, futex::Flags::empty(), value, Some(&nap)) {
+        Ok(()) | Err(Errno::AGAIN | Errno::INTR | Errno::TIMEDOUT) => Ok(()),
+        Err(errno) => Err(Error::Wait(errno)),
     }
 }
 
@@ -363,98 +438,5 @@ fn copy_offset(index: u32) -> Result<usize, Error> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::thread;
-
-    use super::*;
-
-    const PATIENCE: Duration = Duration::from_secs(10);
-
-    fn pair(count: u32) -> (Rendezvous, Rendezvous) {
-        let parent = Rendezvous::new().unwrap().with_children(count);
-        let child = Rendezvous::open(parent.file().try_clone().unwrap()).unwrap().with_children(count);
-        (parent, child)
-    }
-
-    #[test]
-    fn a_child_gets_the_state_and_runs_when_all_are_there() {
-        for count in [1, 3] {
-            let (parent, _) = pair(count);
-            thread::scope(|scope| {
-                for _ in 0..count {
-                    let child = Rendezvous::open(parent.file().try_clone().unwrap()).unwrap().with_children(count);
-                    scope.spawn(move || {
-                        assert_eq!(child.wait_state(|| false).unwrap(), b"state");
-                        child.arrive(count).unwrap();
-                        child.wait_commit(|| false).unwrap();
-                    });
-                }
-                parent.publish(b"state").unwrap();
-                parent.wait_arrivals(count, PATIENCE, || false).unwrap();
-                parent.commit().unwrap();
-            });
-            assert!(!parent.abort().unwrap(), "the children run");
-        }
-    }
-
-    #[test]
-    fn copies_are_where_they_were_listed_last() {
-        let (parent, platform) = pair(1);
-        parent.publish(b"state").unwrap();
-        let copy = |index, location| ListedCopy { vm_id: [7; 16], index, location, ..Default::default() };
-        for (index, location) in [(1, 1), (2, 2), (1, 2), (MAX_CHILDREN, 1)] {
-            platform.list(&copy(index, location)).unwrap();
-        }
-        for (index, location) in [(1, 2), (2, 2), (MAX_CHILDREN, 1)] {
-            assert_eq!(parent.listed(index).unwrap(), copy(index, location));
-        }
-        assert_eq!(parent.listed(3).unwrap(), ListedCopy::default());
-        for index in [0, MAX_CHILDREN + 1, u32::MAX] {
-            assert!(matches!(platform.list(&copy(index, 1)), Err(Error::NoCopy(bad)) if bad == index));
-            assert!(matches!(parent.listed(index), Err(Error::NoCopy(bad)) if bad == index));
-        }
-        assert_eq!(platform.wait_state(|| true).unwrap(), b"state");
-    }
-
-    #[test]
-    fn what_was_called_off_does_not_run() {
-        let (parent, child) = pair(1);
-        assert!(child.abort().unwrap());
-        assert!(matches!(parent.publish(b""), Err(Error::Aborted)));
-        assert!(matches!(child.wait_state(|| false), Err(Error::Aborted)));
-        let (parent, child) = pair(1);
-        parent.publish(b"").unwrap();
-        assert!(parent.abort().unwrap());
-        assert!(matches!(child.wait_commit(|| false), Err(Error::Aborted)));
-        assert!(matches!(parent.commit(), Err(Error::Aborted)));
-    }
-
-    #[test]
-    fn nobody_waits_for_those_that_do_not_come() {
-        let (parent, child) = pair(2);
-        child.arrive(2).unwrap();
-        assert!(matches!(parent.wait_arrivals(2, Duration::from_millis(1), || false), Err(Error::Gone)));
-        assert!(matches!(child.wait_state(|| true), Err(Error::Gone)));
-        child.fail().unwrap();
-        assert!(matches!(parent.wait_arrivals(2, PATIENCE, || false), Err(Error::ChildFailed)));
-    }
-
-    #[test]
-    fn forged_words_do_no_harm() {
-        let (parent, child) = pair(1);
-        parent.publish(b"").unwrap();
-        parent.word(LENGTH).unwrap().store(u32::MAX, Ordering::Release);
-        assert!(matches!(child.wait_state(|| false), Err(Error::TooLarge(_))));
-        parent.word(PHASE).unwrap().store(77, Ordering::Release);
-        assert!(matches!(child.wait_state(|| false), Err(Error::Aborted)));
-        assert!(matches!(child.wait_commit(|| false), Err(Error::Aborted)));
-    }
-
-    #[test]
-    fn only_what_can_not_shrink_is_opened() {
-        let file = memory::unsealed("test", BYTES as u64).unwrap();
-        assert!(Rendezvous::open(file).is_err());
-        let file = memory::unresizable("test", 4096).unwrap();
-        assert!(Rendezvous::open(file).is_err());
-    }
-}
+#[path = "rendezvous_test.rs"]
+mod tests;

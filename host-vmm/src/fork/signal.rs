@@ -5,7 +5,7 @@ use std::io;
 use vmfork_abi::{ErrorCode, Identity, ListedCopy, Response, Role, Status};
 
 use crate::{
-    clock::wall_clock_ns,
+    clock::{monotonic_raw_ns, wall_clock_ns},
     machine::{Machine, VmIdentity},
     memory,
     sync::lock,
@@ -65,12 +65,14 @@ impl Signal {
         Ok(Self { identity, page, answer })
     }
 
-    /// Gives it, with the time as it is now.
+    /// Gives it, with the time at which the VM's clocks began to go on: a copy may have waited for others since.
     ///
     /// # Errors
     /// [`Error::Page`] never, for as long as the page's layout is right.
     pub fn give(self, machine: &Machine) -> Result<(), Error> {
-        let page = Identity { wall_clock_ns: wall_clock_ns(), ..self.page };
+        let began_ns = machine.clock_began_ns.filter(|_| self.page.role == Role::Child.number());
+        let waited_ns = began_ns.map_or(0, |began_ns| monotonic_raw_ns().saturating_sub(began_ns));
+        let page = Identity { wall_clock_ns: wall_clock_ns().saturating_sub(waited_ns), ..self.page };
         machine.control_page.identify(&page)?;
         if let Some(Answer { seq, copies }) = &self.answer {
             machine.control_page.list(*seq, copies)?;

@@ -5,7 +5,7 @@ use vmfork_abi::ErrorCode;
 use super::Error;
 use crate::{
     clock::monotonic_ns,
-    error::chain,
+    text::Reason,
     wire::{Asker, Report, Step, Timing},
 };
 
@@ -52,7 +52,7 @@ impl Timeline {
         let pause_ns = monotonic_ns().saturating_sub(rung_ns);
         let (count, code, why) = match outcome {
             Ok(count) => (count, ErrorCode::None, None),
-            Err(error) => (0, error.code(), Some(chain(&error))),
+            Err(error) => (0, error.code(), Some(Reason::of_error(&error))),
         };
         Report { asked_by, seq, count, code: code.number(), why, rung_ns, pause_ns, untold: 0, steps: self.steps }
     }

@@ -1,7 +1,8 @@
 //! Where the copies of a fork went, for the parent's guest to know.
 //!
-//! The platform knows it, and writes it down where all sides meet, before a copy arrives. What it has written, a copy that a guest has broken
-//! can change. So the parent copies it out once, and tells its guest of all copies, or, where one can't be right, of none.
+//! The platform knows it, and writes it down where all sides meet, before a copy arrives. Once copies run, they can
+//! change it. So the parent copies it out once, before its commit, and tells its guest of all copies, or, where one
+//! can't be right, of none.
 
 use vmfork_abi::{ListedCopy, Location, is_vm_type, padded_text};
 

@@ -5,8 +5,8 @@ use std::io;
 use kvm_bindings::{KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_xsave};
 use kvm_ioctls::{Cap, Kvm};
 
-use super::{CpuidEntry, Error, Msr, Vm, call};
-use crate::arch::features::ARCH_CAPABILITIES_MSR;
+use super::{CpuidEntry, Error, Msr, Vm, call, calls};
+use crate::arch::{features::ARCH_CAPABILITIES_MSR, msr};
 
 /// What every VM here needs. A VM is forked only if all of its state can be saved.
 const NEEDED: &[(Cap, &str)] = &[
@@ -49,6 +49,14 @@ pub struct Model {
     pub tsc_khz: Option<u32>,
     /// A guest's time-stamp counter can be given another frequency than the host's (KVM_CAP_TSC_CONTROL).
     pub tsc_scaling: bool,
+    /// A guest's time-stamp counter can be shifted against the host's. A KVM without hardware virtualisation that runs guest user code can't do
+    /// that: guests read the host's counter.
+    pub tsc_shift: bool,
+    /// KVM trusts the host's time-stamp counter. Where it does not, the counter of a vCPU that does not run
+    /// stands still for whoever reads it.
+    pub tsc_steady: bool,
+    /// KVM has banks of machine-check registers (KVM_CAP_MCE).
+    pub mce_banks: bool,
     /// Size of a vCPU's XSAVE area in bytes.
     pub xsave_bytes: usize,
     /// Names of the capabilities that VMs are given here, of those that not every host has.
@@ -73,6 +81,16 @@ impl Host {
         let hypervisor = Hypervisor::open()?;
         Ok(Self { model: hypervisor.model()?, hypervisor })
     }
+}
+
+/// Time-stamp counters of vCPUs on this host.
+struct Tsc {
+    /// Frequency in kHz, where this kernel can tell (KVM_GET_TSC_KHZ).
+    khz: Option<u32>,
+    /// They can be shifted against the host's.
+    shift: bool,
+    /// [`Model::tsc_steady`].
+    steady: bool,
 }
 
 impl Hypervisor {
@@ -116,27 +134,35 @@ impl Hypervisor {
     fn model(&self) -> Result<Model, Error> {
         let cpuid = self.supported_cpuid()?;
         let given = GIVEN.iter().filter(|(cap, _)| self.kvm.check_extension(*cap));
+        let Tsc { khz: tsc_khz, shift: tsc_shift, steady: tsc_steady } = self.tsc()?;
         Ok(Model {
             shown: cpuid.clone(),
             cpuid,
             msrs: self.msr_indices()?,
             arch_capabilities: self.feature_msr(ARCH_CAPABILITIES_MSR)?.unwrap_or(0),
             tsc_deadline_timer: self.kvm.check_extension(Cap::TscDeadlineTimer),
-            tsc_khz: self.tsc_khz()?,
+            tsc_khz,
             tsc_scaling: self.kvm.check_extension(Cap::TscControl),
+            tsc_shift,
+            tsc_steady,
+            mce_banks: self.kvm.check_extension(Cap::Mce),
             xsave_bytes: self.xsave_bytes(),
             capabilities: given.map(|(_, name)| (*name).to_owned()).collect(),
         })
     }
 
-    /// Frequency of a vCPU's time-stamp counter in kHz, where this kernel can tell (KVM_GET_TSC_KHZ). It takes a vCPU to ask.
-    fn tsc_khz(&self) -> Result<Option<u32>, Error> {
-        if !self.kvm.check_extension(Cap::GetTscKhz) {
-            return Ok(None);
-        }
+    /// Time-stamp counters of vCPUs. It takes a vCPU to ask. A KVM may take an offset, and leave it at that.
+    fn tsc(&self) -> Result<Tsc, Error> {
+        const TRIED: u64 = 1 << 40;
         let vm = self.kvm.create_vm().map_err(call("KVM_CREATE_VM"))?;
         let vcpu = vm.create_vcpu(0).map_err(call("KVM_CREATE_VCPU"))?;
-        Ok(vcpu.get_tsc_khz().ok().filter(|khz| *khz > 0))
+        let offset = calls::set_tsc_offset(&vcpu, TRIED).and_then(|()| calls::tsc_offset(&vcpu));
+        let offset = offset.map_err(|_| Error::Missing("KVM_VCPU_TSC_OFFSET (it is there from Linux 5.16 on)"))?;
+        let khz = self.kvm.check_extension(Cap::GetTscKhz).then(|| vcpu.get_tsc_khz().ok()).flatten();
+        // A KVM that holds the host's counter unstable has the guest's stand still until the vCPU runs, so that the
+        // offset is a little smaller at each call (kernel source, kvm_arch_vcpu_load).
+        let shift = offset.abs_diff(TRIED) < TRIED / 2;
+        Ok(Tsc { khz: khz.filter(|khz| *khz > 0), shift, steady: !shift || offset == TRIED })
     }
 
     /// Size of a vCPU's XSAVE area in bytes: that of KVM_GET_XSAVE, or what KVM_CAP_XSAVE2 says where that is more.
@@ -158,15 +184,15 @@ impl Hypervisor {
         self.kvm.get_nr_vcpus()
     }
 
-    /// The model-specific registers that may hold a vCPU's state: KVM_GET_MSR_INDEX_LIST, and those of
-    /// KVM_GET_MSR_FEATURE_INDEX_LIST, which describe the CPU. Sorted, each once.
+    /// The model-specific registers that may hold a vCPU's state: KVM_GET_MSR_INDEX_LIST, those of
+    /// KVM_GET_MSR_FEATURE_INDEX_LIST, which describe the CPU, and those that are in neither. Sorted, each once.
     ///
     /// # Errors
     /// [`Error::Call`].
     fn msr_indices(&self) -> Result<Vec<u32>, Error> {
         let state = self.kvm.get_msr_index_list().map_err(call("KVM_GET_MSR_INDEX_LIST"))?;
         let features = self.kvm.get_msr_feature_index_list().map_err(call("KVM_GET_MSR_FEATURE_INDEX_LIST"))?;
-        let mut indices = [state.as_slice(), features.as_slice()].concat();
+        let mut indices = [state.as_slice(), features.as_slice(), &msr::unlisted()].concat();
         indices.sort_unstable();
         indices.dedup();
         Ok(indices)

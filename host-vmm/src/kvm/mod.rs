@@ -7,11 +7,13 @@ use std::{fmt, io};
 
 use serde::{Deserialize, Serialize};
 
+mod calls;
 mod exit;
 mod hypervisor;
 mod kick;
+mod older;
 pub mod probe;
-
+mod time;
 mod vcpu;
 mod vcpu_state;
 mod vm;
@@ -23,8 +25,10 @@ pub use kvm_bindings::{
     KVM_MAX_CPUID_ENTRIES as MAX_CPUID_LEAVES, kvm_cpuid_entry2 as CpuidEntry, kvm_regs as Registers,
     kvm_segment as Segment, kvm_sregs as SystemRegisters,
 };
+pub use older::VcpuState as OlderVcpuState;
+pub use time::{ClockReading, HostTime, Time, TscRate, align, set_counters};
 pub use vcpu::Vcpu;
-pub use vcpu_state::{Msr, Time, VcpuState};
+pub use vcpu_state::{Msr, VcpuState};
 pub use vm::{CurrentVm, Vm, VmState};
 
 /// Number of a vCPU, from 0; also its APIC ID.

@@ -151,10 +151,10 @@ fn make_guest(level: u8) -> Result<(Vm, Vcpu), ProbeError> {
     vm.map(0, Gpa(0), &ram, 0, RAM_BYTES as u64)?;
     vm.enable_hypercall()?;
     let mut vcpu = vm.create_vcpu(VcpuId(0))?;
-    vcpu.set_model(hypervisor.supported_cpuid()?, &[])?;
+    vcpu.set_cpuid(hypervisor.supported_cpuid()?)?;
     // RFLAGS: bit 1 is always set; I/O privilege level 3, so that ports can be written from CPL 3.
     let registers = Registers { rip: CODE, rflags: 0x3002, ..Default::default() };
-    vcpu.set_entry(&registers, |reset| long_mode(reset, level), &[])?;
+    vcpu.set_entry(&registers, |reset| long_mode(reset, level))?;
     Ok((vm, vcpu))
 }
 

@@ -5,8 +5,10 @@ use std::io;
 use kvm_bindings::{CpuId, Msrs};
 use kvm_ioctls::VcpuFd;
 
-use super::{CpuidEntry, Error, Exit, Kicker, Msr, Registers, SystemRegisters, VcpuId, VcpuState};
-use crate::arch::{features, layout::Gpa, leaf};
+use super::{
+    CpuidEntry, Error, Exit, HostTime, Kicker, Model, Msr, Registers, SystemRegisters, VcpuId, VcpuState, calls,
+};
+use crate::arch::{features, layout::Gpa, leaf, msr};
 
 /// Most registers for one KVM_GET_MSRS or KVM_SET_MSRS; the kernel's own limit is 256.
 const MSR_CHUNK: usize = 200;
@@ -26,8 +28,10 @@ pub struct Vcpu {
     pub(super) msrs: Vec<u32>,
     /// What it held by itself, until a state is written into it.
     pub(super) fresh: Option<Box<VcpuState>>,
-    /// How fast the guest's time-stamp counter runs, and the host's, in kHz, where they are told apart.
-    pub(super) tsc_khz: Option<(u32, u32)>,
+    /// Whether its time-stamp counter can be shifted against the host's.
+    tsc_shift: bool,
+    /// IA32_MCG_CAP.
+    pub(super) mcg_cap: u64,
     kicker: Kicker,
 }
 
@@ -41,7 +45,8 @@ impl Vcpu {
     ) -> Result<Self, Error> {
         let kicker = Kicker::new(id, &fd, run_bytes)?;
         let (cpuid, msrs) = (Vec::new(), Vec::new());
-        Ok(Self { id, fd, xsave_bytes, has_xcrs, cpuid, msrs, fresh: None, tsc_khz: None, kicker })
+        let (tsc_shift, mcg_cap) = (true, msr::MCG_CAP_OF_KVM);
+        Ok(Self { id, fd, xsave_bytes, has_xcrs, cpuid, msrs, fresh: None, tsc_shift, mcg_cap, kicker })
     }
 
     /// Which vCPU this is.
@@ -54,16 +59,28 @@ impl Vcpu {
         &self.kicker
     }
 
-    /// Makes this a processor that shows `cpuid`, and whose state includes those of `msr_indices` that it has. One that only describes the
-    /// CPU, and of which a guest can't know, is none of them: KVM lets it be read nevertheless, but perhaps not be written.
+    /// Makes this a processor that shows `cpuid`, and whose state includes those of the host's registers that it has. One that only
+    /// describes the CPU, and of which a guest can't know, is none of them: KVM lets it be read nevertheless, but perhaps not be written.
     ///
     /// # Errors
     /// [`Error::VcpuCall`] or [`Error::Unfit`].
-    pub fn set_model(&mut self, cpuid: Vec<CpuidEntry>, msr_indices: &[u32]) -> Result<(), Error> {
+    pub fn set_model(&mut self, cpuid: Vec<CpuidEntry>, model: &Model) -> Result<(), Error> {
         let leaves = leaf::leaves(&cpuid);
         self.set_cpuid(cpuid)?;
-        let shown = msr_indices.iter().copied().filter(|index| features::is_msr_shown(*index, &leaves));
+        self.tsc_shift = model.tsc_shift;
+        if model.mce_banks {
+            self.setup_mce(msr::MCG_CAP_AT_BOOT)?;
+        }
+        let shown = model.msrs.iter().copied().filter(|index| features::is_msr_shown(*index, &leaves));
+        let shown = shown.filter(|index| msr::is_in_banks(*index, self.mcg_cap));
         self.msrs = self.readable_msrs(&shown.collect::<Vec<_>>())?;
+        Ok(())
+    }
+
+    /// Says what its machine-check registers are, which resets them (KVM_X86_SETUP_MCE).
+    pub(super) fn setup_mce(&mut self, mcg_cap: u64) -> Result<(), Error> {
+        calls::setup_mce(&self.fd, mcg_cap).map_err(self.call("KVM_X86_SETUP_MCE"))?;
+        self.mcg_cap = mcg_cap;
         Ok(())
     }
 
@@ -79,17 +96,15 @@ impl Vcpu {
     /// Puts the vCPU at the entry of a kernel.
     ///
     /// # Errors
-    /// [`Error::VcpuCall`] or [`Error::Msr`].
+    /// [`Error::VcpuCall`].
     pub fn set_entry(
         &self,
         registers: &Registers,
         system: impl FnOnce(SystemRegisters) -> SystemRegisters,
-        msrs: &[Msr],
     ) -> Result<(), Error> {
         let sregs = self.fd.get_sregs().map_err(self.call("KVM_GET_SREGS"))?;
         self.fd.set_sregs(&system(sregs)).map_err(self.call("KVM_SET_SREGS"))?;
-        self.fd.set_regs(registers).map_err(self.call("KVM_SET_REGS"))?;
-        self.write_msrs(msrs)
+        self.fd.set_regs(registers).map_err(self.call("KVM_SET_REGS"))
     }
 
     /// Runs guest code until an exit (KVM_RUN). The exit is complete, and the state consistent, only after the next run or
@@ -164,16 +179,39 @@ impl Vcpu {
         }
     }
 
-    /// Has the time-stamp counter count at `khz` (KVM_SET_TSC_KHZ), on a host whose own counts at `host_khz`: as fast as on the host where a guest was captured, which has measured it
-    /// there. Comes before [`Vcpu::restore`], since what that writes into the counter is in its own units. Within KVM's tolerance (250 ppm) nothing
-    /// changes but what kvmclock tells.
+    /// Has the time-stamp counter count at `khz` (KVM_SET_TSC_KHZ), which the host's does not: as fast as on the host where a guest was
+    /// captured, which has measured it there. Comes before [`set_counters`](super::set_counters). Within KVM's tolerance (250 ppm) nothing changes
+    /// but what kvmclock tells.
     ///
     /// # Errors
     /// [`Error::VcpuCall`], as where this host can't scale the counter ([`Model::tsc_scaling`](super::Model::tsc_scaling)) and counts otherwise.
-    pub fn set_tsc_khz(&mut self, khz: u32, host_khz: Option<u32>) -> Result<(), Error> {
-        self.fd.set_tsc_khz(khz).map_err(self.call("KVM_SET_TSC_KHZ"))?;
-        self.tsc_khz = Some(khz).zip(host_khz);
-        Ok(())
+    pub fn set_tsc_khz(&self, khz: u32) -> Result<(), Error> {
+        self.fd.set_tsc_khz(khz).map_err(self.call("KVM_SET_TSC_KHZ"))
+    }
+
+    /// Guest's time-stamp counter less the host's, in the guest's units; 0 where it can't be anything else.
+    pub(super) fn tsc_offset(&self) -> Result<u64, Error> {
+        if !self.tsc_shift {
+            return Ok(0);
+        }
+        calls::tsc_offset(&self.fd).map_err(self.call("KVM_GET_DEVICE_ATTR(KVM_VCPU_TSC_OFFSET)"))
+    }
+
+    /// Sets what [`Vcpu::tsc_offset`] gives. Where that can't be anything but 0, nothing happens.
+    pub(super) fn set_tsc_offset(&self, offset: u64) -> Result<(), Error> {
+        if !self.tsc_shift {
+            return Ok(());
+        }
+        calls::set_tsc_offset(&self.fd, offset).map_err(self.call("KVM_SET_DEVICE_ATTR(KVM_VCPU_TSC_OFFSET)"))
+    }
+
+    /// What the guest's time-stamp counter would be with an offset of 0, and the host's at that instant.
+    pub(super) fn unshifted_tsc(&self) -> Result<(u64, u64), Error> {
+        let before = HostTime::now().tsc;
+        let read = self.read_msrs(&[msr::TSC])?;
+        let after = HostTime::now().tsc;
+        let tsc = read.first().map_or(0, |msr| msr.value);
+        Ok((tsc.wrapping_sub(self.tsc_offset()?), midpoint(before, after)))
     }
 
     /// Those of `indices` that this vCPU has, as it turns out by reading them.
@@ -188,6 +226,13 @@ impl Vcpu {
             rest = &rest[(read + usize::from(read < chunk.len()))..];
         }
         Ok(readable)
+    }
+
+    /// Reads the registers that are part of the state, and the host's time-stamp counter meanwhile.
+    pub(super) fn read_own_msrs(&self) -> Result<(Vec<Msr>, u64), Error> {
+        let before = HostTime::now().tsc;
+        let msrs = self.read_msrs(&self.msrs)?;
+        Ok((msrs, midpoint(before, HostTime::now().tsc)))
     }
 
     /// Reads registers (KVM_GET_MSRS).
@@ -211,7 +256,10 @@ impl Vcpu {
     }
 
     /// Writes registers (KVM_SET_MSRS).
-    pub(super) fn write_msrs(&self, msrs: &[Msr]) -> Result<(), Error> {
+    ///
+    /// # Errors
+    /// [`Error::VcpuCall`] or [`Error::Msr`].
+    pub fn write_msrs(&self, msrs: &[Msr]) -> Result<(), Error> {
         for chunk in msrs.chunks(MSR_CHUNK) {
             let entries: Vec<_> = chunk.iter().map(|&msr| msr.into()).collect();
             let written = self.fd.set_msrs(&self.fam(&entries)?).map_err(self.call("KVM_SET_MSRS"))?;
@@ -237,4 +285,8 @@ impl Vcpu {
         let vcpu = self.id;
         move |errno| Error::VcpuCall { vcpu, call, source: errno.into() }
     }
+}
+
+fn midpoint(before: u64, after: u64) -> u64 {
+    before.wrapping_add(after.wrapping_sub(before) / 2)
 }

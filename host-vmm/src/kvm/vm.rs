@@ -3,22 +3,37 @@
 use std::sync::{Arc, PoisonError, RwLock};
 
 use kvm_bindings::{
-    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_enable_cap, kvm_irqchip,
-    kvm_userspace_memory_region,
+    KVM_CLOCK_HOST_TSC, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MEM_READONLY,
+    kvm_clock_data, kvm_enable_cap, kvm_irqchip, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, VmFd};
 use serde::{Deserialize, Serialize};
 use vmfork_abi::doorbell;
 
-use super::{Error, Time, Vcpu, VcpuId, call};
+use super::{ClockReading, Error, HostTime, Time, Vcpu, VcpuId, call, time::nanoseconds};
 use crate::{
     arch::layout::{Gpa, KVM_IDENTITY_MAP, KVM_TSS},
-    clock::monotonic_ns,
     memory::Mapping,
 };
 
 /// The interrupt controllers that all vCPUs share.
 const IRQCHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
+
+/// Most readings of a clock of which the one is taken that took the least time.
+const READINGS: usize = 4;
+
+/// Cycles of the host's time-stamp counter that a reading may take for no other to be tried: a microsecond or less.
+const QUICK_CYCLES: u64 = 2000;
+
+/// Most attempts to set a clock that goes on with the host's.
+const SETTINGS: usize = 4;
+
+/// How far off it may be then, in nanoseconds.
+const TOLERANCE_NS: u64 = 1000;
+
+/// Most time in nanoseconds that setting a clock is taken to take: more is time in which this thread did not run, and will not be the
+/// same again. It is less than any pause of a VM, so that no clock that is set too early goes back when it is set again.
+const MAX_LEAD_NS: i64 = 50_000;
 
 /// A VM. It keeps the memory alive that it was given.
 #[derive(Debug)]
@@ -53,12 +68,19 @@ impl CurrentVm {
 /// State of a VM that belongs to no single vCPU.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct VmState {
-    /// CLOCK_MONOTONIC of the host when the clock was read, in nanoseconds.
+    /// CLOCK_MONOTONIC_RAW of the host when the clock was read, in nanoseconds: what counts on this host alone.
     host_ns: u64,
     /// kvmclock, in nanoseconds since the VM's boot.
     clock_ns: u64,
     /// Both PICs and the I/O APIC, in the order of [`IRQCHIPS`].
     irqchips: [kvm_irqchip; 3],
+}
+
+impl VmState {
+    /// kvmclock in nanoseconds.
+    pub fn clock_ns(&self) -> u64 {
+        self.clock_ns
+    }
 }
 
 #[cfg(test)]
@@ -85,12 +107,38 @@ impl Vm {
     /// # Errors
     /// [`Error::Slot`] or [`Error::Call`].
     pub fn map(&mut self, slot: u32, gpa: Gpa, mapping: &Arc<Mapping>, offset: u64, bytes: u64) -> Result<(), Error> {
+        self.map_with(0, (slot, gpa), mapping, offset, bytes)
+    }
+
+    /// As [`Vm::map`], for the guest to read alone (KVM_MEM_READONLY): its writes are exits.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn map_read_only(
+        &mut self,
+        slot: u32,
+        gpa: Gpa,
+        mapping: &Arc<Mapping>,
+        offset: u64,
+        bytes: u64,
+    ) -> Result<(), Error> {
+        self.map_with(KVM_MEM_READONLY, (slot, gpa), mapping, offset, bytes)
+    }
+
+    fn map_with(
+        &mut self,
+        flags: u32,
+        (slot, gpa): (u32, Gpa),
+        mapping: &Arc<Mapping>,
+        offset: u64,
+        bytes: u64,
+    ) -> Result<(), Error> {
         if offset.checked_add(bytes).is_none_or(|end| end > mapping.bytes() as u64) {
             return Err(Error::Slot { slot });
         }
         let region = kvm_userspace_memory_region {
             slot,
-            flags: 0,
+            flags,
             guest_phys_addr: gpa.0,
             memory_size: bytes,
             userspace_addr: mapping.start().as_ptr() as u64 + offset,
@@ -155,14 +203,40 @@ impl Vm {
         self.fd.set_irq_line(gsi, false).map_err(call("KVM_IRQ_LINE"))
     }
 
-    /// Reads the state. All vCPUs must be stopped.
+    /// Reads the state, and says when the clock in it was read. All vCPUs must be stopped.
     ///
     /// # Errors
     /// [`Error::Call`].
-    pub fn save(&self) -> Result<VmState, Error> {
-        let host_ns = monotonic_ns();
+    pub fn save(&self) -> Result<(VmState, HostTime), Error> {
+        let ClockReading { clock_ns, host } = self.read_clock()?;
+        Ok((VmState { host_ns: host.raw_ns, clock_ns, irqchips: self.save_irqchips()? }, host))
+    }
+
+    /// Reads kvmclock (KVM_GET_CLOCK) together with the host's clocks. Where KVM does not say to which count of the host's time-stamp counter
+    /// the time belongs, as where the host's own clock is not based on that, the counter is read before and after.
+    fn read_clock(&self) -> Result<ClockReading, Error> {
+        let mut best = self.read_clock_once()?;
+        for _ in 1..READINGS {
+            if best.0 <= QUICK_CYCLES {
+                break;
+            }
+            let next = self.read_clock_once()?;
+            if next.0 < best.0 {
+                best = next;
+            }
+        }
+        Ok(best.1)
+    }
+
+    /// A reading, and by how many cycles of the host's time-stamp counter it is uncertain.
+    fn read_clock_once(&self) -> Result<(u64, ClockReading), Error> {
+        let before = HostTime::now();
         let clock = self.fd.get_clock().map_err(call("KVM_GET_CLOCK"))?;
-        Ok(VmState { host_ns, clock_ns: clock.clock, irqchips: self.save_irqchips()? })
+        let after = HostTime::now();
+        let took = after.tsc.saturating_sub(before.tsc);
+        let is_exact = clock.flags & KVM_CLOCK_HOST_TSC != 0;
+        let (uncertain, tsc) = if is_exact { (0, clock.host_tsc) } else { (took, before.tsc.wrapping_add(took / 2)) };
+        Ok((uncertain, ClockReading { clock_ns: clock.clock, host: HostTime::between(before, after, tsc) }))
     }
 
     fn save_irqchips(&self) -> Result<[kvm_irqchip; 3], Error> {
@@ -185,12 +259,12 @@ impl Vm {
 
     /// Writes the state into a VM whose vCPUs have run no guest code yet. What it holds already is left out.
     ///
-    /// A child's clock goes on from the instant of the capture, as if no time had passed, since the TSC and the local APIC timers
-    /// do the same; what the guest's wall clock missed, the control page tells it.
+    /// kvmclock is set too, and read again: the time-stamp counters of the vCPUs have to be set by that
+    /// ([`set_counters`](super::set_counters)).
     ///
     /// # Errors
     /// [`Error::Call`].
-    pub fn restore(&self, state: &VmState, time: Time) -> Result<(), Error> {
+    pub fn restore(&self, state: &VmState, time: Time) -> Result<ClockReading, Error> {
         for (index, (irqchip, chip_id)) in state.irqchips.iter().zip(IRQCHIPS).enumerate() {
             let irqchip = kvm_irqchip { chip_id, ..*irqchip };
             if self.fresh.as_ref().is_some_and(|fresh| content(&fresh[index]) == content(&irqchip)) {
@@ -198,11 +272,40 @@ impl Vm {
             }
             self.fd.set_irqchip(&irqchip).map_err(call("KVM_SET_IRQCHIP"))?;
         }
-        let passed_ns = match time {
-            Time::FromCapture => 0,
-            Time::Onward => monotonic_ns().saturating_sub(state.host_ns),
-        };
-        let clock = kvm_clock_data { clock: state.clock_ns.saturating_add(passed_ns), ..Default::default() };
+        let after_ns = |passed_ns: u64| state.clock_ns.saturating_add(passed_ns);
+        match time {
+            Time::FromCapture => {
+                self.set_clock(state.clock_ns)?;
+                self.read_clock()
+            }
+            Time::Onward => self.have_clock_follow(|host| after_ns(host.raw_ns.saturating_sub(state.host_ns))),
+            Time::WithTsc { captured, khz } => {
+                self.have_clock_follow(|host| after_ns(nanoseconds(host.tsc.saturating_sub(captured), khz)))
+            }
+        }
+    }
+
+    /// Sets kvmclock to what it should be by the host's clocks. The time takes effect at some instant within the call, which comes later than the
+    /// one that it was worked out for: how much, the reading behind it tells, and the next attempt makes up for it.
+    fn have_clock_follow(&self, expected: impl Fn(HostTime) -> u64) -> Result<ClockReading, Error> {
+        let mut lead_ns = 0_i64;
+        let mut left = SETTINGS;
+        loop {
+            self.set_clock(expected(HostTime::now()).saturating_add_signed(lead_ns))?;
+            let reading = self.read_clock()?;
+            let behind_ns = expected(reading.host).wrapping_sub(reading.clock_ns).cast_signed();
+            left -= 1;
+            if behind_ns.unsigned_abs() <= TOLERANCE_NS || left == 0 {
+                return Ok(reading);
+            }
+            if behind_ns.unsigned_abs() <= MAX_LEAD_NS.unsigned_abs() {
+                lead_ns = (lead_ns + behind_ns).clamp(0, MAX_LEAD_NS);
+            }
+        }
+    }
+
+    fn set_clock(&self, clock_ns: u64) -> Result<(), Error> {
+        let clock = kvm_clock_data { clock: clock_ns, ..Default::default() };
         self.fd.set_clock(&clock).map_err(call("KVM_SET_CLOCK"))
     }
 }

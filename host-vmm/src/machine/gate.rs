@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     kvm::{self, Kicker, Vcpu, VcpuId, VcpuState},
     sync::lock,
+    text::Reason,
 };
 
 /// A vCPU leaves guest code within microseconds; one that has not after so long never will.
@@ -28,11 +29,13 @@ pub enum End {
     /// The guest reset itself: a reboot, or a panic with `panic=-1`.
     Reset,
     /// The VM can't go on; the text says why.
-    Broken(String),
+    Broken(Reason),
     /// Its platform went away.
     Orphaned,
     /// The rest of its memory can't be had from where it was cloned; the text says why.
-    SourceLost(String),
+    SourceLost(Reason),
+    /// The image that it shares with its parent or its copies could still be changed; the text says why.
+    Unsealed(Reason),
     /// An operator has stopped it.
     Stopped,
 }

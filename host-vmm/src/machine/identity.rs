@@ -7,6 +7,8 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 use vmfork_abi::{Identity, Role, pad_text};
 
+use crate::devices::GENERATION_ID_BYTES;
+
 /// Who a VM is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmIdentity {
@@ -59,6 +61,16 @@ pub fn new_id() -> io::Result<Uuid> {
     let mut bytes = [0; 16];
     fill_random(&mut bytes)?;
     Ok(uuid::Builder::from_random_bytes(bytes).into_uuid())
+}
+
+/// A new VM generation ID: random bytes that, unlike the VM's ID, its guest's kernel alone is told.
+///
+/// # Errors
+/// Where the system has no random bytes to give.
+pub(super) fn new_generation_id() -> io::Result<[u8; GENERATION_ID_BYTES]> {
+    let mut id = [0; GENERATION_ID_BYTES];
+    fill_random(&mut id)?;
+    Ok(id)
 }
 
 /// Fills a buffer from the kernel's generator (getrandom).

@@ -48,6 +48,8 @@ pub struct Machine {
     pub exits: Exits,
     /// How fast its time-stamp counters run, in kHz; `None` where nobody can tell.
     pub tsc_khz: Option<u32>,
+    /// CLOCK_MONOTONIC_RAW of the host, in nanoseconds, when a copy's clocks began to go on from the capture; `None` in a booted VM.
+    pub clock_began_ns: Option<u64>,
     /// Faults on pages that its memory lacks, for as long as that is being filled.
     pub faults: Mutex<Option<Faults>>,
     /// Who the VM is; changes when it becomes a parent.

@@ -1,6 +1,6 @@
 //! Running a machine: a thread for each vCPU, and what each exit means.
 
-use std::{sync::Arc, thread};
+use std::{sync::Arc, thread, time::Duration};
 
 use vmfork_abi::doorbell;
 
@@ -8,8 +8,8 @@ use super::{End, Machine, gate::Passage};
 use crate::{
     arch::layout::{CONTROL_PAGE, DOORBELL_PORT},
     devices::power::PowerEvent,
-    error::chain,
     kvm::{self, Exit, Vcpu},
+    text::Reason,
 };
 
 /// What to do after an exit, once the exit's data are let go.
@@ -31,10 +31,17 @@ pub enum Call {
     Gate,
 }
 
-/// Runs the vCPUs until the VM ends, and says how it did: the first one on the calling thread, each of the others on its own.
+/// Runs the vCPUs until the VM ends, and says how it did: the first one on the calling thread, each of the
+/// others on its own. The others run for the time of `head_start` before the first one does, which is none
+/// but where a test asks for it.
 ///
 /// `answer` is called on the thread of the vCPU that has left its guest for a call.
-pub fn run(machine: &Arc<Machine>, vcpus: Vec<Vcpu>, answer: impl Fn(&mut Vcpu, Call) + Send + Sync) -> End {
+pub fn run(
+    machine: &Arc<Machine>,
+    vcpus: Vec<Vcpu>,
+    head_start: Duration,
+    answer: impl Fn(&mut Vcpu, Call) + Send + Sync,
+) -> End {
     let mut vcpus = vcpus.into_iter();
     let first = vcpus.next();
     thread::scope(|scope| {
@@ -44,10 +51,13 @@ pub fn run(machine: &Arc<Machine>, vcpus: Vec<Vcpu>, answer: impl Fn(&mut Vcpu, 
             let run = move || run_vcpu(machine, vcpu, answer);
             let spawned = thread::Builder::new().name(name).spawn_scoped(scope, run);
             if let Err(error) = spawned {
-                machine.gate.end(End::Broken(format!("can't start a vCPU's thread: {error}")));
+                machine.gate.end(End::Broken(Reason::of(format_args!("can't start a vCPU's thread: {error}"))));
             }
         }
         if let Some(first) = first {
+            if !head_start.is_zero() {
+                thread::sleep(head_start);
+            }
             run_vcpu(machine, first, &answer);
         }
     });
@@ -58,7 +68,7 @@ pub fn run(machine: &Arc<Machine>, vcpus: Vec<Vcpu>, answer: impl Fn(&mut Vcpu, 
 /// Runs a vCPU until the VM ends. Where it can't go on, the VM has ended.
 fn run_vcpu(machine: &Machine, vcpu: Vcpu, answer: impl Fn(&mut Vcpu, Call)) {
     if let Err(error) = serve_vcpu(machine, vcpu, answer) {
-        machine.gate.end(End::Broken(chain(&error)));
+        machine.gate.end(End::Broken(Reason::of_error(&error)));
     }
 }
 
@@ -107,7 +117,7 @@ fn serve(machine: &Machine, exit: Exit<'_>) -> Next {
         }
         Exit::Interrupted => Next::Pass,
         Exit::Shutdown => Next::End(End::Reset),
-        Exit::Broken(why) => Next::End(End::Broken(why)),
+        Exit::Broken(why) => Next::End(End::Broken(why.into())),
     }
 }
 

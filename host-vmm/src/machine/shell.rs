@@ -2,22 +2,23 @@
 
 use std::{
     fs::File,
+    io,
     sync::{Arc, Mutex},
 };
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::{Built, Exits, Gate, Machine, MachineState, Spare, VmIdentity};
+use super::{Built, Exits, Gate, Machine, MachineState, Spare, VmIdentity, identity::new_generation_id};
 use crate::{
     arch::{
         cpuid,
-        layout::{CONTROL_PAGE, CONTROL_REGION_BYTES, PAGE_BYTES, ram_pieces},
+        layout::{CONTROL_PAGE, CONTROL_REGION_BYTES, GENERATION_ID, GENERATION_ID_GSI, PAGE_BYTES, ram_pieces},
         regs,
     },
     boot::{self, Payload},
-    devices::{self, ControlPage, ControlPageState, Devices, DevicesState},
-    kvm::{self, CurrentVm, Host, Model, Time, Vcpu, VcpuId, Vm},
+    devices::{self, ControlPage, ControlPageState, Devices, DevicesState, GENERATION_ID_OFFSET},
+    kvm::{self, CurrentVm, Host, Model, Time, TscRate, Vcpu, VcpuId, Vm},
     memory::{self, Faults, Ground, Image, Mapping, PageMap, View, WorkingSet},
 };
 
@@ -48,6 +49,9 @@ pub enum Error {
     /// A device can't take its state.
     #[error("can't restore a device")]
     Device(#[from] devices::Error),
+    /// No generation ID could be drawn.
+    #[error("the system has no random bytes for the VM's generation ID")]
+    GenerationId(#[source] io::Error),
     /// State and image don't fit together.
     #[error("the state is not one of this image: {0}")]
     Mismatch(&'static str),
@@ -134,7 +138,8 @@ impl Shell {
         let mapping = Arc::new(Mapping::reserve(bytes)?);
         let mut vm = hypervisor.create_vm()?;
         vm.map(0, CONTROL_PAGE, control_page.mapping(), 0, CONTROL_REGION_BYTES)?;
-        for (slot, piece) in (1..).zip(ram_pieces(config.ram_bytes)) {
+        vm.map_read_only(1, GENERATION_ID, control_page.mapping(), GENERATION_ID_OFFSET as u64, PAGE_BYTES)?;
+        for (slot, piece) in (2..).zip(ram_pieces(config.ram_bytes)) {
             vm.map(slot, piece.gpa, &mapping, piece.offset, piece.bytes)?;
         }
         vm.create_irqchip()?;
@@ -142,7 +147,7 @@ impl Shell {
         let shape = cpuid::Shape { vcpus: config.vcpus, tsc_deadline_timer: model.tsc_deadline_timer };
         let vcpus = (0..config.vcpus).map(VcpuId).map(|id| {
             let mut vcpu = vm.create_vcpu(id)?;
-            vcpu.set_model(cpuid::for_vcpu(&model.shown, shape, id), &model.msrs)?;
+            vcpu.set_model(cpuid::for_vcpu(&model.shown, shape, id), model)?;
             Ok(vcpu)
         });
         let vcpus = vcpus.collect::<Result<_, kvm::Error>>()?;
@@ -175,7 +180,7 @@ impl Shell {
         let Model { tsc_khz, capabilities, .. } = &self.workshop.host.model;
         Some(MachineState {
             config: self.config,
-            vm: self.vm.save().ok()?,
+            vm: self.vm.save().ok()?.0,
             vcpus,
             devices: DevicesState::power_on(),
             control_page: ControlPageState::default(),
@@ -197,14 +202,17 @@ impl Shell {
         }
         let file = memory.own_file().ok_or(Error::Mismatch("a booted VM's memory is its own"))?;
         let entry = boot::load(payload, file, config.ram_bytes, config.vcpus)?;
+        vcpus.iter().try_for_each(|vcpu| vcpu.write_msrs(&regs::boot_msrs()))?;
         // The others wait to be started by the first one.
         if let Some(first) = vcpus.first() {
-            first.set_entry(&regs::entry(entry), regs::entry_system, &regs::entry_msrs())?;
+            first.set_entry(&regs::entry(entry), regs::entry_system)?;
         }
+        control_page.write_generation_id(&new_generation_id().map_err(Error::GenerationId)?)?;
         let vm = Arc::new(CurrentVm::new(vm));
         let devices = Devices::new(&vm, console);
         let tsc_khz = workshop.host.model.tsc_khz;
-        Ok(Unnamed { workshop, config, vm, memory, control_page, devices, vcpus, tsc_khz, faults: None })
+        let (clock_began_ns, faults) = (None, None);
+        Ok(Unnamed { workshop, config, vm, memory, control_page, devices, vcpus, tsc_khz, clock_began_ns, faults })
     }
 
     /// Address of the memory that it will have.
@@ -225,12 +233,20 @@ impl Shell {
         faults: Option<Faults>,
     ) -> Result<Unnamed, Error> {
         let (workshop, control_page, config) = (Arc::clone(&self.workshop), self.control_page.clone(), self.config);
-        let Restored { vm, vcpus, memory } = self.take_state(state, image, Time::FromCapture, faults.as_ref())?;
+        let restored = self.take_state(state, image, Time::FromCapture, faults.as_ref())?;
+        let Restored { vm, vcpus, memory, clock_began_ns } = restored;
         let vm = Arc::new(CurrentVm::new(vm));
         let devices = Devices::restore(&state.devices, &vm, console)?;
         control_page.restore(&state.control_page)?;
+        if state.devices.has_generation_id() {
+            // Every copy comes by here, whoever asked for it. The interrupt is pending when its first vCPU
+            // begins to run: the I/O APIC and the local ones have their state by now.
+            control_page.write_generation_id(&new_generation_id().map_err(Error::GenerationId)?)?;
+            vm.get().pulse(GENERATION_ID_GSI)?;
+        }
         let tsc_khz = state.tsc_khz.or(workshop.host.model.tsc_khz);
-        Ok(Unnamed { workshop, config, vm, memory, control_page, devices, vcpus, tsc_khz, faults })
+        let clock_began_ns = Some(clock_began_ns);
+        Ok(Unnamed { workshop, config, vm, memory, control_page, devices, vcpus, tsc_khz, clock_began_ns, faults })
     }
 
     /// Brings VM, vCPUs and memory to where `state` and `image` were captured.
@@ -253,15 +269,20 @@ impl Shell {
         let memory = View::of_image(image, self.ground)?;
         // Before KVM looks at the guest's memory, which it does when it takes a state in.
         faults.map_or(Ok(()), |faults| faults.watch(memory.mapping()))?;
-        self.vm.restore(&state.vm, time)?;
+        let Model { tsc_khz: host_khz, tsc_shift, .. } = self.workshop.host.model;
+        let rate = TscRate::new(state.tsc_khz, host_khz);
         // Captured on a host whose counters run at another speed, the guest goes on with the one that it has measured.
-        let host_khz = self.workshop.host.model.tsc_khz;
-        let tsc_khz = state.tsc_khz.filter(|_| state.tsc_khz != host_khz);
-        for (vcpu, state) in self.vcpus.iter_mut().zip(&state.vcpus) {
-            tsc_khz.map_or(Ok(()), |khz| vcpu.set_tsc_khz(khz, host_khz))?;
-            vcpu.restore(state, time)?;
+        if let Some(khz) = rate.scaled() {
+            self.vcpus.iter().try_for_each(|vcpu| vcpu.set_tsc_khz(khz))?;
         }
-        Ok(Restored { vm: self.vm, vcpus: self.vcpus, memory })
+        let time = if tsc_shift { time } else { time.of_unshifted(state.vcpus.first(), rate) };
+        let set = self.vm.restore(&state.vm, time)?;
+        let captured_ns = state.vm.clock_ns();
+        kvm::set_counters(&self.vcpus, &state.vcpus, (captured_ns, set), rate, time)?;
+        self.vcpus.iter_mut().zip(&state.vcpus).try_for_each(|(vcpu, state)| vcpu.restore(state))?;
+        // What its clock shows more than at the capture has passed since.
+        let clock_began_ns = set.host.raw_ns.saturating_sub(set.clock_ns.saturating_sub(captured_ns));
+        Ok(Restored { vm: self.vm, vcpus: self.vcpus, memory, clock_began_ns })
     }
 }
 
@@ -271,6 +292,7 @@ pub(super) struct Restored {
     pub(super) vm: Vm,
     pub(super) vcpus: Vec<Vcpu>,
     pub(super) memory: View,
+    pub(super) clock_began_ns: u64,
 }
 
 /// A machine that lacks nothing but a name.
@@ -285,13 +307,14 @@ pub struct Unnamed {
     devices: Devices,
     vcpus: Vec<Vcpu>,
     tsc_khz: Option<u32>,
+    clock_began_ns: Option<u64>,
     faults: Option<Faults>,
 }
 
 impl Unnamed {
     /// Says which VM it is.
     pub fn name(self, identity: VmIdentity) -> Built {
-        let Self { workshop, config, vm, memory, control_page, devices, vcpus, tsc_khz, faults } = self;
+        let Self { workshop, config, vm, memory, control_page, devices, vcpus, tsc_khz, clock_began_ns, faults } = self;
         let machine = Machine {
             workshop,
             config,
@@ -303,6 +326,7 @@ impl Unnamed {
             spare: Spare::default(),
             exits: Exits::default(),
             tsc_khz,
+            clock_began_ns,
             faults: Mutex::new(faults),
             identity: Mutex::new(identity),
         };

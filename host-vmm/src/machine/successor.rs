@@ -60,7 +60,7 @@ impl Successor {
 
     /// Makes the machine go on there, when `stopped` is dropped. `view` is its memory, and `vcpu` the caller's own vCPU.
     pub fn take_over(self, machine: &Machine, view: &mut View, vcpu: &mut Vcpu, stopped: &Stopped<'_>) -> LeftBehind {
-        let Restored { vm, vcpus, memory } = self.0;
+        let Restored { vm, vcpus, memory, .. } = self.0;
         stopped.hand_on(vcpus, vcpu);
         LeftBehind { vm: machine.vm.replace(vm), view: std::mem::replace(view, memory) }
     }

@@ -36,7 +36,7 @@ impl Ground {
         }
         let bytes = self.mapping.bytes();
         // A page behind the file's end would be a SIGBUS. In this order: once it is sealed, it keeps its length.
-        if !memfd::is_immutable(lowest)? || memfd::length(lowest)? < bytes as u64 {
+        if !memfd::is_frozen(lowest)? || memfd::length(lowest)? < bytes as u64 {
             return Err(Error::Invalid("the lowest layer can change, or does not cover the memory"));
         }
         // Where it can't be mapped, nobody knows what is there.

@@ -8,13 +8,11 @@ use std::{
 };
 
 use nix::{
+    errno::Errno,
     fcntl::{FcntlArg, SealFlag, fcntl},
     sys::memfd::{MFdFlags, memfd_create},
 };
-use rustix::{
-    fs::{SeekFrom, seek},
-    io::Errno,
-};
+use rustix::fs::{SeekFrom, seek};
 
 use super::Error;
 
@@ -64,14 +62,6 @@ pub fn fillable(name: &str, bytes: u64) -> Result<File, Error> {
     Ok(file)
 }
 
-/// Seals a file that was filled.
-///
-/// # Errors
-/// [`Error::File`] where it can't be sealed.
-pub fn seal_filled(file: &File) -> Result<(), Error> {
-    seal_future("that was filled", file)
-}
-
 /// Whether something is there within a range of a file, in bytes.
 ///
 /// # Errors
@@ -80,7 +70,7 @@ pub fn has_data(file: &File, range: Range<u64>) -> Result<bool, Error> {
     match seek(file, SeekFrom::Data(range.start)) {
         Ok(data) => Ok(data < range.end),
         // There is nothing behind that.
-        Err(Errno::NXIO) => Ok(false),
+        Err(rustix::io::Errno::NXIO) => Ok(false),
         Err(errno) => Err(look_at_failed(errno.into())),
     }
 }
@@ -115,6 +105,38 @@ pub fn check_unresizable(file: &File, bytes: u64) -> Result<(), Error> {
     Ok(())
 }
 
+/// Takes a decision that a file holds, unless it is taken already, and says which one is. The file must have been
+/// made by [`fillable`].
+///
+/// The decision is the file's seals: the kernel takes the first one (F_SEAL_SEAL forbids further ones) and never
+/// takes it back, whatever is written to the file. "Yes" also forbids every new way to write the file
+/// (F_SEAL_FUTURE_WRITE). Measured: 0.5 us, and 0.3 us to look at it.
+///
+/// # Errors
+/// [`Error::File`] where the file can't be written here, or has no seals.
+pub fn decide(file: &File, is_yes: bool) -> Result<bool, Error> {
+    let fail = |errno: nix::Error| Error::File {
+        operation: "seal",
+        name: "that holds a decision".to_owned(),
+        source: errno.into(),
+    };
+    let seals = if is_yes { FUTURE_WRITE | SealFlag::F_SEAL_SEAL } else { SealFlag::F_SEAL_SEAL };
+    match fcntl(file, FcntlArg::F_ADD_SEALS(seals)) {
+        Ok(_) => Ok(is_yes),
+        Err(nix::Error::EPERM) => decided(file)?.ok_or_else(|| fail(nix::Error::EPERM)),
+        Err(errno) => Err(fail(errno)),
+    }
+}
+
+/// The decision that a file holds, once there is one.
+///
+/// # Errors
+/// [`Error::File`] where it is no memory file.
+pub fn decided(file: &File) -> Result<Option<bool>, Error> {
+    let seals = seals(file)?;
+    Ok(seals.contains(SealFlag::F_SEAL_SEAL).then(|| seals.contains(FUTURE_WRITE)))
+}
+
 /// Size of a memory file in bytes.
 ///
 /// # Errors
@@ -123,13 +145,22 @@ pub(super) fn length(file: &File) -> Result<u64, Error> {
     Ok(file.metadata().map_err(look_at_failed)?.len())
 }
 
-/// Whether nobody can shrink or newly write the file any more.
+/// Whether nobody can shrink the file or newly write to it any more. Whoever has it mapped writable still can write to
+/// it, unless it [is sealed](is_sealed).
 ///
 /// # Errors
 /// [`Error::File`] where it is no memory file.
-pub fn is_immutable(file: &File) -> Result<bool, Error> {
+pub fn is_frozen(file: &File) -> Result<bool, Error> {
     let seals = seals(file)?;
     Ok(seals.contains(SealFlag::F_SEAL_SHRINK) && seals.intersects(SealFlag::F_SEAL_WRITE | FUTURE_WRITE))
+}
+
+/// Whether nobody can shrink the file or write to it any more, in whatever way (F_SEAL_WRITE).
+///
+/// # Errors
+/// [`Error::File`] where it is no memory file.
+pub fn is_sealed(file: &File) -> Result<bool, Error> {
+    Ok(seals(file)?.contains(SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_WRITE))
 }
 
 fn seals(file: &File) -> Result<SealFlag, Error> {
@@ -141,20 +172,44 @@ fn look_at_failed(source: io::Error) -> Error {
     Error::File { operation: "look at", name: "from another process".to_owned(), source }
 }
 
+/// All seals that make a file immutable for good.
+const ALL: SealFlag =
+    SealFlag::F_SEAL_GROW.union(SealFlag::F_SEAL_SHRINK).union(SealFlag::F_SEAL_WRITE).union(SealFlag::F_SEAL_SEAL);
+
 /// Seals a file that nobody has mapped writable: from here on it is immutable.
 ///
 /// # Errors
 /// [`Error::File`] where it can't be sealed.
 pub fn seal(name: &str, file: &File) -> Result<(), Error> {
-    let seals = SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_SEAL;
-    add(name, file, seals)
+    add(name, file, ALL)
 }
 
-/// Forbids every *new* way to write the file: `write`, and writable shared mappings (F_SEAL_FUTURE_WRITE). A mapping that exists stays
-/// writable; once that is gone, the file is immutable.
+/// One attempt to seal a file that other processes may have mapped; `false` where the kernel refuses it for now (EBUSY).
+/// It does so where somebody has the file mapped shared and writable, or holds a page of it, as KVM does for a moment
+/// while it makes a page present in a copy.
 ///
-/// F_SEAL_WRITE could be added then, and would promise no more. It walks all pages, though (40 ms for 8 GiB), and fails where somebody
-/// just looks at one: a KVM that makes a page of the image present in a child (EBUSY; measured).
+/// A mapping is found out within a microsecond. Else the kernel walks all pages (4 ms for 512 MiB, 40 ms for 8 GiB;
+/// measured), and waits up to 0.15 s for those that somebody holds (kernel source, memfd_wait_for_pins); meanwhile
+/// nobody can write to the file.
+///
+/// # Errors
+/// [`Error::File`] where the file can never be sealed: it is no memory file, somebody has forbidden further seals, or
+/// this descriptor is not for writing.
+pub fn try_seal(file: &File) -> Result<bool, Error> {
+    if is_sealed(file)? {
+        return Ok(true);
+    }
+    match fcntl(file, FcntlArg::F_ADD_SEALS(ALL)) {
+        Ok(_) => Ok(true),
+        Err(Errno::EBUSY) => Ok(false),
+        Err(errno) => {
+            Err(Error::File { operation: "seal", name: "from another process".to_owned(), source: errno.into() })
+        }
+    }
+}
+
+/// Forbids every *new* way to write the file: `write`, and writable shared mappings (F_SEAL_FUTURE_WRITE). A mapping
+/// that exists stays writable; once that is gone, the platform [seals](try_seal) the file.
 pub(super) fn seal_future(name: &str, file: &File) -> Result<(), Error> {
     add(name, file, SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK | FUTURE_WRITE)
 }
@@ -173,20 +228,40 @@ mod tests {
     use std::os::unix::fs::FileExt;
 
     use super::*;
+    use crate::memory::Mapping;
 
     #[test]
     fn a_file_is_filled_by_one_side_and_read_by_the_other() {
         let file = fillable("test", 4096).unwrap();
         let theirs = read_only(&file).unwrap();
         assert!(is_being_filled(&theirs).unwrap() && !is_being_filled(&file).unwrap());
-        assert!(!is_immutable(&theirs).unwrap());
+        assert!(!is_frozen(&theirs).unwrap());
         assert!(theirs.write_at(b"x", 0).is_err() && theirs.set_len(0).is_err());
         file.write_all_at(b"content", 0).unwrap();
-        seal_filled(&file).unwrap();
-        assert!(is_immutable(&theirs).unwrap() && file.write_at(b"x", 0).is_err());
+        assert!(try_seal(&file).unwrap());
+        assert!(is_sealed(&theirs).unwrap() && file.write_at(b"x", 0).is_err());
+        assert!(try_seal(&theirs).unwrap(), "it is sealed already");
         let mut content = [0; 7];
         theirs.read_exact_at(&mut content, 0).unwrap();
         assert_eq!(&content, b"content");
+    }
+
+    #[test]
+    fn a_decision_is_taken_once_and_by_those_alone_who_may_write() {
+        for first in [true, false] {
+            let file = fillable("test", 4096).unwrap();
+            let theirs = read_only(&file).unwrap();
+            assert_eq!(decided(&theirs).unwrap(), None);
+            assert!(decide(&theirs, !first).is_err());
+            assert_eq!(decide(&file, first).unwrap(), first);
+            for second in [true, false] {
+                assert_eq!(decide(&file, second).unwrap(), first);
+            }
+            assert_eq!(decided(&theirs).unwrap(), Some(first));
+            // Whoever has it mapped already can go on to write; what is decided stays.
+            assert_eq!(file.write_at(b"x", 0).is_err(), first);
+        }
+        assert!(decide(&File::open("/dev/null").unwrap(), true).is_err());
     }
 
     #[test]
@@ -201,13 +276,44 @@ mod tests {
 
     #[test]
     fn a_sealed_file_keeps_its_content() {
-        assert!(!is_immutable(&unsealed("test", 0).unwrap()).unwrap());
         let file = sealed("test", b"content").unwrap();
-        assert!(is_immutable(&file).unwrap());
+        assert!(is_sealed(&file).unwrap() && is_frozen(&file).unwrap());
         assert!(file.write_at(b"x", 0).is_err());
         assert!(file.set_len(0).is_err());
         let mut content = [0; 7];
         file.read_exact_at(&mut content, 0).unwrap();
         assert_eq!(&content, b"content");
+    }
+
+    #[test]
+    fn whoever_has_a_frozen_file_mapped_can_write_until_it_is_sealed() {
+        let file = unsealed("test", 4096).unwrap();
+        let mapping = Mapping::reserve(4096).unwrap();
+        mapping.map_shared(&file).unwrap();
+        seal_future("test", &file).unwrap();
+        assert!(is_frozen(&file).unwrap() && !is_sealed(&file).unwrap());
+        assert!(file.write_at(b"x", 0).is_err());
+        mapping.write(0, b"late").unwrap();
+        assert!(!try_seal(&file).unwrap(), "the mapping can write");
+        drop(mapping);
+        // Private views of it are no reason to refuse.
+        let view = Mapping::reserve(4096).unwrap();
+        view.map_private(0, 4096, &file, 0).unwrap();
+        view.write(0, b"mine").unwrap();
+        assert!(try_seal(&file).unwrap() && is_sealed(&file).unwrap());
+        view.write(0, b"more").unwrap();
+        assert!(Mapping::reserve(4096).unwrap().map_shared(&file).is_err());
+        let mut content = [0; 4];
+        file.read_exact_at(&mut content, 0).unwrap();
+        assert_eq!(&content, b"late");
+    }
+
+    #[test]
+    fn what_can_never_be_sealed_is_an_error() {
+        let closed = unsealed("test", 4096).unwrap();
+        add("test", &closed, SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_SEAL).unwrap();
+        assert!(try_seal(&closed).is_err());
+        assert!(try_seal(&read_only(&unsealed("test", 4096).unwrap()).unwrap()).is_err());
+        assert!(try_seal(&File::open("/dev/null").unwrap()).is_err());
     }
 }

@@ -7,7 +7,7 @@
 //!  └────┬───────┘       └────┬───────┘                   └────┬─────────┘
 //!   shared              copy-on-write                     its dirty pages are written out
 //!  ┌────┴───────┐       ┌────┴───────┐                   ┌────┴─────────┐
-//!  │ memfd      │  ──►  │ image      │ sealed     ──►    │ image + delta│ sealed
+//!  │ memfd      │  ──►  │ image      │ frozen     ──►    │ image + delta│ frozen
 //!  └────────────┘       └────┬───────┘                   └────┬─────────┘
 //!                        copy-on-write                    copy-on-write
 //!                       ┌────┴───────┐                   ┌────┴─────────┐
@@ -15,8 +15,9 @@
 //!                       └────────────┘                   └──────────────┘
 //! ```
 //!
-//! A freshly booted VM's memory is a memfd mapped shared, so its pages are in the file already. Freezing it forbids everybody to map
-//! the file writable again; the parent goes on as a private view of it, in another address range, and what it has left is taken down
+//! A freshly booted VM's memory is a memfd mapped shared, so its pages are in the file already. Freezing it forbids
+//! everybody to map the file writable again (F_SEAL_FUTURE_WRITE); once the parent has left its old mapping behind, the
+//! platform seals the file, and the kernel lets nobody write to it (F_SEAL_WRITE). The parent goes on as a private view of it, in another address range, and what it has left is taken down
 //! ([`machine::Successor`](crate::machine::Successor)): nothing is copied. A VM that is a private view already needs no switch: its
 //! dirty pages are written into a delta, which its children map over the rest. Where there are many layers already, the next one
 //! takes in all but the lowest: no chain of forks is too long. A VM that has had much copied goes on as a view of the new image, as its
@@ -27,24 +28,30 @@
 
 use std::io;
 
+pub mod budget;
 pub mod dirty;
 pub mod faults;
 mod ground;
+mod host;
 mod image;
 mod mapping;
 mod memfd;
+mod sealing;
 mod view;
 mod working_set;
 
+pub use budget::{Budget, Grant};
 pub use dirty::PageMap;
 pub use faults::Faults;
 pub use ground::Ground;
+pub use host::{Error as HostMemoryError, HostMemory};
 pub use image::{Extent, Image, Layer, MAX_EXTENTS, MAX_LAYERS, Run};
 pub use mapping::{Access, Mapping, touch};
 pub use memfd::{
-    check_unresizable, fillable, has_data, is_being_filled, is_immutable, read_only, seal, seal_filled, sealed,
-    unresizable, unsealed,
+    check_unresizable, decide, decided, fillable, has_data, is_being_filled, is_frozen, is_sealed, read_only, seal,
+    sealed, try_seal, unresizable, unsealed,
 };
+pub use sealing::{SealRetry, seal_filled};
 pub use view::{Changes, Delta, Onward, Plan, View};
 pub use working_set::WorkingSet;
 
@@ -79,6 +86,9 @@ pub enum Error {
         /// The system's reason.
         source: io::Error,
     },
+    /// The kernel goes on refusing to seal a memory file.
+    #[error("can't seal a memory file: some process has it mapped writable, or holds pages of it (EBUSY)")]
+    Busy,
     /// A thread that copied memory panicked.
     #[error("a thread that copied memory failed")]
     Worker,

@@ -20,6 +20,7 @@ use crate::{
     machine::{End, FirstExit, Machine},
     memory::WorkingSet,
     sync::lock,
+    text::Reason,
     threads,
     wire::{NodeLink, Prefetch, Step, Timing, ToNode, ToPlatform, link},
 };
@@ -205,9 +206,10 @@ fn accompany(
     replies: mpsc::Sender<ToNode>,
     mailbox: &mut Mailbox,
 ) {
-    let told = link.send(&ToPlatform::Running, &[]);
+    let generation_id = machine.devices.has_generation_id();
+    let told = link.send(&ToPlatform::Running { generation_id }, &[]);
     if let Err(error) = listen(machine, engine, link, replies) {
-        machine.gate.end(End::Broken(format!("can't start a thread: {error}")));
+        machine.gate.end(End::Broken(Reason::of(format_args!("can't start a thread: {error}"))));
     }
     if let Some(Launch { working_set: Prefetch::Fill(working_set), .. }) = &launch {
         // As important as the guest, which it saves more work than it does.
@@ -285,7 +287,7 @@ fn listen(
     threads::background("platform", move || {
         let end = match take_messages(&machine, &engine, &link, &replies) {
             Ok(()) => End::Orphaned,
-            Err(error) => End::Broken(format!("can't start a thread: {error}")),
+            Err(error) => End::Broken(Reason::of(format_args!("can't start a thread: {error}"))),
         };
         machine.gate.end(end);
     })?;
@@ -306,7 +308,7 @@ fn take_messages(
         let connected = match link.receive() {
             Ok((ToNode::Whole, _)) => {
                 if let Err(error) = machine.become_whole() {
-                    machine.gate.end(End::Broken(chain(&error)));
+                    machine.gate.end(End::Broken(Reason::of_error(&error)));
                 }
                 true
             }

@@ -7,6 +7,7 @@ use std::{
     fs::File,
     os::fd::AsFd,
     sync::{Arc, mpsc},
+    time::Duration,
 };
 
 use anyhow::{Context, bail};
@@ -24,15 +25,21 @@ use crate::{
     fork::{Child, Engine, Meeting, Signal, Standby},
     kvm::{Host, Vcpu},
     machine::{self, Machine, Shell, VmIdentity, Workshop},
+    text::Reason,
     wire::{CopyOrder, NodeLink, Spawn, Step, ToNode, ToPlatform, link},
 };
 use companion::{Companion, Launch};
+
+/// For how long a fault keeps a copy's first vCPU from running.
+const LATE: Duration = Duration::from_millis(50);
 
 /// A machine that may run.
 struct Ready {
     machine: Arc<Machine>,
     vcpus: Vec<Vcpu>,
     faults: Vec<Step>,
+    /// How long the other vCPUs run before the first one does.
+    head_start: Duration,
     /// How it was launched, where it is a copy.
     launch: Option<Launch>,
 }
@@ -50,12 +57,12 @@ pub fn run(host: &Arc<Host>, spawn: &Spawn, link: NodeLink, console: File) -> an
         Ok(ready) => ready,
         // Nobody has an order for this shell any more.
         Err(_) if link.is_closed() => return Ok(()),
-        Err(error) => return Ok(link.send(&ToPlatform::Failed(format!("{error:#}")), &[])?),
+        Err(error) => return Ok(link.send(&ToPlatform::Failed(Reason::of(format_args!("{error:#}"))), &[])?),
     };
-    let Ready { machine, vcpus, faults, launch } = ready;
-    let engine = Arc::new(Engine::new(Arc::clone(&machine), Arc::clone(&link), replies, faults));
+    let Ready { machine, vcpus, faults, head_start, launch } = ready;
+    let engine = Arc::new(Engine::new(Arc::clone(&machine), Arc::clone(&link), replies, spawn.max_pause, faults));
     let companion = companion.begin(Arc::clone(&machine), Arc::clone(&engine), launch);
-    let end = machine::run(&machine, vcpus, |vcpu, call| {
+    let end = machine::run(&machine, vcpus, head_start, |vcpu, call| {
         let served = match call {
             machine::Call::Ring(command) => Some(engine.ring(vcpu, command)),
             machine::Call::Gate => engine.carry_out(vcpu),
@@ -93,7 +100,7 @@ fn become_something(workshop: &Arc<Workshop>, spawn: &Spawn, link: &NodeLink, co
         Call::Boot { mut payload, identity, prealloc, faults } => {
             let (machine, vcpus) = shell.boot(&mut payload, prealloc, console)?.name(identity);
             Signal::to_booted(&machine)?.give(&machine)?;
-            Ok(Ready { machine: Arc::new(machine), vcpus, faults, launch: None })
+            Ok(Ready { machine: Arc::new(machine), vcpus, faults, head_start: Duration::ZERO, launch: None })
         }
         Call::Copy { meeting, order } => {
             let faults = match &order {
@@ -106,9 +113,10 @@ fn become_something(workshop: &Arc<Workshop>, spawn: &Spawn, link: &NodeLink, co
             };
             let order = || order.map_or_else(|| receive_order(link), Ok);
             let child = Child::from_shell(shell, meeting, console, faults, order, || link.is_closed())?;
-            let Child { machine, vcpus, seq, working_set, steps, rendezvous } = child;
+            let Child { machine, vcpus, seq, working_set, first_vcpu_late, steps, rendezvous } = child;
             let launch = Some(Launch { seq, steps, first_exit: machine.exits.watch(), rendezvous, working_set });
-            Ok(Ready { machine: Arc::new(machine), vcpus, faults: Vec::new(), launch })
+            let head_start = if first_vcpu_late { LATE } else { Duration::ZERO };
+            Ok(Ready { machine: Arc::new(machine), vcpus, faults: Vec::new(), head_start, launch })
         }
     }
 }
@@ -171,6 +179,6 @@ fn await_call(link: &NodeLink, shell: &mut Shell) -> anyhow::Result<Call> {
 fn receive_order(link: &NodeLink) -> Result<CopyOrder, link::Error> {
     match link.receive()? {
         (ToNode::Copy(order), files) if files.is_empty() => Ok(order),
-        (other, _) => Err(link::Error::Unexpected(format!("{other:?}"))),
+        (other, _) => Err(link::Error::Unexpected(Reason::of(format_args!("{other:?}")))),
     }
 }

@@ -28,6 +28,7 @@ use crate::{
     arch::profile::Profile,
     kvm::Host,
     machine::{Config, Shell, Workshop},
+    text::Reason,
     threads,
     wire::{LINK_FD, Link, NodeLink, Spawn, Spawned, link},
 };
@@ -81,7 +82,7 @@ pub fn main(profile: &Profile) -> anyhow::Result<()> {
             let host = match &host {
                 Ok(host) => host,
                 Err(error) => {
-                    connection.send(&Spawned::Failed(format!("{error:#}")), &[])?;
+                    connection.send(&Spawned::Failed(Reason::of(format_args!("{error:#}"))), &[])?;
                     continue;
                 }
             };
@@ -147,7 +148,7 @@ fn answer(connection: &Connection, process: Result<Pid, Errno>) -> anyhow::Resul
             let number = u32::try_from(process.as_raw_nonzero().get())?;
             connection.send(&Spawned::Process(number), &[handle.as_fd()])?;
         }
-        Err(errno) => connection.send(&Spawned::Failed(errno.desc().to_owned()), &[])?,
+        Err(errno) => connection.send(&Spawned::Failed(errno.desc().into()), &[])?,
     }
     Ok(())
 }

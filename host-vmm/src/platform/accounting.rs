@@ -113,9 +113,17 @@ fn vm(entry: &Entry) -> Vm {
         uptime_ms: u64::try_from(uptime.as_millis()).unwrap_or(u64::MAX),
         vcpus: entry.config.vcpus,
         ram_bytes: entry.config.ram_bytes,
+        sealed: is_sealed(entry, filling.is_some()),
+        generation_id: entry.generation_id,
         missing_bytes: filling.map(|filling| filling.missing_bytes()),
         memory: None,
     }
+}
+
+/// Whether the images are sealed that a VM's memory is a view of, if it is one.
+fn is_sealed(entry: &Entry, is_being_filled: bool) -> Option<bool> {
+    let are_sealed = || !is_being_filled && entry.seals.iter().all(|seal| seal.is_sealed());
+    (!entry.seals.is_empty()).then(are_sealed)
 }
 
 /// The memory of a process.

@@ -3,21 +3,21 @@
 //! To the parent, whoever sends them is one more child for each: it takes the state where all meet, says that they are ready to run once they
 //! wait at their targets, and has them run when the parent has committed.
 
-use std::{fs::File, sync::Arc, thread};
+use std::{fs::File, sync::Arc, thread, time::Duration};
 
-use vmfork_abi::Location;
+use vmfork_abi::{ErrorCode, Location};
 
 use super::{
     Error, Platform,
-    copies::{Launch, Slot, list},
+    copies::{Launch, Slot, list, ordered},
     events::Event,
     fork::{Fork, Target},
     node::Node,
     outgoing::short,
 };
 use crate::{
-    api::{ForkedVm, Placement},
-    capsule::{About, Capsule, Digests},
+    api::{Copied, ForkedVm, Placement},
+    capsule::{About, Capsule},
     clock::wall_clock_ns,
     cluster::{
         Cluster,
@@ -32,11 +32,15 @@ use crate::{
     fork::rendezvous::Rendezvous,
     machine::new_id,
     memory::WorkingSet,
+    text::Reason,
     threads,
 };
 
 /// How many platforms are tried for copies that could not be launched where they were to go.
 const MAX_TRIES: usize = 3;
+
+/// How long an image that was sent may take to be sealed, for its digests to be remembered.
+const LEARNT_WITHIN: Duration = Duration::from_secs(10);
 
 /// Copies for one other platform.
 #[derive(Debug)]
@@ -79,8 +83,6 @@ struct Away {
     rendezvous: Arc<Rendezvous>,
     /// The image's files.
     files: Vec<Arc<File>>,
-    /// What is known of these: where the fork fails, the parent may write to them again.
-    digests: Digests,
     about: About,
     total: u32,
     target: Target,
@@ -128,9 +130,8 @@ impl Fork {
         launch: &Launch<'_>,
         target: &Target,
         shares: Vec<Share>,
-        files: &[File],
+        files: &[Arc<File>],
     ) -> Result<(), Error> {
-        let files = files.iter().map(|file| file.try_clone().map(Arc::new)).collect::<Result<_, _>>();
         let about = About {
             id: new_id().map_err(Error::Id)?,
             created_ns: wall_clock_ns(),
@@ -147,8 +148,7 @@ impl Fork {
             platform: Arc::clone(platform),
             fork: Arc::clone(self),
             rendezvous: Arc::clone(rendezvous),
-            files: files.map_err(Error::Start)?,
-            digests: platform.digests.clone(),
+            files: files.to_vec(),
             about,
             total: launch.total,
             target: target.clone(),
@@ -169,8 +169,33 @@ impl Fork {
 impl Away {
     fn send(&self, shares: Vec<Share>) {
         match self.content() {
-            Ok(content) => self.dispatch(Placed { here: Vec::new(), away: shares }, &content, &[]),
-            Err(error) => self.fork.gone(shares.iter().map(|share| share.slots.len()).sum(), &chain(&error)),
+            // To make it takes a while.
+            Ok(_) if self.fork.is_off() => self.gone(&shares, "the fork was called off".into()),
+            Ok(content) => {
+                self.dispatch(Placed { here: Vec::new(), away: shares }, &content, &[]);
+                drop(content);
+                self.learn();
+            }
+            Err(error) => self.gone(&shares, Reason::of_error(&error)),
+        }
+    }
+
+    /// Reports that no copies of these shares will run.
+    fn gone(&self, shares: &[Share], why: Reason) {
+        self.fork.gone(shares.iter().map(|share| share.slots.len()).sum(), why);
+    }
+
+    /// Reads the image once more when it is sealed: digests from before are remembered by nobody. The next fork, while
+    /// which its parent stands still, need not read the same files then.
+    fn learn(&self) {
+        if self.lazy || self.fork.is_off() {
+            return;
+        }
+        threads::step_back();
+        if self.fork.seal().wait(LEARNT_WITHIN).is_ok()
+            && let Err(error) = self.platform.digests.learn(&self.files)
+        {
+            tracing::debug!(error = chain(&error), "an image that was sent is read again when it is sent again");
         }
     }
 
@@ -181,7 +206,8 @@ impl Away {
         if self.lazy {
             return Ok(Sent::Lazily(Box::new(capsule)));
         }
-        Ok(Sent::Whole(Arc::new(Parcel::of(&capsule, &self.digests).map_err(Error::Capsule)?)))
+        let parcel = Parcel::of_while(&capsule, &self.platform.digests, &|| !self.fork.is_off());
+        Ok(Sent::Whole(Arc::new(parcel.map_err(Error::Capsule)?)))
     }
 
     /// Has copies launched where they are to go, all at once. `tried` are platforms that could not.
@@ -190,7 +216,8 @@ impl Away {
             for share in away {
                 let (count, send) = (share.slots.len(), move || self.send_share(share, content, tried));
                 if let Err(error) = thread::Builder::new().name("away".into()).spawn_scoped(scope, send) {
-                    self.fork.gone(count, &format!("can't send to several platforms at once: {error}"));
+                    let why = Reason::of(format_args!("can't send to several platforms at once: {error}"));
+                    self.fork.gone(count, why);
                 }
             }
             if !here.is_empty() {
@@ -208,14 +235,14 @@ impl Away {
         let Share { platform, slots, .. } = share;
         let count = slots.len();
         if self.fork.is_off() {
-            return self.fork.gone(count, &chain(&error));
+            return self.fork.gone(count, Reason::of_error(&error));
         }
         tracing::warn!(platform, error = chain(&error), "copies can't be sent there");
-        let Target::Chosen(location) = self.target else { return self.fork.gone(count, &chain(&error)) };
+        let Target::Chosen(location) = self.target else { return self.fork.gone(count, Reason::of_error(&error)) };
         let tried = [tried, &[platform]].concat();
         match self.platform.choose(slots, &self.wish(count, location), &tried) {
             Ok(placed) if tried.len() < MAX_TRIES => self.dispatch(placed, content, &tried),
-            _ => self.fork.gone(count, &chain(&error)),
+            _ => self.fork.gone(count, Reason::of_error(&error)),
         }
     }
 
@@ -239,6 +266,7 @@ impl Away {
                 let supply =
                     Arc::new(Supply::of(capsule, platform, cluster.sending.bandwidth).map_err(Error::Capsule)?);
                 self.platform.supplies.add(id, &supply);
+                self.fork.seal().supplies(id);
                 let sent = source::send_lazily(link, id, &order, &supply, self.working_set.as_ref(), is_wanted);
                 sent.inspect_err(|_| self.platform.supplies.remove(id)).map_err(failed)
             }
@@ -267,27 +295,56 @@ impl Away {
         }
         let arrived = slots.iter().try_for_each(|_| self.rendezvous.arrive(self.total));
         let is_over = || self.fork.is_off() || !prepared.is_waiting();
-        if let Err(error) = arrived.and_then(|()| self.rendezvous.wait_commit(is_over)) {
+        let decided = arrived.and_then(|()| match self.rendezvous.wait_commit(is_over) {
+            // Nobody may commit any more once this is undone. Who has done so before that was first.
+            Err(error) if self.rendezvous.abort()? => Err(error),
+            _ => Ok(()),
+        });
+        if let Err(error) = decided {
+            // The parent does not wait until the target is told.
+            self.fork.fail(ErrorCode::Place, Reason::of_error(&error));
             self.platform.supplies.remove(prepared.id());
             drop(prepared);
-            return self.fork.gone(slots.len(), &chain(&error));
+            return self.fork.settled(slots.len());
         }
         self.fork.is_certain(&self.platform);
-        self.platform.digests.learn(&self.digests);
-        let vms = prepared.commit().unwrap_or_else(|error| {
-            tracing::error!(platform, error = chain(&error), "copies that were sent there may not run");
-            Vec::new()
-        });
+        let vms = self.commit(platform, slots, prepared);
         let platform = short(platform);
         for vm in &vms {
             self.platform.events.write(&Event::Sent { id: vm.id, name: &vm.name, platform, seq: self.about.seq });
         }
         let copy = |Slot { id, index }: &Slot| {
             let name = vms.iter().find(|vm| vm.id == *id)?.name.clone();
-            let (platform, placement) = (platform.to_owned(), Placement::Remote);
+            let (platform, placement) = (platform.into(), Placement::Remote);
             Some(ForkedVm { id: *id, name, index: *index, platform, placement })
         };
         self.fork.sent(slots.len(), slots.iter().filter_map(copy));
+    }
+
+    /// Lets copies run, and gives those that do.
+    fn commit(&self, platform: &str, slots: &[Slot], prepared: source::Prepared) -> Vec<Copied> {
+        let id = prepared.id();
+        match prepared.commit().map(|vms| ordered(slots, vms)) {
+            Ok(vms) => {
+                // Of those that it does not name, it has said nothing.
+                let unknown = slots.len().saturating_sub(vms.len());
+                if unknown > 0 {
+                    tracing::error!(platform, unknown, "copies that were to run there were not named");
+                }
+                self.fork.lost_sight(unknown);
+                vms
+            }
+            Err(error) => {
+                if let source::Error::Unknown(_) = error {
+                    // What runs may still need its memory.
+                    self.fork.lost_sight(slots.len());
+                } else {
+                    self.platform.supplies.remove(id);
+                }
+                tracing::error!(platform, error = chain(&error), "copies that were sent there may not run");
+                Vec::new()
+            }
+        }
     }
 
     /// Launches copies here after all.
@@ -305,7 +362,7 @@ impl Away {
             listed.and_then(|()| self.fork.launch(&self.platform, launch, &files.collect::<Vec<_>>(), None, room()?));
         match launched.and_then(|nodes| nodes.into_iter().try_for_each(Node::serve)) {
             Ok(()) => self.fork.settled(slots.len()),
-            Err(error) => self.fork.gone(slots.len(), &chain(&error)),
+            Err(error) => self.fork.gone(slots.len(), Reason::of_error(&error)),
         }
     }
 

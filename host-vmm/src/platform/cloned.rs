@@ -19,12 +19,13 @@ use crate::{
     },
     cluster::clone::{
         Clones, Parcel, Stock,
-        filling::Filling,
+        filling::{self, Filling},
         source::IsWanted,
         supply::{Supplier, Supplies, Supply},
     },
     error::chain,
     kvm::Host,
+    memory::Budget,
     threads,
 };
 
@@ -37,14 +38,19 @@ impl Platform {
         &self.supplies
     }
 
-    /// What all of a memory is that is still being sent. Nothing is remembered of that: whether its fork is certain is not known here.
+    /// What all of a memory is that is still being sent.
     pub(crate) fn manifest(&self, supply: &Supply) -> Result<Bytes, capsule::Error> {
-        supply.manifest(&self.digests.clone())
+        supply.manifest(&self.digests)
     }
 
     /// The clones that come to this platform.
     pub(crate) fn clones(&self) -> &Clones {
         &self.clones
+    }
+
+    /// The memory that images from elsewhere may take, and what describes them.
+    pub(crate) fn image_memory(&self) -> &Budget {
+        &self.image_memory
     }
 
     /// Looks after them in the background, for as long as the platform is there.
@@ -117,8 +123,11 @@ impl Platform {
     /// # Errors
     /// [`capsule::Error`].
     pub(crate) fn assemble(&self, description: Description) -> Result<Assembly, capsule::Error> {
-        let stock = Stock::of(self.images.parcels());
-        let assembly = Assembly::new(description, |layer| stock.layer(layer))?;
+        self.make_room(description.memory.data_bytes());
+        let parcels = self.images.parcels();
+        let _looked_up = self.image_memory.reserve(Stock::cost(&parcels))?;
+        let stock = Stock::of(parcels);
+        let assembly = Assembly::new(description, &self.image_memory, |layer| stock.layer(layer))?;
         for range in assembly.missing() {
             for number in range {
                 let number = usize::try_from(number).unwrap_or(usize::MAX);
@@ -130,6 +139,15 @@ impl Platform {
             }
         }
         Ok(assembly)
+    }
+
+    /// A memory that is about to be filled while copies run in it.
+    ///
+    /// # Errors
+    /// [`filling::Error`].
+    pub(crate) fn begin_filling(&self, description: Description) -> Result<Filling, filling::Error> {
+        self.make_room(description.memory.file_bytes());
+        Filling::new(description, &self.image_memory)
     }
 
     /// Launches copies of an image that has come in, which wait until they may run. The image stays for a while: the next one may have much in

@@ -7,8 +7,9 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 use vmfork_abi::{ListedCopy, Location, PLATFORM_BYTES, pad_text};
 
-use super::{Error, Platform, fork::Fork, node::Node, prefetch::Learned, registry::Reservation};
+use super::{Error, Platform, fork::Fork, node::Node, prefetch::Learned, registry::Reservation, seals::Seal};
 use crate::{
+    api::Copied,
     capsule::About,
     cluster::clone::filling::Filling,
     fork::rendezvous::{self, Rendezvous},
@@ -17,7 +18,7 @@ use crate::{
 };
 
 /// How long copies of an image may take until they are ready to run.
-const LAUNCH_TIMEOUT: Duration = Duration::from_secs(60);
+pub(crate) const LAUNCH_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// One copy of a fork.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -57,6 +58,13 @@ pub(crate) fn is_slots(slots: &[Slot], total: u32) -> bool {
     let are_sorted = slots.is_sorted_by(|one, next| one.index < next.index);
     let are_within = slots.iter().all(|slot| (1..=total).contains(&slot.index) && !slot.id.is_nil());
     !slots.is_empty() && ids.len() == slots.len() && are_sorted && are_within
+}
+
+/// Those that were ordered of the copies that another platform says run, each once: it may name any number of others.
+pub(super) fn ordered(slots: &[Slot], mut named: Vec<Copied>) -> Vec<Copied> {
+    let mut missing: BTreeSet<Uuid> = slots.iter().map(|slot| slot.id).collect();
+    named.retain(|vm| missing.remove(&vm.id));
+    named
 }
 
 /// Copies that are to be launched on this platform.
@@ -106,7 +114,8 @@ impl<'a> Launch<'a> {
 }
 
 impl Fork {
-    /// Launches copies without their parent, from its image: `state`, and `files` with its memory. They wait until they may run.
+    /// Launches copies without their parent, from its image: `state`, and `files` with its memory, which are sealed, or
+    /// filled by this platform alone. They wait until they may run.
     ///
     /// # Errors
     /// [`Error`]: none of them is there then.
@@ -118,7 +127,7 @@ impl Fork {
         room: Reservation,
     ) -> Result<Copies, Error> {
         let rendezvous = Arc::new(Rendezvous::new()?);
-        let fork = Self::meeting_in(Arc::clone(&rendezvous));
+        let fork = Self::meeting_in(Arc::clone(&rendezvous), Seal::sealed());
         rendezvous.publish(state)?;
         let files: Vec<&File> = std::iter::once(rendezvous.file()).chain(files.iter().map(AsRef::as_ref)).collect();
         let launched = fork.launch(platform, launch, &files, None, room);
@@ -197,6 +206,14 @@ mod tests {
             assert_eq!((copy.vm_id, copy.index, copy.location), (id.into_bytes(), index, location.number()));
             assert_eq!(vmfork_abi::padded_text(&copy.platform), Some(platform));
         }
+    }
+
+    #[test]
+    fn only_what_was_ordered_is_taken_for_there_and_once() {
+        let copy = |id: u128, name: &str| Copied { id: Uuid::from_u128(id), name: name.into() };
+        let slots = [(1, 7), (2, 8)].map(|(index, id)| Slot { id: Uuid::from_u128(id), index });
+        let named = vec![copy(9, "x"), copy(8, "web.2"), copy(8, "y"), copy(0, "z")];
+        assert_eq!(ordered(&slots, named), [copy(8, "web.2")]);
     }
 
     #[test]

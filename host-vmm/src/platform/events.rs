@@ -1,6 +1,6 @@
 //! What happens on a platform, as JSON lines for a script to read.
 
-use std::{fs::File, io::Write, sync::Mutex};
+use std::{fs::File, io, sync::Mutex, time::Duration};
 
 use serde::Serialize;
 use uuid::Uuid;
@@ -8,9 +8,14 @@ use uuid::Uuid;
 use crate::{
     clock::monotonic_ns,
     machine::{End, VmIdentity},
+    output::{Kind, Output, Unit, Way},
     sync::lock,
     wire::{Report, Timing},
 };
+
+/// Bytes of events that wait to be written: those of some hundred forks at once, with all that their copies
+/// print.
+const WAITING_BYTES: usize = 16 << 20;
 
 /// Something that happened.
 #[derive(Debug, Serialize)]
@@ -47,12 +52,15 @@ pub(super) enum Event<'a> {
         vm: &'a VmIdentity,
         how: Option<&'a End>,
     },
+    /// Events are missing at this place: the file did not take them.
+    Missing { count: u64 },
 }
 
 /// Where events go.
 #[derive(Debug)]
 pub(super) struct Events {
-    file: Option<Mutex<File>>,
+    /// Locked until a line is in its place, so that times only grow from line to line.
+    output: Option<Mutex<Output>>,
 }
 
 #[derive(Serialize)]
@@ -63,23 +71,76 @@ struct Line<'a> {
     event: &'a Event<'a>,
 }
 
+impl Line<'_> {
+    fn of(event: &Event<'_>) -> serde_json::Result<Vec<u8>> {
+        let mut line = serde_json::to_vec(&Line { t_ns: monotonic_ns(), event })?;
+        line.push(b'\n');
+        Ok(line)
+    }
+}
+
+/// The note in the place of events.
+fn are_missing(count: u64) -> Vec<u8> {
+    Line::of(&Event::Missing { count }).unwrap_or_default()
+}
+
 impl Events {
     /// Events into a file, or nowhere.
-    pub(super) fn new(file: Option<File>) -> Self {
-        Self { file: file.map(Mutex::new) }
+    ///
+    /// # Errors
+    /// Where there is no thread that writes them.
+    pub(super) fn new(file: Option<File>) -> io::Result<Self> {
+        let kind = Kind {
+            name: "the file for events",
+            capacity: WAITING_BYTES,
+            unit: Unit::Messages,
+            note: are_missing,
+            way: Way::Direct,
+        };
+        let output = file.map(|file| Output::new(file, kind)).transpose()?;
+        Ok(Self { output: output.map(Mutex::new) })
     }
 
-    /// Writes an event with the present time.
+    /// Writes an event with the present time. It waits for no reader.
     pub(super) fn write(&self, event: &Event<'_>) {
-        let Some(file) = &self.file else { return };
-        let mut file = lock(file);
-        let written =
-            serde_json::to_vec(&Line { t_ns: monotonic_ns(), event }).map_err(Into::into).and_then(|mut line| {
-                line.push(b'\n');
-                file.write_all(&line)
-            });
-        if let Err(error) = written {
-            tracing::warn!(%error, "an event is lost");
+        let Some(output) = &self.output else { return };
+        let output = lock(output);
+        match Line::of(event) {
+            Ok(line) => output.push(&line),
+            Err(error) => tracing::warn!(%error, "an event is lost"),
         }
+    }
+
+    /// Waits until all of them are written, for so long at most.
+    pub(super) fn flush(&self, limit: Duration) {
+        if let Some(output) = &self.output {
+            lock(output).flush(limit);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader, pipe};
+
+    use super::*;
+
+    #[test]
+    fn whoever_reads_late_gets_whole_lines_and_is_told_what_is_missing() {
+        let (reader, writer) = pipe().unwrap();
+        let events = Events::new(Some(File::from(std::os::fd::OwnedFd::from(writer)))).unwrap();
+        let line = "x".repeat(4000);
+        let written = 2 * WAITING_BYTES / line.len();
+        for _ in 0..written {
+            events.write(&Event::Console { name: "vm", line: &line });
+        }
+        drop(events);
+        let lines = BufReader::new(reader).lines().map(|line| serde_json::from_str(&line.unwrap()).unwrap());
+        let lines: Vec<serde_json::Value> = lines.collect();
+        assert!(lines.is_sorted_by_key(|line| line["t_ns"].as_u64().unwrap()));
+        let found = lines.iter().filter(|line| line["event"] == "console").count();
+        let missing: u64 = lines.iter().filter_map(|line| line["count"].as_u64()).sum();
+        assert!(lines.len() > found && missing > 0);
+        assert_eq!(found as u64 + missing, written as u64);
     }
 }

@@ -3,12 +3,11 @@
 use std::{
     fs::File,
     os::fd::{AsFd, BorrowedFd},
-    sync::{Arc, Condvar, Mutex, PoisonError},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread,
     time::{Duration, Instant},
 };
 
-use uuid::Uuid;
 use vmfork_abi::{ErrorCode, Location, MAX_CHILDREN, is_vm_type};
 
 use super::{
@@ -16,24 +15,30 @@ use super::{
     away::Placed,
     copies::{Launch, Slot, list, slots},
     images::Keeping,
-    limits::{Asked, Limited, Recent},
+    limits::Recent,
     node::{Awaited, Node},
     prefetch::Learned,
-    process::Shell,
+    process::{Process, Shell},
     registry::Reservation,
+    seals::{Frozen, Seal, Unsealed},
 };
 use crate::{
     api::{ForkedVm, Placement},
     cluster::placement::{Where, Wish},
     error::chain,
-    fork::rendezvous::Rendezvous,
+    fork::rendezvous::{self, Rendezvous},
     machine::{Config, VmIdentity},
     sync::lock,
+    text::Reason,
     wire::{CopyOrder, PlatformLink, Prefetch, Step, ToNode},
 };
 
 /// How long children have to themselves before the platform goes on with what nobody waits for.
 const HEAD_START: Duration = Duration::from_millis(1);
+
+/// How long a parent may take beyond its longest pause to say itself what becomes of a fork: it gives up
+/// before.
+const GRACE: Duration = Duration::from_secs(5);
 
 /// How long children may take to run that may.
 const COMMITTED_TIMEOUT: Duration = Duration::from_secs(60);
@@ -76,6 +81,19 @@ pub(super) struct Original<'a> {
     pub(super) learned: &'a Arc<Learned>,
     /// Whether it was shown another CPU than this platform's guests are.
     pub(super) is_foreign: bool,
+    /// The connection to its node.
+    pub(super) link: &'a PlatformLink,
+    /// The process of its node.
+    pub(super) process: Option<&'a Process>,
+    /// What counts the files of its forks that are not sealed yet.
+    pub(super) unsealed: &'a Unsealed,
+}
+
+impl Original<'_> {
+    /// Whether its node is gone, or about to be.
+    fn is_gone(&self) -> bool {
+        self.link.is_closed() || self.process.is_none_or(Process::has_ended)
+    }
 }
 
 /// Where a fork's children come into being.
@@ -94,10 +112,18 @@ pub(super) struct Place {
 pub(super) struct Fork {
     /// Where parent and children meet, until all of them run.
     rendezvous: Mutex<Option<Arc<Rendezvous>>>,
-    /// What is kept of it once it is certain.
-    keeping: Mutex<Option<Keeping>>,
+    /// The processor on which the parent runs, where its children are to be elsewhere.
+    parents_processor: Option<u32>,
+    /// What is kept of it once it is certain, with the state.
+    keeping: Mutex<Option<(Keeping, Vec<u8>)>>,
+    /// What is to be sealed then.
+    frozen: Mutex<Option<Frozen>>,
+    /// Whether its image is sealed.
+    seal: Arc<Seal>,
     state: Mutex<State>,
     changed: Condvar,
+    /// When the platform calls it off itself, where there is a parent that should have done it.
+    until: Mutex<Option<Instant>>,
 }
 
 #[derive(Debug, Default)]
@@ -110,10 +136,21 @@ struct State {
     away: usize,
     /// Those that run.
     running: Vec<ForkedVm>,
+    /// Of how many, sent to other platforms, nobody can tell whether they do.
+    unknown: usize,
     /// Whether it was called off.
     is_called_off: bool,
     /// Why it can't succeed.
-    failure: Option<(ErrorCode, String)>,
+    failure: Option<(ErrorCode, Reason)>,
+}
+
+/// Copies of a fork that is certain.
+#[derive(Debug)]
+pub(super) struct Made {
+    /// Those that run, lowest index first.
+    pub(super) running: Vec<ForkedVm>,
+    /// Of how many it is not known whether they do.
+    pub(super) unknown: usize,
 }
 
 impl Error {
@@ -123,6 +160,7 @@ impl Error {
             Self::Stopping => ErrorCode::NotLaunched,
             Self::Full { .. } | Self::Place(_) | Self::Alone => ErrorCode::Place,
             Self::Limit { limited, .. } => limited.code(),
+            Self::Unsealed(_) => ErrorCode::Rate,
             Self::Type(_) => ErrorCode::InvalidType,
             Self::Injected(step) => step.code(),
             _ => ErrorCode::Launch,
@@ -145,13 +183,21 @@ impl Fork {
         let Place { files, rendezvous, mut standby } = place;
         let open = || open_rendezvous(files.first());
         let rendezvous = Arc::new(rendezvous.map_or_else(open, Ok)?.with_children(order.count));
-        let fork = Self::meeting_in(Arc::clone(&rendezvous));
+        let files: Vec<Arc<File>> = files.into_iter().map(Arc::new).collect();
+        let image = files.get(1..).unwrap_or_default();
+        let fork = Self::meeting_in(Arc::clone(&rendezvous), Arc::default());
+        *lock(&fork.until) = Some(Instant::now() + platform.max_pause + GRACE);
+        // Where this fails, the parent is told before it is let go.
+        let mut hold = platform.images.wants(&order.vm_type).then(|| rendezvous.hold()).transpose()?;
+        let mut keeping = None;
         let placed = platform.place(original, order);
-        let Original { config, vm: original, learned, is_foreign, .. } = *original;
+        let Original { config, vm, learned, is_foreign, unsealed, .. } = *original;
+        let (parent, ram_bytes, unsealed) = (vm.id, config.ram_bytes, unsealed.clone());
+        *lock(&fork.frozen) = Some(Frozen { files: image.to_vec(), parent, ram_bytes, unsealed });
         let launched = placed.and_then(|Placed { here, away }| {
             let launch = Launch {
                 config,
-                original,
+                original: vm,
                 vm_type: &order.vm_type,
                 slots: &here,
                 total: order.count,
@@ -162,12 +208,10 @@ impl Fork {
                 is_foreign,
                 filling: None,
             };
-            if platform.images.wants(&order.vm_type) {
-                let image = files.iter().skip(1).map(|file| file.try_clone().map(Arc::new)).collect::<Result<_, _>>();
-                *lock(&fork.keeping) = Some(Keeping::new(launch, image.map_err(Error::Start)?));
+            if hold.is_some() {
+                keeping = Some(Keeping::new(launch, image.to_vec()));
             }
             if !away.is_empty() {
-                let image = files.get(1..).unwrap_or_default();
                 fork.send_away(platform, &rendezvous, &launch, &order.target, away, image)?;
             }
             list(&rendezvous, &here, platform.name(), Location::Local)?;
@@ -178,12 +222,18 @@ impl Fork {
             fork.launch(platform, launch, &files, standby.take(), room)
         });
         let served = launched.and_then(|nodes| {
+            if let Some(keeping) = keeping {
+                // Once its copies run, they may write there.
+                let state = rendezvous.wait_state(|| fork.is_off() || fork.is_late() || original.is_gone())?;
+                *lock(&fork.keeping) = Some((keeping, state));
+            }
+            drop(hold.take());
             // The children are at work. What serves them can wait, and should not take the processor away from them.
             thread::sleep(HEAD_START);
             nodes.into_iter().try_for_each(Node::serve)
         });
         if let Err(error) = served {
-            fork.fail(error.code(), chain(&error));
+            fork.fail(error.code(), Reason::of_error(&error));
         }
         // One that was not needed may be awake already: it is ended, which takes longer than the parent should wait.
         if let Some(standby) = standby {
@@ -192,13 +242,17 @@ impl Fork {
         Ok(fork)
     }
 
-    /// One without children yet, whose sides meet there.
-    pub(super) fn meeting_in(rendezvous: Arc<Rendezvous>) -> Arc<Self> {
+    /// One without children yet, whose sides meet there, with the seal of its image.
+    pub(super) fn meeting_in(rendezvous: Arc<Rendezvous>, seal: Arc<Seal>) -> Arc<Self> {
         Arc::new(Self {
+            parents_processor: rendezvous.parents_processor(),
             rendezvous: Mutex::new(Some(rendezvous)),
             keeping: Mutex::default(),
+            frozen: Mutex::default(),
+            seal,
             state: Mutex::default(),
             changed: Condvar::new(),
+            until: Mutex::default(),
         })
     }
 
@@ -226,6 +280,11 @@ impl Fork {
             if fault == Some(Step::Launch) && index > total / 2 {
                 return Err(Error::Injected(Step::Launch));
             }
+            // A parent waits until nothing is left of a fork that it has called off: no more is launched for
+            // that.
+            if self.rendezvous().is_some_and(|rendezvous| rendezvous.is_aborted()) {
+                return Err(rendezvous::Error::Aborted.into());
+            }
             if shells.is_empty() {
                 let wanted = wanted - nodes.len();
                 shells = match is_foreign {
@@ -244,7 +303,14 @@ impl Fork {
                 generation: original.generation.saturating_add(1),
             };
             let prefetch = std::mem::replace(&mut first, others.clone());
-            let order = CopyOrder { identity, seq, arrivals, lazy: filling.is_some(), working_set: prefetch };
+            let order = CopyOrder {
+                identity,
+                seq,
+                arrivals,
+                lazy: filling.is_some(),
+                working_set: prefetch,
+                first_vcpu_late: fault == Some(Step::FirstRun),
+            };
             let mut node = self.order(platform, shell, order, learned, files_for_next)?;
             room.is_used();
             node.come_from(is_foreign, filling);
@@ -285,7 +351,7 @@ impl Fork {
     }
 
     /// Says that it can't succeed. The parent calls it off then.
-    pub(super) fn fail(&self, code: ErrorCode, why: String) {
+    pub(super) fn fail(&self, code: ErrorCode, why: Reason) {
         lock(&self.state).failure.get_or_insert((code, why));
         if let Some(rendezvous) = self.rendezvous() {
             tell_failure(&rendezvous);
@@ -312,10 +378,38 @@ impl Fork {
         self.changed.notify_all();
     }
 
+    /// Says that nobody can tell of so many of them whether they run, after all were let run.
+    pub(super) fn lost_sight(&self, count: usize) {
+        lock(&self.state).unknown += count;
+    }
+
     /// Says that so many of them could not be sent, and will not run.
-    pub(super) fn gone(&self, count: usize, why: &str) {
-        self.fail(ErrorCode::Place, why.to_owned());
+    pub(super) fn gone(&self, count: usize, why: Reason) {
+        self.fail(ErrorCode::Place, why);
         self.settled(count);
+    }
+
+    /// How long it is until the platform calls it off itself, where it would.
+    pub(super) fn time_left(&self) -> Option<Duration> {
+        Some(lock(&self.until).as_ref()?.saturating_duration_since(Instant::now()))
+    }
+
+    /// True when the platform's own deadline for the parent's decision has passed.
+    fn is_late(&self) -> bool {
+        self.time_left().is_some_and(|left| left.is_zero())
+    }
+
+    /// Calls it off where its parent should have decided long ago what becomes of it: a node that a guest has
+    /// broken must not have copies wait here and elsewhere for ever.
+    pub(super) fn end_if_late(&self) {
+        if !self.is_late() {
+            return;
+        }
+        *lock(&self.until) = None;
+        if self.rendezvous().is_some_and(|rendezvous| matches!(rendezvous.abort(), Ok(true))) {
+            self.fail(ErrorCode::Timeout, "the parent has not decided in time what becomes of its copies".into());
+            drop(self.end_children(lock(&self.state)));
+        }
     }
 
     /// Whether nothing can come of it any more.
@@ -325,19 +419,37 @@ impl Fork {
     }
 
     /// Says that nothing is left of a child that has not run.
-    pub(super) fn child_gone(&self, why: &str) {
-        self.fail(ErrorCode::Launch, why.to_owned());
+    pub(super) fn child_gone(&self, why: Reason) {
+        self.fail(ErrorCode::Launch, why);
         lock(&self.state).left -= 1;
         self.changed.notify_all();
     }
 
-    /// Says that its copies will run: what is to be kept of it is kept.
+    /// Whether its image is sealed.
+    pub(super) fn seal(&self) -> &Arc<Seal> {
+        &self.seal
+    }
+
+    /// Says that its copies will run: its image is sealed, and what is to be kept of it is kept then.
     pub(super) fn is_certain(&self, platform: &Platform) {
-        let keeping = lock(&self.keeping).take();
-        if let (Some(keeping), Some(rendezvous)) = (keeping, self.rendezvous())
-            && let Err(error) = platform.keep(keeping, &rendezvous)
+        // Whoever else says so too waits until the image is there: it must be when its seal is decided.
+        let mut keeping = lock(&self.keeping);
+        if let Some((keeping, state)) = keeping.take()
+            && let Err(error) = platform.keep(keeping, state, &self.seal)
         {
             tracing::warn!(error = chain(&error), "an image is not kept");
+        }
+        let frozen = lock(&self.frozen).take();
+        if let Some(frozen) = frozen {
+            platform.seal(&self.seal, frozen);
+        }
+        drop(keeping);
+    }
+
+    /// Takes in the parent's report that its copies run: they may be gone before they say so themselves.
+    pub(super) fn is_told_certain(&self, platform: &Platform) {
+        if self.rendezvous().is_some_and(|rendezvous| rendezvous.is_committed()) {
+            self.is_certain(platform);
         }
     }
 
@@ -347,9 +459,9 @@ impl Fork {
         let mut state = lock(&self.state);
         state.running.push(ForkedVm {
             id: vm.id,
-            name: vm.name.clone(),
+            name: vm.name.as_str().into(),
             index: vm.index,
-            platform: platform.name().to_owned(),
+            platform: platform.name().into(),
             placement: Placement::Local,
         });
         // Nothing that anybody says of the fork touches it any more.
@@ -359,13 +471,15 @@ impl Fork {
         self.changed.notify_all();
     }
 
-    /// Waits until it is known of each copy what became of it, after all were let run, and says which run, lowest index first.
-    pub(super) fn copies(&self) -> Vec<ForkedVm> {
+    /// Waits until it is known of each copy what became of it, after all were let run, and says which run.
+    pub(super) fn copies(&self) -> Made {
         let is_waiting = |state: &mut State| state.left > 0 || state.away > 0;
         let waited = self.changed.wait_timeout_while(lock(&self.state), COMMITTED_TIMEOUT, is_waiting);
-        let mut running = waited.unwrap_or_else(PoisonError::into_inner).0.running.clone();
+        let state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        let (mut running, unknown) = (state.running.clone(), state.unknown + state.left + state.away);
+        drop(state);
         running.sort_by_key(|copy| copy.index);
-        running
+        Made { running, unknown }
     }
 
     /// Lets go of where its sides have met, once all of its copies run.
@@ -381,7 +495,7 @@ impl Fork {
 
     /// The processor on which the parent runs, where its children are to be elsewhere.
     pub(super) fn parents_processor(&self) -> Option<u32> {
-        self.rendezvous()?.parents_processor()
+        self.parents_processor
     }
 
     /// Whether it can't succeed.
@@ -398,9 +512,8 @@ impl Fork {
     /// Ends the children that do not run, waits until nothing is left of them here, and says why it had to come to that. Copies on other
     /// platforms are told, or undone once these hear nothing more.
     ///
-    /// Parent and children may write anything into the rendezvous at any time. Where it says that the children run, they have a while to
-    /// say so themselves.
-    pub(super) fn abort(&self) -> (ErrorCode, String) {
+    /// The parent may commit at any time. Where it has, the children have a while to say themselves that they run.
+    pub(super) fn abort(&self) -> (ErrorCode, Reason) {
         let committed = self.rendezvous().is_some_and(|rendezvous| match rendezvous.abort() {
             Ok(aborted) => !aborted,
             Err(error) => {
@@ -414,13 +527,19 @@ impl Fork {
             let waited = self.changed.wait_timeout_while(state, COMMITTED_TIMEOUT, |state| state.left > 0);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
+        let mut state = self.end_children(state);
+        state.failure.take().unwrap_or((ErrorCode::Launch, "the parent has called it off".into()))
+    }
+
+    /// Ends the children that do not run, and waits until nothing is left of them.
+    fn end_children<'s>(&self, mut state: MutexGuard<'s, State>) -> MutexGuard<'s, State> {
         for link in std::mem::take(&mut state.children) {
             link.shut_down();
         }
         while state.left > 0 {
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
-        state.failure.take().unwrap_or((ErrorCode::Launch, "the parent has called it off".to_owned()))
+        state
     }
 }
 
@@ -451,8 +570,10 @@ impl Platform {
             return Err(Error::Count(order.count));
         }
         if !self.limits.are_none() {
-            self.check_limits(original, order)?;
+            let Original { vm, config, recent, .. } = original;
+            self.check_limits(vm, *config, recent, (&order.vm_type, order.count))?;
         }
+        self.check_unsealed(original.unsealed)?;
         let slots = slots(order.count)?;
         let location = match &order.target {
             Target::Chosen(location) => *location,
@@ -467,27 +588,5 @@ impl Platform {
             source: self.name().to_owned(),
         };
         self.choose(slots, &wish, &[])
-    }
-
-    /// Checks the limit for the memory of all VMs of a type, of which so many more are to come.
-    pub(super) fn check_memory(&self, vm_type: &str, config: Config, count: usize) -> Result<(), Error> {
-        let (_, memory_bytes) = self.registry.usage(Uuid::nil(), vm_type);
-        let more_bytes = config.ram_bytes.saturating_mul(count as u64);
-        self.limits.check_memory(vm_type, memory_bytes.saturating_add(more_bytes))
-    }
-
-    fn check_limits(&self, original: &mut Original<'_>, order: &Order) -> Result<(), Error> {
-        let Original { vm, config, recent, .. } = original;
-        let rates = [&vm.vm_type, &order.vm_type].map(|vm_type| self.limits.most(vm_type, Limited::Rate));
-        recent.enter(&vm.vm_type, rates.into_iter().flatten().min(), Instant::now())?;
-        let (children, memory_bytes) = self.registry.usage(vm.id, &order.vm_type);
-        let count = u64::from(order.count);
-        let asked = Asked {
-            count,
-            children: children.saturating_add(count),
-            generation: u64::from(vm.generation) + 1,
-            memory_bytes: memory_bytes.saturating_add(config.ram_bytes.saturating_mul(count)),
-        };
-        self.limits.check(&vm.vm_type, &order.vm_type, asked)
     }
 }

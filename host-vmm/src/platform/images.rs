@@ -23,13 +23,13 @@ use super::{
     copies::{Launch, slots},
     fork::Fork,
     prefetch::Learned,
+    seals::Seal,
 };
 use crate::{
     api,
     capsule::{self, About, Capsule, Description, Difference, Digests, Incompatible, file},
     clock::wall_clock_ns,
     cluster::{clone::Parcel, member::MAX_IMAGES},
-    fork::rendezvous::Rendezvous,
     machine::{Config, VmIdentity, new_id},
     sync::lock,
 };
@@ -96,13 +96,21 @@ pub(super) struct Image {
     learned: Arc<Learned>,
     /// Whether they were shown another CPU than this platform's guests are.
     is_foreign: bool,
+    /// Whether its files are sealed: before, nobody gets it.
+    seal: Arc<Seal>,
     /// As it is sent to others, once it was.
     parcel: OnceLock<Arc<Parcel>>,
 }
 
 impl Image {
+    /// One whose files are sealed.
     fn new(capsule: Capsule, learned: Arc<Learned>, is_foreign: bool) -> Self {
-        Self { capsule, learned, is_foreign, parcel: OnceLock::new() }
+        Self { capsule, learned, is_foreign, seal: Seal::sealed(), parcel: OnceLock::new() }
+    }
+
+    /// Whether its files are sealed.
+    pub(super) fn seal(&self) -> &Seal {
+        &self.seal
     }
 
     /// Whether its copies were shown another CPU than this platform's guests are.
@@ -143,6 +151,8 @@ pub(super) struct Images {
 struct Kept {
     /// Those that the operator wants, oldest first.
     images: Vec<Arc<Image>>,
+    /// Those that come to them once they are sealed.
+    unsealed: Vec<Arc<Image>>,
     /// Those that have come here with clones, and when they have, oldest first: they stay for a while, or until others take their place.
     received: Vec<(Instant, Arc<Image>)>,
     /// Whether no more are kept.
@@ -165,30 +175,43 @@ impl Images {
         self.most(vm_type) > 0
     }
 
-    /// Adds an image, and gives back those of its type that it takes the place of.
+    /// Adds an image that is kept once it is sealed. Gives back images of the same VM and type that are not sealed either,
+    /// and in whose place it would be kept.
     fn add(&self, image: Image) -> Vec<Arc<Image>> {
         let most = self.most(&image.capsule.about.vm_type);
-        let Kept { images: kept, closed, .. } = &mut *lock(&self.kept);
-        if *closed {
+        let mut kept = lock(&self.kept);
+        if kept.closed {
             return vec![Arc::new(image)];
         }
-        let of_type = kept.iter().filter(|other| other.capsule.about.vm_type == image.capsule.about.vm_type).count();
-        let mut surplus = (of_type + 1).saturating_sub(most);
-        let vm_type = image.capsule.about.vm_type.clone();
-        let out = kept.extract_if(.., |other| {
-            let out = surplus > 0 && other.capsule.about.vm_type == vm_type;
-            surplus -= usize::from(out);
-            out
-        });
-        let out = out.collect();
-        kept.push(Arc::new(image));
+        let of = |image: &Image| (image.capsule.about.original.id, image.capsule.about.vm_type.clone());
+        let own = of(&image);
+        push(&mut kept.unsealed, Arc::new(image), most, |other| of(other) == own)
+    }
+
+    /// Keeps the image with this seal, or lets go of it where it can't be sealed. Gives back images that are not kept any
+    /// more.
+    pub(super) fn decided(&self, seal: &Arc<Seal>, is_sealed: bool) -> Vec<Arc<Image>> {
+        let mut kept = lock(&self.kept);
+        let decided: Vec<_> = kept.unsealed.extract_if(.., |image| Arc::ptr_eq(&image.seal, seal)).collect();
+        let out = if is_sealed {
+            let keep = decided.into_iter().map(|image| {
+                let (vm_type, most) = (image.capsule.about.vm_type.clone(), self.most(&image.capsule.about.vm_type));
+                push(&mut kept.images, image, most, |other| other.capsule.about.vm_type == vm_type)
+            });
+            keep.flatten().collect()
+        } else {
+            decided
+        };
+        drop(kept);
+        self.changed.notify_all();
         out
     }
 
     /// Adds an image that the operator has asked for, and says whether it does: not where it is there already.
     fn add_loaded(&self, image: Image) -> bool {
         let mut kept = lock(&self.kept);
-        let adds = !kept.closed && kept.images.iter().all(|other| other.capsule.about.id != image.capsule.about.id);
+        let mut others = kept.images.iter().chain(&kept.unsealed);
+        let adds = !kept.closed && others.all(|other| other.capsule.about.id != image.capsule.about.id);
         if adds {
             kept.images.push(Arc::new(image));
         }
@@ -215,19 +238,26 @@ impl Images {
         lock(&self.kept).received.extract_if(.., is_old).map(|(_, image)| image).collect()
     }
 
+    /// Gives back the one of those that has come first.
+    fn forget_oldest_received(&self) -> Option<Arc<Image>> {
+        let received = &mut lock(&self.kept).received;
+        (!received.is_empty()).then(|| received.remove(0).1)
+    }
+
     /// All images, the oldest first.
     fn all(&self) -> Vec<Arc<Image>> {
-        let Kept { images, received, .. } = &*lock(&self.kept);
+        let Kept { images, unsealed, received, .. } = &*lock(&self.kept);
         let is_kept = |id| images.iter().any(|image| image.capsule.about.id == id);
         let others = received.iter().map(|(_, image)| image).filter(|image| !is_kept(image.capsule.about.id));
-        let mut all: Vec<_> = images.iter().chain(others).cloned().collect();
+        let mut all: Vec<_> = images.iter().chain(unsealed).chain(others).cloned().collect();
         all.sort_by_key(|image| image.capsule.about.created_ns);
         all
     }
 
     /// The IDs of the latest ones, as many as others are told of.
     pub(super) fn ids(&self) -> Vec<Uuid> {
-        self.all().iter().rev().map(|image| image.id()).take(MAX_IMAGES).collect()
+        let all = self.all();
+        all.iter().rev().filter(|image| image.seal.is_sealed()).map(|image| image.id()).take(MAX_IMAGES).collect()
     }
 
     /// As they are sent to others, those of which that is known.
@@ -247,10 +277,11 @@ impl Images {
     }
 
     fn remove(&self, id: Uuid) -> Vec<Arc<Image>> {
-        let Kept { images, received, .. } = &mut *lock(&self.kept);
+        let Kept { images, unsealed, received, .. } = &mut *lock(&self.kept);
         let is_it = |image: &Arc<Image>| image.capsule.about.id == id;
         let received = received.extract_if(.., |(_, image)| is_it(image)).map(|(_, image)| image);
-        let out = images.extract_if(.., |image| is_it(image)).chain(received).collect();
+        let unsealed = unsealed.extract_if(.., |image| is_it(image));
+        let out = images.extract_if(.., |image| is_it(image)).chain(unsealed).chain(received).collect();
         self.changed.notify_all();
         out
     }
@@ -259,29 +290,49 @@ impl Images {
     pub(super) fn close(&self) {
         let mut kept = lock(&self.kept);
         kept.images.clear();
+        kept.unsealed.clear();
         kept.received.clear();
         kept.closed = true;
         self.changed.notify_all();
     }
 
-    /// Waits until none is kept.
+    /// Waits until none is kept, or about to be.
     pub(super) fn wait_empty(&self) {
-        let kept = self.changed.wait_while(lock(&self.kept), |kept| !kept.images.is_empty());
+        let is_any = |kept: &mut Kept| !kept.images.is_empty() || !kept.unsealed.is_empty();
+        let kept = self.changed.wait_while(lock(&self.kept), is_any);
         drop(kept.unwrap_or_else(PoisonError::into_inner));
     }
 }
 
+/// Adds an image to others, of whose kind there are to be `most`, and takes the oldest ones of these out.
+fn push(
+    images: &mut Vec<Arc<Image>>,
+    image: Arc<Image>,
+    most: usize,
+    is_of_its_kind: impl Fn(&Image) -> bool,
+) -> Vec<Arc<Image>> {
+    let of_its_kind = images.iter().filter(|other| is_of_its_kind(other)).count();
+    let mut surplus = (of_its_kind + 1).saturating_sub(most);
+    let out = images.extract_if(.., |other| {
+        let out = surplus > 0 && is_of_its_kind(other);
+        surplus -= usize::from(out);
+        out
+    });
+    let out = out.collect();
+    images.push(image);
+    out
+}
+
 impl Platform {
-    /// Keeps the image of a fork that is certain.
-    pub(super) fn keep(&self, keeping: Keeping, rendezvous: &Rendezvous) -> Result<(), Error> {
-        // It is there. A node that says otherwise is not waited for.
-        let state = rendezvous.wait_state(|| true)?;
+    /// Keeps the image of a fork that is certain, once it is sealed: `state` is what its copies have, taken before they ran.
+    pub(super) fn keep(&self, keeping: Keeping, state: Vec<u8>, seal: &Arc<Seal>) -> Result<(), Error> {
         let Keeping { vm_type, original, config, seq, files, learned, is_foreign } = keeping;
         let (id, created_ns) = (new_id().map_err(Error::Id)?, wall_clock_ns());
         // For as long as there are copies to come, shells of its shape stand ready.
         self.pool.add_user(config);
         let about = About { id, created_ns, vm_type, original, config, seq };
-        self.let_go(self.images.add(Image::new(Capsule { about, state, files }, learned, is_foreign)));
+        let image = Image::new(Capsule { about, state, files }, learned, is_foreign);
+        self.let_go(self.images.add(Image { seal: Arc::clone(seal), ..image }));
         Ok(())
     }
 
@@ -300,7 +351,20 @@ impl Platform {
         self.let_go(self.images.forget_received(Instant::now()));
     }
 
-    fn let_go(&self, images: Vec<Arc<Image>>) {
+    /// Lets go of images that have come with clones, the oldest first, until so many bytes fit into the budget, and says
+    /// whether they do: such images only spare later clones from being sent what they have.
+    pub(super) fn make_room(&self, bytes: u64) -> bool {
+        if bytes > self.image_memory.limit() {
+            return false;
+        }
+        while self.image_memory.reserve(bytes).is_err() {
+            let Some(image) = self.images.forget_oldest_received() else { return false };
+            self.let_go(vec![image]);
+        }
+        true
+    }
+
+    pub(super) fn let_go(&self, images: Vec<Arc<Image>>) {
         for image in images {
             self.pool.remove_user(image.capsule.about.config);
         }
@@ -344,9 +408,9 @@ impl Platform {
     /// Writes an image to a file, which may be a smaller one that takes longer.
     ///
     /// # Errors
-    /// [`Error::NoImage`], [`Error::Ambiguous`] or [`Error::ImageFile`].
+    /// [`Error::NoImage`], [`Error::Ambiguous`], [`Error::NotSealed`] or [`Error::ImageFile`].
     pub fn save_image(&self, id: &str, path: &Path, compress: bool) -> Result<(), Error> {
-        let image = self.images.find(id)?;
+        let image = self.sealed_image(id)?;
         file::save_as(&image.capsule, path, compress)
             .map_err(|source| Error::ImageFile { path: path.to_owned(), source })
     }
@@ -358,7 +422,9 @@ impl Platform {
     pub fn load_image(&self, path: &Path) -> Result<api::Image, Error> {
         let failed = |source| Error::ImageFile { path: path.to_owned(), source };
         let file = File::open(path).map_err(|error| failed(capsule::Error::Io("open the file", error)));
-        let capsule = file::load(&file?).map_err(failed)?;
+        let file = file?;
+        self.make_room(file::memory_bytes(&file).map_err(failed)?);
+        let capsule = file::load(&file, &self.image_memory).map_err(failed)?;
         let (id, config) = (capsule.about.id, capsule.about.config);
         let description = capsule.outline().map_err(failed)?.0;
         self.check_loaded(path, &description)?;
@@ -390,7 +456,7 @@ impl Platform {
     /// # Errors
     /// [`Error`]: there is none of them then.
     pub fn spawn(self: &Arc<Self>, id: &str, count: u32) -> Result<Vec<VmIdentity>, Error> {
-        let image = self.images.find(id)?;
+        let image = self.sealed_image(id)?;
         let (capsule, learned) = image.parts();
         let slots = slots(count)?;
         let launch =
@@ -426,6 +492,7 @@ fn describe(image: &Image, holders: &HashMap<u64, usize>) -> Result<api::Image, 
         ram_bytes: config.ram_bytes,
         created_ms: created_ns / 1_000_000,
         layers: layers.len(),
+        sealed: image.seal.is_sealed(),
         state_bytes: state.len() as u64,
         private_bytes: bytes(false),
         shared_bytes: bytes(true),
@@ -433,84 +500,5 @@ fn describe(image: &Image, holders: &HashMap<u64, usize>) -> Result<api::Image, 
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::memory;
-
-    fn image(vm_type: &str, files: &[&Arc<File>]) -> Image {
-        let original = VmIdentity {
-            id: Uuid::nil(),
-            parent: Uuid::nil(),
-            name: "vm".into(),
-            vm_type: "vm".into(),
-            index: 0,
-            count: 0,
-            generation: 0,
-        };
-        let files = files.iter().copied().cloned().collect();
-        let config = Config { ram_bytes: 1 << 20, vcpus: 1 };
-        let (id, vm_type) = (Uuid::new_v4(), vm_type.into());
-        let about = About { id, created_ns: 0, vm_type, original, config, seq: 1 };
-        Image::new(Capsule { about, state: vec![0; 7], files }, Arc::default(), false)
-    }
-
-    #[test]
-    fn only_the_latest_of_each_type_are_kept() {
-        let images = Images::new(vec!["web:2".parse().unwrap(), "*".parse().unwrap()]);
-        assert!(images.wants("anything"));
-        let added: Vec<Uuid> = ["web", "db", "web", "web", "db"]
-            .iter()
-            .map(|vm_type| {
-                let image = image(vm_type, &[]);
-                let id = image.capsule.about.id;
-                images.add(image);
-                id
-            })
-            .collect();
-        let kept: Vec<Uuid> = lock(&images.kept).images.iter().map(|image| image.capsule.about.id).collect();
-        assert_eq!(kept, [added[2], added[3], added[4]]);
-        assert!(!Images::new(vec!["web".parse().unwrap()]).wants("db"));
-        assert!(images.find(&added[3].to_string()[..13]).is_ok());
-        assert!(matches!(images.find(&added[0].to_string()), Err(Error::NoImage(_))));
-        assert!(matches!(images.find(""), Err(Error::NoImage(_))));
-        images.close();
-        assert_eq!(images.add(image("web", &[])).len(), 1);
-        assert!(lock(&images.kept).images.is_empty());
-    }
-
-    #[test]
-    fn what_has_come_stays_for_a_while() {
-        let images = Images::new(Vec::new());
-        let received: Vec<Arc<Image>> = (0..MAX_RECEIVED + 1).map(|_| Arc::new(image("web", &[]))).collect();
-        let out: Vec<usize> = received.iter().map(|image| images.add_received(image).len()).collect();
-        assert_eq!(out, [0, 0, 0, 0, 1]);
-        assert_eq!(images.add_received(&received[2]).len(), 1, "it has come again");
-        let now = Instant::now();
-        assert!(images.forget_received(now).is_empty());
-        assert_eq!(images.all().len(), MAX_RECEIVED);
-        assert_eq!(images.forget_received(now + RECEIVED_FOR).len(), MAX_RECEIVED);
-        assert!(images.all().is_empty());
-    }
-
-    #[test]
-    fn shared_layers_are_told_apart() {
-        let file = |pages: usize| Arc::new(memory::sealed("test", &vec![1; pages * 4096]).unwrap());
-        let (base, one, other) = (file(3), file(1), file(2));
-        let images = [image("web", &[&base, &one]), image("web", &[&base, &other])];
-        let mut holders = HashMap::new();
-        for image in &images {
-            for (inode, _) in layers(image).unwrap() {
-                *holders.entry(inode).or_default() += 1;
-            }
-        }
-        let told = images.map(|image| describe(&image, &holders).unwrap());
-        assert_eq!(told.map(|image| (image.shared_bytes, image.private_bytes)), [(12288, 4096), (12288, 8192)]);
-    }
-
-    #[test]
-    fn mistakes_are_told() {
-        for bad in ["", "web:0", "web:x", "We b", "web:", ":1"] {
-            assert!(bad.parse::<Keep>().is_err(), "{bad}");
-        }
-    }
-}
+#[path = "images_test.rs"]
+mod tests;

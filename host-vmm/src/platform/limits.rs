@@ -7,10 +7,14 @@ use std::{
     time::{Duration, Instant},
 };
 
+use uuid::Uuid;
 use vmfork_abi::{ErrorCode, is_vm_type};
 
-use super::Error;
-use crate::units;
+use super::{Error, Platform};
+use crate::{
+    machine::{Config, VmIdentity},
+    units,
+};
 
 /// Stands for all types in `--limit`.
 const ALL_TYPES: &str = "*";
@@ -170,6 +174,36 @@ impl Recent {
         }
         self.0.push_back(now);
         Ok(())
+    }
+}
+
+impl Platform {
+    /// Checks the limit for the memory of all VMs of a type, of which so many more are to come.
+    pub(super) fn check_memory(&self, vm_type: &str, config: Config, count: usize) -> Result<(), Error> {
+        let (_, memory_bytes) = self.registry.usage(Uuid::nil(), vm_type);
+        let more_bytes = config.ram_bytes.saturating_mul(count as u64);
+        self.limits.check_memory(vm_type, memory_bytes.saturating_add(more_bytes))
+    }
+
+    /// Checks all limits for a fork of a VM into so many children of a type, and counts the fork.
+    pub(super) fn check_limits(
+        &self,
+        vm: &VmIdentity,
+        config: Config,
+        recent: &mut Recent,
+        (vm_type, count): (&str, u32),
+    ) -> Result<(), Error> {
+        let rates = [&vm.vm_type, vm_type].map(|vm_type| self.limits.most(vm_type, Limited::Rate));
+        recent.enter(&vm.vm_type, rates.into_iter().flatten().min(), Instant::now())?;
+        let (children, memory_bytes) = self.registry.usage(vm.id, vm_type);
+        let count = u64::from(count);
+        let asked = Asked {
+            count,
+            children: children.saturating_add(count),
+            generation: u64::from(vm.generation) + 1,
+            memory_bytes: memory_bytes.saturating_add(config.ram_bytes.saturating_mul(count)),
+        };
+        self.limits.check(&vm.vm_type, vm_type, asked)
     }
 }
 

@@ -9,7 +9,7 @@ use std::{
     os::fd::AsFd,
     path::PathBuf,
     sync::{Arc, Mutex, OnceLock, mpsc},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use vmfork_abi::ErrorCode;
@@ -31,12 +31,13 @@ mod pool;
 mod prefetch;
 mod process;
 mod registry;
+mod seals;
 mod terminal;
 mod trace;
 
 pub use console::ConsoleInput;
-pub(crate) use copies::is_slots;
 pub use copies::{Copies, Slot};
+pub(crate) use copies::{LAUNCH_TIMEOUT, is_slots};
 pub use fork::Target;
 pub use images::Keep;
 pub use limits::{Limit, Limited};
@@ -54,7 +55,9 @@ use crate::{
     fork::rendezvous,
     kvm,
     machine::{Config, End, VmIdentity, new_id},
+    memory::{Budget, budget},
     sync::lock,
+    text::Reason,
     wire::{Step, ToNode, link},
 };
 use console::Consoles;
@@ -65,10 +68,15 @@ use node::{Awaited, Node};
 use outgoing::Transfers;
 use pool::Pool;
 use registry::Registry;
+use seals::Seals;
 use trace::Trace;
 
 /// How long a platform that comes to its end waits for those who follow logs.
 const LAST_READERS: Duration = Duration::from_secs(5);
+
+/// How long standard output, events and trace together are waited for then, where one stands still: long
+/// enough for a busy machine to write the rest.
+const LAST_OUTPUT: Duration = Duration::from_secs(4);
 
 /// How a platform is set up.
 #[derive(Debug)]
@@ -81,6 +89,8 @@ pub struct Settings {
     pub trace: Option<File>,
     /// Most VMs at a time.
     pub max_vms: usize,
+    /// Longest pause of a VM for a fork.
+    pub max_pause: Duration,
     /// How many shells of each shape to keep ready.
     pub ready: usize,
     /// CPU that guests are shown, as [`Profile::to_text`](crate::arch::profile::Profile::to_text) has it.
@@ -91,6 +101,8 @@ pub struct Settings {
     pub limits: Vec<Limit>,
     /// Which images to keep.
     pub keep: Vec<Keep>,
+    /// Most memory that images from elsewhere take, in bytes; `None`: half of the host's.
+    pub image_memory: Option<u64>,
 }
 
 /// The VM that a platform boots.
@@ -149,7 +161,7 @@ pub enum Error {
         /// Name of the VM.
         name: String,
         /// The node's reason.
-        why: String,
+        why: Reason,
     },
     /// There is no room for more VMs.
     #[error("{wanted} more VMs do not fit: {running} of at most {max} are there, or about to be")]
@@ -184,10 +196,13 @@ pub enum Error {
         /// What a guest would be told.
         code: ErrorCode,
         /// The reason.
-        why: String,
+        why: Reason,
     },
-    /// Copies of a fork are gone before they were seen to run.
-    #[error("the VM {vm} was forked, and of {count} copies {running} run: `host-vmm ps` lists them")]
+    /// Copies of a fork are gone before they were seen to run, or nobody can tell whether they run.
+    #[error(
+        "the VM {vm} was forked, and of {count} copies {running} run{}: `host-vmm ps` lists them, where they are",
+        ordered::unknown(*unknown)
+    )]
     Lost {
         /// The VM, as the operator has called it.
         vm: String,
@@ -195,6 +210,8 @@ pub enum Error {
         count: u32,
         /// How many of them run.
         running: usize,
+        /// Of how many it is not known whether they do.
+        unknown: usize,
     },
     /// A VM does not say what has come of a fork.
     #[error("the VM {0} has not said whether it was forked: `host-vmm ps` lists its copies, if there are any")]
@@ -257,7 +274,7 @@ pub enum Error {
     Kept(uuid::Uuid),
     /// Copies of an image could not be launched.
     #[error("no copies were launched: {0}")]
-    Spawn(String),
+    Spawn(Reason),
     /// The operator does not allow it.
     #[error("{limited} of the type {vm_type} is limited to {most}, and this fork would make it {wanted}")]
     Limit {
@@ -290,12 +307,31 @@ pub enum Error {
     /// A VM comes whose ID another one has.
     #[error("there is a VM {0} already")]
     Twice(uuid::Uuid),
+    /// An image can't be used, for somebody can still write to it.
+    #[error("the image {image} can't be used, for it could still be changed: {why}")]
+    NotSealed {
+        /// Its ID.
+        image: uuid::Uuid,
+        /// Why.
+        why: String,
+    },
+    /// Too many files of a VM's earlier forks are not sealed yet.
+    #[error(
+        "{0} memory files of earlier forks of this VM can still be written to, since its node has them mapped: fork again later"
+    )]
+    Unsealed(usize),
     /// The platform is being stopped.
     #[error("the platform is being stopped")]
     Stopping,
     /// A failure that was asked for.
     #[error("{0} was made to fail")]
     Injected(Step),
+    /// This host does not say how much memory it has.
+    #[error("images from elsewhere can't be limited to a part of this host's memory")]
+    Memory(#[source] budget::Error),
+    /// Events can't be written.
+    #[error("can't write events")]
+    Events(#[source] io::Error),
     /// The trace can't be written.
     #[error("can't write the trace")]
     Trace(#[source] io::Error),
@@ -313,9 +349,14 @@ pub struct Platform {
     events: Arc<Events>,
     trace: Trace,
     max_vms: usize,
+    max_pause: Duration,
     prefetches: bool,
     limits: Limits,
     images: Images,
+    /// Those that are not sealed yet, kept or not.
+    seals: Seals,
+    /// The memory that images from elsewhere may take, and what describes them.
+    image_memory: Budget,
     /// What is known of layers that were sent, or looked at for that.
     digests: Digests,
     /// Clones that come from other platforms.
@@ -338,21 +379,24 @@ impl Platform {
     /// Sets up a platform without VMs.
     ///
     /// # Errors
-    /// [`Error::Log`], [`Error::Trace`] or [`Error::Consoles`].
+    /// [`Error::Log`], [`Error::Events`], [`Error::Trace`], [`Error::Consoles`] or [`Error::Memory`].
     pub fn new(settings: Settings) -> Result<Arc<Self>, Error> {
-        let events = Arc::new(Events::new(settings.events));
+        let events = Arc::new(Events::new(settings.events).map_err(Error::Events)?);
         let consoles = Consoles::new(settings.log_dir, Arc::clone(&events))?;
         let platform = Arc::new(Self {
             registry: Registry::default(),
-            pool: Pool::new(settings.ready, settings.cpu_profile.clone()),
+            pool: Pool::new(settings.ready, settings.cpu_profile.clone(), settings.max_pause),
             cpu_profile: settings.cpu_profile,
             consoles,
             events,
             trace: Trace::new(settings.trace)?,
             max_vms: settings.max_vms,
+            max_pause: settings.max_pause,
             prefetches: settings.prefetches,
             limits: Limits::new(settings.limits),
             images: Images::new(settings.keep),
+            seals: Seals::default(),
+            image_memory: Budget::of_this_host(settings.image_memory).map_err(Error::Memory)?,
             digests: Digests::default(),
             clones: Clones::default(),
             supplies: Supplies::default(),
@@ -362,6 +406,7 @@ impl Platform {
             root_end: Mutex::new(None),
         });
         Pool::fill_in_background(&platform)?;
+        platform.seal_in_background()?;
         platform.tend_clones()?;
         Ok(platform)
     }
@@ -431,9 +476,15 @@ impl Platform {
         if let Some(cluster) = self.cluster() {
             cluster.directory.leave();
         }
+        self.seals.close();
         self.pool.close();
         self.consoles.wait_drained();
         self.consoles.logs().wait_read(LAST_READERS);
+        let deadline = Instant::now() + LAST_OUTPUT;
+        let left = || deadline.saturating_duration_since(Instant::now());
+        self.consoles.flush(left());
+        self.events.flush(left());
+        self.trace.flush(left());
         lock(&self.root_end).take()
     }
 
@@ -442,6 +493,7 @@ impl Platform {
         self.clones.close();
         self.supplies.close();
         self.images.close();
+        self.seals.close();
         self.pool.close();
         self.registry.stop();
     }

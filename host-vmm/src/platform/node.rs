@@ -20,6 +20,7 @@ use super::{
     prefetch::Learned,
     process::{Process, Shell},
     registry::Entry,
+    seals::Unsealed,
     trace::Arguments,
 };
 use crate::{
@@ -29,8 +30,9 @@ use crate::{
     machine::{Config, End, VmIdentity},
     memory::Faults,
     sync::lock,
+    text::Reason,
     threads,
-    wire::{ForkOrder, MAX_WHY_BYTES, PlatformLink, Step, ToNode, ToPlatform, is_timeline, link},
+    wire::{ForkOrder, PlatformLink, Step, ToNode, ToPlatform, link},
 };
 
 /// Stack of a thread that serves a node, in bytes: there may be a thousand of them.
@@ -93,6 +95,8 @@ pub(super) struct Node {
     fork: Option<Arc<Fork>>,
     /// Its forks within the last second.
     recent: Recent,
+    /// What counts the files of its forks that are not sealed yet.
+    unsealed: Unsealed,
     /// What is known of its copies.
     learned: Arc<Learned>,
     /// Who learns from what this one writes to, where it tells.
@@ -118,6 +122,10 @@ impl Node {
     ) -> Result<Self, Error> {
         let Shell { config, link, console, process } = shell;
         let (forced, ordered) = (Arc::default(), Arc::default());
+        let seals = match &awaited {
+            Awaited::Fork(fork) => vec![Arc::clone(fork.seal())],
+            Awaited::Caller(_) | Awaited::Nobody => Vec::new(),
+        };
         let entry = Entry {
             link: Arc::clone(&link),
             vm: identity.clone(),
@@ -125,7 +133,9 @@ impl Node {
             pid: process.pid(),
             since: Instant::now(),
             runs: false,
+            generation_id: None,
             filling: None,
+            seals,
             forced: Arc::clone(&forced),
             ordered: Arc::clone(&ordered),
         };
@@ -144,6 +154,7 @@ impl Node {
             pace: Pace::default(),
             fork: None,
             recent: Recent::default(),
+            unsealed: Unsealed::default(),
             learned: Arc::default(),
             teaches: None,
             is_foreign: false,
@@ -205,7 +216,11 @@ impl Node {
     /// Serves the next message, and says whether more may come.
     fn serve_one(&mut self) -> Result<bool, Error> {
         let failed = |source| Error::Node { name: self.identity.name.clone(), source };
-        if !self.await_message().map_err(failed)? {
+        let has_come = self.await_message().map_err(failed)?;
+        if let Some(fork) = &self.fork {
+            fork.end_if_late();
+        }
+        if !has_come {
             self.have_one_stand_by();
             return Ok(true);
         }
@@ -213,22 +228,23 @@ impl Node {
         if let Some(wait) = self.pace.enter(Instant::now()) {
             thread::sleep(wait);
         }
+        let name = message.name();
+        let unexpected = || failed(link::Error::Unexpected(name.into()));
+        if !message.is_valid() {
+            return Err(unexpected());
+        }
         match message {
             ToPlatform::Ready => {}
-            ToPlatform::Running => self.runs()?,
+            ToPlatform::Running { generation_id } => self.runs(generation_id)?,
             ToPlatform::Failed(why) => {
                 self.has_failed(why);
                 return Ok(false);
             }
             ToPlatform::Launched { seq, steps } => {
-                if !is_timeline(&steps) {
-                    return Err(failed(link::Error::Unexpected("Launched".into())));
-                }
                 self.platform.events.write(&Event::Launched { vm: &self.identity, seq, steps: &steps });
                 self.platform.trace.side(self.pid(), "child", Arguments { seq, code: 0 }, &steps);
             }
             ToPlatform::Faults { start } => {
-                let unexpected = || failed(link::Error::Unexpected("Faults".into()));
                 let (filling, file) = (self.filling.take(), files.into_iter().next());
                 let (filling, file) = filling.zip(file).ok_or_else(unexpected)?;
                 let faults = Faults::from_file(file).map_err(|_| unexpected())?;
@@ -238,23 +254,20 @@ impl Node {
             ToPlatform::Announce => self.announced(files),
             ToPlatform::Fork { order, announced, fault } => self.begin_fork(order, announced, fault, files)?,
             ToPlatform::Answer { code, why } => {
-                let code = ErrorCode::from_number(code).filter(|_| why.len() <= MAX_WHY_BYTES);
-                let answered = code.and_then(|code| self.ordered.answered(code, why));
-                answered.ok_or_else(|| failed(link::Error::Unexpected("Answer".into())))?;
+                let code = ErrorCode::from_number(code);
+                code.and_then(|code| self.ordered.answered(code, why)).ok_or_else(unexpected)?;
             }
             ToPlatform::Touched(working_set) => {
-                let unexpected = || failed(link::Error::Unexpected("Touched".into()));
-                let learned = self.teaches.take().filter(|_| working_set.is_valid()).ok_or_else(unexpected)?;
-                learned.learn(working_set);
+                self.teaches.take().ok_or_else(unexpected)?.learn(working_set);
             }
             ToPlatform::Abort => {
-                let fork = self.fork.take().ok_or_else(|| failed(link::Error::Unexpected("Abort".into())))?;
+                let fork = self.fork.take().ok_or_else(unexpected)?;
                 let (code, why) = fork.abort();
                 self.link.send(&ToNode::Aborted { code: code.number(), why }, &[]).map_err(failed)?;
             }
             ToPlatform::Report(report) => {
-                if !report.is_valid() {
-                    return Err(failed(link::Error::Unexpected("Report".into())));
+                if let Some(fork) = &self.fork {
+                    fork.is_told_certain(&self.platform);
                 }
                 self.platform.events.write(&Event::Forked { parent: &self.identity, report: &report });
                 let arguments = Arguments { seq: report.seq, code: report.code };
@@ -291,8 +304,9 @@ impl Node {
         }
         let here = Place { files, rendezvous: None, standby: None };
         let place = self.announced.take_if(|_| announced).map_or(here, Announced::into_place);
-        let Self { identity: vm, config, recent, learned, is_foreign, .. } = self;
-        let mut original = Original { vm, config: *config, recent, learned, is_foreign: *is_foreign };
+        let Self { identity: vm, config, recent, unsealed, learned, is_foreign, link, process, .. } = self;
+        let (config, is_foreign, process) = (*config, *is_foreign, process.as_ref());
+        let mut original = Original { vm, config, recent, learned, is_foreign, link, process, unsealed };
         let fork = Fork::begin(&self.platform, &mut original, &order, place)?;
         if !fork.has_failed() {
             self.lent = None;
@@ -315,14 +329,17 @@ impl Node {
         }
     }
 
-    /// Waits for a message, or the end of the process: its end of the connection may live on elsewhere. Where no shell stands by for a
-    /// fork that is announced, it waits no longer than until there may be one, and says whether there is a message.
+    /// Waits for a message, or the end of the process: its end of the connection may live on elsewhere. Where
+    /// no shell stands by for a fork that is announced, or one is under way, it waits no longer than until
+    /// there may be one, or that must be over, and says whether there is a message.
     fn await_message(&self) -> Result<bool, link::Error> {
         let process = self.process.as_ref().ok_or(link::Error::Closed)?;
         let mut fds =
             [PollFd::new(self.link.as_fd(), PollFlags::POLLIN), PollFd::new(process.as_fd(), PollFlags::POLLIN)];
         let lacks_one = self.announced.as_ref().is_some_and(|announced| announced.standby.is_none());
         let limit = (lacks_one && !self.is_foreign && self.platform.pool.has_standbys()).then_some(LENT_AGAIN);
+        let fork = self.fork.as_ref().filter(|fork| !fork.is_over()).and_then(|fork| fork.time_left());
+        let limit = limit.into_iter().chain(fork).min();
         let limit = limit.and_then(|limit| PollTimeout::try_from(limit).ok()).unwrap_or(PollTimeout::NONE);
         loop {
             match poll(&mut fds, limit) {
@@ -388,9 +405,9 @@ impl Node {
         self.process.as_ref().map_or(0, Process::pid)
     }
 
-    fn runs(&mut self) -> Result<(), Error> {
+    fn runs(&mut self, generation_id: bool) -> Result<(), Error> {
         let pid = self.pid();
-        self.platform.registry.runs(self.identity.id);
+        self.platform.registry.runs(self.identity.id, generation_id);
         self.platform.trace.name(pid, &self.identity.name);
         // The event comes first, so that none of the VM's own can come before it.
         self.platform.events.write(&Event::Started { vm: &self.identity, pid });
@@ -406,12 +423,14 @@ impl Node {
         Ok(())
     }
 
-    fn has_failed(&mut self, why: String) {
+    fn has_failed(&mut self, why: Reason) {
         let name = self.identity.name.clone();
         match &self.awaited {
-            Awaited::Fork(fork) => fork.fail(ErrorCode::Launch, format!("{name} can't be launched: {why}")),
+            Awaited::Fork(fork) => {
+                fork.fail(ErrorCode::Launch, Reason::of(format_args!("{name} can't be launched: {why}")));
+            }
             Awaited::Caller(caller) => drop(caller.send(Err(Error::Launch { name, why }))),
-            Awaited::Nobody => tracing::error!(vm = name, why, "a VM that runs says that it can't be launched"),
+            Awaited::Nobody => tracing::error!(vm = name, why = &*why, "a VM that runs says that it can't be launched"),
         }
     }
 }
@@ -425,14 +444,22 @@ struct Dependent {
 
 impl Told for Dependent {
     fn is_whole(&self) {
-        if let Err(error) = self.link.send(&ToNode::Whole, &[]) {
-            tracing::debug!(%error, "a VM has ended before all of its memory was there");
+        match self.link.try_send(&ToNode::Whole, &[]) {
+            Ok(()) => {}
+            Err(link::Error::Closed) => tracing::debug!("a VM has ended before all of its memory was there"),
+            // Who tells this has others to tell it too: a node that reads nothing is not waited for, and
+            // would never be whole.
+            Err(error) => {
+                self.forced
+                    .get_or_init(|| End::Broken(format!("its node takes no messages: {}", chain(&error)).into()));
+                self.link.shut_down();
+            }
         }
     }
 
     fn is_lost(&self, why: &str) {
         // It may stand still at a page that never comes: whoever serves it ends its process.
-        self.forced.get_or_init(|| End::SourceLost(why.to_owned()));
+        self.forced.get_or_init(|| End::SourceLost(why.into()));
         self.link.shut_down();
     }
 }
@@ -467,7 +494,7 @@ impl Drop for Node {
         drop(self.announced.take());
         drop(self.process.take());
         match &self.awaited {
-            Awaited::Fork(fork) => fork.child_gone(&format!("the node of {} died", self.identity.name)),
+            Awaited::Fork(fork) => fork.child_gone(Reason::of(format_args!("the node of {} died", self.identity.name))),
             Awaited::Caller(_) => {}
             Awaited::Nobody => {
                 if let Some(end) = self.forced.get() {
@@ -487,6 +514,22 @@ impl Drop for Node {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_node_that_reads_nothing_is_ended_and_nobody_waits_for_it() {
+        let links = [(); 2].map(|()| PlatformLink::pair().unwrap());
+        let [deaf, other] = [0, 1].map(|at| {
+            let (link, _theirs) = &links[at];
+            let link = PlatformLink::new(link.as_fd().try_clone_to_owned().unwrap());
+            Dependent { link: Arc::new(link), forced: Arc::default() }
+        });
+        while deaf.link.try_send(&ToNode::Input(vec![0; 1000]), &[]).is_ok() {}
+        for vm in [&deaf, &other] {
+            vm.is_whole();
+        }
+        assert!(matches!(deaf.forced.get(), Some(End::Broken(why)) if why.contains("takes no messages")));
+        assert!(deaf.link.is_closed() && !other.link.is_closed() && other.forced.get().is_none());
+    }
 
     #[test]
     fn who_sends_too_much_waits_for_the_next_second() {

@@ -11,23 +11,28 @@ use vmfork_abi::ErrorCode;
 
 use super::{
     Error, Platform,
-    fork::{Fork, Target},
+    fork::{Fork, Made, Target},
 };
 use crate::{
     api::{
         CloneWish, ForkedVm,
         client::{self, Content},
     },
-    error::chain,
     sync::lock,
+    text::Reason,
     wire::ToNode,
 };
 
-/// How long a VM may take to answer: longer than its children have to become ready, here and elsewhere.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(660);
+/// How long a VM may take to answer, beyond its longest pause for a fork: until a vCPU has left its guest,
+/// and what has failed is cleared away.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// What has come of an order: the fork, which can't be called off any more, or why there is none.
-type Outcome = Result<Arc<Fork>, (ErrorCode, String)>;
+type Outcome = Result<Arc<Fork>, (ErrorCode, Reason)>;
+
+/// How long another platform may take to do what it was asked for: memory may go to a third one meanwhile, as
+/// slowly as that platform's configuration has it.
+const PASSED_ON: Duration = Duration::from_secs(3600);
 
 /// The fork that is ordered of one VM, until its node has answered.
 #[derive(Debug, Default)]
@@ -73,7 +78,7 @@ impl Ordered {
     }
 
     /// Takes the node's answer; `None` where there is nothing to be answered so.
-    pub(super) fn answered(&self, code: ErrorCode, why: String) -> Option<()> {
+    pub(super) fn answered(&self, code: ErrorCode, why: Reason) -> Option<()> {
         let Pending { fork, caller, .. } = lock(&self.0).take()?;
         let outcome = if code == ErrorCode::None { Ok(fork?) } else { Err((code, why)) };
         // One who waits no longer has been told so.
@@ -93,33 +98,33 @@ impl Platform {
             self.cluster.get().ok_or(Error::Alone)?.find(name).map_err(Error::Cluster)?;
         }
         let id = self.find_vm(named)?;
-        let failed = |code, why: &str| Error::NotForked { vm: named.to_owned(), code, why: why.to_owned() };
-        let has_ended = || failed(ErrorCode::NotLaunched, "it has ended");
+        let failed = |code, why: Reason| Error::NotForked { vm: named.to_owned(), code, why };
+        let has_ended = || failed(ErrorCode::NotLaunched, "it has ended".into());
         let entered = self.registry.get(id, |entry| match entry.runs {
             true => {
                 let outcome = entry.ordered.enter(count, target);
-                let outcome = outcome.ok_or_else(|| failed(ErrorCode::Busy, "another operator forks it"))?;
+                let outcome = outcome.ok_or_else(|| failed(ErrorCode::Busy, "another operator forks it".into()))?;
                 Ok((Arc::clone(&entry.link), Arc::clone(&entry.ordered), outcome))
             }
-            false => Err(failed(ErrorCode::NotLaunched, "it does not run yet")),
+            false => Err(failed(ErrorCode::NotLaunched, "it does not run yet".into())),
         });
         let (link, ordered, outcome) = entered.ok_or_else(has_ended)??;
         // A node that a guest has broken may read nothing.
         if let Err(error) = link.try_send(&ToNode::Fork { count }, &[]) {
             ordered.withdraw();
-            return Err(failed(ErrorCode::NotLaunched, &chain(&error)));
+            return Err(failed(ErrorCode::NotLaunched, Reason::of_error(&error)));
         }
-        let fork = match outcome.recv_timeout(ANSWER_TIMEOUT) {
+        let fork = match outcome.recv_timeout(self.max_pause + ANSWER_TIMEOUT) {
             Ok(Ok(fork)) => fork,
-            Ok(Err((code, why))) => return Err(failed(code, &why)),
+            Ok(Err((code, why))) => return Err(failed(code, why)),
             Err(mpsc::RecvTimeoutError::Disconnected) => return Err(has_ended()),
             Err(mpsc::RecvTimeoutError::Timeout) => return Err(Error::NoAnswer(id)),
         };
-        let copies = fork.copies();
-        if copies.len() == usize::try_from(count).unwrap_or(usize::MAX) {
-            Ok(copies)
+        let Made { running, unknown } = fork.copies();
+        if running.len() == usize::try_from(count).unwrap_or(usize::MAX) {
+            Ok(running)
         } else {
-            Err(Error::Lost { vm: named.to_owned(), count, running: copies.len() })
+            Err(Error::Lost { vm: named.to_owned(), count, running: running.len(), unknown })
         }
     }
 
@@ -130,7 +135,7 @@ impl Platform {
     /// [`Error::Alone`], [`Error::Cluster`] or [`Error::PassedOn`].
     pub(crate) fn pass_on<T: DeserializeOwned>(&self, to: &str, path: &str, wish: &CloneWish) -> Result<T, Error> {
         let link = self.cluster.get().ok_or(Error::Alone)?.find(to).map_err(Error::Cluster)?;
-        let asked = link.ask_once(|connection| connection.ask_for(Method::POST, path, Content::json(wish)?));
+        let asked = link.ask_once(PASSED_ON, |connection| connection.ask_for(Method::POST, path, Content::json(wish)?));
         asked.map_err(|source| Error::PassedOn { platform: to.to_owned(), source })
     }
 }
@@ -145,11 +150,17 @@ pub(super) fn doubt(error: &client::Error) -> &'static str {
     }
 }
 
+/// Of how many copies it is not known whether they run.
+pub(super) fn unknown(count: usize) -> String {
+    if count == 0 { String::new() } else { format!(", and of {count} it is not known whether they do") }
+}
+
 /// What an operator can do about a fork that was not made.
 pub(super) fn advice(code: ErrorCode) -> &'static str {
     match code {
         ErrorCode::Busy => "; try again when that is over",
         ErrorCode::Rate => "; try again in a second",
+        ErrorCode::Timeout => "; it goes on, and nothing is left of the copies",
         ErrorCode::Incomplete => "; try again when `host-vmm ps` says that it is running",
         _ => "",
     }
@@ -163,13 +174,13 @@ mod tests {
     #[test]
     fn a_vm_has_one_order_until_it_is_answered() {
         let ordered = Ordered::default();
-        assert!(ordered.target(2).is_none() && ordered.answered(ErrorCode::None, String::new()).is_none());
+        assert!(ordered.target(2).is_none() && ordered.answered(ErrorCode::None, Reason::default()).is_none());
         for code in [ErrorCode::None, ErrorCode::Rate] {
             let outcome = ordered.enter(2, Target::Chosen(Where::Remote)).unwrap();
             assert!(ordered.enter(1, Target::Chosen(Where::Any)).is_none());
             assert!(ordered.target(1).is_none(), "nobody has ordered one");
             assert!(matches!(ordered.target(2), Some(Target::Chosen(Where::Remote))));
-            let fork = Fork::meeting_in(Arc::new(Rendezvous::new().unwrap()));
+            let fork = Fork::meeting_in(Arc::new(Rendezvous::new().unwrap()), Arc::default());
             ordered.begun(&fork);
             ordered.answered(code, "no".into()).unwrap();
             match outcome.recv().unwrap() {
@@ -183,7 +194,7 @@ mod tests {
     fn a_fork_that_has_not_begun_is_not_made() {
         let ordered = Ordered::default();
         let outcome = ordered.enter(1, Target::Chosen(Where::Any)).unwrap();
-        assert!(ordered.answered(ErrorCode::None, String::new()).is_none());
+        assert!(ordered.answered(ErrorCode::None, Reason::default()).is_none());
         assert!(outcome.recv().is_err(), "nobody will answer");
     }
 

@@ -4,7 +4,10 @@ use std::sync::{Arc, Mutex};
 
 use uuid::Uuid;
 
-use super::{Error, Platform, copies::slots};
+use super::{
+    Error, Platform,
+    copies::{ordered, slots},
+};
 use crate::{
     api::{Copied, Transfer},
     capsule::About,
@@ -73,7 +76,7 @@ impl Platform {
     /// # Errors
     /// [`Error`]: there is none of them then; but for [`source::Error::Unknown`], in which case nobody can tell.
     pub fn clone_image(&self, image: &str, to: &str, count: u32, lazy: bool) -> Result<Vec<Copied>, Error> {
-        let image = self.images.find(image)?;
+        let image = self.sealed_image(image)?;
         let cluster = self.cluster.get().ok_or(Error::Alone)?;
         let link = cluster.find(to).map_err(Error::Cluster)?;
         let (id, (capsule, learned)) = (new_id().map_err(Error::Id)?, image.parts());
@@ -89,8 +92,20 @@ impl Platform {
             let parcel = image.parcel(&self.digests).map_err(Error::Capsule)?;
             source::send(link, id, &order, &parcel, &cluster.sending, &listed.progress, is_wanted)
         };
-        let sent = prepared.and_then(source::Prepared::commit);
-        sent.inspect_err(|_| self.supplies.remove(id)).map_err(failed)
+        let all = |named| match ordered(&order.slots, named) {
+            vms if vms.len() == order.slots.len() => Ok(vms),
+            // Of those that it does not name, the target has said nothing.
+            _ => Err(source::Error::Unknown(None)),
+        };
+        let sent = prepared.and_then(source::Prepared::commit).and_then(all);
+        // Copies of which nobody can tell whether they run may need their memory.
+        let are_gone = |error: &source::Error| !matches!(error, source::Error::Unknown(_));
+        let sent = sent.inspect_err(|error| {
+            if are_gone(error) {
+                self.supplies.remove(id)
+            }
+        });
+        sent.map_err(failed)
     }
 
     /// Clones that are being sent.

@@ -24,6 +24,7 @@ use crate::{
     machine::Config,
     memory::WorkingSet,
     sync::lock,
+    text::Reason,
     threads,
     wire::{ToNode, ToPlatform},
 };
@@ -96,9 +97,11 @@ impl Standby {
 }
 
 impl Pool {
-    /// An empty pool that is to keep `ready` shells of each shape, with this CPU profile.
-    pub(super) fn new(ready: usize, cpu_profile: String) -> Self {
-        Self { zygote: Zygote::new(cpu_profile), ready, shelves: Mutex::default(), changed: Condvar::new() }
+    /// An empty pool that is to keep `ready` shells of each shape, with this CPU profile, whose VMs may stand
+    /// still for so long for a fork.
+    pub(super) fn new(ready: usize, cpu_profile: String, max_pause: Duration) -> Self {
+        let zygote = Zygote::new(cpu_profile, max_pause);
+        Self { zygote, ready, shelves: Mutex::default(), changed: Condvar::new() }
     }
 
     /// Starts the thread that fills it.
@@ -297,15 +300,15 @@ fn fill(platform: &Weak<Platform>) {
 
 /// Logs why a shell has ended: it may have said so.
 fn tell_why(shell: &Shell) {
-    let why = loop {
+    let why: Reason = loop {
         match shell.link.receive() {
             Ok((ToPlatform::Ready, _)) => {}
             Ok((ToPlatform::Failed(why), _)) => break why,
-            Ok((other, _)) => break format!("it said {other:?}"),
-            Err(error) => break chain(&error),
+            Ok((other, _)) => break Reason::of(format_args!("it said {other:?}")),
+            Err(error) => break Reason::of_error(&error),
         }
     };
-    tracing::warn!(pid = shell.process.pid(), why, "a ready shell has ended");
+    tracing::warn!(pid = shell.process.pid(), why = &*why, "a ready shell has ended");
 }
 
 /// What is to be seen of a shell without waiting.

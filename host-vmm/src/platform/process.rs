@@ -2,13 +2,14 @@
 
 use std::{
     fs::File,
-    io,
+    io::{self, BufRead, BufReader, PipeReader, Read},
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         unix::process::CommandExt,
     },
     process::{Child, Command, Stdio},
     sync::{Arc, Mutex},
+    time::{Duration, Instant},
 };
 
 use command_fds::{CommandFdExt, FdMapping};
@@ -17,13 +18,18 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     unistd::pipe2,
 };
-use rustix::process::{Signal, pidfd_send_signal};
+use rustix::{
+    fs::{OFlags, fcntl_setfl},
+    process::{Signal, pidfd_send_signal},
+};
 
 use super::Error;
 use crate::{
     cli,
     machine::Config,
+    output::push_message,
     sync::lock,
+    text::Text,
     threads,
     wire::{LINK_FD, PlatformLink, Spawn, Spawned, ZygoteLink},
 };
@@ -31,6 +37,15 @@ use crate::{
 /// Most orders that are sent to the zygote before its answers are read: neither side may wait for room in a socket that the other one
 /// does not read.
 pub(super) const BATCH: usize = 32;
+
+/// How long the zygote has to start as many nodes: that takes it milliseconds, but it may have to be started
+/// itself. Where VMs may stand still for longer for a fork, it has as long.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Longest line of a node's that is passed on as one, in bytes.
+const MAX_LINE_BYTES: u64 = 16 << 10;
+
+/// Longest such line with what is escaped in it, in bytes.
+const MAX_ESCAPED_BYTES: usize = 32 << 10;
 
 /// A node's process. Dropping it ends the process.
 #[derive(Debug)]
@@ -43,6 +58,13 @@ impl Process {
     /// Its number.
     pub(super) fn pid(&self) -> u32 {
         self.pid
+    }
+
+    /// Whether it has ended.
+    pub(super) fn has_ended(&self) -> bool {
+        let mut fds = [PollFd::new(self.handle.as_fd(), PollFlags::POLLIN)];
+        // A call that fails tells nothing.
+        poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
 
     /// Has its first thread leave a processor to others, until that thread itself decides otherwise.
@@ -95,6 +117,8 @@ impl Shell {
 pub(super) struct Zygote {
     /// The CPU profile, as text.
     cpu_profile: String,
+    /// Longest pause of a VM for a fork.
+    max_pause: Duration,
     running: Mutex<Option<Running>>,
 }
 
@@ -106,17 +130,19 @@ struct Running {
 
 impl Zygote {
     /// One that is yet to be started.
-    pub(super) fn new(cpu_profile: String) -> Self {
-        Self { cpu_profile, running: Mutex::default() }
+    pub(super) fn new(cpu_profile: String, max_pause: Duration) -> Self {
+        Self { cpu_profile, max_pause, running: Mutex::default() }
     }
 
     /// Starts nodes, all at once. The vCPUs of cold ones run nothing before they get their order.
     pub(super) fn spawn(&self, config: Config, is_cold: bool, count: usize) -> Result<Vec<Shell>, Error> {
         let mut zygote = lock(&self.running);
         let running = Running::get(&mut zygote, &self.cpu_profile);
-        let result = running.and_then(|running| running.spawn(Spawn { config, is_cold }, count));
-        if matches!(result, Err(Error::Zygote(_))) {
-            // The next one who needs it starts another.
+        let result =
+            running.and_then(|running| running.spawn(Spawn { config, is_cold, max_pause: self.max_pause }, count));
+        if result.is_err() {
+            // Answers to orders behind the one that failed may still come, and would be taken for those to later
+            // ones. The next one who needs a zygote starts another.
             *zygote = None;
         }
         result
@@ -141,7 +167,7 @@ impl Running {
         let mut command = Command::new("/proc/self/exe");
         // A group of its own: what a terminal's keys send is for the platform.
         command.arg("zygote").env(cli::Zygote::CPU_PROFILE, cpu_profile);
-        command.stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(messages()?).process_group(0);
         let mapping = FdMapping { parent_fd: theirs, child_fd: LINK_FD };
         command.fd_mappings(vec![mapping]).map_err(|error| Error::Start(io::Error::other(error)))?;
         let process = command.spawn().map_err(Error::Start)?;
@@ -154,8 +180,9 @@ impl Running {
             let batch = BATCH.min(count - shells.len());
             // Each is ordered before the first one is waited for.
             let ordered: Vec<_> = (0..batch).map(|_| self.order(spawn)).collect::<Result<_, _>>()?;
+            let until = Instant::now() + spawn.max_pause.max(PATIENCE);
             for (link, console) in ordered {
-                let process = self.take_process()?;
+                let process = self.take_process(until)?;
                 shells.push(Shell { config: spawn.config, link: Arc::new(link), console, process });
             }
         }
@@ -169,16 +196,48 @@ impl Running {
         Ok((link, File::from(console)))
     }
 
-    fn take_process(&self) -> Result<Process, Error> {
+    /// Takes the next process. A zygote that hangs must not have VMs that fork stand still with it.
+    fn take_process(&self, until: Instant) -> Result<Process, Error> {
+        self.link.await_message(until).map_err(Error::Zygote)?;
         match self.link.receive().map_err(Error::Zygote)? {
             (Spawned::Process(pid), files) => {
                 let handle = files.into_iter().next().map(OwnedFd::from);
                 let handle = handle.ok_or_else(|| Error::Start(io::Error::other("a node came without a handle")))?;
                 Ok(Process { pid, handle })
             }
-            (Spawned::Failed(why), _) => Err(Error::Start(io::Error::other(why))),
+            (Spawned::Failed(why), _) => Err(Error::Start(io::Error::other(why.as_str()))),
         }
     }
+}
+
+/// Standard error for a zygote and its nodes: what this process does not take at once is left out, and no VM
+/// waits for that.
+fn messages() -> Result<Stdio, Error> {
+    let (reader, writer) = io::pipe().map_err(Error::Start)?;
+    fcntl_setfl(&writer, OFlags::NONBLOCK).map_err(|errno| Error::Start(errno.into()))?;
+    threads::background("messages", move || pass_on(reader)).map_err(Error::Start)?;
+    Ok(writer.into())
+}
+
+/// Passes on what nodes say, line by line, until there are none.
+fn pass_on(pipe: PipeReader) {
+    let (mut pipe, mut line) = (BufReader::new(pipe), Vec::new());
+    loop {
+        line.clear();
+        match pipe.by_ref().take(MAX_LINE_BYTES).read_until(b'\n', &mut line) {
+            Ok(0) => return,
+            Ok(_) => push_message(&escaped(&line)),
+            Err(error) => return tracing::warn!(%error, "what nodes say can't be read any more"),
+        }
+    }
+}
+
+/// A line for a terminal: a guest may have broken out into the node that has written it.
+fn escaped(line: &[u8]) -> Vec<u8> {
+    let line = line.strip_suffix(b"\n").unwrap_or(line);
+    let mut line = Text::<MAX_ESCAPED_BYTES>::of(String::from_utf8_lossy(line)).to_string().into_bytes();
+    line.push(b'\n');
+    line
 }
 
 impl Drop for Running {
@@ -187,5 +246,42 @@ impl Drop for Running {
         if let Err(error) = self.process.kill().and_then(|()| self.process.wait()) {
             tracing::error!(%error, "the zygote can't be ended");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+    use crate::{arch::layout::MIN_RAM_BYTES, wire::Link};
+
+    #[test]
+    fn after_a_failed_start_no_order_gets_the_answer_to_another() {
+        let (link, theirs) = ZygoteLink::pair().unwrap();
+        let theirs = Link::<Spawned, Spawn>::new(theirs);
+        let answers = thread::spawn(move || {
+            let handle = File::open("/dev/null").unwrap();
+            for number in 0..4 {
+                theirs.receive().unwrap();
+                let answer = if number == 1 { Spawned::Failed("no process".into()) } else { Spawned::Process(number) };
+                theirs.send(&answer, &[handle.as_fd()]).unwrap();
+            }
+        });
+        let process = Command::new("sleep").arg("1000").spawn().unwrap();
+        let zygote = Zygote::new("host".to_owned(), Duration::from_secs(1));
+        *lock(&zygote.running) = Some(Running { link, process });
+        let config = Config { vcpus: 1, ram_bytes: MIN_RAM_BYTES };
+        let failed = zygote.spawn(config, false, 4).map(drop);
+        assert!(matches!(failed, Err(Error::Start(_))), "{failed:?}");
+        assert!(lock(&zygote.running).is_none());
+        answers.join().unwrap();
+    }
+
+    #[test]
+    fn what_a_node_writes_gives_a_terminal_no_orders() {
+        assert_eq!(escaped(b"host-vmm: \x1b]52;c;eA==\x07\n"), b"host-vmm: \\u{1b}]52;c;eA==\\u{7}\n");
+        assert_eq!(escaped(b"\xff\n"), "\u{fffd}\n".as_bytes());
+        assert!(escaped(&[0; 16 << 10]).len() <= MAX_ESCAPED_BYTES + 1);
     }
 }

@@ -1,7 +1,7 @@
 //! Which VMs there are, and what the next ones are called.
 
 use std::{
-    collections::{BTreeMap, btree_map},
+    collections::{BTreeMap, VecDeque, btree_map},
     sync::{
         Arc, Condvar, Mutex, OnceLock, PoisonError, Weak,
         atomic::{AtomicUsize, Ordering},
@@ -11,7 +11,7 @@ use std::{
 
 use uuid::Uuid;
 
-use super::{Error, ordered::Ordered};
+use super::{Error, ordered::Ordered, seals::Seal};
 use crate::{
     api::Ended,
     cluster::clone::filling::Filling,
@@ -19,6 +19,9 @@ use crate::{
     sync::lock,
     wire::PlatformLink,
 };
+
+/// Most VMs without copies that are told of after their end: the latest that were ended for their image could be changed.
+const MAX_UNSEALED: usize = 64;
 
 /// One VM.
 #[derive(Debug)]
@@ -35,8 +38,13 @@ pub(super) struct Entry {
     pub(super) since: Instant,
     /// Whether it runs.
     pub(super) runs: bool,
+    /// Whether its guest knows of a VM generation ID, once it runs.
+    pub(super) generation_id: Option<bool>,
     /// Who fills its memory, where that did not come as a whole before it.
     pub(super) filling: Option<Weak<Filling>>,
+    /// Seals of the images that its memory is a view of: of the one that it was launched from, and of its forks, until
+    /// they are sealed. Empty where it was booted and has never forked.
+    pub(super) seals: Vec<Arc<Seal>>,
     /// How it was ended from outside, once it was.
     pub(super) forced: Arc<OnceLock<End>>,
     /// The fork that an operator has ordered.
@@ -82,6 +90,8 @@ struct State {
     vms: BTreeMap<Uuid, Entry>,
     /// VMs that have ended, and of which there are copies.
     ended: BTreeMap<Uuid, Ended>,
+    /// The latest VMs that were ended for their image could be changed.
+    unsealed: VecDeque<Ended>,
     /// How many VMs got a number in their name.
     numbered: u64,
     stopping: bool,
@@ -150,10 +160,11 @@ impl Registry {
         }
     }
 
-    /// Says that a VM runs.
-    pub(super) fn runs(&self, id: Uuid) {
+    /// Says that a VM runs, and whether its guest knows of a VM generation ID.
+    pub(super) fn runs(&self, id: Uuid, generation_id: bool) {
         if let Some(entry) = lock(&self.state).vms.get_mut(&id) {
             entry.runs = true;
+            entry.generation_id = Some(generation_id);
         }
     }
 
@@ -162,6 +173,26 @@ impl Registry {
         if let Some(entry) = lock(&self.state).vms.get_mut(&id) {
             entry.filling = Some(Arc::downgrade(filling));
         }
+    }
+
+    /// Enters one more image of which a VM's memory may be a view.
+    pub(super) fn shares(&self, id: Uuid, seal: &Arc<Seal>) {
+        if let Some(entry) = lock(&self.state).vms.get_mut(&id) {
+            entry.seals.retain(|seal| !seal.is_sealed());
+            entry.seals.push(Arc::clone(seal));
+        }
+    }
+
+    /// Ends the VMs that share an image, and gives their names. Nobody waits for that.
+    pub(super) fn end_sharing(&self, seal: &Arc<Seal>, end: &End) -> Vec<String> {
+        let state = lock(&self.state);
+        let sharing = state.vms.values().filter(|entry| entry.seals.iter().any(|other| Arc::ptr_eq(other, seal)));
+        let end = |entry: &Entry| {
+            entry.forced.get_or_init(|| end.clone());
+            entry.link.shut_down();
+            entry.vm.name.clone()
+        };
+        sharing.map(end).collect()
     }
 
     /// Ends a VM, if it is there, and says whether nothing is left of it within the limit.
@@ -178,21 +209,33 @@ impl Registry {
     /// Takes a VM out, when nothing is left of it.
     pub(super) fn leave(&self, id: Uuid) {
         let mut state = lock(&self.state);
-        if let Some(Entry { vm, .. }) = state.vms.remove(&id) {
+        if let Some(Entry { vm, forced, .. }) = state.vms.remove(&id) {
             let parent = Some(vm.parent).filter(|parent| *parent != Uuid::nil());
-            state.ended.insert(id, Ended { id, name: vm.name, parent });
+            let why = match forced.get() {
+                Some(End::Unsealed(why)) => Some(why.clone()),
+                _ => None,
+            };
+            let ended = Ended { id, name: vm.name, parent, why };
+            if ended.why.is_some() {
+                let surplus = (state.unsealed.len() + 1).saturating_sub(MAX_UNSEALED);
+                state.unsealed.drain(..surplus);
+                state.unsealed.push_back(ended.clone());
+            }
+            state.ended.insert(id, ended);
             state.forget(id);
         }
         drop(state);
         self.changed.notify_all();
     }
 
-    /// Makes something of each VM, parents before their children, and tells which have ended that have copies.
+    /// Makes something of each VM, parents before their children, and tells which have ended that have copies, or that
+    /// were ended for their image could be changed.
     pub(super) fn list<T>(&self, make: impl Fn(&Entry) -> T) -> (Vec<T>, Vec<Ended>) {
         let state = lock(&self.state);
         let mut entries: Vec<&Entry> = state.vms.values().collect();
         entries.sort_by_key(|entry| (entry.vm.generation, entry.since));
-        (entries.into_iter().map(make).collect(), state.ended.values().cloned().collect())
+        let others = state.unsealed.iter().filter(|ended| !state.ended.contains_key(&ended.id));
+        (entries.into_iter().map(make).collect(), state.ended.values().chain(others).cloned().collect())
     }
 
     /// Makes something of one VM, if it is there.
@@ -266,7 +309,9 @@ mod tests {
             pid: 0,
             since: Instant::now(),
             runs: false,
+            generation_id: None,
             filling: None,
+            seals: Vec::new(),
             forced: Arc::default(),
             ordered: Arc::default(),
         }
@@ -339,6 +384,32 @@ mod tests {
         });
         assert!(registry.end(first, patience), "it has ended");
         assert_eq!(registry.known(), [(second, String::new())]);
+    }
+
+    #[test]
+    fn those_that_share_an_image_are_ended_and_it_is_said_why() {
+        let registry = Registry::default();
+        let (link, _theirs) = PlatformLink::pair().unwrap();
+        let link = Arc::new(link);
+        let [first, second] = [Arc::default(), Seal::sealed()];
+        for (id, parent, seals) in [(1, 0, vec![]), (2, 1, vec![Arc::clone(&first)]), (3, 1, vec![Arc::clone(&second)])]
+        {
+            registry.enter(Entry { seals, ..entry(id, parent, &link) }).unwrap();
+        }
+        let parent = Uuid::from_u128(1);
+        registry.shares(parent, &second);
+        registry.shares(parent, &first);
+        let count = |id| registry.get(Uuid::from_u128(id), |entry| entry.seals.len());
+        assert_eq!((count(1), count(2)), (Some(1), Some(1)), "of those that are sealed, none is remembered");
+        let end = End::Unsealed("a reason".into());
+        assert_eq!(registry.end_sharing(&first, &end).len(), 2);
+        let forced = [1, 2, 3].map(|id| registry.get(Uuid::from_u128(id), |entry| entry.forced.get().cloned()));
+        assert_eq!(forced, [Some(Some(end.clone())), Some(Some(end)), Some(None)]);
+        for id in [2, 1] {
+            registry.leave(Uuid::from_u128(id));
+        }
+        let told: Vec<_> = registry.list(|_| ()).1.into_iter().map(|ended| (ended.id.as_u128(), ended.why)).collect();
+        assert_eq!(told, [(1, Some("a reason".into())), (2, Some("a reason".into()))]);
     }
 
     #[test]

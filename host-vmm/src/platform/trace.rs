@@ -3,17 +3,24 @@
 //! Each VM is a process of the trace, by the number of its node's process. Times are CLOCK_MONOTONIC of this host, so that a parent and
 //! its children stand on one line of time.
 
-use std::{fs::File, io::Write, sync::Mutex, time::Duration};
+use std::{fs::File, time::Duration};
 
 use serde::Serialize;
 
 use super::Error;
-use crate::{sync::lock, wire::Timing};
+use crate::{
+    clock::monotonic_ns,
+    output::{Kind, Output, Unit, Way},
+    wire::Timing,
+};
+
+/// Bytes of the trace that wait to be written: those of some thousand forks.
+const WAITING_BYTES: usize = 4 << 20;
 
 /// Where the trace goes.
 #[derive(Debug)]
 pub(super) struct Trace {
-    file: Option<Mutex<File>>,
+    output: Option<Output>,
 }
 
 /// An entry of the trace.
@@ -26,6 +33,15 @@ enum Entry<'a> {
     /// What a process is called.
     #[serde(rename = "M")]
     Name { name: &'a str, pid: u32, args: Named<'a> },
+    /// Sides of forks that are missing: the file did not take them.
+    #[serde(rename = "i")]
+    Missing { name: &'a str, ts: f64, pid: u32, tid: u32, s: &'a str, args: Count },
+}
+
+/// How many something is told of.
+#[derive(Debug, Clone, Copy, Serialize)]
+struct Count {
+    count: u64,
 }
 
 /// What is told of a slice.
@@ -45,10 +61,18 @@ struct Named<'a> {
 impl Trace {
     /// A trace into a file, or nowhere.
     pub(super) fn new(file: Option<File>) -> Result<Self, Error> {
-        let Some(mut file) = file else { return Ok(Self { file: None }) };
+        let Some(file) = file else { return Ok(Self { output: None }) };
+        let kind = Kind {
+            name: "the file for the trace",
+            capacity: WAITING_BYTES,
+            unit: Unit::Messages,
+            note: are_missing,
+            way: Way::Direct,
+        };
+        let output = Output::new(file, kind).map_err(Error::Trace)?;
         // The format leaves the closing bracket to whoever wants it, so that a trace is whole at any time.
-        file.write_all(b"[\n").map_err(Error::Trace)?;
-        Ok(Self { file: Some(Mutex::new(file)) })
+        output.push(b"[\n");
+        Ok(Self { output: Some(output) })
     }
 
     /// Says what the VM in the process `pid` is called.
@@ -73,19 +97,35 @@ impl Trace {
         self.write(&entries);
     }
 
-    fn write(&self, entries: &[Entry<'_>]) {
-        let Some(file) = &self.file else { return };
-        let mut text = Vec::new();
-        for entry in entries {
-            match serde_json::to_writer(&mut text, entry) {
-                Ok(()) => text.extend_from_slice(b",\n"),
-                Err(error) => return tracing::warn!(%error, "an entry of the trace is lost"),
-            }
-        }
-        if let Err(error) = lock(file).write_all(&text) {
-            tracing::warn!(%error, "entries of the trace are lost");
+    /// Waits until all of it is written, for so long at most.
+    pub(super) fn flush(&self, limit: Duration) {
+        if let Some(output) = &self.output {
+            output.flush(limit);
         }
     }
+
+    fn write(&self, entries: &[Entry<'_>]) {
+        let Some(output) = &self.output else { return };
+        match text(entries) {
+            Ok(text) => output.push(&text),
+            Err(error) => tracing::warn!(%error, "an entry of the trace is lost"),
+        }
+    }
+}
+
+fn text(entries: &[Entry<'_>]) -> serde_json::Result<Vec<u8>> {
+    let mut text = Vec::new();
+    for entry in entries {
+        serde_json::to_writer(&mut text, entry)?;
+        text.extend_from_slice(b",\n");
+    }
+    Ok(text)
+}
+
+/// The note in the place of what is missing, which the viewer shows across all processes.
+fn are_missing(count: u64) -> Vec<u8> {
+    let (ts, args) = (microseconds(monotonic_ns()), Count { count });
+    text(&[Entry::Missing { name: "missing", ts, pid: 0, tid: 0, s: "g", args }]).unwrap_or_default()
 }
 
 fn microseconds(nanoseconds: u64) -> f64 {
@@ -107,6 +147,7 @@ mod tests {
         let steps = [(Step::HandOver, 1_000_500, 1_002_000), (Step::Restore, 1_002_000, 1_010_000)];
         trace.side(7, "child", Arguments { seq: 3, code: 0 }, &steps);
         trace.side(7, "nothing", Arguments { seq: 4, code: 0 }, &[]);
+        trace.flush(Duration::from_secs(60));
         let mut text = String::new();
         file.rewind().unwrap();
         file.read_to_string(&mut text).unwrap();

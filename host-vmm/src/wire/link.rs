@@ -6,6 +6,7 @@ use std::{
     marker::PhantomData,
     mem::MaybeUninit,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
+    time::{Duration, Instant},
 };
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -20,7 +21,7 @@ use rustix::{
 };
 use serde::{Serialize, de::DeserializeOwned};
 
-use crate::{capsule::codec, memory::MAX_LAYERS};
+use crate::{capsule::codec, memory::MAX_LAYERS, text::Reason};
 
 /// Longest message in bytes.
 const MAX_BYTES: usize = 64 * 1024;
@@ -28,7 +29,7 @@ const MAX_BYTES: usize = 64 * 1024;
 /// Most file descriptors that Linux lets one message carry (SCM_MAX_FD): with room for all of them none can get lost. A capsule
 /// needs fewer.
 const MAX_FILES: usize = 253;
-const _: () = assert!(MAX_LAYERS < MAX_FILES);
+const _: () = assert!(MAX_LAYERS + 2 <= MAX_FILES, "a shell that stands by gets a bell and a rendezvous too");
 
 /// Why a message did not get through.
 #[derive(Debug, thiserror::Error)]
@@ -47,12 +48,22 @@ pub enum Error {
     /// A message is malformed.
     #[error("a malformed message came")]
     Malformed(#[source] codec::Error),
+    /// A message can't be sent, since nobody would take it: the connection is as it was.
+    #[error(
+        "a message of {bytes} bytes with {files} files can't be sent: {MAX_BYTES} bytes and {MAX_FILES} files are the most"
+    )]
+    TooLong {
+        /// How long it is.
+        bytes: usize,
+        /// How many files come with it.
+        files: usize,
+    },
     /// A message, or the number of its files, was cut off.
     #[error("a message came that is too long")]
     Truncated,
     /// A message that is out of order.
     #[error("an unexpected message came: {0}")]
-    Unexpected(String),
+    Unexpected(Reason),
 }
 
 /// One side: it sends `S` and receives `R`.
@@ -81,7 +92,7 @@ impl<S: Serialize, R: DeserializeOwned> Link<S, R> {
     /// Sends a message with files, and waits for room if there is none.
     ///
     /// # Errors
-    /// [`Error::Closed`] or [`Error::Io`].
+    /// [`Error::Closed`], [`Error::Io`] or [`Error::TooLong`].
     pub fn send(&self, message: &S, files: &[BorrowedFd<'_>]) -> Result<(), Error> {
         self.send_with(message, files, SendFlags::empty())
     }
@@ -89,17 +100,36 @@ impl<S: Serialize, R: DeserializeOwned> Link<S, R> {
     /// Sends a message to somebody who may not read his messages.
     ///
     /// # Errors
-    /// [`Error::Closed`], or [`Error::Io`], also where there is no room for it.
+    /// As [`Link::send`]; [`Error::Io`] also where there is no room for it.
     pub fn try_send(&self, message: &S, files: &[BorrowedFd<'_>]) -> Result<(), Error> {
         self.send_with(message, files, SendFlags::DONTWAIT)
     }
 
+    /// Sends a message to somebody who reads his messages, though perhaps not at once.
+    ///
+    /// # Errors
+    /// As [`Link::try_send`], where there is no room for it within the limit.
+    pub fn send_within(&self, message: &S, files: &[BorrowedFd<'_>], limit: Duration) -> Result<(), Error> {
+        let until = Instant::now() + limit;
+        loop {
+            match self.try_send(message, files) {
+                Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::WouldBlock => {}
+                sent => return sent,
+            }
+            self.await_event(PollFlags::POLLOUT, until, "send")?;
+        }
+    }
+
     fn send_with(&self, message: &S, files: &[BorrowedFd<'_>], flags: SendFlags) -> Result<(), Error> {
         let bytes = codec::encode(message).map_err(Error::Malformed)?;
+        let too_long = Error::TooLong { bytes: bytes.len(), files: files.len() };
+        if bytes.len() > MAX_BYTES || files.len() > MAX_FILES {
+            return Err(too_long);
+        }
         let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MAX_FILES))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         if !files.is_empty() && !control.push(SendAncillaryMessage::ScmRights(files)) {
-            return Err(Error::Truncated);
+            return Err(too_long);
         }
         loop {
             match sendmsg(&self.socket, &[IoSlice::new(&bytes)], &mut control, flags | SendFlags::NOSIGNAL) {
@@ -132,6 +162,31 @@ impl<S: Serialize, R: DeserializeOwned> Link<S, R> {
             return Err(Error::Truncated);
         }
         Ok((codec::decode(&bytes).map_err(Error::Malformed)?, files))
+    }
+
+    /// Waits until there is a message to receive, or the other side is gone.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where neither is so in time.
+    pub fn await_message(&self, until: Instant) -> Result<(), Error> {
+        self.await_event(PollFlags::POLLIN, until, "receive in time")
+    }
+
+    fn await_event(&self, event: PollFlags, until: Instant, operation: &'static str) -> Result<(), Error> {
+        let mut fds = [PollFd::new(self.socket.as_fd(), event)];
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            // Not woken up before the time is over, but in the millisecond after.
+            let left = PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
+            match poll(&mut fds, left) {
+                Ok(0) if Instant::now() >= until => {
+                    return Err(Error::Io { operation, source: io::ErrorKind::TimedOut.into() });
+                }
+                Ok(0) | Err(nix::Error::EINTR) => {}
+                Ok(_) => return Ok(()),
+                Err(errno) => return Err(Error::Io { operation, source: errno.into() }),
+            }
+        }
     }
 
     /// Waits for a message, leaves it where it is, and says how long it is: most are short, and a buffer for the longest costs tens of
@@ -217,10 +272,38 @@ mod tests {
         assert_eq!(std::io::read_to_string(reader).unwrap(), "");
         let (reader, writer) = std::io::pipe().unwrap();
         theirs.send(&0, &vec![writer.as_fd(); MAX_FILES]).unwrap();
-        assert!(theirs.send(&0, &vec![writer.as_fd(); MAX_FILES + 1]).is_err());
+        let too_many = theirs.send(&0, &vec![writer.as_fd(); MAX_FILES + 1]);
+        assert!(matches!(too_many, Err(Error::TooLong { files, .. }) if files == MAX_FILES + 1));
         drop(writer);
         drop(ours.receive());
         assert_eq!(std::io::read_to_string(reader).unwrap(), "");
+    }
+
+    #[test]
+    fn nobody_waits_for_one_who_reads_nothing_or_says_nothing() {
+        let (ours, _theirs) = Link::<String, u32>::pair().unwrap();
+        let (message, short) = ("x".repeat(1000), Duration::from_millis(20));
+        while ours.try_send(&message, &[]).is_ok() {}
+        let timed_out =
+            |result| matches!(result, Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::TimedOut);
+        assert!(timed_out(ours.send_within(&message, &[], short)));
+        assert!(timed_out(ours.await_message(Instant::now() + short)));
+        ours.shut_down();
+        assert!(matches!(ours.send_within(&message, &[], short), Err(Error::Closed)));
+        ours.await_message(Instant::now() + short).unwrap();
+    }
+
+    #[test]
+    fn what_is_too_long_is_the_senders_mistake_and_the_connection_stays() {
+        let (ours, theirs) = Link::<Vec<u8>, u32>::pair().unwrap();
+        let theirs = Link::<u32, Vec<u8>>::new(theirs);
+        // Its length is in front of it.
+        let longest = vec![7; MAX_BYTES - size_of::<u64>()];
+        let too_long = ours.send(&[&longest[..], &[7]].concat(), &[]);
+        assert!(matches!(too_long, Err(Error::TooLong { bytes, files: 0 }) if bytes == MAX_BYTES + 1));
+        assert!(!theirs.is_readable());
+        ours.send(&longest, &[]).unwrap();
+        assert_eq!(theirs.receive().unwrap().0, longest);
     }
 
     #[test]

@@ -6,7 +6,10 @@ mod report;
 
 pub use link::Link;
 pub use protocol::{CopyOrder, ForkOrder, Prefetch, Spawn, Spawned, ToNode, ToPlatform};
-pub use report::{Asker, MAX_WHY_BYTES, Report, Step, Timing, is_timeline};
+pub use report::{Asker, Report, Step, Timing};
+
+#[cfg(test)]
+mod wire_test;
 
 /// Descriptor of the zygote's end of its connection, from its start.
 pub const LINK_FD: i32 = 3;

@@ -14,13 +14,18 @@
 //! What becomes of a fork is decided at the [rendezvous](crate::fork::rendezvous), without the platform. Where the parent calls it off, it
 //! says `Abort`, and goes on when the platform has cleared everything away.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
-use super::{Report, Step, Timing};
+use vmfork_abi::ErrorCode;
+
+use super::{Report, Step, Timing, report::is_timeline};
 use crate::{
     cluster::placement::Where,
     machine::{Config, End, VmIdentity},
     memory::WorkingSet,
+    text::Reason,
 };
 
 /// From the platform to its zygote: start a shell. Files: the node's end of its connection, and where its console writes to.
@@ -30,6 +35,8 @@ pub struct Spawn {
     pub config: Config,
     /// Whether its vCPUs are to have run nothing: they can become others than this host's then.
     pub is_cold: bool,
+    /// Longest pause of its VM for a fork.
+    pub max_pause: Duration,
 }
 
 /// From the zygote to the platform. Files: a handle to the process (pidfd).
@@ -38,7 +45,7 @@ pub enum Spawned {
     /// The shell's process has started.
     Process(u32),
     /// It could not be started.
-    Failed(String),
+    Failed(Reason),
 }
 
 /// What a copy does about the pages that it will write to first.
@@ -95,6 +102,8 @@ pub struct CopyOrder {
     pub lazy: bool,
     /// What it does about its first writes.
     pub working_set: Prefetch,
+    /// For tests: whether its first vCPU runs later than the others.
+    pub first_vcpu_late: bool,
 }
 
 /// From the platform to a node.
@@ -132,7 +141,7 @@ pub enum ToNode {
         /// What the guest is told, where the platform knows better than the parent.
         code: u32,
         /// What the log is told.
-        why: String,
+        why: Reason,
     },
 }
 
@@ -142,14 +151,17 @@ pub enum ToPlatform {
     /// The shell stands ready.
     Ready,
     /// The machine could not be built, or can't become what it should.
-    Failed(String),
+    Failed(Reason),
     /// What the copy lacks of a memory that is still being filled. Files: what tells of its faults (userfaultfd).
     Faults {
         /// Address of the memory in this process.
         start: u64,
     },
     /// The VM runs.
-    Running,
+    Running {
+        /// Whether its guest knows of a VM generation ID.
+        generation_id: bool,
+    },
     /// How the copy was launched, once it has come to its first exit.
     Launched {
         /// Number of the guest's request that it comes from; 0 where an operator has asked.
@@ -177,10 +189,48 @@ pub enum ToPlatform {
         /// An error code; 0 where it was made.
         code: u32,
         /// Why it failed.
-        why: String,
+        why: Reason,
     },
     /// How the fork went, after the VM went on.
     Report(Report),
     /// The VM has ended; the process is about to.
     Ended(End),
+}
+
+impl ToPlatform {
+    /// Whether a node that keeps to the protocol can have built it. A guest may run in the process that it comes from.
+    pub fn is_valid(&self) -> bool {
+        match self {
+            Self::Launched { steps, .. } => is_timeline(steps),
+            Self::Touched(working_set) => working_set.is_valid(),
+            Self::Answer { code, .. } => ErrorCode::from_number(*code).is_some(),
+            Self::Report(report) => is_timeline(&report.steps) && ErrorCode::from_number(report.code).is_some(),
+            Self::Ready
+            | Self::Failed(_)
+            | Self::Faults { .. }
+            | Self::Running { .. }
+            | Self::Announce
+            | Self::Fork { .. }
+            | Self::Abort
+            | Self::Ended(_) => true,
+        }
+    }
+
+    /// What it is called where it is not as it should be.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Ready => "Ready",
+            Self::Failed(_) => "Failed",
+            Self::Faults { .. } => "Faults",
+            Self::Running { .. } => "Running",
+            Self::Launched { .. } => "Launched",
+            Self::Touched(_) => "Touched",
+            Self::Announce => "Announce",
+            Self::Fork { .. } => "Fork",
+            Self::Abort => "Abort",
+            Self::Answer { .. } => "Answer",
+            Self::Report(_) => "Report",
+            Self::Ended(_) => "Ended",
+        }
+    }
 }

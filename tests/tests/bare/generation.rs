@@ -1,11 +1,12 @@
-//! The generation, as processes look for it: on a page of its own, where the control page's header says.
+//! The generation, as processes look for it: on a page of its own, where the control page's header says. And
+//! the VM generation ID, as a kernel looks for it.
 
-use std::mem::offset_of;
+use std::{collections::BTreeSet, mem::offset_of};
 
 use nix::sys::signal::Signal;
 use vmfork_abi::{Header, PAGE, PAGE_BYTES};
 use vmfork_tests::{
-    bare::{CONTROL_PAGE, Script, control},
+    bare::{CONTROL_PAGE, GENERATION_ID, Script, control},
     cluster::Platforms,
     user::{self, Order},
     vmm::{Running, Vmm},
@@ -89,9 +90,67 @@ fn operators_copies_find_it_here_and_on_another_platform_and_the_parent_finds_no
 
 #[test]
 fn the_region_ends_with_its_page() {
-    // Behind it, nothing answers.
-    let end = control(vmfork_abi::REGION_BYTES);
-    let script = Script::new().print(end - u64::try_from(PAGE_BYTES).expect("small")).print(end - 4).print(end);
+    // Behind it there is the generation ID's page, and behind that, nothing answers.
+    let (end, page) = (control(vmfork_abi::REGION_BYTES), u64::try_from(PAGE_BYTES).expect("small"));
+    let script = Script::new().print(end - page).print(end - 4).print(end + page - 4).print(end + page);
     let ended = super::run(&script.off());
-    assert_eq!(printed(&ended, "vm"), [0, 0, u32::MAX]);
+    assert_eq!(printed(&ended, "vm"), [0, 0, 0, u32::MAX]);
+}
+
+/// Registers of the I/O APIC: which one, and its content; the low half of the one for the generation ID's
+/// interrupt, 16.
+const IO_APIC_SELECT: u64 = 0xfec0_0000;
+const IO_APIC_WINDOW: u64 = 0xfec0_0010;
+const IO_APIC_PIN_16: u32 = 0x10 + 2 * 16;
+
+/// Registers of the local APIC: the one that enables it, and of the pending interrupts those from 64 to 95.
+const APIC_SPURIOUS: u64 = 0xfee0_00f0;
+const APIC_PENDING: u64 = 0xfee0_0220;
+
+/// The interrupt's vector, and its bit there.
+const VECTOR: u32 = 80;
+const PENDING: u32 = 1 << (VECTOR - 64);
+
+/// Prints the generation ID, and which interrupts are pending.
+fn print_id(script: Script) -> Script {
+    (0..4).fold(script, |script, word| script.print(GENERATION_ID + 4 * word)).print(APIC_PENDING)
+}
+
+/// What [`print_id`] has printed.
+fn ids(printed: &[u32]) -> Vec<(&[u32], u32)> {
+    printed.chunks_exact(5).map(|lines| (&lines[..4], lines[4])).collect()
+}
+
+#[test]
+fn each_copy_has_a_generation_id_of_its_own_and_an_interrupt_and_the_parent_has_neither() {
+    let enabled = Script::new().store(APIC_SPURIOUS, 0x1ff);
+    let routed = enabled.store(IO_APIC_SELECT, IO_APIC_PIN_16).store(IO_APIC_WINDOW, VECTOR);
+    let before = print_id(routed.store(GENERATION_ID, 0));
+    let after = print_id(before.request(1, "web", 2).ring());
+    // An operator's copies go on here, and wait for nothing.
+    let generation = control(PAGE.generation.offset);
+    let script = after.only_if(generation, 0, Script::new().wait_for_input_or(generation, 1));
+    let kernel = print_id(script).hang().to_kernel();
+    let mut running = Vmm::kernel(kernel.path()).option("--mem", "64M").start().expect("host-vmm starts");
+    running.wait_for_lines("", 10 + 2 * 10).expect("a guest that waits, and its copies");
+    running.ask(&["fork", "vm", "--count", "2"]).expect("two copies");
+    running.wait_for_lines("", 10 + 2 * 10 + 2 * 5).expect("the operator's copies");
+    assert!(vms(&running, 5).iter().all(|vm| vm["generation_id"] == true));
+    running.type_bytes(b"!").expect("a guest that waits");
+    running.wait_for_lines("", 10 + 2 * 10 + 2 * 5 + 5).expect("the parent's");
+    running.signal(Signal::SIGTERM).expect("a signal");
+    let ended = running.end().expect("host-vmm ends");
+
+    let parent = printed(&ended, "vm");
+    let [(booted, 0), (forked, 0), (last, 0)] = ids(&parent)[..] else { panic!("{parent:x?}") };
+    assert!(booted == forked && forked == last, "the parent's ID has changed: {parent:x?}");
+    assert_ne!(booted, [0; 4], "the guest has written to its ID, or has none");
+    let mut all = BTreeSet::from([booted.to_vec()]);
+    for (name, times) in [("web.1", 2), ("web.2", 2), ("vm.3", 1), ("vm.4", 1)] {
+        let copy = printed(&ended, name);
+        let copies_ids = ids(&copy);
+        assert_eq!(copies_ids.len(), times, "{name}: {copy:x?}");
+        assert!(copies_ids.iter().all(|id| *id == (copies_ids[0].0, PENDING)), "{name}: {copy:x?}");
+        assert!(all.insert(copies_ids[0].0.to_vec()), "{name} has another one's ID");
+    }
 }

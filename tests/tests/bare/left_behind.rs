@@ -13,7 +13,7 @@ use nix::{
 };
 use serde_json::Value;
 use tempfile::NamedTempFile;
-use vmfork_abi::Status;
+use vmfork_abi::{ErrorCode, Role, Status};
 use vmfork_tests::{
     assets,
     bare::{CONTROL_PAGE, Script, control},
@@ -23,7 +23,9 @@ use vmfork_tests::{
     vmm::{PATIENCE, Running, Vmm},
 };
 
-use super::{ERROR, INDEX, STATUS, printed};
+use super::{ERROR, INDEX, ROLE, STATUS, printed};
+
+const CHILD: u32 = Role::Child.number();
 
 /// How many forks in a row are tried where nobody says otherwise.
 const FORKS: u32 = 1000;
@@ -132,6 +134,48 @@ fn nodes_do_not_outlive_their_platform() {
         assert!(Instant::now() < deadline, "a node lives on");
         thread::sleep(Duration::from_millis(10));
     }
+}
+
+#[test]
+fn a_parent_goes_on_whose_children_hang_and_nothing_is_left_of_them() {
+    let script = |seq| Script::new().wait_for_input().request(seq, "web", 2).ring().print(control(STATUS));
+    let forked = |fork: Script| fork.print(control(ERROR)).only_if(control(ROLE), CHILD, Script::new().hang());
+    let kernel = super::join(forked(script(1)), forked(script(2)).off()).to_kernel();
+    let vmm = Vmm::kernel(kernel.path()).option("--mem", "64M").option("--ready", "1").option("--max-pause", "1");
+    let mut running = vmm.start().expect("host-vmm starts");
+    let node = running.node("vm").expect("a node");
+    // The next fork is announced, a shell stands by for it, and one more is there.
+    let taken = || (running.nodes().expect("processes").len(), descriptors(running.pid()));
+    let rendezvous = || taken().1.get("/memfd:vm-rendezvous (deleted)").copied();
+    become_equal(|| (taken().0, rendezvous()), || (3, Some(2)));
+    let before = taken();
+    let shells: Vec<u32> = running.nodes().expect("shells").into_iter().filter(|pid| *pid != node).collect();
+    shells.iter().for_each(|pid| signal(*pid, Signal::SIGSTOP));
+    running.type_bytes(b"!").expect("a guest that waits");
+    let late = [Status::Failed.number(), ErrorCode::Timeout.number()];
+    let told = |lines: Vec<(String, String)>| lines.into_iter().map(|(_, line)| line).collect::<Vec<_>>();
+    assert_eq!(
+        told(running.wait_for_lines("", 2).expect("the parent goes on")),
+        late.map(|word| format!("{word:08x}"))
+    );
+    // Those that it did not come to go on; the others are gone, and others are there instead.
+    let left = running.nodes().expect("processes");
+    shells.iter().filter(|pid| left.contains(pid)).for_each(|pid| signal(*pid, Signal::SIGCONT));
+    let taken = || (running.nodes().expect("processes").len(), descriptors(running.pid()));
+    become_equal(taken, || before.clone());
+    running.type_bytes(b"!").expect("a guest that waits");
+    let lines = running.wait_for_lines("", 8).expect("all VMs");
+    let forked = lines.iter().filter(|(_, line)| *line == format!("{:08x}", Status::Forked.number())).count();
+    assert_eq!(forked, 3, "{lines:?}");
+    running.signal(Signal::SIGTERM).expect("a signal");
+    let ended = running.end().expect("host-vmm ends");
+    let why = ended.forks()[0]["why"].as_str().expect("a reason");
+    assert!(why.contains("within 1s") && why.contains("--max-pause"), "{why}");
+}
+
+/// Sends a signal to a process that is there.
+fn signal(pid: u32, signal: Signal) {
+    kill(Pid::from_raw(pid.cast_signed()), signal).expect("a process");
 }
 
 /// A VM that forks when it is told to.

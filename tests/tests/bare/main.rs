@@ -18,7 +18,11 @@ mod left_behind;
 mod memory;
 mod older;
 mod operator;
+mod output;
 mod prefetch;
+mod sealed;
+mod state;
+mod time;
 
 use left_behind::become_equal;
 

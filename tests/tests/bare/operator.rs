@@ -116,8 +116,7 @@ fn what_somebody_may_ask_depends_on_who_he_is() {
     let vmm = Vmm::kernel(kernel.path()).option("--mem", "64M").config(&platforms.config("a", "keep = [\"web\"]"));
     let mut running = vmm.start().expect("host-vmm starts");
     running.wait_for_lines("0000000", 6).expect("all VMs");
-    let images: Value = serde_json::from_str(&running.ask(&["image", "ls", "--json"]).expect("images")).expect("JSON");
-    let image = images[0]["id"].as_str().expect("an ID");
+    let image = &running.kept_image().expect("an image");
     let file = |name: String| folder.join(name);
     let open = |platform: &str, by: &str| {
         let [certificate, key] = ["pem", "key"].map(|ending| file(format!("{by}.{ending}")));

@@ -1,7 +1,7 @@
 //! Runs cargo, and finds what it has built.
 
 use std::env;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -97,12 +97,31 @@ fn command(arguments: &[&str]) -> Command {
     let cargo = env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo"));
     let mut command = Command::new(cargo);
     command.args(arguments);
+    // What the cargo that runs this program says of this package. Build scripts of others watch the same
+    // variables, and would be run again, and all that is above them, for each change between both cargos.
+    for (name, _) in env::vars_os().filter(|(name, _)| is_of_package(name)) {
+        command.env_remove(name);
+    }
     command
+}
+
+fn is_of_package(name: &OsStr) -> bool {
+    let prefixes = ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_CRATE_", "CARGO_BIN_"];
+    name.to_str().is_some_and(|name| prefixes.iter().any(|prefix| name.starts_with(prefix)))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cargo_that_is_run_knows_nothing_of_this_package() {
+        assert!(env::var_os("CARGO_PKG_NAME").is_some());
+        let command = command(&["build"]);
+        let removed = command.get_envs().filter(|(_, value)| value.is_none());
+        assert!(removed.map(|(name, _)| name).any(|name| name == "CARGO_PKG_NAME"));
+        assert!(!is_of_package(OsStr::new("CARGO_TARGET_DIR")) && !is_of_package(OsStr::new("CARGO_HOME")));
+    }
 
     #[test]
     fn executables_are_found_in_messages() {

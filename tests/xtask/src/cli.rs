@@ -18,6 +18,9 @@ pub(crate) enum Task {
     /// Fork a booted Linux guest with a warm application in it, and show what that took
     Demo(Demo),
     /// Check format and lints, and run all tests
+    ///
+    /// What fails does not keep the rest from being run. The last line counts the parts that passed, failed
+    /// and were skipped. With CI=true in the environment, what is skipped counts as failed.
     Test(Test),
     /// Measure what forks take on this machine's /dev/kvm, beside the floor that it sets
     ///

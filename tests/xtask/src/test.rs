@@ -1,8 +1,9 @@
 //! `cargo xtask test`.
 
-use std::io;
-use std::path::Path;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
+use std::{env, io};
 
 use anyhow::{Context, Result, bail};
 
@@ -10,7 +11,7 @@ use crate::cargo::{self, Executables, Workspace};
 use crate::cli;
 use crate::images::Assets;
 use crate::kernel;
-use crate::lab::Job;
+use crate::lab::{INTERRUPTED, Job};
 use crate::probe::is_kvm_usable;
 use crate::setup;
 use crate::steps::Steps;
@@ -57,72 +58,132 @@ const LINUX: [Program; 2] = [
 /// The one test of `kmod` that runs in a QEMU of this machine, and nowhere else.
 const ELSEWHERE: &str = "where_no_host_vmm_is_it_refuses_to_be_loaded";
 
-/// Runs all checks and tests, up to the first that fails.
-pub(crate) fn run(steps: &mut Steps, arguments: &cli::Test) -> Result<u8> {
-    let result = run_steps(steps, arguments);
-    eprintln!("xtask: {}", steps.summary());
-    result.map(|()| 0)
+/// Why a part is skipped that needs another one.
+const NEEDS: &str = "it needs what was not made";
+
+/// What the end-to-end tests need.
+struct Built {
+    workspace: Workspace,
+    programs: Executables,
+    tests: Executables,
+    assets: Assets,
+    /// Whether the assets have the lean kernel.
+    has_lean: bool,
+    etcd: Option<PathBuf>,
 }
 
-fn run_steps(steps: &mut Steps, arguments: &cli::Test) -> Result<()> {
+/// Runs all checks and tests, also behind those that fail, and sums up. With CI=true in the environment, what
+/// is skipped counts as failed.
+pub(crate) fn run(steps: &mut Steps, arguments: &cli::Test) -> Result<u8> {
     let workspace = Workspace::find()?;
-    let filter = arguments.filter.as_deref();
-    steps.quiet("setup", setup::run)?;
-    steps.run("format", || {
+    check_sources(steps, &workspace);
+    let end = match build(steps, workspace, arguments) {
+        Some(built) => run_programs(steps, &built, arguments),
+        None => {
+            let programs = [&BARE].into_iter().chain(&LINUX);
+            programs.for_each(|program| steps.skip(program.step, NEEDS));
+            ControlFlow::Continue(())
+        }
+    };
+    let no_skips = env::var_os("CI").is_some_and(|ci| ci == "true");
+    let code = if end.is_break() { INTERRUPTED } else { steps.exit_code(no_skips) };
+    if no_skips {
+        eprintln!("xtask: CI=true: what is skipped counts as failed");
+    }
+    eprint!("{steps}");
+    Ok(code)
+}
+
+fn check_sources(steps: &mut Steps, workspace: &Workspace) {
+    steps.parts("setup", |steps| steps.quiet("setup", setup::run));
+    steps.part("format", || {
         cargo::run(&["fmt", "--all", "--check"])?;
         // No package of the workspace: it is the kernel's Kbuild that builds it.
         let module = workspace.root.join("guest-kmod-rs/vmfork_main.rs");
         check(Path::new("rustfmt"), Command::new("rustfmt").arg("--check").arg(module).status())
-    })?;
-    steps.run("clippy", || cargo::run(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
-    let programs = steps.run("build", Executables::programs)?;
-    let tests = steps.run("build of the tests", Executables::tests)?;
-    let etcd = steps.quiet("setup of etcd", || setup::etcd(&workspace));
-    let etcd =
-        etcd.inspect_err(|error| eprintln!("xtask: SKIPPED on this machine: tests with an etcd. {error:#}")).ok();
-    steps.run("unit tests", || {
-        let others = ["test", "--release", "--workspace", "--exclude=vmfork-tests", "--"];
-        let etcd = etcd.as_deref().map(|program| ("VMFORK_ETCD", program));
-        cargo::run_with(&[&others, filter.as_slice()].concat(), etcd)?;
-        let own = ["test", "--release", "--package=vmfork-tests", "--lib", "--bins", "--"];
-        cargo::run(&[&own, filter.as_slice()].concat())
-    })?;
-    let lean = kernel::for_tests(steps, &workspace, arguments.debug_kernel)?;
-    let lean = lean
-        .inspect_err(|error| eprintln!("xtask: SKIPPED on this machine: tests of the kernel module. {error:#}"))
-        .ok();
-    let assets = Assets::build(steps, &workspace, &programs, lean.as_ref())?;
+    });
+    steps.part("clippy", || cargo::run(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]));
+}
 
+/// Builds everything, and runs the unit tests.
+fn build(steps: &mut Steps, workspace: Workspace, arguments: &cli::Test) -> Option<Built> {
+    let filter = arguments.filter.as_deref();
+    let programs = steps.part("build", Executables::programs);
+    let tests = steps.part("build of the tests", Executables::tests);
+    let etcd =
+        steps.parts_if_possible("tests with an etcd", |steps| steps.quiet("setup of etcd", || setup::etcd(&workspace)));
+    steps.part("unit tests", || {
+        let others = ["test", "--release", "--no-fail-fast", "--workspace", "--exclude=vmfork-tests", "--"];
+        let etcd = etcd.as_deref().map(|program| ("VMFORK_ETCD", program));
+        cargo::run_with(&[&others, filter.as_slice()].concat(), etcd)
+    });
+    steps.part("unit tests of the tests", || {
+        let own = ["test", "--release", "--no-fail-fast", "--package=vmfork-tests", "--lib", "--bins", "--"];
+        cargo::run(&[&own, filter.as_slice()].concat())
+    });
+    let lean = kernel::for_tests(steps, &workspace, arguments.debug_kernel);
+    let programs = programs?;
+    let assets = steps.parts("images", |steps| Assets::build(steps, &workspace, &programs, lean.as_ref()))?;
+    Some(Built { workspace, programs, tests: tests?, assets, has_lean: lean.is_some(), etcd })
+}
+
+/// Runs the programs of end-to-end tests; breaks off where they are interrupted.
+fn run_programs(steps: &mut Steps, built: &Built, arguments: &cli::Test) -> ControlFlow<()> {
+    let here = |program: &Program, etcd| here(&built.tests.path(program.name)?, arguments, &built.assets, etcd);
     if let Some(error) = setup::kvm_error() {
-        eprintln!("xtask: SKIPPED on this machine: tests on bare guests. /dev/kvm can't be opened: {error}");
+        eprintln!("xtask: tests on bare guests run in the lab alone: /dev/kvm can't be opened: {error}");
     } else {
-        steps.run(BARE.step, || here(&tests.path(BARE.name)?, arguments, &assets, etcd.as_deref()))?;
+        steps.part(BARE.step, || here(&BARE, built.etcd.as_deref()));
     }
-    if lean.is_some() && filter.is_none_or(|filter| ELSEWHERE.contains(filter)) {
-        match steps.quiet("setup of QEMU", setup::qemu) {
-            Ok(()) => steps.run("kernel module without host-vmm", || elsewhere(&tests, &assets))?,
-            Err(error) => {
-                eprintln!("xtask: SKIPPED on this machine: the kernel module without host-vmm. {error:#}");
-            }
+    if built.has_lean && arguments.filter.as_deref().is_none_or(|filter| ELSEWHERE.contains(filter)) {
+        let name = "kernel module without host-vmm";
+        if steps.parts_if_possible(name, |steps| steps.quiet("setup of QEMU", setup::qemu)).is_some() {
+            steps.part(name, || elsewhere(&built.tests, &built.assets));
         }
     }
-    let mut linux = LINUX.iter().filter(|tests| lean.is_some() || !tests.of_lean_kernel);
-    if steps.quiet("probe", || is_kvm_usable(&programs.path("host-vmm")?))? {
-        return linux.try_for_each(|program| {
-            steps.run(program.step, || here(&tests.path(program.name)?, arguments, &assets, None))
+    let (linux, without): (Vec<_>, Vec<_>) =
+        LINUX.iter().partition(|program| built.has_lean || !program.of_lean_kernel);
+    without.iter().for_each(|program| steps.skip(program.step, NEEDS));
+    let is_usable = || is_kvm_usable(&built.programs.path("host-vmm")?);
+    match steps.parts("probe", |steps| steps.quiet("probe", is_usable)) {
+        Some(true) => {
+            for program in linux {
+                steps.part(program.step, || here(program, None));
+            }
+            ControlFlow::Continue(())
+        }
+        Some(false) => {
+            eprintln!(
+                "xtask: this machine's KVM can't run Linux guests (`host-vmm check` says why): they run in the lab"
+            );
+            run_in_lab(steps, built, arguments, &[&[&BARE], linux.as_slice()].concat())
+        }
+        None => {
+            linux.iter().for_each(|program| steps.skip(program.step, NEEDS));
+            ControlFlow::Continue(())
+        }
+    }
+}
+
+fn run_in_lab(steps: &mut Steps, built: &Built, arguments: &cli::Test, programs: &[&Program]) -> ControlFlow<()> {
+    if steps.parts("setup of the lab", |steps| steps.quiet("setup of the lab", setup::qemu)).is_none() {
+        programs.iter().for_each(|program| steps.skip(program.step_in_lab, NEEDS));
+        return ControlFlow::Continue(());
+    }
+    for program in programs {
+        let mut is_interrupted = false;
+        steps.part(program.step_in_lab, || {
+            let mut job = job(program, arguments);
+            job.add_program(program.name, &built.tests)?;
+            let code = job.run(&built.workspace, &built.assets)?;
+            is_interrupted = code == INTERRUPTED;
+            if code == 0 { Ok(()) } else { bail!("{} in the lab ended with exit code {code}", program.name) }
         });
+        if is_interrupted {
+            return ControlFlow::Break(());
+        }
     }
-    eprintln!("xtask: this machine's KVM can't run Linux guests (`host-vmm check` says why): they run in the lab");
-    steps.quiet("setup of the lab", setup::qemu)?;
-    for program in [&BARE].into_iter().chain(linux) {
-        let mut job = job(program, arguments);
-        job.add_program(program.name, &tests)?;
-        steps.run(program.step_in_lab, || match job.run(&workspace, &assets)? {
-            0 => Ok(()),
-            code => bail!("{} in the lab ended with exit code {code}", program.name),
-        })?;
-    }
-    Ok(())
+    ControlFlow::Continue(())
 }
 
 /// Runs [`ELSEWHERE`].

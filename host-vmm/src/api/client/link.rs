@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Connection, Endpoint, Error};
+use super::{Connection, Endpoint, Error, GoesOn};
 use crate::sync::lock;
 
 /// How long a connection stays open that nobody uses.
@@ -53,32 +53,58 @@ impl Link {
     ///
     /// # Errors
     /// As `ask`, and [`Error`] where there is no connection.
-    pub fn ask<T>(&self, mut ask: impl FnMut(&mut Connection) -> Result<T, Error>) -> Result<T, Error> {
+    pub fn ask<T>(&self, ask: impl FnMut(&mut Connection) -> Result<T, Error>) -> Result<T, Error> {
+        self.ask_where(None, ask)
+    }
+
+    /// The same, for as long as somebody waits for the answer.
+    ///
+    /// # Errors
+    /// As [`Link::ask`], and [`Error::GivenUp`].
+    pub fn ask_while<T>(
+        &self,
+        goes_on: &GoesOn,
+        ask: impl FnMut(&mut Connection) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        self.ask_where(Some(goes_on), ask)
+    }
+
+    fn ask_where<T>(
+        &self,
+        goes_on: Option<&GoesOn>,
+        mut ask: impl FnMut(&mut Connection) -> Result<T, Error>,
+    ) -> Result<T, Error> {
         let platform = self.endpoint.to_string();
-        if let Some(mut connection) = self.connections.take(&platform) {
-            connection.set_patience(self.patience);
+        if let Some(connection) = self.connections.take(&platform) {
+            let mut connection = connection.with_patience(self.patience).wanted_while(goes_on.cloned());
             match ask(&mut connection) {
                 Err(Error::Exchange { .. }) => {}
                 answer => return self.answered(platform, connection, answer),
             }
         }
-        let mut connection = Connection::open(&self.endpoint)?.with_patience(self.patience);
+        let connection = Connection::open_while(&self.endpoint, goes_on.cloned())?;
+        let mut connection = connection.with_patience(self.patience);
         let answer = ask(&mut connection);
         self.answered(platform, connection, answer)
     }
 
-    /// Asks something that must not be asked twice, and may take as long as the platform is there.
+    /// Asks something that must not be asked twice, and may take as long as `patience`.
     ///
     /// # Errors
     /// As `ask`, and [`Error`] where there is no connection.
-    pub fn ask_once<T>(&self, ask: impl FnOnce(&mut Connection) -> Result<T, Error>) -> Result<T, Error> {
-        ask(&mut Connection::open(&self.endpoint)?)
+    pub fn ask_once<T>(
+        &self,
+        patience: Duration,
+        ask: impl FnOnce(&mut Connection) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        ask(&mut Connection::open(&self.endpoint)?.with_patience(patience))
     }
 
     fn answered<T>(&self, platform: String, connection: Connection, answer: Result<T, Error>) -> Result<T, Error> {
         // One that has broken, or whose answer may still come, is of no use.
-        if !answer.as_ref().is_err_and(Error::may_pass) {
-            self.connections.keep(platform, connection);
+        let is_over = |error: &Error| error.may_pass() || matches!(error, Error::GivenUp { .. });
+        if !answer.as_ref().is_err_and(is_over) {
+            self.connections.keep(platform, connection.wanted_while(None));
         }
         answer
     }

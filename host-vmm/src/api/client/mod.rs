@@ -13,7 +13,7 @@ mod connection;
 mod link;
 mod log;
 
-pub use connection::{Connection, Content, Endpoint, Error};
+pub use connection::{Connection, Content, Endpoint, Error, GoesOn};
 pub use link::{Connections, Link};
 pub use log::{Log, Piece};
 

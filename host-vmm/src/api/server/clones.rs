@@ -17,13 +17,13 @@ use uuid::Uuid;
 
 use super::{Refusal, work};
 use crate::{
-    capsule::{self, Header, header::MAX_DESCRIPTION_BYTES},
+    capsule::{self, Header, file::DESCRIPTION_COPIES, header::MAX_DESCRIPTION_BYTES},
     cluster::{
-        clone::{Error, Missing, Order, Stage, record::Records},
+        clone::{Error, Missing, Order, Stage, filling, record::Records},
         peer::{Peer, Role},
     },
-    error::chain,
     platform::Platform,
+    text::Reason,
 };
 
 pub(super) fn routes() -> OpenApiRouter<Arc<Platform>> {
@@ -53,7 +53,7 @@ impl FromRequestParts<Arc<Platform>> for Ordered {
 }
 
 fn refuse(error: &(dyn std::error::Error + 'static)) -> Refusal {
-    Refusal(StatusCode::BAD_REQUEST, chain(error))
+    Refusal(StatusCode::BAD_REQUEST, Reason::of_error(error))
 }
 
 /// Checks whether somebody may act for the source of a clone.
@@ -65,7 +65,8 @@ fn check_source(peer: &Peer, source: &str) -> Result<(), Refusal> {
     if is_source {
         return Ok(());
     }
-    Err(Refusal(StatusCode::FORBIDDEN, format!("{peer} can't send clones in the name of the platform {source}")))
+    let why = Reason::of(format_args!("{peer} can't send clones in the name of the platform {source}"));
+    Err(Refusal(StatusCode::FORBIDDEN, why))
 }
 
 /// Has room kept for copies that are to come. Over a network, a platform does that in its own name alone.
@@ -77,13 +78,13 @@ async fn order_clone(
     Json(order): Json<Order>,
 ) -> Result<Json<Stage>, Refusal> {
     check_source(&peer, &order.source)?;
-    Ok(Json(platform.order_clone(id, order)?))
+    Ok(Json(work(|| platform.order_clone(id, order))?))
 }
 
 /// Tells how far a clone is.
 #[utoipa::path(get, path = "/v1/clones/{id}", params(("id" = Uuid, Path)), responses((status = 200, description = "How far it is", body = Stage)))]
 async fn clone_stage(Ordered { platform, id }: Ordered) -> Result<Json<Stage>, Refusal> {
-    Ok(Json(platform.clone_stage(id)?))
+    Ok(Json(work(|| platform.clone_stage(id))?))
 }
 
 /// Checks whether a clone can run here, and takes in what comes of its memory behind that: what it needs before all else.
@@ -111,16 +112,21 @@ async fn describe_clone(Ordered { platform, id }: Ordered, mut body: Body) -> Re
 
 async fn take_capsule(platform: &Platform, id: Uuid, body: &mut Body) -> Result<Missing, Refusal> {
     let mut capsule = Vec::new();
-    let behind = loop {
+    let mut begun = None;
+    let (behind, grant) = loop {
         let piece = next_piece(body).await?.ok_or(Error::Capsule(capsule::Error::NoCapsule))?;
         capsule.extend_from_slice(&piece);
-        if let Some(length) = Header::length_of_head(&capsule).map_err(Error::Capsule)?
-            && capsule.len() >= length
-        {
-            break capsule.split_off(length);
+        let Some(length) = Header::length_of_head(&capsule).map_err(Error::Capsule)? else { continue };
+        let bytes = DESCRIPTION_COPIES.saturating_mul(length as u64);
+        let reserve = || platform.image_memory().reserve(bytes).map_err(capsule::Error::from).map_err(Error::Capsule);
+        let grant = begun.take().map_or_else(reserve, Ok)?;
+        if capsule.len() >= length {
+            break (capsule.split_off(length), grant);
         }
+        begun = Some(grant);
     };
-    let missing = work(|| platform.describe_clone(id, &capsule))?;
+    let missing = work(|| platform.describe_clone(id, &capsule, grant))?;
+    drop(capsule);
     take_records(platform, id, behind.into(), body).await?;
     Ok(missing)
 }
@@ -182,13 +188,15 @@ async fn abort_clone(Ordered { platform, id }: Ordered) -> Result<Json<Stage>, R
 impl From<Error> for Refusal {
     fn from(error: Error) -> Self {
         let status = match error {
+            Error::Capsule(capsule::Error::NoRoom(_))
+            | Error::Filling(filling::Error::Capsule(capsule::Error::NoRoom(_))) => StatusCode::INSUFFICIENT_STORAGE,
             Error::Order(_) | Error::Capsule(_) | Error::Chunks(_) | Error::Filling(_) => StatusCode::BAD_REQUEST,
             Error::Other(_) | Error::Stage { .. } | Error::CutOff => StatusCode::CONFLICT,
-            Error::TooMany => StatusCode::TOO_MANY_REQUESTS,
+            Error::TooMany | Error::TooManyRemembered => StatusCode::TOO_MANY_REQUESTS,
             Error::Unknown(_) => StatusCode::NOT_FOUND,
             Error::Incompatible(_) => StatusCode::UNPROCESSABLE_ENTITY,
             Error::Platform(error) => return error.into(),
         };
-        Self(status, chain(&error))
+        Self(status, Reason::of_error(&error))
     }
 }

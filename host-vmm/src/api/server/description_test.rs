@@ -109,7 +109,7 @@ fn member() -> Member {
 
 #[test]
 fn what_is_said_of_vms_fits() {
-    let vm = |state, missing_bytes, memory: Option<Memory>| Vm {
+    let vm = |state, missing_bytes: Option<u64>, memory: Option<Memory>| Vm {
         id: Uuid::from_u128(1),
         name: "web.1".into(),
         vm_type: "web".into(),
@@ -120,12 +120,14 @@ fn what_is_said_of_vms_fits() {
         uptime_ms: 1,
         vcpus: 1,
         ram_bytes: u64::MAX,
+        sealed: missing_bytes.map(|_| false),
+        generation_id: memory.map(|_| true),
         missing_bytes,
         memory,
     };
     let memory = Memory { private_bytes: 1, shared_bytes: 2, proportional_bytes: 3 };
     let vms = vec![vm(State::Dependent, Some(4096), Some(memory)), vm(State::Launching, None, None)];
-    let ended = vec![Ended { id: Uuid::from_u128(2), name: "vm".into(), parent: None }];
+    let ended = vec![Ended { id: Uuid::from_u128(2), name: "vm".into(), parent: None, why: Some("a reason".into()) }];
     assert_fits("Vms", &Vms { vms, ended });
     assert_fits("Version", &Version::own());
     let copy = |platform: &str, placement| ForkedVm {

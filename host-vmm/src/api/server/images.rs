@@ -13,6 +13,7 @@ use super::{Refusal, check_count, work};
 use crate::{
     api::{Copied, Image, Place, Spawn, Spawned, Transfer},
     platform::Platform,
+    text::Reason,
 };
 
 /// What anybody may ask who reaches the API.
@@ -32,7 +33,7 @@ pub(super) fn local_routes() -> OpenApiRouter<Arc<Platform>> {
 /// Lists the images.
 #[utoipa::path(get, path = "/v1/images", responses((status = 200, description = "The oldest one first", body = Vec<Image>)))]
 async fn images(State(platform): State<Arc<Platform>>) -> Result<Json<Vec<Image>>, Refusal> {
-    Ok(Json(platform.images()?))
+    Ok(Json(work(|| platform.images())?))
 }
 
 /// Shows one image, by its ID, or how that begins.
@@ -66,7 +67,7 @@ async fn spawn(
 ) -> Result<Json<Spawned>, Refusal> {
     check_count(count)?;
     let copies = work(|| platform.spawn(&id, count))?;
-    Ok(Json(Spawned { vms: copies.into_iter().map(|vm| Copied { id: vm.id, name: vm.name }).collect() }))
+    Ok(Json(Spawned { vms: copies.into_iter().map(|vm| Copied { id: vm.id, name: vm.name.into() }).collect() }))
 }
 
 /// Lists the clones that are being sent.
@@ -104,6 +105,7 @@ async fn load_image(
 }
 
 fn check_absolute(path: &path::Path) -> Result<(), Refusal> {
-    let refusal = || Refusal(StatusCode::BAD_REQUEST, format!("{} does not start at the root", path.display()));
+    let refusal =
+        || Refusal(StatusCode::BAD_REQUEST, Reason::of(format_args!("{} does not start at the root", path.display())));
     if path.is_absolute() { Ok(()) } else { Err(refusal()) }
 }

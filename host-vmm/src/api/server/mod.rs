@@ -12,7 +12,7 @@ use std::{
 
 use axum::{
     Json, Router,
-    body::to_bytes,
+    body::{Body, to_bytes},
     extract::{ConnectInfo, Request},
     http::{
         StatusCode,
@@ -38,15 +38,19 @@ mod platforms;
 mod supplies;
 mod vms;
 
-use super::{Failure, VERSION, client};
+use super::{
+    Failure, VERSION, client,
+    steady::{LEAST_RATE, Limits, Steady},
+};
 use crate::{
+    capsule,
     cluster::{
         self,
         peer::{Peer, Role},
         tls::{self, Credentials},
     },
-    error::chain,
     platform::{Error, Platform},
+    text::Reason,
     threads,
 };
 
@@ -55,6 +59,11 @@ const LAST_ANSWERS: Duration = Duration::from_secs(1);
 
 /// Most threads that answer: what comes with clones is looked at by them.
 const MAX_THREADS: usize = 4;
+
+/// How slowly what is asked may come. A clone whose source sends nothing for the time of its lease is undone
+/// before that.
+const ASKED: Limits =
+    Limits { between: Duration::from_secs(60), whole: Duration::from_secs(120), rate: Some(LEAST_RATE) };
 
 /// Longest reason of a refusal in bytes.
 const MAX_REASON_BYTES: usize = 64 << 10;
@@ -151,7 +160,7 @@ fn check_count(count: u32) -> Result<(), Refusal> {
     if (1..=MAX_CHILDREN).contains(&count) {
         return Ok(());
     }
-    Err(Refusal(StatusCode::BAD_REQUEST, format!("the count must be from 1 to {MAX_CHILDREN}")))
+    Err(Refusal(StatusCode::BAD_REQUEST, Reason::of(format_args!("the count must be from 1 to {MAX_CHILDREN}"))))
 }
 
 fn run(runtime: &Runtime, mut tasks: JoinSet<io::Result<()>>) {
@@ -182,8 +191,13 @@ fn shared_routes() -> OpenApiRouter<Arc<Platform>> {
 }
 
 /// Has what is not understood be refused as all else is: axum does that in plain text, or without a reason.
+/// What comes too slowly is refused too.
 fn in_words<S: Clone + Send + Sync + 'static>(routes: Router<S>) -> Router<S> {
-    routes.layer(middleware::map_response(tell))
+    routes.layer(middleware::map_response(tell)).layer(middleware::map_request(not_too_slowly))
+}
+
+async fn not_too_slowly(request: Request) -> Request {
+    request.map(|body| Body::new(Steady::new(body, Some(ASKED))))
 }
 
 async fn tell(response: Response) -> Response {
@@ -199,7 +213,7 @@ async fn tell(response: Response) -> Response {
         StatusCode::METHOD_NOT_ALLOWED if text.is_empty() => "nobody can do that at this path".to_owned(),
         _ => String::from_utf8_lossy(&text).into_owned(),
     };
-    let mut refusal = Refusal(status, why).into_response();
+    let mut refusal = Refusal(status, why.into()).into_response();
     refusal.headers_mut().extend(head.headers.get(ALLOW).map(|methods| (ALLOW, methods.clone())));
     refusal
 }
@@ -213,7 +227,8 @@ async fn check_operator(
     if is_operator(&peer) {
         return Ok(next.run(request).await);
     }
-    Err(Refusal(StatusCode::FORBIDDEN, format!("{peer} is no operator, and only operators may ask that")))
+    let why = Reason::of(format_args!("{peer} is no operator, and only operators may ask that"));
+    Err(Refusal(StatusCode::FORBIDDEN, why))
 }
 
 /// Whether somebody may do what an operator may: users of this host may do that too.
@@ -255,7 +270,7 @@ fn work<T, E: Into<Refusal>>(work: impl FnOnce() -> Result<T, E>) -> Result<T, R
 
 /// Why a request is not served.
 #[derive(Debug)]
-struct Refusal(StatusCode, String);
+struct Refusal(StatusCode, Reason);
 
 impl From<Error> for Refusal {
     fn from(error: Error) -> Self {
@@ -267,6 +282,8 @@ impl From<Error> for Refusal {
             Error::Ambiguous(_) | Error::AmbiguousVm(_) | Error::Full { .. } | Error::Stopping | Error::Kept(_) => {
                 StatusCode::CONFLICT
             }
+            Error::NotSealed { .. } => StatusCode::CONFLICT,
+            Error::ImageFile { source: capsule::Error::NoRoom(_), .. } => StatusCode::INSUFFICIENT_STORAGE,
             Error::ImageFile { .. } | Error::Unfit { .. } => StatusCode::UNPROCESSABLE_ENTITY,
             Error::Cluster(cluster::Error::Order { .. }) => StatusCode::FORBIDDEN,
             Error::Alone | Error::Cluster(_) => StatusCode::NOT_FOUND,
@@ -274,7 +291,7 @@ impl From<Error> for Refusal {
             Error::Send { .. } | Error::PassedOn { .. } => StatusCode::BAD_GATEWAY,
             _ => StatusCode::INTERNAL_SERVER_ERROR,
         };
-        Self(status, chain(&error))
+        Self(status, Reason::of_error(&error))
     }
 }
 
@@ -282,6 +299,7 @@ impl From<Error> for Refusal {
 fn not_forked(code: ErrorCode) -> StatusCode {
     match code {
         ErrorCode::Rate => StatusCode::TOO_MANY_REQUESTS,
+        ErrorCode::Timeout => StatusCode::GATEWAY_TIMEOUT,
         ErrorCode::Busy
         | ErrorCode::NotLaunched
         | ErrorCode::Incomplete

@@ -15,6 +15,7 @@ use crate::{
     api::{CloneWish, Forked, Spawned, client},
     cluster::peer::Peer,
     platform::{Error, Platform, Target},
+    text::{Name, Reason},
 };
 
 /// What operators may ask, and other platforms where this one's configuration says so.
@@ -28,11 +29,11 @@ fn check(platform: &Platform, peer: &Peer, wish: &CloneWish) -> Result<(), Refus
     match peer {
         Peer::Certified(holder) if !is_operator(peer) => {
             if let Some(from) = &wish.from {
-                let why = format!("{peer} is no operator, and must ask the platform {from} itself");
+                let why = Reason::of(format_args!("{peer} is no operator, and must ask the platform {from} itself"));
                 return Err(Refusal(StatusCode::FORBIDDEN, why));
             }
             platform.cluster().ok_or(Error::Alone)?.check_order(holder).map_err(Error::Cluster)?;
-            tracing::info!(%peer, to = wish.to, count = wish.count, "a clone is ordered by another platform");
+            tracing::info!(%peer, to = &*Name::from(wish.to.as_str()), count = wish.count, "a clone is ordered by another platform");
             Ok(())
         }
         _ => Ok(()),
@@ -46,7 +47,7 @@ async fn pass_on<T: DeserializeOwned + Send + 'static>(
     path: anyhow::Result<String>,
     wish: CloneWish,
 ) -> Result<Json<T>, Refusal> {
-    let path = path.map_err(|error| Refusal(StatusCode::BAD_REQUEST, error.to_string()))?;
+    let path = path.map_err(|error| Refusal(StatusCode::BAD_REQUEST, Reason::of(error)))?;
     Ok(Json(work(|| platform.pass_on(&from, &path, &wish))?))
 }
 

@@ -13,6 +13,7 @@ use crate::{
         placement::{Explanation, Wish},
     },
     platform::{Error, Platform},
+    text::Reason,
 };
 
 pub(super) fn routes() -> OpenApiRouter<Arc<Platform>> {
@@ -27,14 +28,16 @@ pub(super) fn own_routes() -> OpenApiRouter<Arc<Platform>> {
 /// Shows the platform that is asked, as one of a cluster.
 #[utoipa::path(get, path = "/v1/platform", responses((status = 200, description = "The platform", body = Member)))]
 async fn own_platform(State(platform): State<Arc<Platform>>) -> Result<Json<Member>, Refusal> {
-    Ok(Json((platform.cluster().ok_or(Error::Alone)?.own)()))
+    // It reads from /proc.
+    work(|| Ok::<_, Error>(Json((platform.cluster().ok_or(Error::Alone)?.own)())))
 }
 
 /// Lists the platforms that one knows.
 #[utoipa::path(get, path = "/v1/platforms", responses((status = 200, description = "The one that is asked comes first", body = Platforms)))]
 async fn platforms(State(platform): State<Arc<Platform>>) -> Result<Json<Platforms>, Refusal> {
     let cluster = platform.cluster().ok_or(Error::Alone)?;
-    let own = api::Platform { member: (cluster.own)(), age_ms: 0 };
+    let member = work(|| Ok::<_, Error>((cluster.own)()))?;
+    let own = api::Platform { member, age_ms: 0 };
     let (view, now) = (cluster.directory.members(), Instant::now());
     let others = view.members.iter().map(|seen| {
         let age = now.saturating_duration_since(seen.heard);
@@ -55,7 +58,10 @@ async fn platforms(State(platform): State<Arc<Platform>>) -> Result<Json<Platfor
 async fn place(State(platform): State<Arc<Platform>>, Json(wish): Json<Wish>) -> Result<Json<Explanation>, Refusal> {
     check_count(wish.count)?;
     if wish.images.len() > MAX_IMAGES {
-        return Err(Refusal(StatusCode::BAD_REQUEST, format!("a VM is of at most {MAX_IMAGES} images")));
+        return Err(Refusal(
+            StatusCode::BAD_REQUEST,
+            Reason::of(format_args!("a VM is of at most {MAX_IMAGES} images")),
+        ));
     }
     Ok(Json(work(|| platform.explain(&wish))?))
 }

@@ -18,8 +18,8 @@ use crate::{
         clone::{Need, supply::Supply},
         peer::{Peer, Role},
     },
-    error::chain,
     platform::Platform,
+    text::Reason,
 };
 
 pub(super) fn routes() -> OpenApiRouter<Arc<Platform>> {
@@ -29,8 +29,9 @@ pub(super) fn routes() -> OpenApiRouter<Arc<Platform>> {
 /// The memory of a clone, for the platform that it is for.
 fn find(platform: &Platform, id: Uuid, peer: &Peer) -> Result<Arc<Supply>, Refusal> {
     let supply = platform.supplies().find(id);
-    let supply =
-        supply.ok_or_else(|| Refusal(StatusCode::NOT_FOUND, format!("there is no memory of the clone {id}")))?;
+    let supply = supply.ok_or_else(|| {
+        Refusal(StatusCode::NOT_FOUND, Reason::of(format_args!("there is no memory of the clone {id}")))
+    })?;
     let is_target = match peer {
         Peer::Certified(holder) => holder.role() == Role::Platform && holder.name() == supply.target(),
         Peer::Local => true,
@@ -38,7 +39,8 @@ fn find(platform: &Platform, id: Uuid, peer: &Peer) -> Result<Arc<Supply>, Refus
     if is_target {
         return Ok(supply);
     }
-    Err(Refusal(StatusCode::FORBIDDEN, format!("{peer} is not where the clone {id} runs")))
+    let why = Reason::of(format_args!("{peer} is not where the clone {id} runs"));
+    Err(Refusal(StatusCode::FORBIDDEN, why))
 }
 
 /// Gives some chunks of the memory of a lazy clone that runs elsewhere.
@@ -86,18 +88,20 @@ async fn end_supply(
     Path(id): Path<Uuid>,
 ) -> Result<StatusCode, Refusal> {
     find(&platform, id, &peer)?;
-    platform.supplies().remove(id);
-    Ok(StatusCode::NO_CONTENT)
+    work(|| {
+        platform.supplies().remove(id);
+        Ok::<_, Refusal>(StatusCode::NO_CONTENT)
+    })
 }
 
 impl From<io::Error> for Refusal {
     fn from(error: io::Error) -> Self {
-        Self(StatusCode::BAD_REQUEST, chain(&error))
+        Self(StatusCode::BAD_REQUEST, Reason::of_error(&error))
     }
 }
 
 impl From<capsule::Error> for Refusal {
     fn from(error: capsule::Error) -> Self {
-        Self(StatusCode::INTERNAL_SERVER_ERROR, chain(&error))
+        Self(StatusCode::INTERNAL_SERVER_ERROR, Reason::of_error(&error))
     }
 }

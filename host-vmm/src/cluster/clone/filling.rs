@@ -32,9 +32,9 @@ use rustix::fs::{FallocateFlags, fallocate};
 use super::supply::{Error as SupplyError, Supplier};
 use crate::{
     arch::layout::PAGE_BYTES,
-    capsule::{self, CHUNK_BYTES, CHUNK_PAGES, Capsule, Description, Digests, LayerManifest, Manifest},
+    capsule::{self, CHUNK_BYTES, CHUNK_PAGES, Capsule, Chunk, Description, Digests, LayerManifest, Manifest},
     error::chain,
-    memory::{self, Faults, Image, Layer},
+    memory::{self, Budget, Faults, Grant, Image, Layer},
     sync::lock,
     threads,
 };
@@ -47,6 +47,10 @@ const HEAD_START: Duration = Duration::from_millis(20);
 
 /// How long it is waited for faults, until it is looked whether there is anything else to do.
 const LOOK: Duration = Duration::from_secs(1);
+
+/// Bytes of memory for each chunk beside its content: in the manifest of what has come, in the source's, and in that
+/// as it was sent.
+const CHUNK_COST: u64 = 3 * size_of::<Chunk>() as u64;
 
 /// Why a memory can't be filled.
 #[derive(Debug, thiserror::Error)]
@@ -113,25 +117,32 @@ pub struct Filling {
     bell: EventFd,
     outcome: OnceLock<Result<(), String>>,
     missing: AtomicU64,
+    /// Memory for what tells of chunks.
+    _grant: Grant,
 }
 
 impl Filling {
-    /// An empty memory.
+    /// An empty memory, for all of which there is room in the budget: what is in it is not known yet.
     ///
     /// # Errors
-    /// [`Error`] where the description is none of a memory, or there can be no files for it.
-    pub fn new(description: Description) -> Result<Self, Error> {
+    /// [`Error`] where the description is none of a memory, or there can be no files for it, or no room.
+    pub fn new(description: Description, budget: &Budget) -> Result<Self, Error> {
         check_single_pages()?;
         memory::faults::device().map(drop).map_err(Error::NoFaults)?;
         let memory = &description.memory;
+        let bytes = |layer: &LayerManifest| layer.file_pages.saturating_mul(PAGE_BYTES);
+        let positions = Positions::of(memory);
+        let cost = u64::from(positions.count()).saturating_mul(CHUNK_COST);
+        let all = memory.layers.iter().fold(cost, |sum, layer| sum.saturating_add(bytes(layer)));
+        let mut grant = budget.reserve(all).map_err(capsule::Error::from)?;
         let file = |layer: &LayerManifest| Ok(Arc::new(memory::fillable("vm-lazy", layer.file_pages * PAGE_BYTES)?));
         let files: Vec<Arc<File>> = memory.layers.iter().map(file).collect::<Result<_, memory::Error>>()?;
+        memory.layers.iter().zip(&files).for_each(|(layer, file)| grant.pass_on(file, bytes(layer)));
         let layers = memory.layers.iter().zip(&files);
         let layer = |(layer, file): (&LayerManifest, &Arc<File>)| {
             Arc::new(Layer { file: Arc::clone(file), runs: layer.runs.clone() })
         };
         let image = Image::new(memory.pages, layers.map(layer).collect())?;
-        let positions = Positions::of(memory);
         let bell = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
         let bell = bell.map_err(|errno| memory::Error::Faults { operation: "get ready for", source: errno.into() })?;
         Ok(Self {
@@ -144,6 +155,7 @@ impl Filling {
             bell,
             outcome: OnceLock::new(),
             description,
+            _grant: grant,
         })
     }
 
@@ -344,7 +356,7 @@ impl Filling {
         // Both sides look at all of it meanwhile. Nothing was looked at as it came: somebody may have waited for it.
         let (here, there) = thread::scope(|scope| {
             let here = scope.spawn(|| Manifest::of(&self.image, &Digests::default()));
-            let there = source.manifest();
+            let there = source.manifest(&self.description.memory);
             (here.join().unwrap_or(Err(capsule::Error::Invalid("a thread that looked at it panicked"))), there)
         });
         let memory = here?;
@@ -352,7 +364,8 @@ impl Filling {
             return Err(Error::Different);
         }
         let description = Description { memory, ..self.description.clone() };
-        self.files.iter().try_for_each(|file| memory::seal_filled(file))?;
+        let ram_bytes = self.image.pages().saturating_mul(PAGE_BYTES);
+        self.files.iter().try_for_each(|file| memory::seal_filled(file, ram_bytes))?;
         source.is_done();
         Ok((Capsule::from_description(&description, self.files.clone())?, description))
     }

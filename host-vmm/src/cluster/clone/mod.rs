@@ -22,15 +22,22 @@
 //!  DELETE /v1/supplies/ID                               ──►  all is there
 //! ```
 //!
-//! Two phases: until it has committed, a target undoes everything when it is told to, or when it hears nothing of its source for the time of a
-//! lease. What was decided is remembered under the clone's ID: who asks again, since an answer was lost, gets the same one. So no VM runs
-//! twice. Where the source can't reach its target any more to commit, it asks until the lease is over by the target's clock as well.
+//! Two phases: until it has committed, a target undoes everything when it is told to, or when it hears
+//! nothing of its source for the time of a lease. What was decided is [remembered](decisions) under the
+//! clone's ID: who asks again, since an answer was lost, gets the same one. So no VM runs twice. Where the
+//! source can't reach its target any more to commit, it asks until the lease is over by the target's clock as
+//! well. A target that does not know the clone then says nothing of what became of it: the source reports
+//! that it is not known whether the copies run.
+//!
+//! Neither side waits without an end: for each answer, and for all of it, a platform has its time, as it has
+//! to launch the copies; and a source that has been given up asks for nothing more.
 
 use std::{ops::Range, time::Duration};
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+mod decisions;
 pub mod filling;
 mod pace;
 mod parcel;
@@ -42,13 +49,16 @@ pub mod target;
 pub use parcel::{Parcel, Stock};
 pub use target::{Clones, Error};
 
-use crate::{api::Copied, platform::Slot};
+use crate::{api::Copied, platform::Slot, text::Reason};
 
 /// How long a target waits for its source, once it has begun.
 pub const LEASE: Duration = Duration::from_secs(20);
 
 /// How long another platform has for each answer.
 pub const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long a source tries to commit: the lease, and time for a target that notices its end late.
+const COMMIT_LIMIT: Duration = LEASE.saturating_mul(2);
 
 /// Most ranges of chunks that a target names as missing: where there are more, it asks for what lies between them too.
 pub const MAX_RANGES: usize = 4096;
@@ -120,7 +130,8 @@ pub enum Stage {
     /// Nothing is left of it.
     Aborted {
         /// Why.
-        why: String,
+        #[schema(value_type = String)]
+        why: Reason,
     },
 }
 

@@ -3,10 +3,12 @@
 use std::{collections::HashMap, fs::File, io, sync::Arc};
 
 use hyper::body::Bytes;
-use rustix::fs::{SealFlags, fcntl_get_seals};
 
 use super::record;
-use crate::capsule::{self, Capsule, Chunk, Description, Digest, Digests, Header, LayerManifest};
+use crate::{
+    capsule::{self, Capsule, Chunk, Description, Digest, Digests, Header, IsWanted, LayerManifest},
+    memory,
+};
 
 /// An image, what it says of itself, and where its memory is.
 #[derive(Debug)]
@@ -26,7 +28,15 @@ impl Parcel {
     /// # Errors
     /// [`capsule::Error`].
     pub fn of(capsule: &Capsule, digests: &Digests) -> Result<Self, capsule::Error> {
-        let (description, image) = capsule.describe(digests)?;
+        Self::of_while(capsule, digests, &|| true)
+    }
+
+    /// The same, for as long as somebody wants it.
+    ///
+    /// # Errors
+    /// As [`Parcel::of`], and [`capsule::Error::CalledOff`].
+    pub fn of_while(capsule: &Capsule, digests: &Digests, is_wanted: IsWanted<'_>) -> Result<Self, capsule::Error> {
+        let (description, image) = capsule.describe_while(digests, is_wanted)?;
         Self::new(description, image.layers().iter().map(|layer| Arc::clone(&layer.file)).collect())
     }
 
@@ -83,11 +93,6 @@ impl Parcel {
     }
 }
 
-/// Whether nobody can write to a file, by whatever way.
-fn is_sealed(file: &File) -> bool {
-    fcntl_get_seals(file).is_ok_and(|seals| seals.contains(SealFlags::WRITE))
-}
-
 /// The memory of images that are there: who is sent another image need not be sent what that has in common with them.
 #[derive(Debug)]
 pub struct Stock {
@@ -97,6 +102,13 @@ pub struct Stock {
 }
 
 impl Stock {
+    /// How much memory the stock of some images takes, in bytes.
+    pub fn cost(parcels: &[Arc<Parcel>]) -> u64 {
+        // A table is up to twice as large as what is in it.
+        let entry = 2 * size_of::<(Digest, (usize, usize))>() as u64;
+        parcels.iter().map(|parcel| u64::from(parcel.chunks())).sum::<u64>().saturating_mul(entry)
+    }
+
     /// That of some images.
     pub fn of(parcels: Vec<Arc<Parcel>>) -> Self {
         let all = parcels.iter().enumerate().flat_map(|(number, parcel)| {
@@ -111,7 +123,7 @@ impl Stock {
         let is_same = |layer: &LayerManifest| layer.file_pages == wanted.file_pages && layer.chunks == wanted.chunks;
         self.parcels.iter().find_map(|parcel| {
             let at = parcel.description.memory.layers.iter().position(is_same)?;
-            Some(&parcel.files[at]).filter(|file| is_sealed(file)).map(Arc::clone)
+            Some(&parcel.files[at]).filter(|file| memory::is_sealed(file).is_ok_and(|sealed| sealed)).map(Arc::clone)
         })
     }
 

@@ -10,6 +10,9 @@ const HEAD_BYTES: usize = 8;
 /// Longest record's data in bytes: a chunk, and which of its pages are not zero.
 const MAX_DATA_BYTES: u64 = CHUNK_BYTES + 8;
 
+/// Longest record in bytes.
+pub const MAX_BYTES: u64 = HEAD_BYTES as u64 + MAX_DATA_BYTES;
+
 /// Appends the record of a chunk to others. Its data is what `make` appends.
 ///
 /// # Errors

@@ -14,15 +14,17 @@ use std::{
 use hyper::{Method, StatusCode, body::Bytes};
 use uuid::Uuid;
 
-use super::{LEASE, Missing, Order, Parcel, Stage, pace::Pace, supply::Supply};
+use super::{COMMIT_LIMIT, LEASE, Missing, Order, Parcel, Stage, pace::Pace, supply::Supply};
 use crate::{
     api::{
         Copied,
-        client::{self, Connection, Content, Link},
+        client::{self, Connection, Content, GoesOn, Link},
     },
     capsule,
     memory::WorkingSet,
+    platform::LAUNCH_TIMEOUT,
     sync::lock,
+    text::Reason,
 };
 
 /// How long the source waits before it tries again to reach its target, at first and at most.
@@ -32,8 +34,9 @@ const MOST_DELAY: Duration = Duration::from_secs(1);
 /// How often it asks whether a target is ready that is being prepared.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
-/// How long it tries to commit: the lease, and time for a target that notices its end late.
-const COMMIT_LIMIT: Duration = LEASE.saturating_mul(2);
+/// How long a target may prepare copies: as long as these may take until they are ready there, and the time
+/// of a lease.
+const PREPARE_LIMIT: Duration = LAUNCH_TIMEOUT.saturating_add(LEASE);
 
 /// Why a clone is not made.
 #[derive(Debug, thiserror::Error)]
@@ -46,10 +49,16 @@ pub enum Error {
     Capsule(#[from] capsule::Error),
     /// The target is elsewhere than it should be.
     #[error("the target says that the clone is {0}")]
-    Stage(String),
+    Stage(Reason),
+    /// It takes too long there.
+    #[error(
+        "the target has prepared the copies for longer than {PREPARE_LIMIT:?} and not said that they wait: the clone is \
+         called off; see the log there, or send it to another platform"
+    )]
+    Slow,
     /// It was undone there.
     #[error("the target has undone the clone: {0}")]
-    Aborted(String),
+    Aborted(Reason),
     /// A thread could not be started, or failed.
     #[error("can't send on several connections")]
     Thread(#[source] io::Error),
@@ -57,8 +66,11 @@ pub enum Error {
     #[error("the fork was called off")]
     CalledOff,
     /// Nobody knows whether the copies run.
-    #[error("the target could not be reached any more to let the copies run: whether they do is for it to say")]
-    Unknown(#[source] client::Error),
+    #[error(
+        "the target was told to let the copies run, and it is not known whether they do: it could not be reached any \
+         more, has not decided, does not name all of them, or has forgotten the clone; `host-vmm ps` tells it there"
+    )]
+    Unknown(#[source] Option<client::Error>),
 }
 
 /// How a clone is sent.
@@ -138,32 +150,38 @@ impl Target {
         Self { link, path, is_wanted }
     }
 
-    /// Does something that does no harm when it is done twice, again and again until the target says yes or no, `limit` is over, or the clone
-    /// is not wanted enough any more. What is long to do, and breaks off in the middle, has its limit from there on; but not for ever.
+    /// Does something that does no harm when it is done twice, again and again until the target says yes or
+    /// no, `limit` is over, or the clone is not wanted enough any more. What is long to do, and breaks off in
+    /// the middle, has its limit from there on; but not for ever. A clone that is not wanted at all any more
+    /// is not waited for in the middle of an answer either.
     pub(super) fn insist<T>(
         &self,
         limit: Duration,
         ask: impl FnMut(&mut Connection, &str) -> Result<T, client::Error>,
     ) -> Result<T, client::Error> {
-        self.insist_where(client::Error::may_pass, limit, ask)
+        self.insist_where(client::Error::may_pass, limit, MAX_ANEW, ask)
     }
 
-    /// The same, where what goes wrong may be different the next time as this says.
+    /// The same, where what goes wrong may be different the next time as `may_pass` says, and what has gone
+    /// on for as long as the limit is begun anew so often.
     fn insist_where<T>(
         &self,
         may_pass: impl Fn(&client::Error) -> bool,
         limit: Duration,
+        mut anew: u32,
         mut ask: impl FnMut(&mut Connection, &str) -> Result<T, client::Error>,
     ) -> Result<T, client::Error> {
-        let (mut began, mut delay, mut anew) = (Instant::now(), FIRST_DELAY, 0);
+        let (mut began, mut delay) = (Instant::now(), FIRST_DELAY);
+        let is_wanted = Arc::clone(&self.is_wanted);
+        let goes_on: GoesOn = Arc::new(move || is_wanted() != Wanted::No);
         loop {
             let attempt = Instant::now();
-            let error = match self.link.ask(|connection| ask(connection, &self.path)) {
+            let error = match self.link.ask_while(&goes_on, |connection| ask(connection, &self.path)) {
                 Err(error) if may_pass(&error) => error,
                 answer => return answer,
             };
-            if attempt.elapsed() >= limit && anew < MAX_ANEW {
-                (began, anew) = (Instant::now(), anew + 1);
+            if attempt.elapsed() >= limit && anew > 0 {
+                (began, anew) = (Instant::now(), anew - 1);
             }
             if began.elapsed() + delay >= limit || (self.is_wanted)() != Wanted::Yes {
                 return Err(error);
@@ -171,6 +189,11 @@ impl Target {
             thread::sleep(delay);
             delay = (delay * 2).min(MOST_DELAY);
         }
+    }
+
+    /// Fails where the clone is not wanted any more.
+    fn check_wanted(&self) -> Result<(), Error> {
+        if (self.is_wanted)() == Wanted::No { Err(Error::CalledOff) } else { Ok(()) }
     }
 
     /// Tells it what the capsule says of itself, and has it say what it lacks.
@@ -182,8 +205,10 @@ impl Target {
         self.insist(limit, |connection, path| connection.ask_for(Method::GET, path, Content::none()))
     }
 
-    /// Has it launch the copies, and waits until they are ready.
+    /// Has it launch the copies, and waits until they are ready, for as long as that may take and they are
+    /// wanted.
     fn prepare(&self) -> Result<(), Error> {
+        let began = Instant::now();
         let mut stage = self.insist(LEASE, |connection, path| {
             connection.ask_for(Method::POST, &format!("{path}/prepare"), Content::none())
         })?;
@@ -191,9 +216,11 @@ impl Target {
             match stage {
                 Stage::Prepared | Stage::Committed { .. } => return Ok(()),
                 Stage::Aborted { why } => return Err(Error::Aborted(why)),
+                Stage::Preparing if began.elapsed() >= PREPARE_LIMIT => return Err(Error::Slow),
                 Stage::Preparing => thread::sleep(LOOK_AGAIN),
-                Stage::Reserved | Stage::Receiving => return Err(Error::Stage(format!("{stage:?}"))),
+                Stage::Reserved | Stage::Receiving => return Err(Error::Stage(Reason::of(format_args!("{stage:?}")))),
             }
+            self.check_wanted()?;
             stage = self.stage(LEASE)?;
         }
     }
@@ -237,11 +264,10 @@ pub fn send(
 ) -> Result<Prepared, Error> {
     let mut prepared = Prepared::order(link, id, order, is_wanted)?;
     let target = &prepared.target;
+    target.check_wanted()?;
     let Missing { chunks } = target.describe(parcel.head())?;
     send_memory(target, parcel, chunks, settings, progress)?;
-    if (target.is_wanted)() == Wanted::No {
-        return Err(Error::CalledOff);
-    }
+    target.check_wanted()?;
     target.prepare()?;
     prepared.heard = Instant::now();
     Ok(prepared)
@@ -263,6 +289,7 @@ pub fn send_lazily(
     prepared.supply = Some(Arc::clone(supply));
     let target = &prepared.target;
     let first = supply.first_chunks(working_set);
+    target.check_wanted()?;
     target.insist(LEASE, |connection, path| {
         let (head, supply, is_wanted) = (supply.head().clone(), Arc::clone(supply), Arc::clone(&target.is_wanted));
         let chunks = first.clone().into_iter().map(move |chunk| {
@@ -271,9 +298,7 @@ pub fn send_lazily(
         });
         describe(connection, path, iter::once(Ok(head)).chain(chunks))
     })?;
-    if (target.is_wanted)() == Wanted::No {
-        return Err(Error::CalledOff);
-    }
+    target.check_wanted()?;
     target.prepare()?;
     prepared.heard = Instant::now();
     Ok(prepared)
@@ -283,13 +308,14 @@ impl Prepared {
     /// Has a target keep room for a clone.
     fn order(link: Link, id: Uuid, order: &Order, is_wanted: IsWanted) -> Result<Self, Error> {
         let target = Target::at(link, format!("/v1/clones/{id}"), is_wanted);
+        target.check_wanted()?;
         let prepared = Self { id, target, supply: None, heard: Instant::now(), is_decided: false };
         let stage: Stage = prepared
             .target
             .insist(LEASE, |connection, path| connection.ask_for(Method::PUT, path, Content::json(order)?))?;
         match stage {
             Stage::Reserved | Stage::Receiving => Ok(prepared),
-            stage => Err(Error::Stage(format!("{stage:?}"))),
+            stage => Err(Error::Stage(Reason::of(format_args!("{stage:?}")))),
         }
     }
 
@@ -320,16 +346,30 @@ impl Prepared {
         self.target.is_wanted = Arc::new(|| Wanted::Yes);
         // Whoever can't be trusted or understood is not the target: only that knows what has come of the clone.
         let is_open = |error: &client::Error| !matches!(error, client::Error::Refused { .. });
-        let stage = self.target.insist_where(is_open, COMMIT_LIMIT, |connection, path| {
-            connection.ask_for(Method::POST, &format!("{path}/commit"), Content::none())
-        });
-        match stage {
-            Ok(Stage::Committed { vms }) => Ok(vms),
-            Ok(Stage::Aborted { why }) | Err(client::Error::Refused { why, .. }) => Err(Error::Aborted(why)),
-            Ok(stage) => Err(Error::Stage(format!("{stage:?}"))),
-            Err(error) => Err(Error::Unknown(error)),
+        let began = Instant::now();
+        loop {
+            let left = COMMIT_LIMIT.saturating_sub(began.elapsed());
+            let stage = self.target.insist_where(is_open, left, 0, |connection, path| {
+                connection.ask_for(Method::POST, &format!("{path}/commit"), Content::none())
+            });
+            match stage {
+                Ok(Stage::Committed { vms }) => return Ok(vms),
+                Ok(Stage::Aborted { why }) => return Err(Error::Aborted(why)),
+                // Somebody's earlier question is being answered.
+                Ok(Stage::Preparing) if began.elapsed() < COMMIT_LIMIT => thread::sleep(LOOK_AGAIN),
+                Ok(_) => return Err(Error::Unknown(None)),
+                Err(client::Error::Refused { status, why }) if is_undone(status) => return Err(Error::Aborted(why)),
+                Err(error) => return Err(Error::Unknown(Some(error))),
+            }
         }
     }
+}
+
+/// Whether a target that refuses to commit with this status says that none of the copies runs: it has tried
+/// to, or has not come so far. Else, its answer to an earlier question may have been lost: one that knows no
+/// such clone has forgotten what became of it, or was started anew.
+fn is_undone(status: StatusCode) -> bool {
+    status == StatusCode::CONFLICT || status.is_server_error()
 }
 
 impl Drop for Prepared {
@@ -338,12 +378,12 @@ impl Drop for Prepared {
         if self.is_decided || (self.target.is_wanted)() == Wanted::WhileItWorks {
             return;
         }
-        let told = self.target.insist(FIRST_DELAY, |connection, path| {
+        let told = self.target.link.ask(|connection| {
             connection.set_patience(LAST_WORD);
-            connection.ask(Method::DELETE, path, Content::none()).map(drop)
+            connection.ask(Method::DELETE, &self.target.path, Content::none())
         });
         match told {
-            Ok(()) | Err(client::Error::Refused { status: StatusCode::NOT_FOUND, .. }) => {}
+            Ok(_) | Err(client::Error::Refused { status: StatusCode::NOT_FOUND, .. }) => {}
             Err(error) => tracing::debug!(%error, "a target was not told that a clone was called off"),
         }
     }
@@ -452,4 +492,19 @@ fn send_memory(
 /// What a thread has to say.
 fn joined<T>(thread: thread::ScopedJoinHandle<'_, T>) -> Result<T, Error> {
     thread.join().map_err(|_| Error::Thread(io::Error::other("a thread panicked")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_was_undone_is_taken_for_that() {
+        for undone in [409, 500, 503] {
+            assert!(is_undone(StatusCode::from_u16(undone).unwrap()), "{undone}");
+        }
+        for unknown in [400, 403, 404, 413, 429] {
+            assert!(!is_undone(StatusCode::from_u16(unknown).unwrap()), "{unknown}");
+        }
+    }
 }

@@ -21,7 +21,10 @@ use super::{
     source::{IsWanted, Target},
 };
 use crate::{
-    api::client::{self, Content, Link},
+    api::{
+        LEAST_RATE,
+        client::{self, Content, Link},
+    },
     arch::layout::{self, Gpa, PAGE_BYTES},
     capsule::{self, Capsule, Description, Digests, Header, Manifest},
     memory::{Image, WorkingSet},
@@ -86,8 +89,9 @@ impl Supplier {
         need: &Need,
         take: &mut impl FnMut(u32, &[u8]) -> Result<(), super::filling::Error>,
     ) -> Result<(), Error> {
+        let most = record::MAX_BYTES.saturating_mul(need.chunks.len() as u64);
         let answer = self.0.insist(LEASE, |connection, path| {
-            connection.ask(Method::POST, &format!("{path}/chunks"), Content::json(need)?)
+            connection.ask_long(Method::POST, &format!("{path}/chunks"), Content::json(need)?, most)
         })?;
         let (mut records, mut failure) = (Records::default(), None);
         let mut awaited: BTreeSet<u32> = need.chunks.iter().copied().collect();
@@ -110,14 +114,15 @@ impl Supplier {
         }
     }
 
-    /// Has what all of the memory should be.
+    /// Asks for the digests of all of a memory whose layers are known.
     ///
     /// # Errors
-    /// [`Error::Source`].
-    pub fn manifest(&mut self) -> Result<Manifest, Error> {
+    /// [`Error::Source`], or [`Error::Answer`].
+    pub fn manifest(&mut self, outline: &Manifest) -> Result<Manifest, Error> {
+        let most = outline.most_bytes();
         let answer = self.0.insist(LEASE, |connection, path| {
             connection.set_patience(LOOKED_AT);
-            connection.ask(Method::GET, &format!("{path}/manifest"), Content::none())
+            connection.ask_long(Method::GET, &format!("{path}/manifest"), Content::none(), most)
         })?;
         let manifest = capsule::codec::decode(&answer).map_err(|error| Error::Answer(io::Error::other(error)))?;
         Ok(manifest)
@@ -148,7 +153,20 @@ pub struct Supply {
     pace: Pace,
     /// What all of it is, once somebody has wanted to know that.
     manifest: Mutex<Option<Bytes>>,
+    began: Instant,
+    /// Longest time that it is kept, whatever is asked: the time that all of it takes at the least rate, and that of a
+    /// target that does not ask.
+    longest: Duration,
     asked: Mutex<Instant>,
+}
+
+/// Why a memory is not kept for its target any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Over {
+    /// Nobody has asked for it in a while.
+    Idle,
+    /// All of it could have been sent, however slowly.
+    Late,
 }
 
 impl Supply {
@@ -160,6 +178,7 @@ impl Supply {
         let (description, image) = capsule.outline()?;
         let bytes = description.to_bytes()?;
         let header = Header::new(false, 0, &bytes);
+        let file_bytes = description.memory.file_bytes();
         let files = image.layers().iter().map(|layer| Arc::clone(&layer.file)).collect();
         Ok(Self {
             target: target.to_owned(),
@@ -170,6 +189,8 @@ impl Supply {
             files,
             pace: Pace::new(bandwidth),
             manifest: Mutex::default(),
+            began: Instant::now(),
+            longest: KEPT.saturating_add(Duration::from_secs(file_bytes / LEAST_RATE)),
             asked: Mutex::new(Instant::now()),
         })
     }
@@ -182,6 +203,15 @@ impl Supply {
     /// Name of the platform that may have it.
     pub fn target(&self) -> &str {
         &self.target
+    }
+
+    /// Reason to keep it no longer, if there is one.
+    fn over(&self, is_in_use: bool, now: Instant) -> Option<Over> {
+        if now.saturating_duration_since(self.began) >= self.longest {
+            return Some(Over::Late);
+        }
+        let is_idle = now.saturating_duration_since(*lock(&self.asked)) >= KEPT;
+        (is_idle && !is_in_use).then_some(Over::Idle)
     }
 
     /// The chunks that are sent before the clone runs: the first ones, what vCPUs need to go on, and those of a working set.
@@ -251,7 +281,9 @@ impl Supply {
             self.append(*chunk, &mut records)?;
             if records.len() >= PIECE_BYTES || left == 0 {
                 self.pace.wait_for_turn(records.len() as u64, urgent).await;
-                body.send_data(std::mem::take(&mut records).into()).await.map_err(io::Error::other)?;
+                // For a target that takes nothing of what it has asked for, it is not kept either.
+                let taken = tokio::time::timeout(KEPT, body.send_data(std::mem::take(&mut records).into())).await;
+                taken.map_err(|_| io::ErrorKind::TimedOut)?.map_err(io::Error::other)?;
                 *lock(&self.asked) = Instant::now();
             }
         }
@@ -295,14 +327,17 @@ impl Supplies {
 
     /// Lets go of one.
     pub fn remove(&self, id: Uuid) {
-        lock(&self.by_id).remove(&id);
+        // With the last one that has it, its memory is given back, which takes a while.
+        let removed = lock(&self.by_id).remove(&id);
         self.changed.notify_all();
+        drop(removed);
     }
 
     /// Lets go of all.
     pub fn close(&self) {
-        lock(&self.by_id).clear();
+        let removed = std::mem::take(&mut *lock(&self.by_id));
         self.changed.notify_all();
+        drop(removed);
     }
 
     /// Waits until there is none.
@@ -311,10 +346,69 @@ impl Supplies {
         drop(self.changed.wait_while(by_id, |by_id| !by_id.is_empty()).unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// Lets go of those that nobody has asked for in a while, and nobody works with. To be called now and then.
+    /// Lets go of those that nobody has asked for in a while, and nobody works with; and of those that their targets
+    /// have not got within the longest time. To be called now and then.
     pub fn tend(&self) {
-        let is_needed = |supply: &Arc<Supply>| Arc::strong_count(supply) > 1 || lock(&supply.asked).elapsed() < KEPT;
-        lock(&self.by_id).retain(|_, supply| is_needed(supply));
+        self.tend_at(Instant::now());
+    }
+
+    fn tend_at(&self, now: Instant) {
+        let over = |supply: &Arc<Supply>| supply.over(Arc::strong_count(supply) > 1, now);
+        let forgotten: Vec<_> = lock(&self.by_id).extract_if(.., |_, supply| over(supply).is_some()).collect();
         self.changed.notify_all();
+        for (clone, supply) in &forgotten {
+            let platform = &supply.target;
+            match supply.over(false, now) {
+                Some(Over::Late) => tracing::warn!(
+                    %clone,
+                    platform,
+                    longest = ?supply.longest,
+                    "the memory of a clone is not kept for it any more: it has not got all of it within the longest time"
+                ),
+                _ => tracing::warn!(
+                    %clone,
+                    platform,
+                    kept = ?KEPT,
+                    "the memory of a clone is not kept for it any more: it has not asked for any of it in a while"
+                ),
+            }
+        }
+        drop(forgotten);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::capsule::file::tests::capsule;
+
+    #[test]
+    fn a_memory_is_not_kept_for_ever_for_a_target_that_asks_now_and_then() {
+        let (supplies, id) = (Supplies::default(), Uuid::from_u128(1));
+        let add = || {
+            let supply = Arc::new(Supply::of(&capsule(&[]), "b", None).unwrap());
+            supplies.add(id, &supply);
+            supply
+        };
+        let supply = add();
+        let (began, longest) = (supply.began, supply.longest);
+        assert_eq!(longest, KEPT + Duration::from_secs(40 * PAGE_BYTES / LEAST_RATE));
+        let moment = Duration::from_millis(1);
+        let last = began + longest - moment;
+        // Somebody works with it, or has just asked.
+        supplies.tend_at(last);
+        *lock(&supply.asked) = last;
+        drop(supply);
+        supplies.tend_at(last);
+        let supply = supplies.find(id).expect("it is kept");
+        supplies.tend_at(began + longest);
+        assert!(supplies.find(id).is_none(), "it has had its time");
+        drop(supply);
+        // Without anybody who asks, it is not kept for so long.
+        let asked = *lock(&add().asked);
+        supplies.tend_at(asked + KEPT - moment);
+        assert!(supplies.find(id).is_some());
+        supplies.tend_at(asked + KEPT);
+        assert!(supplies.find(id).is_none());
     }
 }

@@ -8,7 +8,7 @@ use std::{
         Arc, Mutex, MutexGuard, TryLockError,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use uuid::Uuid;
@@ -16,25 +16,25 @@ use vmfork_abi::MAX_CHILDREN;
 
 use super::{
     LEASE, MAX_RANGES, Missing, Order, Stage,
+    decisions::{Decision, MAX_IN_ALL, MAX_REMEMBERED, forgettable},
     filling::{self, Filling},
     supply::Supplier,
 };
 use crate::{
     api::Copied,
     capsule::{self, Assembly, Description, Header, Incompatible, header::HEADER_BYTES},
-    error::chain,
+    memory::Grant,
     platform::{self, Copies, Platform, Reservation, is_slots},
     sync::lock,
+    text::Reason,
 };
 
 /// Most clones that are under way at a time.
 const MAX_CLONES: usize = 64;
 
-/// For how long it is remembered what became of a clone.
-const REMEMBERED: Duration = Duration::from_secs(600);
-
-/// Most clones of which it is remembered what became of them.
-const MAX_REMEMBERED: usize = 4096;
+/// Decisions of one source from which on those are forgotten that may be: so many at a time that it is seldom
+/// done.
+const MANY: usize = 2 * MAX_REMEMBERED;
 
 /// Why a clone is not taken in.
 #[derive(Debug, thiserror::Error)]
@@ -48,6 +48,12 @@ pub enum Error {
     /// There are too many.
     #[error("{MAX_CLONES} clones are under way already")]
     TooMany,
+    /// There would be too many to remember what became of them.
+    #[error(
+        "this platform remembers what became of {MAX_IN_ALL} clones, since their sources may still ask for that, and takes \
+         no more until it may forget some: send this one again in two minutes, or to another platform"
+    )]
+    TooManyRemembered,
     /// Others may take the platform for gone, and have its VMs made anew.
     #[error("this platform is cut off from its cluster: it takes no VMs until it is back; ask another one")]
     CutOff,
@@ -108,8 +114,11 @@ enum Progress {
     Receiving(Reservation, Memory),
     Preparing,
     Prepared(Box<Launched>),
+    /// Its copies are let run, or ended since one of them is gone, which takes a while. Nobody waits for that
+    /// with a lock.
+    Committing,
     Committed(Vec<Copied>),
-    Aborted(String),
+    Aborted(Reason),
 }
 
 /// Copies that wait until they may run.
@@ -198,6 +207,7 @@ impl Progress {
             Self::Receiving(..) => "being received",
             Self::Preparing => "being prepared",
             Self::Prepared(_) => "prepared",
+            Self::Committing => "being committed",
             Self::Committed(_) => "committed",
             Self::Aborted(_) => "aborted",
         }
@@ -211,7 +221,7 @@ impl Progress {
         match self {
             Self::Reserved(_) => Stage::Reserved,
             Self::Receiving(..) => Stage::Receiving,
-            Self::Preparing => Stage::Preparing,
+            Self::Preparing | Self::Committing => Stage::Preparing,
             Self::Prepared(_) => Stage::Prepared,
             Self::Committed(vms) => Stage::Committed { vms: vms.clone() },
             Self::Aborted(why) => Stage::Aborted { why: why.clone() },
@@ -226,28 +236,42 @@ impl Incoming {
         lock(&self.progress)
     }
 
+    fn is_decided(&self) -> bool {
+        lock(&self.progress).is_decided()
+    }
+
     /// Whether something is done for it that may take longer than its source's lease.
     fn is_at_work(&self) -> bool {
         let is_described = matches!(self.described.try_lock(), Err(TryLockError::WouldBlock));
-        is_described || matches!(*lock(&self.progress), Progress::Preparing)
+        is_described || matches!(*lock(&self.progress), Progress::Preparing | Progress::Committing)
     }
 
     fn refuse(&self, progress: &Progress, what: &'static str) -> Error {
         Error::Stage { id: self.id, stage: progress.name(), what }
     }
 
-    /// Undoes it, unless it is decided.
+    /// What became of it, once that is decided.
+    fn decision(&self) -> Option<Decision> {
+        let is_committed = match *lock(&self.progress) {
+            Progress::Committed(_) => true,
+            Progress::Aborted(_) => false,
+            _ => return None,
+        };
+        Some(Decision { id: self.id, source: self.order.source.clone(), since: *lock(&self.heard), is_committed })
+    }
+
+    /// Undoes it, unless it is decided, or about to be.
     fn abort(&self, why: &str) -> Stage {
         let undone = {
             let mut progress = self.progress();
-            if progress.is_decided() {
+            if progress.is_decided() || matches!(*progress, Progress::Committing) {
                 return progress.stage();
             }
-            std::mem::replace(&mut *progress, Progress::Aborted(why.to_owned()))
+            std::mem::replace(&mut *progress, Progress::Aborted(why.into()))
         };
         // It takes a while to end copies.
         drop(undone);
-        Stage::Aborted { why: why.to_owned() }
+        Stage::Aborted { why: why.into() }
     }
 }
 
@@ -259,30 +283,46 @@ impl Clones {
     /// Undoes clones whose source is not heard of any more, and forgets those that were decided long ago. To be called now and then.
     pub fn tend(&self) {
         let all: Vec<Arc<Incoming>> = lock(&self.by_id).values().cloned().collect();
-        let is_decided = |incoming: &Incoming| lock(&incoming.progress).is_decided();
         for incoming in &all {
-            if !is_decided(incoming) && !incoming.is_at_work() && lock(&incoming.heard).elapsed() >= LEASE {
+            if !incoming.is_decided() && !incoming.is_at_work() && lock(&incoming.heard).elapsed() >= LEASE {
                 tracing::warn!(clone = %incoming.id, source = incoming.order.source, "a clone's source is gone");
                 incoming.abort("its source was not heard of for the time of its lease");
             }
         }
-        let mut decided: Vec<(Instant, Uuid)> = all
-            .iter()
-            .filter(|incoming| is_decided(incoming))
-            .map(|incoming| (*lock(&incoming.heard), incoming.id))
-            .collect();
-        decided.sort_unstable();
-        let surplus = decided.len().saturating_sub(MAX_REMEMBERED);
-        let is_old =
-            |(number, (since, _)): &(usize, &(Instant, Uuid))| *number < surplus || since.elapsed() >= REMEMBERED;
+        self.forget(Instant::now());
+    }
+
+    /// Forgets what became of clones for which nobody asks any more.
+    fn forget(&self, now: Instant) {
         let mut by_id = lock(&self.by_id);
-        decided.iter().enumerate().filter(is_old).for_each(|(_, (_, id))| drop(by_id.remove(id)));
+        let decisions = by_id.values().filter_map(|incoming| incoming.decision()).collect();
+        let forgotten: Vec<_> = forgettable(decisions, now).iter().filter_map(|id| by_id.remove(id)).collect();
+        drop(by_id);
+        drop(forgotten);
+    }
+
+    /// How many clones of a source are decided.
+    fn decided_of(&self, source: &str) -> usize {
+        let is_one = |incoming: &&Arc<Incoming>| incoming.order.source == source && incoming.is_decided();
+        lock(&self.by_id).values().filter(is_one).count()
     }
 
     /// Undoes all that are not decided.
     pub fn close(&self) {
         let all: Vec<Arc<Incoming>> = lock(&self.by_id).values().cloned().collect();
         all.iter().for_each(|incoming| drop(incoming.abort("the target is being stopped")));
+    }
+}
+
+/// Checks whether there may be one more beside these.
+fn check_count(by_id: &BTreeMap<Uuid, Arc<Incoming>>) -> Result<(), Error> {
+    let decided = by_id.values().filter(|incoming| incoming.is_decided()).count();
+    if by_id.len() - decided >= MAX_CLONES {
+        Err(Error::TooMany)
+    } else if decided >= MAX_IN_ALL {
+        Err(Error::TooManyRemembered)
+    } else {
+        Ok(())
     }
 }
 
@@ -297,17 +337,20 @@ impl Platform {
         {
             return Err(Error::Order("its copies are too many, or numbered wrongly, or its source has no name"));
         }
+        // Nobody may have them be remembered without end, between one look after them and the next.
+        if self.clones().decided_of(&order.source) >= MANY {
+            self.clones().forget(Instant::now());
+        }
         let mut by_id = lock(&self.clones().by_id);
-        if let Some(known) = by_id.get(&id) {
+        if let Some(known) = by_id.get(&id).cloned() {
+            drop(by_id);
             return if known.order == order { Ok(known.progress().stage()) } else { Err(Error::Other(id)) };
         }
         // One that is being started is not among others yet.
         if self.cluster().ok_or(platform::Error::Alone)?.directory.is_partitioned() {
             return Err(Error::CutOff);
         }
-        if by_id.values().filter(|incoming| !lock(&incoming.progress).is_decided()).count() >= MAX_CLONES {
-            return Err(Error::TooMany);
-        }
+        check_count(&by_id)?;
         let progress = Mutex::new(Progress::Reserved(self.reserve(order.slots.len())?));
         let (heard, received_bytes) = (Mutex::new(Instant::now()), AtomicU64::new(0));
         let described = Mutex::default();
@@ -324,15 +367,16 @@ impl Platform {
     }
 
     /// Takes in what a capsule says of itself, checks whether it can run here, and says what of its memory is missing.
+    /// `grant` is for what it says of itself.
     ///
     /// # Errors
     /// [`Error`].
-    pub fn describe_clone(&self, id: Uuid, capsule: &[u8]) -> Result<Missing, Error> {
+    pub fn describe_clone(&self, id: Uuid, capsule: &[u8], grant: Grant) -> Result<Missing, Error> {
         let incoming = self.clones().find(id)?;
         let (header, description) = capsule.split_at_checked(HEADER_BYTES).ok_or(capsule::Error::NoCapsule)?;
         let header = Header::from_bytes(header.try_into().map_err(|_| capsule::Error::NoCapsule)?)?;
         header.check_description(description)?;
-        let description = Description::from_bytes(description)?;
+        let description = Description::from_bytes(description)?.held_by(grant);
         self.check_compatible(&description.requirements)??;
         let mut described = lock(&incoming.described);
         let hash = blake3::hash(capsule);
@@ -344,23 +388,26 @@ impl Platform {
         }
         self.expect(&description, incoming.order.slots.len())?;
         let memory = if incoming.order.lazy {
-            Memory::Lazy(Arc::new(Filling::new(description)?))
+            Memory::Lazy(Arc::new(self.begin_filling(description)?))
         } else {
             Memory::Whole(Arc::new(self.assemble(description)?))
         };
         let chunks = memory.missing();
         let mut progress = incoming.progress();
-        match std::mem::replace(&mut *progress, Progress::Preparing) {
-            Progress::Reserved(reservation) | Progress::Receiving(reservation, _) => {
-                *progress = Progress::Receiving(reservation, memory);
-                *described = Some(hash);
-                Ok(Missing { chunks })
-            }
+        let (reservation, replaced) = match std::mem::replace(&mut *progress, Progress::Preparing) {
+            Progress::Reserved(reservation) => (reservation, None),
+            Progress::Receiving(reservation, memory) => (reservation, Some(memory)),
             other => {
                 *progress = other;
-                Err(incoming.refuse(&progress, "a description"))
+                return Err(incoming.refuse(&progress, "a description"));
             }
-        }
+        };
+        *progress = Progress::Receiving(reservation, memory);
+        *described = Some(hash);
+        // It takes a while to give memory back.
+        drop((progress, described));
+        drop(replaced);
+        Ok(Missing { chunks })
     }
 
     /// The way in for the chunks of a clone.
@@ -413,7 +460,7 @@ impl Platform {
                 return Ok(stage);
             }
             Err(error) => {
-                *progress = Progress::Aborted(chain(&error));
+                *progress = Progress::Aborted(Reason::of_error(&error));
                 return Err(error);
             }
         }
@@ -442,31 +489,38 @@ impl Platform {
         }
     }
 
-    /// Lets the copies of a clone run. Who asks again gets the same answer.
+    /// Lets the copies of a clone run. Who asks again gets the same answer; who does so meanwhile, that they
+    /// are being prepared.
     ///
     /// # Errors
     /// [`Error`]: none of them runs.
     pub fn commit_clone(self: &Arc<Self>, id: Uuid) -> Result<Stage, Error> {
         let incoming = self.clones().find(id)?;
-        let mut progress = incoming.progress();
-        match std::mem::replace(&mut *progress, Progress::Preparing) {
-            Progress::Prepared(launched) => match launched.copies.commit() {
-                Ok(vms) => {
-                    if let Some(begun) = launched.memory {
-                        begun.go_on(self);
-                    }
-                    let vms = vms.into_iter().map(|vm| Copied { id: vm.id, name: vm.name }).collect();
-                    *progress = Progress::Committed(vms);
-                    Ok(progress.stage())
+        let launched = {
+            let mut progress = incoming.progress();
+            match std::mem::replace(&mut *progress, Progress::Committing) {
+                Progress::Prepared(launched) => launched,
+                other => {
+                    *progress = other;
+                    let is_answer = progress.is_decided() || matches!(*progress, Progress::Committing);
+                    return if is_answer { Ok(progress.stage()) } else { Err(incoming.refuse(&progress, "a commit")) };
                 }
-                Err(error) => {
-                    *progress = Progress::Aborted(chain(&error));
-                    Err(error.into())
+            }
+        };
+        let Launched { copies, memory } = *launched;
+        match copies.commit() {
+            Ok(vms) => {
+                if let Some(begun) = memory {
+                    begun.go_on(self);
                 }
-            },
-            other => {
-                *progress = other;
-                if progress.is_decided() { Ok(progress.stage()) } else { Err(incoming.refuse(&progress, "a commit")) }
+                let vms = vms.into_iter().map(|vm| Copied { id: vm.id, name: vm.name.into() }).collect();
+                let mut progress = incoming.progress();
+                *progress = Progress::Committed(vms);
+                Ok(progress.stage())
+            }
+            Err(error) => {
+                *incoming.progress() = Progress::Aborted(Reason::of_error(&error));
+                Err(error.into())
             }
         }
     }
@@ -531,3 +585,7 @@ fn missing(assembly: &Assembly) -> Vec<Range<u32>> {
     }
     missing
 }
+
+#[cfg(test)]
+#[path = "target_test.rs"]
+mod tests;

@@ -61,10 +61,12 @@ fn a_file_may_be_empty() {
         log_dir: "host-vmm.logs".into(),
         events: None,
         max_vms: 1100,
+        max_pause: Duration::from_secs(10),
         ready: 4,
         prefetch: true,
         limits: Vec::new(),
         keep: Vec::new(),
+        image_memory: None,
         sending: Sending::default(),
         placement: toml::Table::new(),
     };
@@ -75,8 +77,8 @@ fn a_file_may_be_empty() {
 fn a_file_is_taken_as_it_says() {
     let config = parse(&format!(
         "{LISTEN}name = 'south'\ncluster = 'etcd://192.0.2.5:2379,[2001:db8::1]:2379/db'\nlease_seconds = 3\nready = 0\n\
-         prefetch = false\nmax_vms = 5\ncpu_profile = 'v3'\ncpu_profile_file = 'v3.json'\nlabels = {{ zone = 'south' }}\nlimits = ['web:children=8']\n\
-         keep = ['web:2', '*']\nclone = {{ lazy = true, bandwidth = 7000000, orders = 'platforms' }}\nevents = 'events.json'\napi = '/run/api.sock'\nplacement = {{ web = {{ zone = 'north' }} }}\n\
+         prefetch = false\nmax_vms = 5\nmax_pause_seconds = 7\ncpu_profile = 'v3'\ncpu_profile_file = 'v3.json'\nlabels = {{ zone = 'south' }}\nlimits = ['web:children=8']\n\
+         keep = ['web:2', '*']\nimage_memory = '3G'\nclone = {{ lazy = true, bandwidth = 7000000, orders = 'platforms' }}\nevents = 'events.json'\napi = '/run/api.sock'\nplacement = {{ web = {{ zone = 'north' }} }}\n\
          etcd = {{ ca = 'e.pem', cert = 'p.pem', key = '../p.key', user = 'u', password_file = '/run/p' }}\n\
          peers = [{{ name = 'a', address = '192.0.2.7:1' }}, {{ name = 'a', address = '192.0.2.8:1', cluster = 'web' }}]"
     ));
@@ -95,10 +97,12 @@ fn a_file_is_taken_as_it_says() {
     let peer = |cluster: &str, at: &str| Peer { name: "a".into(), cluster: cluster.into(), address: address(at) };
     assert_eq!(config.peers, [peer("db", "192.0.2.7:1"), peer("web", "192.0.2.8:1")]);
     assert_eq!((config.lease, config.ready, config.max_vms), (Duration::from_secs(3), 0, 5));
+    assert_eq!(config.max_pause, Duration::from_secs(7));
     assert_eq!((config.prefetch, config.cpu_profile.as_deref()), (false, Some("v3")));
     assert_eq!(config.cpu_profile_file, Some(folder.join("v3.json")));
     assert_eq!(config.limits, ["web:children=8".parse::<Limit>().unwrap()]);
     assert_eq!(config.keep, ["web:2", "*"].map(|keep| keep.parse::<Keep>().unwrap()));
+    assert_eq!(config.image_memory, Some(3 << 30));
     assert_eq!((config.events, config.api), (Some(folder.join("events.json")), Some("/run/api.sock".into())));
     assert_eq!(
         config.sending,
@@ -172,6 +176,8 @@ fn each_mistake_is_told_with_its_field_and_what_would_be_right() {
         ("cpu_profile = ''".into(), ["cpu_profile: ", "\"\" is no name", "1 to 63 characters"]),
         ("lease_seconds = 2".into(), ["lease_seconds: ", "2 is out of range", "from 3 to 60"]),
         ("lease_seconds = 61".into(), ["lease_seconds: ", "61 is out of range", "from 3 to 60"]),
+        ("max_pause_seconds = 0".into(), ["max_pause_seconds: ", "0 is out of range", "from 1 to 600"]),
+        ("image_memory = '1T'".into(), ["image_memory: ", "no size", "8G"]),
         ("max_vms = 0".into(), ["max_vms: ", "no room", "1 or more"]),
         ("limits = ['*:rate=1', 'web']".into(), ["limits[1]: ", "\"web\": must be TYPE:NAME=VALUE", "--limit"]),
         ("keep = ['web:0']".into(), ["keep[0]: ", "TYPE:NUMBER", "--keep"]),

@@ -16,7 +16,10 @@ use serde::Deserialize;
 use vmfork_abi::is_vm_type;
 
 use super::membership::check;
-use crate::platform::{Keep, Limit};
+use crate::{
+    platform::{Keep, Limit},
+    units,
+};
 
 mod cluster;
 
@@ -34,6 +37,12 @@ const LEASE_RANGE: std::ops::RangeInclusive<u64> = 3..=60;
 
 /// Most VMs at a time, where the file does not say it; the same as of `host-vmm run`, as is what follows.
 const MAX_VMS: usize = 1100;
+
+/// Longest pause of a VM for a fork, in seconds.
+const MAX_PAUSE_SECONDS: u64 = 10;
+
+/// The least that it can be, and the most.
+const MAX_PAUSE_RANGE: std::ops::RangeInclusive<u64> = 1..=600;
 
 /// Ready shells.
 const READY: usize = 4;
@@ -117,6 +126,8 @@ pub struct PlatformConfig {
     pub events: Option<PathBuf>,
     /// Most VMs at a time.
     pub max_vms: usize,
+    /// Longest pause of a VM for a fork.
+    pub max_pause: Duration,
     /// How many shells of each shape to keep ready.
     pub ready: usize,
     /// Whether copies make pages ready that others before them have written to.
@@ -125,6 +136,8 @@ pub struct PlatformConfig {
     pub limits: Vec<Limit>,
     /// Which images to keep.
     pub keep: Vec<Keep>,
+    /// Most memory that images from elsewhere take, in bytes; `None`: half of its host's.
+    pub image_memory: Option<u64>,
     /// How clones are sent, and who may order them.
     pub sending: Sending,
     /// Where copies go, as it stands in the file.
@@ -193,10 +206,12 @@ struct Fields {
     log_dir: Option<PathBuf>,
     events: Option<PathBuf>,
     max_vms: Option<usize>,
+    max_pause_seconds: Option<u64>,
     ready: Option<usize>,
     prefetch: Option<bool>,
     limits: Vec<String>,
     keep: Vec<String>,
+    image_memory: Option<String>,
     clone: Sending,
     placement: toml::Table,
 }
@@ -252,14 +267,20 @@ impl Checker<'_> {
             labels: fields.labels,
             cpu_profile: self.cpu_profile(fields.cpu_profile, fields.cpu_profile_file.is_some())?,
             cpu_profile_file: fields.cpu_profile_file.map(absolute),
-            lease: self.lease(fields.lease_seconds.unwrap_or(LEASE_SECONDS))?,
+            lease: self.seconds("lease_seconds", fields.lease_seconds.unwrap_or(LEASE_SECONDS), LEASE_RANGE)?,
             log_dir: fields.log_dir.map_or_else(|| LOG_DIR.into(), absolute),
             events: fields.events.map(absolute),
             max_vms: self.max_vms(fields.max_vms.unwrap_or(MAX_VMS))?,
+            max_pause: self.seconds(
+                "max_pause_seconds",
+                fields.max_pause_seconds.unwrap_or(MAX_PAUSE_SECONDS),
+                MAX_PAUSE_RANGE,
+            )?,
             ready: fields.ready.unwrap_or(READY),
             prefetch: fields.prefetch.unwrap_or(true),
             limits: self.each("limits", &fields.limits, "an entry such as \"web:children=8\", as --limit takes it")?,
             keep: self.each("keep", &fields.keep, "an entry such as \"web:2\", as --keep takes it")?,
+            image_memory: fields.image_memory.map(|text| self.image_memory(&text)).transpose()?,
             sending: self.sending(fields.clone)?,
             placement: fields.placement,
         })
@@ -334,12 +355,13 @@ impl Checker<'_> {
         }
     }
 
-    fn lease(self, seconds: u64) -> Result<Duration, Error> {
-        if LEASE_RANGE.contains(&seconds) {
+    /// A time in seconds that is within a range.
+    fn seconds(self, field: &str, seconds: u64, range: std::ops::RangeInclusive<u64>) -> Result<Duration, Error> {
+        if range.contains(&seconds) {
             return Ok(Duration::from_secs(seconds));
         }
-        let right = format!("from {} to {}", LEASE_RANGE.start(), LEASE_RANGE.end());
-        Err(self.wrong("lease_seconds", format!("{seconds} is out of range"), right))
+        let right = format!("from {} to {}", range.start(), range.end());
+        Err(self.wrong(field, format!("{seconds} is out of range"), right))
     }
 
     fn sending(self, sending: Sending) -> Result<Sending, Error> {
@@ -356,6 +378,11 @@ impl Checker<'_> {
 
     fn max_vms(self, max_vms: usize) -> Result<usize, Error> {
         if max_vms > 0 { Ok(max_vms) } else { Err(self.wrong("max_vms", "0 leaves no room for any VM", "1 or more")) }
+    }
+
+    fn image_memory(self, text: &str) -> Result<u64, Error> {
+        let right = "bytes, or a number with K, M or G, such as \"8G\"";
+        units::size(text).ok_or_else(|| self.wrong("image_memory", format!("{text:?} is no size"), right))
     }
 
     /// The entries of an array that are written as on the command line.

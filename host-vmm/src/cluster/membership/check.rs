@@ -11,6 +11,7 @@ use crate::{
     arch::layout::{MAX_RAM_BYTES, MIN_RAM_BYTES, PAGE_BYTES},
     cluster::member::{Load, MAX_IMAGES, MAX_LABELS, MAX_SHAPES, Member},
     machine::Config,
+    text::Name,
 };
 
 /// Longest description of a platform, as JSON, in bytes.
@@ -29,12 +30,6 @@ const MAX_VCPUS: u8 = 64;
 /// A whole, in thousandths.
 const WHOLE_PERMILLE: u32 = 1000;
 
-/// How much of a name that somebody else wrote goes into a message, in characters.
-pub(super) const NAME_CHARS: usize = 64;
-
-/// How much of a message goes into a log that may quote somebody else.
-pub(super) const MESSAGE_CHARS: usize = 400;
-
 /// What is wrong with what a platform says of itself.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -46,12 +41,12 @@ pub enum Error {
     Json(#[source] serde_json::Error),
     /// It has a name that none can have.
     #[error("{0:?} is no name")]
-    Name(String),
+    Name(Name),
     /// It is another one than was looked for.
     #[error("it says that it is {found}")]
     Stranger {
         /// Who it says it is.
-        found: String,
+        found: Name,
     },
     /// It can't be reached.
     #[error("nobody can be reached at {0}")]
@@ -68,7 +63,7 @@ pub enum Error {
     },
     /// A label, or the CPU profile, can't have this name or value.
     #[error("{0:?} can't be a label or a CPU profile, nor the value of a label")]
-    Label(String),
+    Label(Name),
     /// There are no machines of this shape.
     #[error("there are no machines with {} bytes of memory and {} vCPUs", .0.ram_bytes, .0.vcpus)]
     Shape(Config),
@@ -109,11 +104,11 @@ pub fn check(member: &Member) -> Result<(), Error> {
 /// As [`check`].
 pub fn check_alone(Member { name, cluster, address: _, labels: all, cpu_profile, load }: &Member) -> Result<(), Error> {
     if let Some(bad) = [name, cluster].into_iter().find(|name| !is_vm_type(name)) {
-        return Err(Error::Name(shown(bad, NAME_CHARS)));
+        return Err(Error::Name(bad.as_str().into()));
     }
     labels(all)?;
     if !cpu_profile.is_empty() && !is_label_name(cpu_profile) {
-        return Err(Error::Label(shown(cpu_profile, NAME_CHARS)));
+        return Err(Error::Label(cpu_profile.as_str().into()));
     }
     check_load(load)
 }
@@ -141,7 +136,7 @@ pub fn labels(labels: &BTreeMap<String, String>) -> Result<(), Error> {
     let bad_name = labels.keys().find(|name| !is_label_name(name));
     let bad_value = || labels.values().find(|value| !is_label_value(value));
     match bad_name.or_else(bad_value) {
-        Some(bad) => Err(Error::Label(shown(bad, NAME_CHARS))),
+        Some(bad) => Err(Error::Label(bad.as_str().into())),
         None => Ok(()),
     }
 }
@@ -172,11 +167,6 @@ pub(crate) fn is_reachable(address: SocketAddr) -> bool {
 
 fn at_most(most: usize, what: &'static str, found: usize) -> Result<(), Error> {
     if found > most { Err(Error::TooMany { what, found, most }) } else { Ok(()) }
-}
-
-/// The beginning of what somebody else wrote.
-pub(super) fn shown(text: &str, most_chars: usize) -> String {
-    text.chars().take(most_chars).collect()
 }
 
 #[cfg(test)]

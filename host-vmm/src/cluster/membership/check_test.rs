@@ -88,7 +88,9 @@ fn what_is_too_long_is_not_looked_at() {
 fn messages_quote_no_more_than_the_beginning() {
     let endless = changed(|member| member.name = "é".repeat(10_000));
     let error = check(&endless).unwrap_err().to_string();
-    assert_eq!(error, format!("{:?} is no name", "é".repeat(NAME_CHARS)));
+    assert_eq!(error, format!("\"{}…\" is no name", "é".repeat(62)));
+    let hostile = changed(|member| member.name = "\x1b]2;x\x07".into());
+    assert_eq!(check(&hostile).unwrap_err().to_string(), "\"\\u{1b}]2;x\\u{7}\" is no name");
 }
 
 proptest! {

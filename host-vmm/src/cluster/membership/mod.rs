@@ -115,7 +115,8 @@ impl Directory {
         Ok(Self { etcd: Mutex::new(etcd), _peers: peers::start(peers, &ask, &shared)?, shared })
     }
 
-    /// Takes the own entry out of etcd, if that can be had within a second: others need not wait for the end of its lease.
+    /// Takes the own entry out of etcd, if that can be had within three seconds: others need not wait for the
+    /// end of its lease.
     pub fn leave(&self) {
         let etcd = lock(&self.etcd).take();
         drop(etcd);

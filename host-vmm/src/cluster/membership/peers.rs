@@ -9,6 +9,7 @@ use super::{Ask, Error, Shared, check};
 use crate::{
     cluster::{config::Peer, member::Member},
     error::chain,
+    text::Name,
     threads,
 };
 
@@ -55,10 +56,7 @@ fn report(peer: &Peer, wrong: Option<&str>) {
     let Peer { name, cluster, address } = peer;
     match wrong {
         None => tracing::info!(name, cluster, %address, "a platform answers"),
-        Some(why) => {
-            let why = check::shown(why, check::MESSAGE_CHARS);
-            tracing::warn!(name, cluster, %address, why, "a platform does not answer, or not as it should");
-        }
+        Some(why) => tracing::warn!(name, cluster, %address, why, "a platform does not answer, or not as it should"),
     }
 }
 
@@ -69,7 +67,7 @@ fn accept(peer: &Peer, mut member: Member) -> Result<Member, check::Error> {
     if (&member.name, &member.cluster) == (&peer.name, &peer.cluster) {
         return Ok(member);
     }
-    Err(check::Error::Stranger { found: format!("{} of {}", member.name, member.cluster) })
+    Err(check::Error::Stranger { found: Name::of(format_args!("{} of {}", member.name, member.cluster)) })
 }
 
 #[cfg(test)]

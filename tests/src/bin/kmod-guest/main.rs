@@ -3,6 +3,7 @@
 
 mod at_once;
 mod device;
+mod draws;
 mod fuzz;
 mod module;
 mod notices;
@@ -79,6 +80,10 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         command: Vec<String>,
     },
+    /// Draw random numbers on the last CPU while the VM is forked on the first one.
+    Draws { count: u32 },
+    /// Draw random numbers while somebody else forks the VM.
+    DrawsAlone,
     /// Fork by `vmfork fork` while `vmfork watch` waits for that.
     Watch,
     /// Do what comes to mind.
@@ -136,6 +141,8 @@ fn main() -> anyhow::Result<()> {
             let (program, arguments) = command.split_first().context("a program")?;
             Err(std::process::Command::new(program).args(arguments).exec()).context(program.clone())
         }
+        Command::Draws { count } => draws::run(count),
+        Command::DrawsAlone => draws::alone(),
         Command::Watch => notices::watch(),
         Command::Fuzz { seconds, seed } => fuzz::run(seconds, seed),
         Command::Complaints => complaints(),

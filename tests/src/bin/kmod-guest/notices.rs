@@ -26,10 +26,15 @@ use crate::{complaints, device, drain, is_child};
 /// The generation page, mapped.
 pub(crate) struct Page(NonNull<u64>);
 
+// SAFETY: the mapping belongs to no thread, and is only read.
+unsafe impl Send for Page {}
+
 impl Page {
-    pub(crate) fn map(file: &File) -> anyhow::Result<Self> {
+    /// Maps what `file` has at `offset`.
+    pub(crate) fn map(file: &File, offset: libc::off_t) -> anyhow::Result<Self> {
+        let (read, shared) = (ProtFlags::PROT_READ, MapFlags::MAP_SHARED);
         // SAFETY: the kernel chooses an address that nothing else uses.
-        let page = unsafe { mmap(None, 4096.try_into()?, ProtFlags::PROT_READ, MapFlags::MAP_SHARED, file, 0) }?;
+        let page = unsafe { mmap(None, 4096.try_into()?, read, shared, file, offset) }?;
         Ok(Self(page.cast()))
     }
 
@@ -81,7 +86,7 @@ pub(crate) fn watcher() -> anyhow::Result<()> {
 
 pub(crate) fn run() -> anyhow::Result<()> {
     let mut file = device::open()?;
-    let page = Page::map(&file)?;
+    let page = Page::map(&file, 0)?;
     ensure!(page.rest().iter().all(|word| *word == 0), "the generation page has more than the generation");
     let before = page.generation();
     ensure!(!has_news(&file, PollTimeout::ZERO)?, "there are news before any fork");

@@ -1,6 +1,7 @@
 //! Platforms that know each other by an etcd, which may be gone, or out of reach.
 
 use std::{
+    cell::Cell,
     collections::BTreeMap,
     thread,
     time::{Duration, Instant},
@@ -25,6 +26,20 @@ use super::{
 /// Waits until a platform says whether it is cut off from the others.
 pub(super) fn is_cut_off(running: &Running, is: bool) {
     wait_until(running, &["platforms", "--json"], |known| known["partitioned"] == is);
+}
+
+/// Waits until a platform has heard from its etcd since a moment. One that is not cut off may be about to be: it is a
+/// member until its lease is over, though it has lost etcd and not found it again yet.
+fn has_heard_since(running: &Running, moment: Instant) {
+    let asked = Cell::new(moment.elapsed());
+    wait_until(running, &["platforms", "--json"], |known| {
+        let others = known["platforms"].as_array().and_then(|platforms| platforms.get(1..)).unwrap_or_default();
+        let is_recent =
+            |other: &Value| other["age_ms"].as_u64().is_some_and(|ms| Duration::from_millis(ms) < asked.get());
+        let has_heard = !others.is_empty() && others.iter().all(is_recent);
+        asked.set(moment.elapsed());
+        has_heard
+    });
 }
 
 /// The names of those that a platform knows, its own first.
@@ -115,7 +130,8 @@ fn who_has_ended_is_gone_at_once() {
         |running| running.signal(Signal::SIGTERM).expect("a signal"),
     ];
     for end in ends {
-        let (running, _kernel) = source(&config("a"), 1);
+        let (mut running, _kernel) = source(&config("a"), 1);
+        running.wait_for("the VM", |event| (event["event"] == "started").then_some(())).expect("a VM");
         know_each_other(&stays, 2);
         end(&running);
         running.end().expect("its end");
@@ -156,7 +172,11 @@ fn whenever_an_etcd_is_killed_and_comes_back_all_copies_of_a_fork_run_or_none() 
             }
         });
     }
-    [&forks.source, &targets[0], &targets[1]].into_iter().for_each(|platform| is_cut_off(platform, false));
+    let restarted = Instant::now();
+    for platform in [&forks.source, &targets[0], &targets[1]] {
+        has_heard_since(platform, restarted);
+        is_cut_off(platform, false);
+    }
     know_each_other(&forks.source, 3);
     targets.iter().zip(before).for_each(|(target, before)| before.comes_again(target, 0));
     let forked = forks.end();

@@ -86,7 +86,10 @@ impl Forks {
         let report = carry_out(&mut self.source, self.order, &mut self.told, meanwhile);
         match report["code"].as_u64().expect("a code") {
             0 => {}
-            code if code == u64::from(ErrorCode::Place.number()) => assert!(self.failed.insert(self.last)),
+            code if code == u64::from(ErrorCode::Place.number()) => {
+                println!("fork {}: {}", self.last, report["why"]);
+                assert!(self.failed.insert(self.last));
+            }
             _ => panic!("fork {}: {report}", self.last),
         }
         Duration::from_nanos(report["pause_ns"].as_u64().expect("a time"))

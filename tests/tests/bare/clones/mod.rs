@@ -23,6 +23,7 @@ use vmfork_tests::{
 };
 
 mod bandwidth;
+mod budget;
 mod cluster;
 mod etcd;
 mod faults;
@@ -30,6 +31,8 @@ mod forks;
 mod full;
 mod killed;
 mod partition;
+mod rude;
+mod waits;
 
 use super::{ERROR, ID, INDEX, ROLE, STATUS, join, list, listed, printed};
 
@@ -225,8 +228,14 @@ fn numbers(lines: &[(String, String)], name: &str) -> Vec<u32> {
     of.map(|(_, line)| u32::from_str_radix(line, 16).expect("a number")).collect()
 }
 
+/// A platform's description of itself.
+fn describes_itself(running: &Running, name: &str) -> Value {
+    let known = wait_until(running, &["platforms", "--json"], |known| known["platforms"][0]["name"] == name);
+    known["platforms"][0].clone()
+}
+
 /// Waits until the command prints JSON that is as it should be.
-fn wait_until(running: &Running, command: &[&str], is_right: impl Fn(&Value) -> bool) -> Value {
+pub(super) fn wait_until(running: &Running, command: &[&str], is_right: impl Fn(&Value) -> bool) -> Value {
     let deadline = Instant::now() + PATIENCE;
     loop {
         let answer = serde_json::from_str(&running.ask(command).unwrap_or_default()).unwrap_or_default();
@@ -368,8 +377,7 @@ fn source_with_image(config: &str) -> (Running, String, NamedTempFile) {
     source.wait_for("the VM", |event| (event["event"] == "started").then_some(())).expect("a VM");
     source.type_bytes(b"!").expect("a guest that waits");
     source.wait_for_lines("", 1 + what_a_copy_has().len()).expect("a fork");
-    let images = wait_until(&source, &["image", "ls", "--json"], |images| images[0]["id"].is_string());
-    let image = images[0]["id"].as_str().expect("an ID").to_owned();
+    let image = source.kept_image().expect("an image");
     (source, image, kernel)
 }
 

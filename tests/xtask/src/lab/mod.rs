@@ -25,6 +25,8 @@ use crate::kernel;
 use crate::setup;
 use crate::steps::Steps;
 
+pub(crate) use self::qemu::INTERRUPTED;
+
 /// Where the lab has what `VMFORK_ASSETS` names.
 const ASSETS: &str = "/lab/assets";
 

@@ -24,7 +24,7 @@ use crate::setup::QEMU;
 const TIMED_OUT: u8 = 124;
 
 /// Exit code of a run that was interrupted, as shells have it.
-const INTERRUPTED: u8 = 130;
+pub(crate) const INTERRUPTED: u8 = 130;
 
 /// How long QEMU may take to end before it is killed.
 const GRACE: Duration = Duration::from_secs(5);

@@ -151,6 +151,13 @@ impl Client {
         self.call::<_, LeaseRevokeResponse>(messages::LEASE_REVOKE, LeaseRequest { id: lease }).await.map(drop)
     }
 
+    /// The present value of a key, if there is one.
+    pub(super) async fn get(&self, key: Vec<u8>) -> Result<Option<KeyValue>, Error> {
+        let question = RangeRequest { key, ..RangeRequest::default() };
+        let answer: RangeResponse = self.call(messages::RANGE, question).await?;
+        Ok(answer.kvs.into_iter().next())
+    }
+
     /// Writes something if a condition holds.
     pub(super) async fn put_if(&self, condition: Compare, put: PutRequest) -> Result<Put, Error> {
         let present = RangeRequest { key: put.key.clone(), ..RangeRequest::default() };
@@ -264,6 +271,12 @@ fn end_of(prefix: &str) -> Vec<u8> {
 }
 
 impl Error {
+    /// Whether etcd takes no writes since it has come to its quota (NOSPACE). It goes on to answer all else,
+    /// and to keep leases.
+    pub(super) fn is_full(&self) -> bool {
+        matches!(self, Self::Refused { source, .. } if source.code() == Code::ResourceExhausted)
+    }
+
     /// The error of an attempt to log in: where etcd has said no, it will say so again.
     fn into_login(self, user: &str) -> Self {
         match self {

@@ -235,6 +235,39 @@ fn an_etcd_that_hangs_is_as_one_that_is_gone() {
 }
 
 #[test]
+fn platforms_of_an_etcd_that_is_full_are_members_for_as_long_as_their_leases_live() {
+    let Some(server) = Server::start_with_quota(2 << 20) else { return };
+    let admin = Admin::new(&server.etcd());
+    let proxy = Proxy::to(server.address());
+    let (a, b) = (Platform::new(server.etcd(), "a"), Platform::new(proxy.etcd(), "b"));
+    a.until_sees(&["b"]);
+    b.until_sees(&["a"]);
+    admin.fill();
+    // They have something to say, and can't.
+    a.vms.store(5, Ordering::SeqCst);
+    b.vms.store(6, Ordering::SeqCst);
+    // One has to begin anew meanwhile.
+    proxy.cut();
+    proxy.mend();
+    let start = Instant::now();
+    while start.elapsed() < 2 * LEASE {
+        for (platform, other) in [(&a, "b"), (&b, "a")] {
+            assert_eq!(platform.directory.status(), Status::Joined, "{:?}", start.elapsed());
+            assert_eq!(seen(&platform.directory.members()), [other]);
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let view = a.directory.members();
+    assert!(view.members[0].heard.elapsed() < LEASE, "it is certain that it is there");
+    assert_eq!(view.members[0].member.load.vms, 0, "what it has to do is not known");
+    // A new one can't come in.
+    assert_eq!(Platform::new(server.etcd(), "c").directory.status(), Status::Partitioned);
+    admin.make_room();
+    a.until("the load is seen again", |view| view.members.iter().any(|seen| seen.member.load.vms == 6));
+    b.until("the load is seen again", |view| view.members.iter().any(|seen| seen.member.load.vms == 5));
+}
+
+#[test]
 fn an_etcd_that_comes_late_is_joined_then() {
     let Some(mut server) = Server::start() else { return };
     Admin::new(&server.etcd());

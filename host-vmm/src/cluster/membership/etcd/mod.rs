@@ -27,14 +27,15 @@ use crate::{
     cluster::{config, member::Member},
     machine::new_id,
     sync::lock,
+    text::Reason,
 };
 
 mod client;
 mod messages;
 mod session;
 
-/// How long the end of a membership may take.
-const LAST_CALLS: Duration = Duration::from_secs(1);
+/// How long the end of a membership may take: etcd writes to its disk for that, which may be busy.
+const LAST_CALLS: Duration = Duration::from_secs(3);
 
 /// Why a platform is not a member.
 #[derive(Debug, thiserror::Error)]
@@ -113,7 +114,7 @@ pub enum Error {
     LeaseLost,
     /// Changes are not told any more.
     #[error("etcd ends the watch of other platforms: {0:?}")]
-    WatchEnded(String),
+    WatchEnded(Reason),
     /// What the platform says of itself would not be taken.
     #[error("other platforms would not take what this one says of itself")]
     Own(#[source] check::Error),

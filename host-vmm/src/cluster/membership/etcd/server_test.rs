@@ -53,27 +53,34 @@ pub(super) struct Server {
     tls: Option<EtcdTls>,
     /// Its own certificate, and the key of that.
     identity: Option<(PathBuf, PathBuf)>,
+    /// How much it may store, in bytes; 0: as much as it usually may.
+    quota: u64,
     process: Option<Child>,
 }
 
 impl Server {
     /// Starts one, where there is one: named by `VMFORK_ETCD`, or on the PATH.
     pub(super) fn start() -> Option<Self> {
-        Self::start_with(None, None)
+        Self::start_with(None, None, 0)
+    }
+
+    /// Starts one that may store so many bytes.
+    pub(super) fn start_with_quota(bytes: u64) -> Option<Self> {
+        Self::start_with(None, None, bytes)
     }
 
     /// Starts one that speaks TLS, and asks for certificates that the same CA vouches for.
     pub(super) fn start_with_tls(tls: EtcdTls, identity: (PathBuf, PathBuf)) -> Option<Self> {
-        Self::start_with(Some(tls), Some(identity))
+        Self::start_with(Some(tls), Some(identity), 0)
     }
 
-    fn start_with(tls: Option<EtcdTls>, identity: Option<(PathBuf, PathBuf)>) -> Option<Self> {
+    fn start_with(tls: Option<EtcdTls>, identity: Option<(PathBuf, PathBuf)>, quota: u64) -> Option<Self> {
         // Both are free until they are let go of; nobody else is likely to take them within a moment.
         let free = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
         let ports = free.each_ref().map(|listener| listener.local_addr().unwrap().port());
         let folder = tempfile::tempdir().unwrap();
         drop(free);
-        let mut server = Self { folder, ports, tls, identity, process: None };
+        let mut server = Self { folder, ports, tls, identity, quota, process: None };
         match server.spawn() {
             Ok(process) => server.process = Some(process),
             Err(error) if error.kind() == io::ErrorKind::NotFound && env::var_os("VMFORK_ETCD").is_none() => {
@@ -97,6 +104,7 @@ impl Server {
         command.args(["--listen-client-urls", &clients, "--advertise-client-urls", &clients]);
         command.args(["--listen-peer-urls", &servers, "--initial-advertise-peer-urls", &servers]);
         command.args(["--initial-cluster", &format!("test={servers}")]);
+        command.args(["--quota-backend-bytes", &self.quota.to_string()]);
         if let (Some(EtcdTls { ca, .. }), Some((cert, key))) = (&self.tls, &self.identity) {
             command.arg("--cert-file").arg(cert).arg("--key-file").arg(key);
             command.arg("--client-cert-auth").arg("--trusted-ca-file").arg(ca);
@@ -155,6 +163,41 @@ struct Texts {
     first: String,
     #[prost(string, tag = "2")]
     second: String,
+}
+
+/// A request about alarms: what is to be done, whose, and which.
+#[derive(Clone, PartialEq, Message)]
+struct AlarmRequest {
+    #[prost(int32, tag = "1")]
+    action: i32,
+    #[prost(uint64, tag = "2")]
+    member: u64,
+    #[prost(int32, tag = "3")]
+    alarm: i32,
+}
+
+/// Alarms, as members and what each is about.
+#[derive(Clone, PartialEq, Message)]
+struct Alarms {
+    #[prost(message, repeated, tag = "2")]
+    alarms: Vec<Alarm>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Alarm {
+    #[prost(uint64, tag = "1")]
+    member: u64,
+    #[prost(int32, tag = "2")]
+    alarm: i32,
+}
+
+/// What a compaction goes up to, and whether to wait until the room is free.
+#[derive(Clone, PartialEq, Message)]
+struct CompactRequest {
+    #[prost(int64, tag = "1")]
+    revision: i64,
+    #[prost(bool, tag = "2")]
+    physical: bool,
 }
 
 /// A request of one number.
@@ -235,6 +278,32 @@ impl Admin {
     pub(super) fn compact(&self) {
         let revision = self.runtime.block_on(self.client.list("/", 1, |_| {})).unwrap();
         let Done {} = self.call("/etcdserverpb.KV/Compact", Number { number: revision });
+    }
+
+    /// Writes until etcd takes no more.
+    pub(super) fn fill(&self) {
+        let put = PutRequest { key: "/fill".into(), value: vec![0; 1 << 18], lease: 0 };
+        let write = RequestOp { put: Some(put), range: None };
+        let question = TxnRequest { success: vec![write], ..TxnRequest::default() };
+        loop {
+            match self.runtime.block_on(self.client.call::<_, TxnResponse>(messages::TXN, question.clone())) {
+                Ok(_) => {}
+                Err(error) => return assert!(error.is_full(), "{}", crate::error::chain(&error)),
+            }
+        }
+    }
+
+    /// Makes room in a full etcd, as its operator does.
+    pub(super) fn make_room(&self) {
+        let revision = self.runtime.block_on(self.client.list("/", 1, |_| {})).unwrap();
+        let Done {} = self.call("/etcdserverpb.KV/Compact", CompactRequest { revision, physical: true });
+        let Done {} = self.call("/etcdserverpb.Maintenance/Defragment", Done {});
+        let ask = |action, member, alarm| -> Alarms {
+            self.call("/etcdserverpb.Maintenance/Alarm", AlarmRequest { action, member, alarm })
+        };
+        for Alarm { member, alarm } in ask(0, 0, 0).alarms {
+            ask(2, member, alarm);
+        }
     }
 
     /// From now on, only the user `root` may do anything.

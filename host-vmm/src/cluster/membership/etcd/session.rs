@@ -25,12 +25,12 @@ use crate::{
     cluster::{
         member::Member,
         membership::{
-            Own, Shared,
-            check::{self, MESSAGE_CHARS, NAME_CHARS, shown},
+            Own, Shared, check,
             view::{MAX_MEMBERS, Registered},
         },
     },
     error::chain,
+    text::{Name, Reason},
 };
 
 /// The pause after a session that has failed, and the longest one after several.
@@ -77,6 +77,8 @@ pub(super) struct Registrar {
     holder: Option<(i64, Instant)>,
     /// What is wrong with entries that are left out.
     bad: BTreeMap<String, String>,
+    /// Whether etcd takes no writes at present: its disk's quota is used up.
+    is_full: bool,
 }
 
 impl Registrar {
@@ -91,6 +93,7 @@ impl Registrar {
             told: Vec::new(),
             holder: None,
             bad: BTreeMap::new(),
+            is_full: false,
         }
     }
 
@@ -179,7 +182,7 @@ impl Registrar {
             tokio::select! {
                 answer = watch.message() => match answer {
                     Ok(Some(answer)) => self.apply(answer)?,
-                    Ok(None) => return Err(Error::WatchEnded(String::new())),
+                    Ok(None) => return Err(Error::WatchEnded(Reason::default())),
                     Err(status) => return Err(client.refused(messages::WATCH, status)),
                 },
                 _ = renew.tick() => {
@@ -190,7 +193,10 @@ impl Registrar {
                     };
                     self.settings.shared.change_registered(|registered| registered.confirmed = Some(confirmed));
                 }
-                _ = tell.tick() => self.tell(&client).await?,
+                _ = tell.tick() => match self.tell(&client).await {
+                    Err(error) if error.is_full() => self.complain_of_full(&error),
+                    told => told?,
+                },
             }
         }
     }
@@ -214,13 +220,23 @@ impl Registrar {
         Ok(asked)
     }
 
-    /// Makes the own entry, or takes the one that this process has made before.
+    /// Makes the own entry, or takes the one that this process has made before. One that its lease still
+    /// keeps is not written again: an etcd that is full takes no writes, and the platform is a member for as
+    /// long as the lease lives.
     async fn claim(&mut self, client: &Client) -> Result<(), Error> {
+        if self.created != 0
+            && let Some(found) = client.get(self.key()).await?
+            && self.is_own(&found)
+        {
+            self.told = found.value;
+            return Ok(());
+        }
         let value = self.describe()?;
         let absent = Compare { create_revision: Some(0), ..self.compare(messages::CREATE_REVISION) };
         let found = match client.put_if(absent, self.put(value.clone())?).await? {
             Put::Done(revision) => {
                 (self.created, self.told) = (revision, value);
+                self.takes_writes();
                 return Ok(());
             }
             Put::Not(found) => found.ok_or(Error::EntryLost)?,
@@ -249,7 +265,26 @@ impl Registrar {
             Put::Done(_) => self.told = value,
             Put::Not(_) => return Err(Error::EntryLost),
         }
+        self.takes_writes();
         Ok(())
+    }
+
+    /// Says that etcd is not full any more, if it was.
+    fn takes_writes(&mut self) {
+        if mem::take(&mut self.is_full) {
+            tracing::warn!("etcd takes writes again: other platforms see what this one has to do");
+        }
+    }
+
+    /// Says that etcd is full, once.
+    fn complain_of_full(&mut self, error: &Error) {
+        if !mem::replace(&mut self.is_full, true) {
+            tracing::warn!(
+                why = chain(error),
+                "etcd takes no writes: other platforms see this one, but not what it has to do; compact and defragment etcd, or raise its quota, and \
+                 disarm the alarm"
+            );
+        }
     }
 
     /// Takes all entries, in place of those that were known, and gives back the revision at which they were so.
@@ -268,7 +303,7 @@ impl Registrar {
     /// Takes changes.
     pub(super) fn apply(&mut self, answer: WatchResponse) -> Result<(), Error> {
         if answer.canceled || answer.compact_revision != 0 {
-            return Err(Error::WatchEnded(shown(&answer.cancel_reason, MESSAGE_CHARS)));
+            return Err(Error::WatchEnded(answer.cancel_reason.into()));
         }
         for Event { kind, kv } in answer.events {
             let kv = kv.unwrap_or_default();
@@ -316,7 +351,7 @@ impl Registrar {
         if (member.name.as_str(), &member.cluster) == (name, &self.settings.cluster) {
             return Ok(member);
         }
-        Err(check::Error::Stranger { found: format!("{} of {}", member.name, member.cluster) })
+        Err(check::Error::Stranger { found: Name::of(format_args!("{} of {}", member.name, member.cluster)) })
     }
 
     /// Whose key it is, unless it is the own one, or no platform's.
@@ -324,7 +359,7 @@ impl Registrar {
         let key = String::from_utf8_lossy(key);
         let name = key.strip_prefix(&self.prefix)?;
         if !is_vm_type(name) {
-            self.complain(&shown(name, NAME_CHARS), "that is no name".to_owned());
+            self.complain(&Name::from(name), "that is no name".to_owned());
             return None;
         }
         (name != self.settings.name).then(|| name.to_owned())
@@ -332,7 +367,6 @@ impl Registrar {
 
     /// Says what is wrong with an entry, once.
     fn complain(&mut self, name: &str, why: String) {
-        let why = shown(&why, MESSAGE_CHARS);
         if self.bad.get(name) == Some(&why) {
             return;
         }

@@ -6,6 +6,7 @@ use std::{
     fs,
     hint::black_box,
     io::{BufRead, stdin, stdout},
+    process::Child,
     ptr::NonNull,
     sync::{
         Arc, Barrier,
@@ -16,13 +17,16 @@ use std::{
 };
 
 use anyhow::{Context, anyhow, bail, ensure};
-use clap::{Parser, Subcommand};
+use clap::{Args, Parser, Subcommand};
 use nix::{
+    fcntl::{Flock, FlockArg},
     libc,
-    sched::{CpuSet, sched_setaffinity},
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, CpuSet, sched_setaffinity, unshare},
     sys::{
         mman::{MapFlags, ProtFlags, mmap, munmap},
         reboot::RebootMode,
+        stat::{Mode, SFlag, makedev, mknod},
         termios::tcdrain,
     },
     time::{ClockId, clock_gettime, clock_settime},
@@ -32,6 +36,8 @@ use serde_json::json;
 use vmfork::{Fork, ForkError, ForkRequest, Placement, Role};
 use vmfork_abi::{Request, doorbell};
 use vmfork_tests::bare::{CONTROL_PAGE, DOORBELL};
+
+mod clocks;
 
 const PAGE: usize = 4096;
 
@@ -47,6 +53,8 @@ enum Command {
     Hello,
     /// Print the kernel's log.
     KernelLog,
+    /// Fork so often, while a thread on each vCPU looks whether a clock goes back; each copy prints its clocks.
+    Clocks { forks: u32 },
     /// Make the kernel panic.
     Panic,
     /// Set the clock an hour back, and fork once for each count; each copy prints who it is, and ends.
@@ -67,6 +75,22 @@ enum Command {
     Storm,
     /// Ring the doorbell on all vCPUs at once, past the library and its lock, and then fork as one should.
     RingAtOnce { rings: u32 },
+    /// Fork from so many containers at once, first while this program has the turn, and then without; each
+    /// prints what it is told.
+    Containers { containers: u32 },
+    /// Be such a container: in namespaces of its own, and every second one with a /dev of its own, start the
+    /// program in it.
+    Container(Contained),
+    /// Be the program in such a container: fork into one child or two, and in a child power the VM off.
+    Contained(Contained),
+}
+
+#[derive(Debug, Clone, Copy, Args)]
+struct Contained {
+    /// Which container it is.
+    number: u32,
+    /// How long it waits for its turn; without it, for ever.
+    timeout_ms: Option<u64>,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -80,6 +104,7 @@ fn main() -> anyhow::Result<()> {
                 println!("LOG {line}");
             }
         }
+        Command::Clocks { forks } => clocks::run(forks)?,
         Command::Panic => fs::write("/proc/sysrq-trigger", "c")?,
         Command::Forks { counts } => forks(&counts)?,
         Command::Memory { mib, children } => memory(mib, children)?,
@@ -94,6 +119,9 @@ fn main() -> anyhow::Result<()> {
         }
         Command::Storm => storm()?,
         Command::RingAtOnce { rings } => ring_at_once(rings)?,
+        Command::Containers { containers } => fork_from_containers(containers)?,
+        Command::Container(arguments) => container(arguments)?,
+        Command::Contained(arguments) => contained(arguments)?,
     }
     Ok(())
 }
@@ -390,6 +418,78 @@ fn permit_doorbell() -> anyhow::Result<()> {
 fn ring(command: u32) {
     // SAFETY: the calling thread may use the port, and what stands behind it changes the control page only.
     unsafe { asm!("out dx, eax", in("dx") DOORBELL, in("eax") command, options(nostack, preserves_flags)) };
+}
+
+/// Starts this program again, with another command.
+fn again(command: &str, Contained { number, timeout_ms }: Contained) -> std::io::Result<Child> {
+    let arguments = [u64::from(number)].into_iter().chain(timeout_ms).map(|argument| argument.to_string());
+    std::process::Command::new("/proc/self/exe").arg(command).args(arguments).spawn()
+}
+
+fn fork_from_containers(containers: u32) -> anyhow::Result<()> {
+    // What a slow host makes the kernel say would stand in the middle of a line.
+    fs::write("/proc/sys/kernel/printk", "1")?;
+    // As vmfork-abi says of programs that use the page themselves. This guest's /dev is the kernel's
+    // devtmpfs.
+    let turn = Flock::lock(fs::File::open("/dev/mem")?, FlockArg::LockExclusive).map_err(|(_, errno)| errno)?;
+    start_containers(containers, Some(50))?;
+    drop(turn);
+    start_containers(containers, None)
+}
+
+fn start_containers(containers: u32, timeout_ms: Option<u64>) -> anyhow::Result<()> {
+    let start = |number| again("container", Contained { number, timeout_ms });
+    for mut container in (0..containers).map(start).collect::<Result<Vec<_>, _>>()? {
+        let status = container.wait()?;
+        ensure!(status.success(), "a container ended with {status}");
+    }
+    Ok(())
+}
+
+fn container(arguments: Contained) -> anyhow::Result<()> {
+    let of_its_own = [
+        CloneFlags::CLONE_NEWNS,
+        CloneFlags::CLONE_NEWCGROUP,
+        CloneFlags::CLONE_NEWIPC,
+        CloneFlags::CLONE_NEWNET,
+        CloneFlags::CLONE_NEWPID,
+        CloneFlags::CLONE_NEWUTS,
+    ];
+    unshare(of_its_own.into_iter().collect())?;
+    let none = None::<&str>;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
+    mount(none, "/run", Some("tmpfs"), MsFlags::empty(), none)?;
+    if arguments.number % 2 == 1 {
+        mount(none, "/dev", Some("tmpfs"), MsFlags::empty(), none)?;
+        for (path, minor) in [("/dev/mem", 1), ("/dev/null", 3), ("/dev/urandom", 9)] {
+            mknod(path, SFlag::S_IFCHR, Mode::S_IRUSR | Mode::S_IWUSR, makedev(1, minor))?;
+        }
+    }
+    let status = again("contained", arguments)?.wait()?;
+    ensure!(status.success(), "the program ended with {status}");
+    Ok(())
+}
+
+fn contained(Contained { number, timeout_ms }: Contained) -> anyhow::Result<()> {
+    let vm_type = format!("w{number}");
+    let request = ForkRequest::new(&vm_type, 1 + number % 2)?;
+    let timeout = timeout_ms.map(Duration::from_millis);
+    let forked = request_fork(&timeout.map_or(request, |timeout| request.with_timeout(timeout)))?;
+    let told = match &forked {
+        Ok(fork) => format!("{} {}", fork.role, fork.count),
+        Err(error) => match (error.role(), error.code()) {
+            (None, Some(code)) => format!("refused {code:?}"),
+            (Some(role), None) => format!("{role} of another"),
+            _ => format!("{error:?}"),
+        },
+    };
+    println!("TOLD {vm_type} {told}");
+    if forked.is_ok_and(|fork| fork.role == Role::Child) {
+        tcdrain(stdout()).context("the console does not take its output")?;
+        // In a namespace of processes, reboot(2) is for that namespace alone.
+        fs::write("/proc/sysrq-trigger", "o")?;
+    }
+    Ok(())
 }
 
 fn errors(times: u32) -> anyhow::Result<()> {
