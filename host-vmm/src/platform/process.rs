@@ -140,9 +140,9 @@ impl Zygote {
         let running = Running::get(&mut zygote, &self.cpu_profile);
         let result =
             running.and_then(|running| running.spawn(Spawn { config, is_cold, max_pause: self.max_pause }, count));
-        if result.is_err() {
-            // Answers to orders behind the one that failed may still come, and would be taken for those to later
-            // ones. The next one who needs a zygote starts another.
+        if let Err(Error::Zygote(_)) = result {
+            // Answers may still come, and would be taken for those to later orders. The next one who needs a
+            // zygote starts another.
             *zygote = None;
         }
         result
@@ -178,19 +178,27 @@ impl Running {
         let mut shells = Vec::with_capacity(count);
         while shells.len() < count {
             let batch = BATCH.min(count - shells.len());
-            // Each is ordered before the first one is waited for.
-            let ordered: Vec<_> = (0..batch).map(|_| self.order(spawn)).collect::<Result<_, _>>()?;
+            // Each is ordered before the first one is waited for, and each that is ordered is answered, also where
+            // another one fails: the zygote goes on.
+            let (mut ordered, mut failed) = (Vec::with_capacity(batch), Ok(()));
+            while failed.is_ok() && ordered.len() < batch {
+                failed = self.order(spawn).map(|order| ordered.push(order));
+            }
             let until = Instant::now() + spawn.max_pause.max(PATIENCE);
             for (link, console) in ordered {
-                let process = self.take_process(until)?;
-                shells.push(Shell { config: spawn.config, link: Arc::new(link), console, process });
+                match self.take_process(until) {
+                    Ok(process) => shells.push(Shell { config: spawn.config, link: Arc::new(link), console, process }),
+                    Err(error @ Error::Zygote(_)) => return Err(error),
+                    Err(error) => failed = failed.and(Err(error)),
+                }
             }
+            failed?;
         }
         Ok(shells)
     }
 
     fn order(&self, spawn: Spawn) -> Result<(PlatformLink, File), Error> {
-        let (link, their_link) = PlatformLink::pair().map_err(Error::Zygote)?;
+        let (link, their_link) = PlatformLink::pair().map_err(|error| Error::Start(io::Error::other(error)))?;
         let (console, their_console) = pipe2(OFlag::O_CLOEXEC).map_err(|errno| Error::Start(errno.into()))?;
         self.link.send(&spawn, &[their_link.as_fd(), their_console.as_fd()]).map_err(Error::Zygote)?;
         Ok((link, File::from(console)))
@@ -256,24 +264,42 @@ mod tests {
     use super::*;
     use crate::{arch::layout::MIN_RAM_BYTES, wire::Link};
 
-    #[test]
-    fn after_a_failed_start_no_order_gets_the_answer_to_another() {
+    /// A zygote that answers so many orders, each by its number, or as one that has failed; then it is gone.
+    fn zygote(answers: u32, failing: u32) -> (Zygote, thread::JoinHandle<()>) {
         let (link, theirs) = ZygoteLink::pair().unwrap();
         let theirs = Link::<Spawned, Spawn>::new(theirs);
         let answers = thread::spawn(move || {
             let handle = File::open("/dev/null").unwrap();
-            for number in 0..4 {
+            for number in 0..answers {
                 theirs.receive().unwrap();
-                let answer = if number == 1 { Spawned::Failed("no process".into()) } else { Spawned::Process(number) };
+                let answer =
+                    if number == failing { Spawned::Failed("no process".into()) } else { Spawned::Process(number) };
                 theirs.send(&answer, &[handle.as_fd()]).unwrap();
             }
         });
         let process = Command::new("sleep").arg("1000").spawn().unwrap();
         let zygote = Zygote::new("host".to_owned(), Duration::from_secs(1));
         *lock(&zygote.running) = Some(Running { link, process });
-        let config = Config { vcpus: 1, ram_bytes: MIN_RAM_BYTES };
-        let failed = zygote.spawn(config, false, 4).map(drop);
+        (zygote, answers)
+    }
+
+    const CONFIG: Config = Config { vcpus: 1, ram_bytes: MIN_RAM_BYTES };
+
+    #[test]
+    fn after_a_failed_start_the_zygote_goes_on_and_no_order_gets_the_answer_to_another() {
+        let (zygote, answers) = zygote(6, 1);
+        let failed = zygote.spawn(CONFIG, false, 4).map(drop);
         assert!(matches!(failed, Err(Error::Start(_))), "{failed:?}");
+        let shells = zygote.spawn(CONFIG, false, 2).unwrap();
+        assert_eq!(shells.iter().map(|shell| shell.process.pid()).collect::<Vec<_>>(), [4, 5]);
+        answers.join().unwrap();
+    }
+
+    #[test]
+    fn a_zygote_that_goes_away_amid_its_answers_is_given_up() {
+        let (zygote, answers) = zygote(2, u32::MAX);
+        let failed = zygote.spawn(CONFIG, false, 4).map(drop);
+        assert!(matches!(failed, Err(Error::Zygote(_))), "{failed:?}");
         assert!(lock(&zygote.running).is_none());
         answers.join().unwrap();
     }
