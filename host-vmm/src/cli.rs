@@ -2,16 +2,14 @@
 
 use std::{fs, path::PathBuf};
 
-use clap::{Args, Parser, Subcommand, builder::TypedValueParser};
+use clap::{Args, Parser, Subcommand, ValueEnum, builder::TypedValueParser};
 use uuid::Uuid;
 
 use crate::{
-    arch::profile::{Profile, Subset},
-    cluster::placement::Where,
-    error::chain,
+    base::{error::chain, units},
     platform::{Keep, Limit},
-    units,
-    wire::Step,
+    types::{ForkStep, Locality},
+    vmm::arch::profile::{Profile, Subset},
 };
 
 mod platform;
@@ -151,7 +149,7 @@ pub struct Run {
     /// For tests: let the booted VM's forks fail, one for each step that is named, in order. A fork with
     /// `first-run` does not fail: in its copies, the other vCPUs run 50 ms before the first one.
     #[arg(long, value_name = "STEP", value_delimiter = ',', hide = true)]
-    pub inject_fault: Vec<Step>,
+    pub inject_fault: Vec<ForkStep>,
 }
 
 /// Options of `serve`.
@@ -318,6 +316,27 @@ pub struct Platforms {
     pub json: bool,
 }
 
+/// Where copies are to run.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum Where {
+    /// Wherever the operator's rules say.
+    Any,
+    /// On its own platform.
+    Local,
+    /// On others.
+    Remote,
+}
+
+impl From<Where> for Locality {
+    fn from(place: Where) -> Self {
+        match place {
+            Where::Any => Self::Any,
+            Where::Local => Self::Local,
+            Where::Remote => Self::Remote,
+        }
+    }
+}
+
 /// Options of `place`.
 #[derive(Debug, Args)]
 pub struct Place {
@@ -441,7 +460,7 @@ fn size(text: &str) -> Result<u64, String> {
 
 /// Parses a memory size such as `512M`.
 fn memory_size(text: &str) -> Result<u64, String> {
-    use crate::arch::layout::{MAX_RAM_BYTES, MIN_RAM_BYTES, PAGE_BYTES};
+    use crate::types::{MAX_RAM_BYTES, MIN_RAM_BYTES, PAGE_BYTES};
     let bytes = size(text)?;
     let bytes = Some(bytes).filter(|bytes| (MIN_RAM_BYTES..=MAX_RAM_BYTES).contains(bytes));
     let bytes = bytes.ok_or_else(|| format!("must be from {}M to {}G", MIN_RAM_BYTES >> 20, MAX_RAM_BYTES >> 30))?;

@@ -36,26 +36,12 @@
 //! - [`output`]: standard output, standard error and event files, which never make a VM or a fork wait.
 
 pub mod api;
-pub mod arch;
-pub mod boot;
+pub mod base;
 pub mod capsule;
 pub mod cli;
-mod clock;
 pub mod cluster;
 pub mod command;
-mod descriptors;
-pub mod devices;
-mod error;
-pub mod fork;
-pub mod kvm;
-pub mod machine;
-pub mod memory;
 pub mod node;
-mod outage;
-pub mod output;
 pub mod platform;
-mod sync;
-pub mod text;
-mod threads;
-mod units;
-pub mod wire;
+pub mod types;
+pub mod vmm;

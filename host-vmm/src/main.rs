@@ -8,10 +8,12 @@ use std::{
 use anyhow::Context;
 use clap::Parser;
 use host_vmm::{
+    base::{
+        output::{self, Messages, NodeMessages},
+        text,
+    },
     cli::{Cli, Command},
     command, node,
-    output::{self, Messages, NodeMessages},
-    text,
 };
 use nix::sys::signal::{SigSet, Signal};
 use tracing_subscriber::EnvFilter;

@@ -8,13 +8,12 @@ use serde::de::DeserializeOwned;
 use super::*;
 use crate::{
     cluster::{
-        clone::{Missing, Need, Order, Stage},
         member::Load,
         membership::check,
         placement::{Cause, Explanation, Obstacle, Policy, Reason as Verdict, Score, Wish},
     },
-    machine::Config,
-    platform::{Slot, is_slots},
+    platform::clone::{Missing, Need, Order, Stage},
+    types::{CopySpec, VmShape, are_copies_of_fork},
 };
 
 /// The same, as somebody else understands it.
@@ -76,16 +75,16 @@ proptest! {
         let member = member(&label);
         prop_assert_eq!(&check::parse(&serde_json::to_vec(&member).unwrap()).unwrap(), &member);
         check_told(&Platforms { platforms: vec![Platform { member, age_ms: 5 }], partitioned: lazy })?;
-        let slots: Vec<_> = (1..).zip(ids).map(|(index, id)| Slot { id: Uuid::from_u128(id), index }).collect();
+        let slots: Vec<_> = (1..).zip(ids).map(|(index, id)| CopySpec { id: Uuid::from_u128(id), index }).collect();
         let total = u32::try_from(slots.len()).unwrap();
         let order = told(&Order { source: "north".into(), slots, total, lazy });
-        prop_assert!(is_slots(&order.slots, order.total));
+        prop_assert!(are_copies_of_fork(&order.slots, order.total));
         let missing = Missing { chunks: vec![0..1, 2..number.max(3)] };
         prop_assert!(told(&missing) == missing && missing.is_sound());
         check_told(&Need { chunks: vec![number; 64], urgent: lazy })?;
-        let shape = Config { ram_bytes: 1 << 30, vcpus: 1 };
+        let shape = VmShape { ram_bytes: 1 << 30, vcpus: 1 };
         let (source, images) = ("north".to_owned(), vec![Uuid::from_u128(number.into())]);
-        let wish = Wish { vm_type: "web".into(), count: number, config: shape, location: Where::Any, images, source };
+        let wish = Wish { vm_type: "web".into(), count: number, config: shape, location: Locality::Any, images, source };
         check_told(&wish)?;
         let obstacle = Some(Obstacle { cause: Cause::Label, text: label.clone() });
         let score = Some(Score::default());
@@ -94,6 +93,6 @@ proptest! {
             Explanation { vm_type: label.clone(), count: number, policy: Policy::Spread, placed: lazy, platforms };
         check_told(&explanation)?;
         check_told(&CloneWish { from: Some(label.clone()), to: label, count: number, lazy })?;
-        check_told(&ForkWish { count: number, location: Where::Remote })?;
+        check_told(&ForkWish { count: number, location: Locality::Remote })?;
     }
 }

@@ -21,7 +21,7 @@
 //! | `GET /v1/platform` | a [`Member`](crate::cluster::member::Member) |
 //! | `GET /v1/platforms` | [`Platforms`] |
 //! | `POST /v1/place`, with a [`Wish`](crate::cluster::placement::Wish) | an [`Explanation`](crate::cluster::placement::Explanation) |
-//! | `/v1/clones/ID`, `/v1/supplies/ID` | see [`clone`](crate::cluster::clone) |
+//! | `/v1/clones/ID`, `/v1/supplies/ID` | see [`clone`](crate::platform::clone) |
 //!
 //! An ID may be cut short, for as long as it stands for one image only, or one VM; a VM may be called by its name too. What fails is told as
 //! a [`Failure`].
@@ -43,23 +43,20 @@ use uuid::Uuid;
 pub mod client;
 #[cfg(test)]
 mod json_test;
-mod server;
-mod steady;
-
-pub use server::{Network, ServeError, Server, serve};
-pub(crate) use steady::LEAST_RATE;
+pub mod steady;
 
 use crate::{
+    base::text::{Name, Reason},
     capsule::{
         compat::READABLE_STATE_VERSIONS,
         header::{self, OLDEST_VERSION},
     },
-    cluster::{member::Member, placement::Where},
-    text::{Name, Reason},
+    cluster::member::Member,
+    types::Locality,
 };
 
 /// Version of the API, with which all paths begin.
-const VERSION: u32 = 1;
+pub const VERSION: u32 = 1;
 
 /// The header of a piece of a log that tells where the next one begins, in bytes.
 pub const NEXT_OFFSET: &str = "host-vmm-next-offset";
@@ -275,7 +272,7 @@ pub struct ForkWish {
     pub count: u32,
     /// Where they are to run.
     #[serde(default)]
-    pub location: Where,
+    pub location: Locality,
 }
 
 /// Copies that a fork has made.

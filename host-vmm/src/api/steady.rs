@@ -12,27 +12,27 @@ use tokio::time::{Instant, Sleep, sleep_until};
 
 /// Least rate at which something long must be taken or come, in bytes a second: half of what the least
 /// bandwidth of a clone that can be configured (1 MiB/s) leaves to each of the most connections (64).
-pub(crate) const LEAST_RATE: u64 = 8 << 10;
+pub const LEAST_RATE: u64 = 8 << 10;
 
 /// How slowly a body may come.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Limits {
+pub struct Limits {
     /// Longest time between two pieces.
-    pub(super) between: Duration,
+    pub between: Duration,
     /// Longest time for all of it.
-    pub(super) whole: Duration,
+    pub whole: Duration,
     /// So many bytes that have come give it another second.
-    pub(super) rate: Option<u64>,
+    pub rate: Option<u64>,
 }
 
 /// It comes too slowly.
 #[derive(Debug, thiserror::Error)]
 #[error("what is sent comes too slowly: it had {0:?}")]
-pub(super) struct Slow(pub(super) Duration);
+pub struct Slow(pub Duration);
 
 /// A body that fails where it comes too slowly.
 #[derive(Debug)]
-pub(super) struct Steady<B> {
+pub struct Steady<B> {
     body: B,
     /// None where it may come as slowly as it likes.
     limits: Option<Limits>,
@@ -44,7 +44,7 @@ pub(super) struct Steady<B> {
 
 impl<B> Steady<B> {
     /// One whose time begins now.
-    pub(super) fn new(body: B, limits: Option<Limits>) -> Self {
+    pub fn new(body: B, limits: Option<Limits>) -> Self {
         Self { body, limits, began: Instant::now(), bytes: 0, alarm: None }
     }
 

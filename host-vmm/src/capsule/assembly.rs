@@ -11,8 +11,8 @@ use std::{
 
 use super::{Capsule, Chunk, Description, Error, LayerManifest};
 use crate::{
-    arch::layout::PAGE_BYTES,
-    memory::{self, Budget, Grant},
+    types::PAGE_BYTES,
+    vmm::memory::{self, Budget, Grant},
 };
 
 /// Name of a layer's memory file, as `/proc` shows it.

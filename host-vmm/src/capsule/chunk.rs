@@ -5,7 +5,7 @@ use std::{fs::File, iter, ops::Range, os::unix::fs::FileExt};
 use serde::{Deserialize, Serialize};
 
 use super::Error;
-use crate::arch::layout::PAGE_BYTES;
+use crate::types::PAGE_BYTES;
 
 /// Pages of a chunk.
 pub const CHUNK_PAGES: u64 = 64;
@@ -175,7 +175,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::memory;
+    use crate::vmm::memory;
 
     proptest! {
         #[test]

@@ -46,11 +46,19 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::base::text::Text;
 
     #[test]
     fn a_value_survives() {
         let value = (7u8, String::from("x"), vec![1u64, 2, 3]);
         assert_eq!(decode::<(u8, String, Vec<u64>)>(&encode(&value).unwrap()).unwrap(), value);
+    }
+
+    #[test]
+    fn whoever_decodes_a_text_cuts_it() {
+        let bytes = encode(&"a\n long text".to_owned()).unwrap();
+        assert_eq!(decode::<Text<8>>(&bytes).unwrap(), Text::from("a\n long text"));
+        assert!(decode::<Text<8>>(&bytes).unwrap().as_str().len() <= 8);
     }
 
     #[test]

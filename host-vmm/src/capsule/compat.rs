@@ -14,16 +14,19 @@ use serde::{Deserialize, Serialize};
 
 use super::{Difference, Incompatible};
 use crate::{
-    arch::{
-        cpuid::{self, Shape},
-        features::{self, ARCH_CAPABILITIES_MSR, ARCH_FLAWS, Kind, NUMBERS},
-        layout::PAGE_BYTES,
-        leaf::{self, Leaf, Register, Word},
-        xstate,
+    types::PAGE_BYTES,
+    vmm::{
+        arch::{
+            CpuidEntry, MAX_CPUID_LEAVES, VcpuId,
+            cpuid::{self, Shape},
+            features::{self, ARCH_CAPABILITIES_MSR, ARCH_FLAWS, Kind, NUMBERS},
+            leaf::{self, Leaf, Register, Word},
+            xstate,
+        },
+        devices,
+        kvm::{Model, VcpuState},
+        machine::MachineState,
     },
-    devices,
-    kvm::{CpuidEntry, MAX_CPUID_LEAVES, Model, VcpuId, VcpuState},
-    machine::MachineState,
 };
 
 /// Version of the state in a capsule: another one with each change of [`MachineState`], of guest-physical addresses, or of the interface

@@ -4,13 +4,14 @@ use proptest::{prelude::*, sample::Index};
 
 use super::*;
 use crate::{
-    arch::{
+    capsule::codec,
+    vmm::arch::{
+        CpuidEntry,
         features::Feature,
+        msr::Msr,
         profile::{Profile, Subset},
         samples::{any_cpu, entries, everything},
     },
-    capsule::codec,
-    kvm::{CpuidEntry, Msr},
 };
 
 const ARCH_CAPABILITIES: u64 = 0b1010_1011;

@@ -14,11 +14,13 @@ use super::{
     manifest::Manifest,
 };
 use crate::{
-    arch::layout::PAGE_BYTES,
-    devices::{ControlPageState, DevicesState, OlderDevicesState},
-    kvm::{OlderVcpuState, VcpuState, VmState},
-    machine::{Config, MachineState, VmIdentity},
-    memory::Grant,
+    types::{PAGE_BYTES, VmIdentity, VmShape},
+    vmm::{
+        devices::{ControlPageState, DevicesState, OlderDevicesState},
+        kvm::{OlderVcpuState, VcpuState, VmState},
+        machine::MachineState,
+        memory::Grant,
+    },
 };
 
 /// Kinds from here on say something that nobody needs to know.
@@ -42,7 +44,7 @@ pub struct About {
     /// The VM that it was made of.
     pub original: VmIdentity,
     /// Shape of its copies.
-    pub config: Config,
+    pub config: VmShape,
     /// Number of the guest's request that it was made for; 0 where an operator has asked.
     pub seq: u64,
 }
@@ -244,7 +246,7 @@ impl Description {
         if stored.as_ref().is_some_and(|stored| stored.len() != memory.chunks().count()) {
             return Err(Error::Invalid("it does not say how its memory is stored"));
         }
-        let Config { ram_bytes, vcpus } = about.config;
+        let VmShape { ram_bytes, vcpus } = about.config;
         let is_of_shape =
             machine.vcpus.len() == usize::from(vcpus) && memory.pages.checked_mul(PAGE_BYTES) == Some(ram_bytes);
         if vcpus == 0 || !is_of_shape {

@@ -15,7 +15,7 @@ use super::{
     header::{DATA_OFFSET, HEADER_BYTES, OLDEST_VERSION},
     older, parallel,
 };
-use crate::memory::Budget;
+use crate::vmm::memory::Budget;
 
 /// How much work is put into making a file small: zstd's default.
 const COMPRESSION_LEVEL: i32 = 3;

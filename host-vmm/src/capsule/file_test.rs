@@ -5,16 +5,18 @@ use uuid::Uuid;
 
 use super::*;
 use crate::{
-    arch::layout::PAGE_BYTES,
     capsule::{
         About,
         older::tests::{as_version_1_has_it, saved_as_version_1},
         pack, unpack,
     },
-    devices::ControlPageState,
-    kvm::OlderVcpuState,
-    machine::{Config, MachineState, VmIdentity},
-    memory::{self, Image, Layer, Run},
+    types::{PAGE_BYTES, VmIdentity, VmShape},
+    vmm::{
+        devices::ControlPageState,
+        kvm::OlderVcpuState,
+        machine::MachineState,
+        memory::{self, Image, Layer, Run},
+    },
 };
 
 const PAGE: usize = 4096;
@@ -45,7 +47,7 @@ pub(crate) fn capsule(layers: &[Vec<u8>]) -> Capsule {
         count: 0,
         generation: 3,
     };
-    let config = Config { ram_bytes: PAGES * PAGE_BYTES, vcpus: 1 };
+    let config = VmShape { ram_bytes: PAGES * PAGE_BYTES, vcpus: 1 };
     let about = About { id: Uuid::from_u128(8), created_ns: 9, vm_type: "web".into(), original, config, seq: 10 };
     Capsule { about, state, files }
 }

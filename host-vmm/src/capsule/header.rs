@@ -1,7 +1,7 @@
 //! The first bytes of a capsule: they can be read, and told from other things, without reading more.
 
 use super::Error;
-use crate::arch::layout::PAGE_BYTES;
+use crate::types::PAGE_BYTES;
 
 /// What each capsule begins with.
 const MAGIC: [u8; 8] = *b"VMFORKIM";

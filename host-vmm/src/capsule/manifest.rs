@@ -14,9 +14,9 @@ use serde::{Deserialize, Serialize};
 
 use super::{CHUNK_BYTES, CHUNK_PAGES, Chunk, Error, chunk, parallel};
 use crate::{
-    arch::layout::{MAX_RAM_BYTES, PAGE_BYTES},
-    memory::{self, Image, Layer, MAX_EXTENTS, MAX_LAYERS, Run},
-    sync::lock,
+    base::sync::lock,
+    types::{MAX_RAM_BYTES, PAGE_BYTES},
+    vmm::memory::{self, Image, Layer, MAX_EXTENTS, MAX_LAYERS, Run},
 };
 
 /// Question whether anybody still wants the manifest that is being made.
@@ -313,7 +313,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::memory;
+    use crate::vmm::memory;
 
     const PAGE: usize = 4096;
 
@@ -356,7 +356,7 @@ mod tests {
         let called_off = Manifest::of_while(&image, &digests, &|| looks.fetch_add(1, Ordering::Relaxed) < 2);
         assert!(matches!(called_off, Err(Error::CalledOff)));
         // Each processor has begun one more at most.
-        assert!(looks.into_inner() <= 2 + crate::threads::processors());
+        assert!(looks.into_inner() <= 2 + crate::base::threads::processors());
         assert!(lock(&digests.0).is_empty(), "it is not known what is in it");
         assert_eq!(Manifest::of(&image, &digests).unwrap().layers[0].chunks.len(), 32);
     }

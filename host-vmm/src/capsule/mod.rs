@@ -15,6 +15,8 @@ use serde::{Deserialize, Serialize};
 
 mod assembly;
 mod chunk;
+mod chunk_source;
+pub mod chunk_stream;
 pub mod codec;
 pub mod compat;
 mod description;
@@ -27,12 +29,13 @@ mod parallel;
 
 pub use assembly::Assembly;
 pub use chunk::{CHUNK_BYTES, CHUNK_PAGES, Chunk, Digest};
+pub use chunk_source::{Parcel, Stock};
 pub use description::{About, Description};
 pub use difference::{Difference, Incompatible};
 pub use header::Header;
 pub use manifest::{Digests, IsWanted, LayerManifest, Manifest};
 
-use crate::{
+use crate::vmm::{
     machine::MachineState,
     memory::{self, Image, Layer, Run, budget},
 };

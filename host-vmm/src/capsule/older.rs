@@ -13,11 +13,13 @@ use uuid::Uuid;
 
 use super::{About, Capsule, Error, Header, LayerContents, MAX_BYTES, codec, header::DATA_OFFSET, image, pack};
 use crate::{
-    arch::layout::{MAX_RAM_BYTES, PAGE_BYTES},
-    devices::{ControlPageState, OlderDevicesState},
-    kvm::{OlderVcpuState, VmState},
-    machine::{Config, MachineState, VmIdentity},
-    memory::{self, Budget, MAX_LAYERS},
+    types::{MAX_RAM_BYTES, PAGE_BYTES, VmIdentity, VmShape},
+    vmm::{
+        devices::{ControlPageState, OlderDevicesState},
+        kvm::{OlderVcpuState, VmState},
+        machine::MachineState,
+        memory::{self, Budget, MAX_LAYERS},
+    },
 };
 
 /// Bytes that are read at once.
@@ -30,7 +32,7 @@ struct Description {
     created_ns: u64,
     vm_type: String,
     original: VmIdentity,
-    config: Config,
+    config: VmShape,
     seq: u64,
     state: Vec<u8>,
     layers: Vec<LayerDescription>,
@@ -59,7 +61,7 @@ struct Contents {
 #[derive(Deserialize)]
 #[cfg_attr(test, derive(serde::Serialize))]
 struct Machine {
-    config: Config,
+    config: VmShape,
     vm: VmState,
     vcpus: Vec<OlderVcpuState>,
     devices: OlderDevicesState,

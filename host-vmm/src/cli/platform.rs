@@ -4,8 +4,7 @@ use std::{net::SocketAddr, path::PathBuf, str::FromStr};
 
 use clap::Args;
 
-use super::{copies, vm_name};
-use crate::cluster::placement::Where;
+use super::{Where, copies, vm_name};
 
 /// Which platform is asked.
 #[derive(Debug, Args)]

@@ -33,7 +33,7 @@ use super::{
     peer::Holder,
     tls::{self, Credentials},
 };
-use crate::machine::new_id;
+use crate::types::new_id;
 
 /// Name of the CA's files.
 const CA: &str = "ca";

@@ -6,8 +6,8 @@ use std::{
 };
 
 use super::member::Load;
-use crate::{
-    memory::{HostMemory, HostMemoryError},
+use crate::base::{
+    host_memory::{self, HostMemory},
     threads,
 };
 
@@ -18,9 +18,9 @@ const MEMORY_PRESSURE: &str = "/proc/pressure/memory";
 /// fill in, and 0 or empty here.
 ///
 /// # Errors
-/// [`HostMemoryError`]: the memory can't be told. A kernel that does not tell what waits (no PSI) is taken
+/// [`host_memory::Error`]: the memory can't be told. A kernel that does not tell what waits (no PSI) is taken
 /// for one on which nothing does.
-pub fn read() -> Result<Load, HostMemoryError> {
+pub fn read() -> Result<Load, host_memory::Error> {
     let memory = HostMemory::read()?;
     Ok(Load {
         processors: u32::try_from(threads::processors()).unwrap_or(u32::MAX),

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use crate::machine::Config;
+use crate::types::VmShape;
 
 /// Most labels of a platform, most shapes of machines, and most images that it tells others of.
 pub const MAX_LABELS: usize = 32;
@@ -62,7 +62,7 @@ pub struct Load {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Ready {
     /// The shape.
-    pub config: Config,
+    pub config: VmShape,
     /// How many.
     pub shells: u32,
 }

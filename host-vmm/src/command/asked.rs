@@ -7,7 +7,8 @@ use anyhow::{Context, bail};
 use crate::{
     api::client::Endpoint,
     cli::{Elsewhere, Platform},
-    cluster::{self, certificates::ca_certificate, tls::Credentials},
+    cluster::{certificates::ca_certificate, tls::Credentials},
+    platform::cluster,
 };
 
 /// Where the platform is asked that the options name: `None` is the only one that this user runs.

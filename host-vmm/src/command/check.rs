@@ -6,9 +6,9 @@ use serde::Serialize;
 
 use super::table::json;
 use crate::{
+    base::error::chain,
     cli,
-    error::chain,
-    kvm::probe::{self, Findings, ProbeError},
+    vmm::kvm::probe::{self, Findings, ProbeError},
 };
 
 /// What `--json` prints.

@@ -22,10 +22,10 @@ use crate::{
         self, CloneWish, Transfer,
         client::{self, Endpoint},
     },
+    base::text::Name,
     cli::{self, Original},
     cluster::placement::{Explanation, Wish},
-    machine::Config,
-    text::Name,
+    types::VmShape,
 };
 
 /// How often it is looked how far a clone is.
@@ -81,8 +81,8 @@ pub fn place(options: &cli::Place) -> anyhow::Result<ExitCode> {
     let wish = Wish {
         vm_type: options.vm_type.clone(),
         count: options.count,
-        config: Config { ram_bytes: options.mem, vcpus: options.cpus },
-        location: options.location,
+        config: VmShape { ram_bytes: options.mem, vcpus: options.cpus },
+        location: options.location.into(),
         images: options.image.iter().copied().collect(),
         source: String::new(),
     };

@@ -4,7 +4,10 @@ use std::{fs, path::Path, process::ExitCode};
 
 use anyhow::Context;
 
-use crate::{arch::profile::Subset, cli, kvm::Hypervisor};
+use crate::{
+    cli,
+    vmm::{arch::profile::Subset, kvm::Hypervisor},
+};
 
 /// Prints this host's CPU profile, or what those in files have in common.
 ///

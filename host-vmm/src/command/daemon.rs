@@ -16,25 +16,30 @@ use nix::sys::signal::{SigSet, Signal};
 
 use crate::{
     api::{
-        self, Network,
+        self,
         client::{Connection, Connections, Content},
     },
-    arch::profile::{Profile, Subset},
+    base::{descriptors, error::chain},
     cluster::{
-        Cluster,
-        clone::source,
-        config::{Peer, PlatformConfig, Sending},
         load,
         member::{Load, Member},
         membership::{self, Directory, check},
         peer::{Holder, Role},
         placement::Rules,
+        settings::Peer,
         tls::Credentials,
     },
-    descriptors,
-    error::chain,
-    kvm::Hypervisor,
-    platform::{Platform, Settings},
+    platform::{
+        Platform, Settings,
+        clone::source,
+        cluster::Cluster,
+        config::{PlatformConfig, Sending},
+        server::{self, Network, Server},
+    },
+    vmm::{
+        arch::profile::{Profile, Subset},
+        kvm::Hypervisor,
+    },
 };
 
 /// Files that a platform has open for each VM: its connection, its console, its process, its log, and what its next fork will come with,
@@ -52,7 +57,7 @@ const ANSWER: Duration = Duration::from_secs(3);
 pub(super) struct Daemon {
     pub(super) platform: Arc<Platform>,
     /// Dropped when nothing is to be asked any more.
-    pub(super) server: Option<api::Server>,
+    pub(super) server: Option<Server>,
 }
 
 impl Daemon {
@@ -75,7 +80,7 @@ impl Daemon {
         });
         let server = serve_api(&platform, socket, network.as_ref())?;
         if let Some(config) = config {
-            let address = server.as_ref().and_then(api::Server::address);
+            let address = server.as_ref().and_then(Server::address);
             platform.join(join(&platform, config, address, credentials)?);
         }
         Ok(Self { platform, server })
@@ -97,12 +102,12 @@ fn serve_api(
     platform: &Arc<Platform>,
     socket: Option<&Path>,
     network: Option<&Network>,
-) -> anyhow::Result<Option<api::Server>> {
+) -> anyhow::Result<Option<Server>> {
     if let Some(path) = socket {
-        return Ok(Some(api::serve(platform, path, network)?));
+        return Ok(Some(server::serve(platform, path, network)?));
     }
     let served = api::default_socket().context("can't find a place for the API's socket");
-    let served = served.and_then(|path| Ok(api::serve(platform, &path, network)?));
+    let served = served.and_then(|path| Ok(server::serve(platform, &path, network)?));
     if network.is_some() {
         return served.map(Some);
     }
@@ -139,7 +144,7 @@ fn join(
     let ask = {
         let (credentials, connections) = (credentials.clone(), connections.clone());
         move |peer: &Peer| {
-            let endpoint = crate::cluster::endpoint(&peer.name, peer.address, credentials.as_ref());
+            let endpoint = crate::platform::cluster::endpoint(&peer.name, peer.address, credentials.as_ref());
             let ask = |connection: &mut Connection| connection.ask(Method::GET, "/v1/platform", Content::none());
             Ok(check::parse(&connections.link(endpoint, ANSWER).ask(ask)?)?)
         }

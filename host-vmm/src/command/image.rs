@@ -12,9 +12,9 @@ use super::{
 };
 use crate::{
     api::{Image, Spawned, client},
-    arch::layout::PAGE_BYTES,
     capsule::{self, Description, compat::Requirements},
     cli::{self, ImageCommand},
+    types::PAGE_BYTES,
 };
 
 /// How much of an ID is shown where it is for people: enough to name an image.

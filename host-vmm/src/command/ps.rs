@@ -12,8 +12,8 @@ use super::{
 };
 use crate::{
     api::{Ended, Memory, State, Vm, Vms, client},
+    base::text::Name,
     cli,
-    text::Name,
 };
 
 /// Prints a table of all VMs.

@@ -16,11 +16,10 @@ use anyhow::Context;
 
 use super::daemon::{self, Daemon, block_signals, create, on_signal};
 use crate::{
+    base::output::say,
     cli,
-    cluster::config::PlatformConfig,
-    machine::{Config, End},
-    output::say,
-    platform::{Boot, ConsoleInput, Platform, Settings, Terminal, read_keys},
+    platform::{Boot, ConsoleInput, Platform, Settings, Terminal, config::PlatformConfig, read_keys},
+    types::{ExitReason, VmShape},
 };
 
 /// What every kernel command line starts with: the console; a panic ends the VM at once; there is no PCI to look for.
@@ -43,7 +42,7 @@ pub fn run(options: cli::Run) -> anyhow::Result<ExitCode> {
     let open =
         |what, path: &Path| File::open(path).with_context(|| format!("can't open the {what} {}", path.display()));
     let boot = Boot {
-        config: Config { ram_bytes: options.mem, vcpus: options.cpus },
+        config: VmShape { ram_bytes: options.mem, vcpus: options.cpus },
         prealloc: options.prealloc,
         name: options.name,
         kernel: open("kernel", &options.kernel)?,
@@ -124,18 +123,18 @@ fn read_console(
     Ok(())
 }
 
-fn exit_code(stopped: u8, end: Option<End>) -> ExitCode {
+fn exit_code(stopped: u8, end: Option<ExitReason>) -> ExitCode {
     if stopped != NOT_STOPPED {
         return ExitCode::from(stopped);
     }
     match end {
-        Some(End::PoweredOff | End::Stopped) => ExitCode::SUCCESS,
-        Some(End::Reset) => ExitCode::from(RESET),
-        Some(End::Broken(why) | End::SourceLost(why) | End::Unsealed(why)) => {
+        Some(ExitReason::PoweredOff | ExitReason::Stopped) => ExitCode::SUCCESS,
+        Some(ExitReason::Reset) => ExitCode::from(RESET),
+        Some(ExitReason::Broken(why) | ExitReason::SourceLost(why) | ExitReason::Unsealed(why)) => {
             say(format_args!("the VM can't go on: {why}"));
             ExitCode::FAILURE
         }
-        Some(End::Orphaned) | None => {
+        Some(ExitReason::Orphaned) | None => {
             say(format_args!("the VM's node died"));
             ExitCode::FAILURE
         }

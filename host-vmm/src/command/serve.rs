@@ -5,7 +5,7 @@ use std::{process::ExitCode, sync::mpsc};
 use anyhow::Context;
 
 use super::daemon::{Daemon, block_signals, on_signal, settings};
-use crate::{cli, cluster::config::PlatformConfig, output::say};
+use crate::{base::output::say, cli, platform::config::PlatformConfig};
 
 /// Runs a platform until a signal ends it.
 ///
@@ -16,7 +16,7 @@ pub fn serve(options: &cli::Serve) -> anyhow::Result<ExitCode> {
     // Before any thread starts.
     let signals = block_signals()?;
     let daemon = Daemon::start(settings(&config)?, config.api.as_deref(), Some(&config))?;
-    let address = daemon.server.as_ref().and_then(crate::api::Server::address);
+    let address = daemon.server.as_ref().and_then(crate::platform::server::Server::address);
     let to = address.map_or_else(|| "this host".to_owned(), |address| format!("others at {address}"));
     say(format_args!("the platform {} of the cluster {} serves {to}", config.name, config.cluster));
     let (stop, stopped) = mpsc::channel();

@@ -3,7 +3,7 @@
 use indicatif::BinaryBytes;
 use serde::Serialize;
 
-use crate::text::Reason;
+use crate::base::text::Reason;
 
 /// Whether a column holds words, which stand to the left, or numbers, which stand to the right.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -15,14 +15,16 @@ use std::{
 
 use super::alarm::Alarm;
 use crate::{
-    error::chain,
-    fork::{Engine, Served, rendezvous::Rendezvous},
-    machine::{End, FirstExit, Machine},
-    memory::WorkingSet,
-    sync::lock,
-    text::Reason,
-    threads,
-    wire::{NodeLink, Prefetch, Step, Timing, ToNode, ToPlatform, link},
+    base::{error::chain, sync::lock, text::Reason, threads},
+    node::{
+        fork::{Engine, Served, rendezvous::Rendezvous},
+        wire::{NodeLink, Prefetch, ToNode, ToPlatform, link},
+    },
+    types::{ExitReason, ForkStep, StepTiming},
+    vmm::{
+        machine::{FirstExit, Machine},
+        memory::WorkingSet,
+    },
 };
 
 /// How long console input waits for the guest to take some.
@@ -53,7 +55,7 @@ pub(super) struct Launch {
     /// Number of the request that it comes from.
     pub(super) seq: u64,
     /// Its side of the fork.
-    pub(super) steps: Vec<Timing>,
+    pub(super) steps: Vec<StepTiming>,
     /// When it shows a sign of life.
     pub(super) first_exit: Arc<FirstExit>,
     /// Where it met its parent.
@@ -209,7 +211,7 @@ fn accompany(
     let generation_id = machine.devices.has_generation_id();
     let told = link.send(&ToPlatform::Running { generation_id }, &[]);
     if let Err(error) = listen(machine, engine, link, replies) {
-        machine.gate.end(End::Broken(Reason::of(format_args!("can't start a thread: {error}"))));
+        machine.gate.end(ExitReason::Broken(Reason::of(format_args!("can't start a thread: {error}"))));
     }
     if let Some(Launch { working_set: Prefetch::Fill(working_set), .. }) = &launch {
         // As important as the guest, which it saves more work than it does.
@@ -219,7 +221,7 @@ fn accompany(
     let told = told.and_then(|()| launch.map_or(Ok(()), |launch| report_launch(machine, launch, link)));
     if let Err(error) = told.and_then(|()| report_forks(engine, link, mailbox)) {
         tracing::debug!(error = chain(&error), "the platform is gone");
-        machine.gate.end(End::Orphaned);
+        machine.gate.end(ExitReason::Orphaned);
     }
 }
 
@@ -269,10 +271,10 @@ fn report_forks(engine: &Engine, link: &NodeLink, mailbox: &mut Mailbox) -> Resu
     }
 }
 
-fn add_first_run(steps: &mut Vec<Timing>, first_exit: &FirstExit) {
+fn add_first_run(steps: &mut Vec<StepTiming>, first_exit: &FirstExit) {
     let began_ns = steps.last().map_or(0, |(_, _, end_ns)| *end_ns);
     if let Some(exit_ns) = first_exit.wait(FIRST_EXIT_TIMEOUT) {
-        steps.push((Step::FirstRun, began_ns, exit_ns));
+        steps.push((ForkStep::FirstRun, began_ns, exit_ns));
     }
 }
 
@@ -286,8 +288,8 @@ fn listen(
     let (machine, engine, link) = (Arc::clone(machine), Arc::clone(engine), Arc::clone(link));
     threads::background("platform", move || {
         let end = match take_messages(&machine, &engine, &link, &replies) {
-            Ok(()) => End::Orphaned,
-            Err(error) => End::Broken(Reason::of(format_args!("can't start a thread: {error}"))),
+            Ok(()) => ExitReason::Orphaned,
+            Err(error) => ExitReason::Broken(Reason::of(format_args!("can't start a thread: {error}"))),
         };
         machine.gate.end(end);
     })?;
@@ -308,7 +310,7 @@ fn take_messages(
         let connected = match link.receive() {
             Ok((ToNode::Whole, _)) => {
                 if let Err(error) = machine.become_whole() {
-                    machine.gate.end(End::Broken(Reason::of_error(&error)));
+                    machine.gate.end(ExitReason::Broken(Reason::of_error(&error)));
                 }
                 true
             }

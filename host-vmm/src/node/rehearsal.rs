@@ -7,9 +7,11 @@ use std::{slice, sync::Arc, time::Duration};
 
 use crate::{
     capsule,
-    fork::rendezvous::{self, Rendezvous},
-    machine::Shell,
-    memory::{self, Image, Layer},
+    node::fork::rendezvous::{self, Rendezvous},
+    vmm::{
+        machine::Shell,
+        memory::{self, Image, Layer},
+    },
 };
 
 /// What can go wrong with it. A shell is as good without it, only slower.

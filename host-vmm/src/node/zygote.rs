@@ -23,14 +23,16 @@ use nix::{
 };
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-use super::{pages::Pages, rehearsal, run, sandbox};
+use super::{pages::Pages, process::run, rehearsal, sandbox};
 use crate::{
-    arch::profile::Profile,
-    kvm::Host,
-    machine::{Config, Shell, Workshop},
-    text::Reason,
-    threads,
-    wire::{LINK_FD, Link, NodeLink, Spawn, Spawned, link},
+    base::{text::Reason, threads},
+    node::wire::{LINK_FD, Link, NodeLink, Spawn, Spawned, link},
+    types::VmShape,
+    vmm::{
+        arch::profile::Profile,
+        kvm::Host,
+        machine::{Shell, Workshop},
+    },
 };
 
 /// Memory of the machine that is built for practice.
@@ -107,7 +109,7 @@ fn open_host(profile: &Profile) -> anyhow::Result<Host> {
 /// Does what nodes do until they run, so that it is known which pages that takes.
 fn practise(host: &Arc<Host>) -> anyhow::Result<()> {
     let workshop = Arc::new(Workshop::open(Arc::clone(host))?);
-    let mut shell = Shell::build(&workshop, Config { ram_bytes: PRACTICE_BYTES, vcpus: 1 })?;
+    let mut shell = Shell::build(&workshop, VmShape { ram_bytes: PRACTICE_BYTES, vcpus: 1 })?;
     shell.warm_up()?;
     Ok(rehearsal::rehearse(&shell)?)
 }

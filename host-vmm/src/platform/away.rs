@@ -9,7 +9,7 @@ use vmfork_abi::{ErrorCode, Location};
 
 use super::{
     Error, Platform,
-    copies::{Launch, Slot, list, ordered},
+    copies::{Launch, list, ordered},
     events::Event,
     fork::{Fork, Target},
     node::Node,
@@ -17,23 +17,20 @@ use super::{
 };
 use crate::{
     api::{Copied, ForkedVm, Placement},
-    capsule::{About, Capsule},
-    clock::wall_clock_ns,
-    cluster::{
-        Cluster,
+    base::{clock::wall_clock_ns, error::chain, text::Reason, threads},
+    capsule::{About, Capsule, Parcel},
+    cluster::placement::{Claim, Wish},
+    node::fork::rendezvous::Rendezvous,
+    platform::{
         clone::{
-            self, Parcel,
+            self,
             source::{self, IsWanted, Wanted},
             supply::Supply,
         },
-        placement::{Claim, Where, Wish},
+        cluster::Cluster,
     },
-    error::chain,
-    fork::rendezvous::Rendezvous,
-    machine::new_id,
-    memory::WorkingSet,
-    text::Reason,
-    threads,
+    types::{CopySpec, Locality, new_id},
+    vmm::memory::WorkingSet,
 };
 
 /// How many platforms are tried for copies that could not be launched where they were to go.
@@ -47,7 +44,7 @@ const LEARNT_WITHIN: Duration = Duration::from_secs(10);
 pub(super) struct Share {
     /// Its name.
     platform: String,
-    slots: Vec<Slot>,
+    slots: Vec<CopySpec>,
     /// What is counted there until it knows of them itself; none where it was not chosen by its load.
     claim: Option<Claim>,
 }
@@ -56,14 +53,14 @@ pub(super) struct Share {
 #[derive(Debug, Default)]
 pub(super) struct Placed {
     /// Those that stay here.
-    pub(super) here: Vec<Slot>,
+    pub(super) here: Vec<CopySpec>,
     /// Those that go away.
     pub(super) away: Vec<Share>,
 }
 
 impl Placed {
     /// All of them on one other platform.
-    pub(super) fn on(platform: &str, slots: Vec<Slot>) -> Self {
+    pub(super) fn on(platform: &str, slots: Vec<CopySpec>) -> Self {
         Self { here: Vec::new(), away: vec![Share { platform: platform.to_owned(), slots, claim: None }] }
     }
 }
@@ -99,16 +96,16 @@ impl Platform {
     ///
     /// # Errors
     /// [`Error::Place`] or [`Error::Alone`].
-    pub(super) fn choose(&self, slots: Vec<Slot>, wish: &Wish, but: &[String]) -> Result<Placed, Error> {
+    pub(super) fn choose(&self, slots: Vec<CopySpec>, wish: &Wish, but: &[String]) -> Result<Placed, Error> {
         let Some(cluster) = self.cluster.get() else {
-            let is_here = wish.location != Where::Remote;
+            let is_here = wish.location != Locality::Remote;
             return if is_here { Ok(Placed { here: slots, away: Vec::new() }) } else { Err(Error::Alone) };
         };
         let shares = cluster.place(wish, but).map_err(|why| Error::Place(Box::new(why)))?;
         let mut slots = slots.into_iter();
         let mut placed = Placed::default();
         for (share, claim) in shares {
-            let own: Vec<Slot> = slots.by_ref().take(usize::try_from(share.count).unwrap_or(usize::MAX)).collect();
+            let own: Vec<CopySpec> = slots.by_ref().take(usize::try_from(share.count).unwrap_or(usize::MAX)).collect();
             match claim {
                 Some(_) => placed.away.push(Share { platform: share.platform, slots: own, claim }),
                 None => placed.here.extend(own),
@@ -313,7 +310,7 @@ impl Away {
         for vm in &vms {
             self.platform.events.write(&Event::Sent { id: vm.id, name: &vm.name, platform, seq: self.about.seq });
         }
-        let copy = |Slot { id, index }: &Slot| {
+        let copy = |CopySpec { id, index }: &CopySpec| {
             let name = vms.iter().find(|vm| vm.id == *id)?.name.clone();
             let (platform, placement) = (platform.into(), Placement::Remote);
             Some(ForkedVm { id: *id, name, index: *index, platform, placement })
@@ -322,7 +319,7 @@ impl Away {
     }
 
     /// Lets copies run, and gives those that do.
-    fn commit(&self, platform: &str, slots: &[Slot], prepared: source::Prepared) -> Vec<Copied> {
+    fn commit(&self, platform: &str, slots: &[CopySpec], prepared: source::Prepared) -> Vec<Copied> {
         let id = prepared.id();
         match prepared.commit().map(|vms| ordered(slots, vms)) {
             Ok(vms) => {
@@ -348,7 +345,7 @@ impl Away {
     }
 
     /// Launches copies here after all.
-    fn launch_here(&self, slots: &[Slot]) {
+    fn launch_here(&self, slots: &[CopySpec]) {
         let learned = Arc::default();
         let launch = Launch {
             arrivals: self.total,
@@ -366,7 +363,7 @@ impl Away {
         }
     }
 
-    fn wish(&self, count: usize, location: Where) -> Wish {
+    fn wish(&self, count: usize, location: Locality) -> Wish {
         Wish {
             vm_type: self.about.vm_type.clone(),
             count: u32::try_from(count).unwrap_or(u32::MAX),

@@ -7,26 +7,24 @@ use uuid::Uuid;
 
 use super::{
     Error, Platform,
-    copies::{Copies, Launch, Slot},
+    copies::{Copies, Launch},
     fork::Fork,
     registry::Reservation,
 };
 use crate::{
-    arch::profile::Profile,
+    base::{error::chain, threads},
     capsule::{
-        self, About, Assembly, Capsule, Description, Incompatible,
+        self, About, Assembly, Capsule, Description, Incompatible, Parcel, Stock,
         compat::{Offer, Requirements},
     },
-    cluster::clone::{
-        Clones, Parcel, Stock,
+    platform::clone::{
+        Clones,
         filling::{self, Filling},
         source::IsWanted,
         supply::{Supplier, Supplies, Supply},
     },
-    error::chain,
-    kvm::Host,
-    memory::Budget,
-    threads,
+    types::CopySpec,
+    vmm::{arch::profile::Profile, kvm::Host, memory::Budget},
 };
 
 /// How often it is looked for clones whose source is gone.
@@ -159,7 +157,7 @@ impl Platform {
         self: &Arc<Self>,
         capsule: Capsule,
         description: Description,
-        slots: &[Slot],
+        slots: &[CopySpec],
         total: u32,
         room: Reservation,
     ) -> Result<Copies, Error> {
@@ -179,7 +177,7 @@ impl Platform {
     pub(crate) fn launch_lazily(
         self: &Arc<Self>,
         filling: &Arc<Filling>,
-        slots: &[Slot],
+        slots: &[CopySpec],
         total: u32,
         room: Reservation,
     ) -> Result<Copies, Error> {

@@ -22,11 +22,13 @@ use super::{
     logs::{Log, Logs},
 };
 use crate::{
-    machine::VmIdentity,
-    outage::Outage,
-    output::{Kind, Output, SHOWN_BYTES, Unit, Way},
-    sync::lock,
-    wire::{PlatformLink, ToNode, link},
+    base::{
+        outage::Outage,
+        output::{Kind, Output, SHOWN_BYTES, Unit, Way},
+        sync::lock,
+    },
+    node::wire::{PlatformLink, ToNode, link},
+    types::VmIdentity,
 };
 
 /// Longest line that is held back until it is complete, in bytes; what is longer is shown in pieces.

@@ -6,11 +6,13 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use crate::{
-    clock::monotonic_ns,
-    machine::{End, VmIdentity},
-    output::{Kind, Output, Unit, Way},
-    sync::lock,
-    wire::{Report, Timing},
+    base::{
+        clock::monotonic_ns,
+        output::{Kind, Output, Unit, Way},
+        sync::lock,
+    },
+    node::wire::Report,
+    types::{ExitReason, StepTiming, VmIdentity},
 };
 
 /// Bytes of events that wait to be written: those of some hundred forks at once, with all that their copies
@@ -40,7 +42,7 @@ pub(super) enum Event<'a> {
         vm: &'a VmIdentity,
         seq: u64,
         /// Its side of the fork.
-        steps: &'a [Timing],
+        steps: &'a [StepTiming],
     },
     /// A copy runs on another platform.
     Sent { id: Uuid, name: &'a str, platform: &'a str, seq: u64 },
@@ -50,7 +52,7 @@ pub(super) enum Event<'a> {
     Ended {
         #[serde(flatten)]
         vm: &'a VmIdentity,
-        how: Option<&'a End>,
+        how: Option<&'a ExitReason>,
     },
     /// Events are missing at this place: the file did not take them.
     Missing { count: u64 },

@@ -13,7 +13,7 @@ use vmfork_abi::{ErrorCode, Location, MAX_CHILDREN, is_vm_type};
 use super::{
     Error, Platform,
     away::Placed,
-    copies::{Launch, Slot, list, slots},
+    copies::{Launch, list, slots},
     images::Keeping,
     limits::Recent,
     node::{Awaited, Node},
@@ -24,13 +24,13 @@ use super::{
 };
 use crate::{
     api::{ForkedVm, Placement},
-    cluster::placement::{Where, Wish},
-    error::chain,
-    fork::rendezvous::{self, Rendezvous},
-    machine::{Config, VmIdentity},
-    sync::lock,
-    text::Reason,
-    wire::{CopyOrder, PlatformLink, Prefetch, Step, ToNode},
+    base::{error::chain, sync::lock, text::Reason},
+    cluster::placement::Wish,
+    node::{
+        fork::rendezvous::{self, Rendezvous},
+        wire::{CopyOrder, PlatformLink, Prefetch, ToNode},
+    },
+    types::{CopySpec, ForkStep, Locality, VmIdentity, VmShape},
 };
 
 /// How long children have to themselves before the platform goes on with what nobody waits for.
@@ -47,7 +47,7 @@ const COMMITTED_TIMEOUT: Duration = Duration::from_secs(60);
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Target {
     /// Where they are placed, within this.
-    Chosen(Where),
+    Chosen(Locality),
     /// All of them to one other platform.
     Platform {
         /// Its name, or CLUSTER/NAME.
@@ -65,7 +65,7 @@ pub(super) struct Order {
     /// Number of the guest's request; 0 where an operator has asked.
     pub(super) seq: u64,
     pub(super) target: Target,
-    pub(super) fault: Option<Step>,
+    pub(super) fault: Option<ForkStep>,
 }
 
 /// Who is copied.
@@ -74,7 +74,7 @@ pub(super) struct Original<'a> {
     /// The VM.
     pub(super) vm: &'a VmIdentity,
     /// Its shape.
-    pub(super) config: Config,
+    pub(super) config: VmShape,
     /// Its forks within the last second.
     pub(super) recent: &'a mut Recent,
     /// What is known of its copies.
@@ -276,9 +276,9 @@ impl Fork {
         let mut nodes = Vec::with_capacity(wanted);
         let mut files_for_next = if standby.is_some() { &[] } else { &files[..] };
         let mut shells: Vec<Shell> = standby.into_iter().collect();
-        for (Slot { id, index }, name) in slots.iter().copied().zip(names) {
-            if fault == Some(Step::Launch) && index > total / 2 {
-                return Err(Error::Injected(Step::Launch));
+        for (CopySpec { id, index }, name) in slots.iter().copied().zip(names) {
+            if fault == Some(ForkStep::Launch) && index > total / 2 {
+                return Err(Error::Injected(ForkStep::Launch));
             }
             // A parent waits until nothing is left of a fork that it has called off: no more is launched for
             // that.
@@ -309,7 +309,7 @@ impl Fork {
                 arrivals,
                 lazy: filling.is_some(),
                 working_set: prefetch,
-                first_vcpu_late: fault == Some(Step::FirstRun),
+                first_vcpu_late: fault == Some(ForkStep::FirstRun),
             };
             let mut node = self.order(platform, shell, order, learned, files_for_next)?;
             room.is_used();
@@ -558,8 +558,8 @@ fn tell_failure(rendezvous: &Rendezvous) {
 impl Platform {
     /// Chooses where the copies of a fork go, where there may be any.
     fn place(&self, original: &mut Original<'_>, order: &Order) -> Result<Placed, Error> {
-        if order.fault == Some(Step::Place) {
-            return Err(Error::Injected(Step::Place));
+        if order.fault == Some(ForkStep::Place) {
+            return Err(Error::Injected(ForkStep::Place));
         }
         // The node has checked both; but a node that a guest has broken must not choose the names of this platform's files, nor have it make
         // up so many copies that there is no memory for their IDs.

@@ -27,11 +27,10 @@ use super::{
 };
 use crate::{
     api,
-    capsule::{self, About, Capsule, Description, Difference, Digests, Incompatible, file},
-    clock::wall_clock_ns,
-    cluster::{clone::Parcel, member::MAX_IMAGES},
-    machine::{Config, VmIdentity, new_id},
-    sync::lock,
+    base::{clock::wall_clock_ns, sync::lock},
+    capsule::{self, About, Capsule, Description, Difference, Digests, Incompatible, Parcel, file},
+    cluster::member::MAX_IMAGES,
+    types::{VmIdentity, VmShape, new_id},
 };
 
 /// Stands for all types in `--keep`.
@@ -66,7 +65,7 @@ impl FromStr for Keep {
 pub(super) struct Keeping {
     vm_type: String,
     original: VmIdentity,
-    config: Config,
+    config: VmShape,
     seq: u64,
     files: Vec<Arc<File>>,
     learned: Arc<Learned>,

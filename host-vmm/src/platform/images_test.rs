@@ -1,7 +1,7 @@
 //! Tests of [`super`].
 
 use super::*;
-use crate::memory;
+use crate::vmm::memory;
 
 fn image(vm_type: &str, files: &[&Arc<File>]) -> Image {
     let original = VmIdentity {
@@ -14,7 +14,7 @@ fn image(vm_type: &str, files: &[&Arc<File>]) -> Image {
         generation: 0,
     };
     let files = files.iter().copied().cloned().collect();
-    let config = Config { ram_bytes: 1 << 20, vcpus: 1 };
+    let config = VmShape { ram_bytes: 1 << 20, vcpus: 1 };
     let (id, vm_type) = (Uuid::new_v4(), vm_type.into());
     let about = About { id, created_ns: 0, vm_type, original, config, seq: 1 };
     Image::new(Capsule { about, state: vec![0; 7], files }, Arc::default(), false)

@@ -12,8 +12,8 @@ use vmfork_abi::{ErrorCode, is_vm_type};
 
 use super::{Error, Platform};
 use crate::{
-    machine::{Config, VmIdentity},
-    units,
+    base::units,
+    types::{VmIdentity, VmShape},
 };
 
 /// Stands for all types in `--limit`.
@@ -179,7 +179,7 @@ impl Recent {
 
 impl Platform {
     /// Checks the limit for the memory of all VMs of a type, of which so many more are to come.
-    pub(super) fn check_memory(&self, vm_type: &str, config: Config, count: usize) -> Result<(), Error> {
+    pub(super) fn check_memory(&self, vm_type: &str, config: VmShape, count: usize) -> Result<(), Error> {
         let (_, memory_bytes) = self.registry.usage(Uuid::nil(), vm_type);
         let more_bytes = config.ram_bytes.saturating_mul(count as u64);
         self.limits.check_memory(vm_type, memory_bytes.saturating_add(more_bytes))
@@ -189,7 +189,7 @@ impl Platform {
     pub(super) fn check_limits(
         &self,
         vm: &VmIdentity,
-        config: Config,
+        config: VmShape,
         recent: &mut Recent,
         (vm_type, count): (&str, u32),
     ) -> Result<(), Error> {

@@ -16,7 +16,7 @@ use std::{
 use tokio::sync::watch;
 use uuid::Uuid;
 
-use crate::{machine::VmIdentity, sync::lock};
+use crate::{base::sync::lock, types::VmIdentity};
 
 /// Most VMs whose logs are known: beyond that, those are forgotten that have ended first. Their files stay.
 const MAX_LOGS: usize = 4096;

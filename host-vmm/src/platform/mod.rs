@@ -16,7 +16,10 @@ use vmfork_abi::ErrorCode;
 
 mod accounting;
 mod away;
+pub mod clone;
 mod cloned;
+pub mod cluster;
+pub mod config;
 mod console;
 mod copies;
 mod events;
@@ -32,12 +35,12 @@ mod prefetch;
 mod process;
 mod registry;
 mod seals;
+pub mod server;
 mod terminal;
 mod trace;
 
 pub use console::ConsoleInput;
-pub use copies::{Copies, Slot};
-pub(crate) use copies::{LAUNCH_TIMEOUT, is_slots};
+pub use copies::Copies;
 pub use fork::Target;
 pub use images::Keep;
 pub use limits::{Limit, Limited};
@@ -46,19 +49,22 @@ pub use terminal::{Terminal, read_keys};
 
 use crate::{
     api::client,
+    base::{sync::lock, text::Reason},
     capsule::{self, Digests, compat::Offer},
-    cluster::{
-        self, Cluster,
-        clone::{Clones, filling, source, supply::Supplies},
-        placement::Unplaceable,
+    cluster::placement::Unplaceable,
+    node::{
+        fork::rendezvous,
+        wire::{ToNode, link},
     },
-    fork::rendezvous,
-    kvm,
-    machine::{Config, End, VmIdentity, new_id},
-    memory::{Budget, budget},
-    sync::lock,
-    text::Reason,
-    wire::{Step, ToNode, link},
+    platform::{
+        clone::{Clones, filling, source, supply::Supplies},
+        cluster::Cluster,
+    },
+    types::{ExitReason, ForkStep, VmIdentity, VmShape, new_id},
+    vmm::{
+        kvm,
+        memory::{Budget, budget},
+    },
 };
 use console::Consoles;
 use events::{Event, Events};
@@ -93,7 +99,7 @@ pub struct Settings {
     pub max_pause: Duration,
     /// How many shells of each shape to keep ready.
     pub ready: usize,
-    /// CPU that guests are shown, as [`Profile::to_text`](crate::arch::profile::Profile::to_text) has it.
+    /// CPU that guests are shown, as [`Profile::to_text`](crate::vmm::arch::profile::Profile::to_text) has it.
     pub cpu_profile: String,
     /// Whether copies make pages ready that others before them have written to.
     pub prefetches: bool,
@@ -109,7 +115,7 @@ pub struct Settings {
 #[derive(Debug)]
 pub struct Boot {
     /// The machine.
-    pub config: Config,
+    pub config: VmShape,
     /// Take all of its memory from the host at once.
     pub prealloc: bool,
     /// Name of the VM, which is its type too.
@@ -121,7 +127,7 @@ pub struct Boot {
     /// The kernel's command line.
     pub cmdline: String,
     /// Steps at which its forks are to fail, one for each fork, in order.
-    pub faults: Vec<Step>,
+    pub faults: Vec<ForkStep>,
 }
 
 /// What can go wrong with the platform itself.
@@ -325,7 +331,7 @@ pub enum Error {
     Stopping,
     /// A failure that was asked for.
     #[error("{0} was made to fail")]
-    Injected(Step),
+    Injected(ForkStep),
     /// This host does not say how much memory it has.
     #[error("images from elsewhere can't be limited to a part of this host's memory")]
     Memory(#[source] budget::Error),
@@ -372,7 +378,7 @@ pub struct Platform {
     /// What this host has for VMs that come from others, once somebody wanted to know.
     offer: OnceLock<Offer>,
     /// How the first VM ended, once it has.
-    root_end: Mutex<Option<End>>,
+    root_end: Mutex<Option<ExitReason>>,
 }
 
 impl Platform {
@@ -464,7 +470,7 @@ impl Platform {
 
     /// Waits until all VMs have ended, no image is kept, no clone elsewhere needs memory from here; leaves the cluster; waits until all output
     /// is written, and those have read it who follow it; and says how the first VM ended: `None` where its node died.
-    pub fn wait(&self) -> Option<End> {
+    pub fn wait(&self) -> Option<ExitReason> {
         loop {
             self.registry.wait_empty();
             self.images.wait_empty();

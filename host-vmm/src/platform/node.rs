@@ -24,15 +24,14 @@ use super::{
     trace::Arguments,
 };
 use crate::{
-    cluster::clone::filling::{Filling, Told},
-    error::chain,
-    fork::rendezvous::Rendezvous,
-    machine::{Config, End, VmIdentity},
-    memory::Faults,
-    sync::lock,
-    text::Reason,
-    threads,
-    wire::{ForkOrder, PlatformLink, Step, ToNode, ToPlatform, link},
+    base::{error::chain, sync::lock, text::Reason, threads},
+    node::{
+        fork::rendezvous::Rendezvous,
+        wire::{ForkOrder, PlatformLink, ToNode, ToPlatform, link},
+    },
+    platform::clone::filling::{Filling, Told},
+    types::{ExitReason, ForkStep, VmIdentity, VmShape},
+    vmm::memory::Faults,
 };
 
 /// Stack of a thread that serves a node, in bytes: there may be a thousand of them.
@@ -83,7 +82,7 @@ pub(super) struct Node {
     /// Until it is shown.
     console: Option<File>,
     identity: VmIdentity,
-    config: Config,
+    config: VmShape,
     awaited: Awaited,
     /// What its next fork will come with, where it has told.
     announced: Option<Announced>,
@@ -106,10 +105,10 @@ pub(super) struct Node {
     /// Who fills its memory, where that is not there as a whole yet.
     filling: Option<Arc<Filling>>,
     /// How it was ended from outside, once it was.
-    forced: Arc<OnceLock<End>>,
+    forced: Arc<OnceLock<ExitReason>>,
     /// The fork that an operator has ordered.
     ordered: Arc<Ordered>,
-    end: Option<End>,
+    end: Option<ExitReason>,
 }
 
 impl Node {
@@ -283,7 +282,7 @@ impl Node {
         &mut self,
         order: ForkOrder,
         announced: bool,
-        fault: Option<Step>,
+        fault: Option<ForkStep>,
         files: Vec<File>,
     ) -> Result<(), Error> {
         let is_ordered = matches!(order, ForkOrder::Operator { .. });
@@ -439,7 +438,7 @@ impl Node {
 #[derive(Debug)]
 struct Dependent {
     link: Arc<PlatformLink>,
-    forced: Arc<OnceLock<End>>,
+    forced: Arc<OnceLock<ExitReason>>,
 }
 
 impl Told for Dependent {
@@ -450,8 +449,9 @@ impl Told for Dependent {
             // Who tells this has others to tell it too: a node that reads nothing is not waited for, and
             // would never be whole.
             Err(error) => {
-                self.forced
-                    .get_or_init(|| End::Broken(format!("its node takes no messages: {}", chain(&error)).into()));
+                self.forced.get_or_init(|| {
+                    ExitReason::Broken(format!("its node takes no messages: {}", chain(&error)).into())
+                });
                 self.link.shut_down();
             }
         }
@@ -459,7 +459,7 @@ impl Told for Dependent {
 
     fn is_lost(&self, why: &str) {
         // It may stand still at a page that never comes: whoever serves it ends its process.
-        self.forced.get_or_init(|| End::SourceLost(why.into()));
+        self.forced.get_or_init(|| ExitReason::SourceLost(why.into()));
         self.link.shut_down();
     }
 }
@@ -527,7 +527,7 @@ mod tests {
         for vm in [&deaf, &other] {
             vm.is_whole();
         }
-        assert!(matches!(deaf.forced.get(), Some(End::Broken(why)) if why.contains("takes no messages")));
+        assert!(matches!(deaf.forced.get(), Some(ExitReason::Broken(why)) if why.contains("takes no messages")));
         assert!(deaf.link.is_closed() && !other.link.is_closed() && other.forced.get().is_none());
     }
 

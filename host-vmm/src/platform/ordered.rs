@@ -18,9 +18,8 @@ use crate::{
         CloneWish, ForkedVm,
         client::{self, Content},
     },
-    sync::lock,
-    text::Reason,
-    wire::ToNode,
+    base::{sync::lock, text::Reason},
+    node::wire::ToNode,
 };
 
 /// How long a VM may take to answer, beyond its longest pause for a fork: until a vCPU has left its guest,
@@ -169,17 +168,17 @@ pub(super) fn advice(code: ErrorCode) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{cluster::placement::Where, fork::rendezvous::Rendezvous};
+    use crate::{node::fork::rendezvous::Rendezvous, types::Locality};
 
     #[test]
     fn a_vm_has_one_order_until_it_is_answered() {
         let ordered = Ordered::default();
         assert!(ordered.target(2).is_none() && ordered.answered(ErrorCode::None, Reason::default()).is_none());
         for code in [ErrorCode::None, ErrorCode::Rate] {
-            let outcome = ordered.enter(2, Target::Chosen(Where::Remote)).unwrap();
-            assert!(ordered.enter(1, Target::Chosen(Where::Any)).is_none());
+            let outcome = ordered.enter(2, Target::Chosen(Locality::Remote)).unwrap();
+            assert!(ordered.enter(1, Target::Chosen(Locality::Any)).is_none());
             assert!(ordered.target(1).is_none(), "nobody has ordered one");
-            assert!(matches!(ordered.target(2), Some(Target::Chosen(Where::Remote))));
+            assert!(matches!(ordered.target(2), Some(Target::Chosen(Locality::Remote))));
             let fork = Fork::meeting_in(Arc::new(Rendezvous::new().unwrap()), Arc::default());
             ordered.begun(&fork);
             ordered.answered(code, "no".into()).unwrap();
@@ -193,7 +192,7 @@ mod tests {
     #[test]
     fn a_fork_that_has_not_begun_is_not_made() {
         let ordered = Ordered::default();
-        let outcome = ordered.enter(1, Target::Chosen(Where::Any)).unwrap();
+        let outcome = ordered.enter(1, Target::Chosen(Locality::Any)).unwrap();
         assert!(ordered.answered(ErrorCode::None, Reason::default()).is_none());
         assert!(outcome.recv().is_err(), "nobody will answer");
     }
@@ -201,9 +200,9 @@ mod tests {
     #[test]
     fn an_order_that_is_taken_back_keeps_nobody_from_another() {
         let ordered = Ordered::default();
-        let outcome = ordered.enter(1, Target::Chosen(Where::Any)).unwrap();
+        let outcome = ordered.enter(1, Target::Chosen(Locality::Any)).unwrap();
         ordered.withdraw();
         assert!(outcome.recv().is_err() && ordered.target(1).is_none());
-        assert!(ordered.enter(1, Target::Chosen(Where::Any)).is_some());
+        assert!(ordered.enter(1, Target::Chosen(Locality::Any)).is_some());
     }
 }

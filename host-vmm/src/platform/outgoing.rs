@@ -10,19 +10,19 @@ use super::{
 };
 use crate::{
     api::{Copied, Transfer},
+    base::sync::lock,
     capsule::About,
     cluster::{
-        clone::{
-            Order,
-            source::{self, IsWanted, Progress, Wanted},
-            supply::Supply,
-        },
         member::{Load, MAX_SHAPES, Ready},
         membership::check,
         placement::{Explanation, Wish},
     },
-    machine::{Config, VmIdentity, new_id},
-    sync::lock,
+    platform::clone::{
+        Order,
+        source::{self, IsWanted, Progress, Wanted},
+        supply::Supply,
+    },
+    types::{VmIdentity, VmShape, new_id},
 };
 
 /// Clones that are being sent.
@@ -140,7 +140,7 @@ impl Platform {
         let number = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
         let (vms, is_stopping) = self.registry.count();
         // Others believe nobody who names impossible shapes, or too many; and clones bring their own.
-        let is_told = |(config, shells): &(Config, usize)| *shells > 0 && check::is_shape(*config);
+        let is_told = |(config, shells): &(VmShape, usize)| *shells > 0 && check::is_shape(*config);
         let ready = self.pool.ready_shells().into_iter().filter(is_told).take(MAX_SHAPES);
         Load {
             vms: number(vms),

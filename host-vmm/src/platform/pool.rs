@@ -20,13 +20,10 @@ use super::{
     process::{BATCH, Shell, Zygote},
 };
 use crate::{
-    error::chain,
-    machine::Config,
-    memory::WorkingSet,
-    sync::lock,
-    text::Reason,
-    threads,
-    wire::{ToNode, ToPlatform},
+    base::{error::chain, sync::lock, text::Reason, threads},
+    node::wire::{ToNode, ToPlatform},
+    types::VmShape,
+    vmm::memory::WorkingSet,
 };
 
 /// How long after a fork its shells are replaced: its children come first.
@@ -59,7 +56,7 @@ pub(super) struct Pool {
 
 #[derive(Debug, Default)]
 struct Shelves {
-    by_shape: BTreeMap<Config, Shelf>,
+    by_shape: BTreeMap<VmShape, Shelf>,
     closed: bool,
 }
 
@@ -113,13 +110,13 @@ impl Pool {
 
     /// Takes up to `count` shells, and at least one: ready ones where there are any, else new ones, which are being built then. It takes a
     /// while to start many; who needs them gives the first ones their orders meanwhile.
-    pub(super) fn take(&self, config: Config, count: usize) -> Result<Vec<Shell>, Error> {
+    pub(super) fn take(&self, config: VmShape, count: usize) -> Result<Vec<Shell>, Error> {
         let ready = self.take_ready(config, count);
         if ready.is_empty() { self.zygote.spawn(config, false, count.min(BATCH)) } else { Ok(ready) }
     }
 
     /// As [`Pool::take`], but new ones, whose vCPUs can still become others than this host's.
-    pub(super) fn take_cold(&self, config: Config, count: usize) -> Result<Vec<Shell>, Error> {
+    pub(super) fn take_cold(&self, config: VmShape, count: usize) -> Result<Vec<Shell>, Error> {
         self.zygote.spawn(config, true, count.min(BATCH))
     }
 
@@ -130,7 +127,7 @@ impl Pool {
 
     /// Takes a ready shell that is to stand by for one VM, where there is one to spare: there may be as many of them as shells that stand
     /// ready for everybody.
-    pub(super) fn take_standby(&self, config: Config) -> Option<Standby> {
+    pub(super) fn take_standby(&self, config: VmShape) -> Option<Standby> {
         let mut shelves = lock(&self.shelves);
         let shelf = shelves.by_shape.get_mut(&config)?;
         // One of them is the shelf's own.
@@ -142,7 +139,7 @@ impl Pool {
         Some(Standby { shell, _counted: Arc::clone(&shelf.standing_by) })
     }
 
-    fn take_ready(&self, config: Config, count: usize) -> Vec<Shell> {
+    fn take_ready(&self, config: VmShape, count: usize) -> Vec<Shell> {
         let mut shelves = lock(&self.shelves);
         let Some(shelf) = shelves.by_shape.get_mut(&config) else { return Vec::new() };
         shelf.asked = Instant::now();
@@ -166,14 +163,14 @@ impl Pool {
     }
 
     /// Says that there is one more VM of this shape. [`Pool::refill`] is to be called once that has what it needs.
-    pub(super) fn add_user(&self, config: Config) {
+    pub(super) fn add_user(&self, config: VmShape) {
         if let Some(shelf) = lock(&self.shelves).shelf(config) {
             shelf.users += 1;
         }
     }
 
     /// Says that VMs of this shape are about to come: shells for them are made meanwhile.
-    pub(super) fn expect(&self, config: Config) {
+    pub(super) fn expect(&self, config: VmShape) {
         if let Some(shelf) = lock(&self.shelves).shelf(config) {
             shelf.asked = Instant::now();
         }
@@ -181,7 +178,7 @@ impl Pool {
     }
 
     /// How many shells there are of each shape.
-    pub(super) fn ready_shells(&self) -> Vec<(Config, usize)> {
+    pub(super) fn ready_shells(&self) -> Vec<(VmShape, usize)> {
         lock(&self.shelves).by_shape.iter().map(|(config, shelf)| (*config, shelf.shells.len())).collect()
     }
 
@@ -191,7 +188,7 @@ impl Pool {
     }
 
     /// Says that there is one VM of this shape less.
-    pub(super) fn remove_user(&self, config: Config) {
+    pub(super) fn remove_user(&self, config: VmShape) {
         let mut shelves = lock(&self.shelves);
         if let Some(shelf) = shelves.by_shape.get_mut(&config) {
             shelf.users -= 1;
@@ -254,7 +251,7 @@ impl Pool {
 
 impl Shelves {
     /// The one for this shape, unless there are none any more.
-    fn shelf(&mut self, config: Config) -> Option<&mut Shelf> {
+    fn shelf(&mut self, config: VmShape) -> Option<&mut Shelf> {
         let now = Instant::now();
         let empty = || Shelf { shells: Vec::new(), users: 0, standing_by: Arc::default(), asked: now, refill: now };
         (!self.closed).then(|| self.by_shape.entry(config).or_insert_with(empty))
@@ -263,14 +260,14 @@ impl Shelves {
     /// Takes away those whose shape nobody has used for long, and, where there are many that nobody uses, those for which nobody has asked
     /// for longest; gives their shells.
     fn let_go(&mut self, now: Instant) -> Vec<Shell> {
-        let mut unused: Vec<(Instant, Config)> = self
+        let mut unused: Vec<(Instant, VmShape)> = self
             .by_shape
             .iter()
             .filter(|(_, shelf)| shelf.users == 0)
             .map(|(config, shelf)| (shelf.asked, *config))
             .collect();
         unused.sort_unstable_by_key(|(asked, _)| Reverse(*asked));
-        let is_old = |(number, (asked, _)): &(usize, &(Instant, Config))| {
+        let is_old = |(number, (asked, _)): &(usize, &(Instant, VmShape))| {
             *number >= MAX_UNUSED || now.duration_since(*asked) >= UNUSED
         };
         let old = unused.iter().enumerate().filter(is_old);
@@ -338,7 +335,7 @@ mod tests {
     #[test]
     fn shapes_that_nobody_uses_have_shells_for_a_while_if_they_are_few() {
         let mut shelves = Shelves::default();
-        let shape = |number: u64| Config { vcpus: 1, ram_bytes: number << 20 };
+        let shape = |number: u64| VmShape { vcpus: 1, ram_bytes: number << 20 };
         for number in 1..=6 {
             shelves.shelf(shape(number)).unwrap().users = usize::from(number == 1);
         }

@@ -2,7 +2,7 @@
 
 use std::sync::Mutex;
 
-use crate::{memory::WorkingSet, sync::lock, wire::Prefetch};
+use crate::{base::sync::lock, node::wire::Prefetch, vmm::memory::WorkingSet};
 
 /// One in so many forks has its first child record again: what copies do changes.
 const RECORD_EVERY: u64 = 64;
@@ -47,7 +47,7 @@ impl Learned {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::Run;
+    use crate::vmm::memory::Run;
 
     #[test]
     fn what_one_copy_tells_the_next_ones_fill() {

@@ -25,13 +25,10 @@ use rustix::{
 
 use super::Error;
 use crate::{
+    base::{output::push_message, sync::lock, text::Text, threads},
     cli,
-    machine::Config,
-    output::push_message,
-    sync::lock,
-    text::Text,
-    threads,
-    wire::{LINK_FD, PlatformLink, Spawn, Spawned, ZygoteLink},
+    node::wire::{LINK_FD, PlatformLink, Spawn, Spawned, ZygoteLink},
+    types::VmShape,
 };
 
 /// Most orders that are sent to the zygote before its answers are read: neither side may wait for room in a socket that the other one
@@ -97,7 +94,7 @@ impl Drop for Process {
 /// A node without an order: a machine of a certain shape that stands ready, or is about to.
 #[derive(Debug)]
 pub(super) struct Shell {
-    pub(super) config: Config,
+    pub(super) config: VmShape,
     pub(super) link: Arc<PlatformLink>,
     pub(super) console: File,
     pub(super) process: Process,
@@ -135,7 +132,7 @@ impl Zygote {
     }
 
     /// Starts nodes, all at once. The vCPUs of cold ones run nothing before they get their order.
-    pub(super) fn spawn(&self, config: Config, is_cold: bool, count: usize) -> Result<Vec<Shell>, Error> {
+    pub(super) fn spawn(&self, config: VmShape, is_cold: bool, count: usize) -> Result<Vec<Shell>, Error> {
         let mut zygote = lock(&self.running);
         let running = Running::get(&mut zygote, &self.cpu_profile);
         let result =
@@ -262,7 +259,7 @@ mod tests {
     use std::thread;
 
     use super::*;
-    use crate::{arch::layout::MIN_RAM_BYTES, wire::Link};
+    use crate::{node::wire::Link, types::MIN_RAM_BYTES};
 
     /// A zygote that answers so many orders, each by its number, or as one that has failed; then it is gone.
     fn zygote(answers: u32, failing: u32) -> (Zygote, thread::JoinHandle<()>) {
@@ -283,7 +280,7 @@ mod tests {
         (zygote, answers)
     }
 
-    const CONFIG: Config = Config { vcpus: 1, ram_bytes: MIN_RAM_BYTES };
+    const CONFIG: VmShape = VmShape { vcpus: 1, ram_bytes: MIN_RAM_BYTES };
 
     #[test]
     fn after_a_failed_start_the_zygote_goes_on_and_no_order_gets_the_answer_to_another() {

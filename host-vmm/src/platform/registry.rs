@@ -14,10 +14,10 @@ use uuid::Uuid;
 use super::{Error, ordered::Ordered, seals::Seal};
 use crate::{
     api::Ended,
-    cluster::clone::filling::Filling,
-    machine::{Config, End, VmIdentity},
-    sync::lock,
-    wire::PlatformLink,
+    base::sync::lock,
+    node::wire::PlatformLink,
+    platform::clone::filling::Filling,
+    types::{ExitReason, VmIdentity, VmShape},
 };
 
 /// Most VMs without copies that are told of after their end: the latest that were ended for their image could be changed.
@@ -31,7 +31,7 @@ pub(super) struct Entry {
     /// Who it is.
     pub(super) vm: VmIdentity,
     /// Its shape.
-    pub(super) config: Config,
+    pub(super) config: VmShape,
     /// Process of its node.
     pub(super) pid: u32,
     /// When it was entered.
@@ -46,7 +46,7 @@ pub(super) struct Entry {
     /// they are sealed. Empty where it was booted and has never forked.
     pub(super) seals: Vec<Arc<Seal>>,
     /// How it was ended from outside, once it was.
-    pub(super) forced: Arc<OnceLock<End>>,
+    pub(super) forced: Arc<OnceLock<ExitReason>>,
     /// The fork that an operator has ordered.
     pub(super) ordered: Arc<Ordered>,
 }
@@ -184,7 +184,7 @@ impl Registry {
     }
 
     /// Ends the VMs that share an image, and gives their names. Nobody waits for that.
-    pub(super) fn end_sharing(&self, seal: &Arc<Seal>, end: &End) -> Vec<String> {
+    pub(super) fn end_sharing(&self, seal: &Arc<Seal>, end: &ExitReason) -> Vec<String> {
         let state = lock(&self.state);
         let sharing = state.vms.values().filter(|entry| entry.seals.iter().any(|other| Arc::ptr_eq(other, seal)));
         let end = |entry: &Entry| {
@@ -199,7 +199,7 @@ impl Registry {
     pub(super) fn end(&self, id: Uuid, limit: Duration) -> bool {
         let state = lock(&self.state);
         if let Some(entry) = state.vms.get(&id) {
-            entry.forced.get_or_init(|| End::Stopped);
+            entry.forced.get_or_init(|| ExitReason::Stopped);
             entry.link.shut_down();
         }
         let waited = self.changed.wait_timeout_while(state, limit, |state| state.vms.contains_key(&id));
@@ -212,7 +212,7 @@ impl Registry {
         if let Some(Entry { vm, forced, .. }) = state.vms.remove(&id) {
             let parent = Some(vm.parent).filter(|parent| *parent != Uuid::nil());
             let why = match forced.get() {
-                Some(End::Unsealed(why)) => Some(why.clone()),
+                Some(ExitReason::Unsealed(why)) => Some(why.clone()),
                 _ => None,
             };
             let ended = Ended { id, name: vm.name, parent, why };
@@ -301,7 +301,7 @@ mod tests {
             count: 1,
             generation: 1,
         };
-        let config = Config { ram_bytes: 5 << 20, vcpus: 1 };
+        let config = VmShape { ram_bytes: 5 << 20, vcpus: 1 };
         Entry {
             link: Arc::clone(link),
             vm,
@@ -372,12 +372,12 @@ mod tests {
         });
         let (first, second) = (Uuid::from_u128(1), Uuid::from_u128(2));
         assert!(!registry.end(first, Duration::ZERO), "whoever serves it has not ended it yet");
-        assert_eq!(registry.get(first, |entry| entry.forced.get().cloned()), Some(Some(End::Stopped)));
+        assert_eq!(registry.get(first, |entry| entry.forced.get().cloned()), Some(Some(ExitReason::Stopped)));
         assert_eq!(registry.get(second, |entry| entry.forced.get().cloned()), Some(None));
         let patience = Duration::from_secs(60);
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                assert!(matches!(links[0].0.receive(), Err(crate::wire::link::Error::Closed)));
+                assert!(matches!(links[0].0.receive(), Err(crate::node::wire::link::Error::Closed)));
                 registry.leave(first);
             });
             assert!(registry.end(first, patience));
@@ -401,7 +401,7 @@ mod tests {
         registry.shares(parent, &first);
         let count = |id| registry.get(Uuid::from_u128(id), |entry| entry.seals.len());
         assert_eq!((count(1), count(2)), (Some(1), Some(1)), "of those that are sealed, none is remembered");
-        let end = End::Unsealed("a reason".into());
+        let end = ExitReason::Unsealed("a reason".into());
         assert_eq!(registry.end_sharing(&first, &end).len(), 2);
         let forced = [1, 2, 3].map(|id| registry.get(Uuid::from_u128(id), |entry| entry.forced.get().cloned()));
         assert_eq!(forced, [Some(Some(end.clone())), Some(Some(end)), Some(None)]);
@@ -442,7 +442,7 @@ mod tests {
         let link = Arc::new(link);
         registry.enter(entry(1, 0, &link)).unwrap();
         registry.stop();
-        assert!(matches!(link.receive(), Err(crate::wire::link::Error::Closed)));
+        assert!(matches!(link.receive(), Err(crate::node::wire::link::Error::Closed)));
         assert!(matches!(registry.reserve(1, 2), Err(Error::Stopping)));
         assert!(matches!(registry.enter(entry(2, 0, &link)), Err(Error::Stopping)));
         registry.leave(Uuid::from_u128(1));

@@ -27,11 +27,9 @@ use uuid::Uuid;
 
 use super::{Error, Platform, images::Image};
 use crate::{
-    error::chain,
-    machine::End,
-    memory::{self, SealRetry},
-    sync::lock,
-    threads,
+    base::{error::chain, sync::lock, threads},
+    types::ExitReason,
+    vmm::memory::{self, SealRetry},
 };
 
 /// Delay of the first attempt after a fork: its children come first, and its parent has to leave its old memory behind.
@@ -419,7 +417,7 @@ impl Platform {
             for clone in std::mem::take(&mut lock(&seal.state).supplies) {
                 self.supplies.remove(clone);
             }
-            let vms = self.registry.end_sharing(&seal, &End::Unsealed(why.as_str().into()));
+            let vms = self.registry.end_sharing(&seal, &ExitReason::Unsealed(why.as_str().into()));
             tracing::error!(vms = vms.join(", "), why, "VMs are ended, for the image that they share could be changed");
         }
     }

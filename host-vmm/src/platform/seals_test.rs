@@ -1,7 +1,7 @@
 //! Tests of [`super`].
 
 use super::*;
-use crate::memory::Mapping;
+use crate::vmm::memory::Mapping;
 
 const BYTES: u64 = 4096;
 

@@ -9,9 +9,11 @@ use serde::Serialize;
 
 use super::Error;
 use crate::{
-    clock::monotonic_ns,
-    output::{Kind, Output, Unit, Way},
-    wire::Timing,
+    base::{
+        clock::monotonic_ns,
+        output::{Kind, Output, Unit, Way},
+    },
+    types::StepTiming,
 };
 
 /// Bytes of the trace that wait to be written: those of some thousand forks.
@@ -81,7 +83,7 @@ impl Trace {
     }
 
     /// Tells one side of a fork: as a whole, under the name `what`, and each of its steps.
-    pub(super) fn side(&self, pid: u32, what: &str, arguments: Arguments, steps: &[Timing]) {
+    pub(super) fn side(&self, pid: u32, what: &str, arguments: Arguments, steps: &[StepTiming]) {
         let (Some((_, began_ns, _)), Some((_, _, ended_ns))) = (steps.first(), steps.last()) else { return };
         let slice = |name, cat, began_ns: u64, ended_ns: u64| Entry::Slice {
             name,
@@ -137,14 +139,14 @@ mod tests {
     use std::io::{Read, Seek};
 
     use super::*;
-    use crate::{memory, wire::Step};
+    use crate::{types::ForkStep, vmm::memory};
 
     #[test]
     fn a_trace_is_json_once_it_is_closed() {
         let mut file = memory::unsealed("test", 0).unwrap();
         let trace = Trace::new(Some(file.try_clone().unwrap())).unwrap();
         trace.name(7, "web.1");
-        let steps = [(Step::HandOver, 1_000_500, 1_002_000), (Step::Restore, 1_002_000, 1_010_000)];
+        let steps = [(ForkStep::HandOver, 1_000_500, 1_002_000), (ForkStep::Restore, 1_002_000, 1_010_000)];
         trace.side(7, "child", Arguments { seq: 3, code: 0 }, &steps);
         trace.side(7, "nothing", Arguments { seq: 4, code: 0 }, &[]);
         trace.flush(Duration::from_secs(60));

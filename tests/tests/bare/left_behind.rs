@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use host_vmm::cluster::clone::LEASE;
+use host_vmm::platform::clone::LEASE;
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,

@@ -6,7 +6,7 @@ use std::{
     path::PathBuf,
 };
 
-use host_vmm::memory::{self, Mapping};
+use host_vmm::vmm::memory::{self, Mapping};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use vmfork_tests::{

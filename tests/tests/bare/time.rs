@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, thread, time::Duration};
 
-use host_vmm::kvm::Host;
+use host_vmm::vmm::kvm::Host;
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,

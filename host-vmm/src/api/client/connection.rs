@@ -27,7 +27,10 @@ use super::super::{
     Failure,
     steady::{LEAST_RATE, Limits, Slow, Steady},
 };
-use crate::{cluster::tls, sync::lock, text::Reason};
+use crate::{
+    base::{sync::lock, text::Reason},
+    cluster::tls,
+};
 
 /// Longest answer in bytes, whatever was asked.
 const MAX_ANSWER_BYTES: usize = 64 << 20;

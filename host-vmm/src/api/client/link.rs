@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::{Connection, Endpoint, Error, GoesOn};
-use crate::sync::lock;
+use crate::base::sync::lock;
 
 /// How long a connection stays open that nobody uses.
 const IDLE: Duration = Duration::from_secs(60);

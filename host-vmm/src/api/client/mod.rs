@@ -167,12 +167,12 @@ fn vm_path(vm: &str) -> anyhow::Result<String> {
 }
 
 /// Where a platform is asked to clone a VM.
-pub(super) fn vm_clone_path(vm: &str) -> anyhow::Result<String> {
+pub fn vm_clone_path(vm: &str) -> anyhow::Result<String> {
     Ok(format!("{}/clone", vm_path(vm)?))
 }
 
 /// Where it is asked to clone an image.
-pub(super) fn image_clone_path(id: &str) -> anyhow::Result<String> {
+pub fn image_clone_path(id: &str) -> anyhow::Result<String> {
     Ok(format!("{}/clone", image_path(id)?))
 }
 

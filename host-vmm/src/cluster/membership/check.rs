@@ -8,10 +8,9 @@ use std::{
 use vmfork_abi::is_vm_type;
 
 use crate::{
-    arch::layout::{MAX_RAM_BYTES, MIN_RAM_BYTES, PAGE_BYTES},
+    base::text::Name,
     cluster::member::{Load, MAX_IMAGES, MAX_LABELS, MAX_SHAPES, Member},
-    machine::Config,
-    text::Name,
+    types::{MAX_RAM_BYTES, MIN_RAM_BYTES, PAGE_BYTES, VmShape},
 };
 
 /// Longest description of a platform, as JSON, in bytes.
@@ -66,7 +65,7 @@ pub enum Error {
     Label(Name),
     /// There are no machines of this shape.
     #[error("there are no machines with {} bytes of memory and {} vCPUs", .0.ram_bytes, .0.vcpus)]
-    Shape(Config),
+    Shape(VmShape),
     /// A share is more than the whole.
     #[error("it is under a pressure of {0} thousandths")]
     Pressure(u32),
@@ -152,8 +151,8 @@ fn is_label_value(value: &str) -> bool {
 }
 
 /// Whether there can be VMs of a shape.
-pub(crate) fn is_shape(shape: Config) -> bool {
-    let Config { ram_bytes, vcpus } = shape;
+pub(crate) fn is_shape(shape: VmShape) -> bool {
+    let VmShape { ram_bytes, vcpus } = shape;
     let is_size = (MIN_RAM_BYTES..=MAX_RAM_BYTES).contains(&ram_bytes) && ram_bytes.is_multiple_of(PAGE_BYTES);
     is_size && (1..=MAX_VCPUS).contains(&vcpus)
 }

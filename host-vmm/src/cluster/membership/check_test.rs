@@ -5,7 +5,7 @@ use super::*;
 use crate::cluster::member::Ready;
 
 fn member() -> Member {
-    let ready = Ready { config: Config { ram_bytes: 512 << 20, vcpus: 2 }, shells: 4 };
+    let ready = Ready { config: VmShape { ram_bytes: 512 << 20, vcpus: 2 }, shells: 4 };
     Member {
         name: "north-1".into(),
         cluster: "web".into(),
@@ -44,7 +44,7 @@ fn each_mistake_is_found() {
     let long = "x".repeat(MAX_LABEL_BYTES + 1);
     let label = |name: &str, value: &str| BTreeMap::from([(name.to_owned(), value.to_owned())]);
     let many = (0..=MAX_LABELS).map(|number| (number.to_string(), String::new())).collect();
-    let shape = |ram_bytes, vcpus| vec![Ready { config: Config { ram_bytes, vcpus }, shells: 1 }];
+    let shape = |ram_bytes, vcpus| vec![Ready { config: VmShape { ram_bytes, vcpus }, shells: 1 }];
     let mistakes = [
         (changed(|member| member.name = "North 1".into()), "\"North 1\" is no name"),
         (changed(|member| member.cluster = String::new()), "\"\" is no name"),

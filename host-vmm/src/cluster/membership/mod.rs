@@ -26,10 +26,10 @@ pub use etcd::Error as EtcdError;
 pub use view::{Seen, Source, Status, View};
 
 use super::{
-    config::{Etcd, Peer},
     member::Member,
+    settings::{Etcd, Peer},
 };
-use crate::sync::lock;
+use crate::base::sync::lock;
 use view::{Known, Registered};
 
 /// Asks a platform that is listed what it says of itself. It may take long; what it gives back is checked here.

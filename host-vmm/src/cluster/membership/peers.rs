@@ -7,10 +7,8 @@ use std::{
 
 use super::{Ask, Error, Shared, check};
 use crate::{
-    cluster::{config::Peer, member::Member},
-    error::chain,
-    text::Name,
-    threads,
+    base::{error::chain, text::Name, threads},
+    cluster::{member::Member, settings::Peer},
 };
 
 /// How long after an answer the next question is asked.

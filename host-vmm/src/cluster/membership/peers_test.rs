@@ -5,11 +5,11 @@ use std::{
 
 use super::*;
 use crate::{
+    base::sync::lock,
     cluster::{
         member::Load,
         membership::{Directory, Settings, Source, Status, View},
     },
-    sync::lock,
 };
 
 const LEASE: Duration = Duration::from_secs(3);

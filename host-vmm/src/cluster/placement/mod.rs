@@ -15,7 +15,6 @@
 //! What platforms tell is believed as far as it is possible: numbers out of range give a bad place at worst. Each platform decides by itself
 //! whether it takes what is sent to it, since by then it may be fuller than it was.
 
-use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
@@ -38,20 +37,7 @@ use self::{
     room::Case,
 };
 use super::member::Member;
-use crate::machine::Config;
-
-/// Where copies of a VM are wanted, by its guest or by an operator.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum, ToSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum Where {
-    /// Wherever the operator's rules say.
-    #[default]
-    Any,
-    /// On its own platform.
-    Local,
-    /// On others.
-    Remote,
-}
+use crate::types::{Locality, VmShape};
 
 /// Copies that are to be placed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -61,9 +47,9 @@ pub struct Wish {
     /// How many; where a guest asks, as many at most as one fork may make.
     pub count: u32,
     /// Their shape.
-    pub config: Config,
+    pub config: VmShape,
     /// Where the guest wants them.
-    pub location: Where,
+    pub location: Locality,
     /// Their image, and then its ancestors.
     pub images: Vec<Uuid>,
     /// Name of the platform where the VM is that is copied.

@@ -9,7 +9,7 @@ use super::*;
 use crate::cluster::member::{Load, Ready};
 
 const MIB: u64 = 1 << 20;
-const SHAPE: Config = Config { ram_bytes: 512 * MIB, vcpus: 1 };
+const SHAPE: VmShape = VmShape { ram_bytes: 512 * MIB, vcpus: 1 };
 
 /// A platform with nothing to do: 16 processors, 64 GiB, 100 nodes.
 fn idle(name: &str) -> Member {
@@ -42,7 +42,7 @@ fn wish(count: u32) -> Wish {
         vm_type: "web".to_owned(),
         count,
         config: SHAPE,
-        location: Where::Any,
+        location: Locality::Any,
         images: Vec::new(),
         source: "a".to_owned(),
     }
@@ -108,7 +108,7 @@ fn each_part_of_the_score_counts() {
 #[test]
 fn an_ancestor_is_half_an_image_and_a_copy_brings_the_image() {
     let (image, ancestor) = (Uuid::from_u128(1), Uuid::from_u128(2));
-    let wish = Wish { images: vec![image, ancestor], location: Where::Remote, ..wish(2) };
+    let wish = Wish { images: vec![image, ancestor], location: Locality::Remote, ..wish(2) };
     let members = [
         idle("a"),
         busy("b", |load| load.images = vec![ancestor]),
@@ -164,9 +164,9 @@ fn pinned_platforms_are_filled_in_their_order() {
 #[test]
 fn only_other_platforms_are_charged_the_image() {
     let small = |name| busy(name, |load| load.memory_available_bytes = 600 * MIB);
-    let local = Wish { location: Where::Local, ..wish(18) };
+    let local = Wish { location: Locality::Local, ..wish(18) };
     assert_eq!(placed(&Rules::default(), &local, &[small("a"), small("b")]), "a:18");
-    let remote = Wish { location: Where::Remote, ..wish(2) };
+    let remote = Wish { location: Locality::Remote, ..wish(2) };
     assert_eq!(placed(&Rules::default(), &remote, &[small("a"), small("b")]), "b:2");
     let error = place(&Rules::default(), &Wish { count: 3, ..remote }, &[small("a"), small("b")]).unwrap_err();
     assert_eq!(error.room, 2);
@@ -198,7 +198,7 @@ fn an_operator_is_told_what_is_in_the_way() {
     members[4].cluster = "other".to_owned();
     members[5].load.draining = true;
     members[6].load.vms = 98;
-    let error = place(&rules, &Wish { location: Where::Remote, ..wish(3) }, &members).unwrap_err();
+    let error = place(&rules, &Wish { location: Locality::Remote, ..wish(3) }, &members).unwrap_err();
     assert_eq!(
         error.to_string(),
         "there is room for 2 of 3 copies of \"web\" (policy spread): g: room for 2, 98 of 100 nodes are taken; \
@@ -211,7 +211,11 @@ fn an_operator_is_told_what_is_in_the_way() {
     assert!(json.contains(r#""cause":"cpu-profile""#), "{json}");
     assert_eq!(serde_json::from_str::<Unplaceable>(&json).unwrap(), error);
     for (wish, rules, told) in [
-        (Wish { location: Where::Local, source: "y".to_owned(), ..wish(1) }, Rules::default(), "only \"y\" was asked"),
+        (
+            Wish { location: Locality::Local, source: "y".to_owned(), ..wish(1) },
+            Rules::default(),
+            "only \"y\" was asked",
+        ),
         (Wish { source: "y".to_owned(), ..wish(1) }, policy(Policy::Local), "must stay on \"y\""),
     ] {
         let error = place(&rules, &wish, &members).unwrap_err().to_string();
@@ -262,9 +266,9 @@ fn bytes() -> impl Strategy<Value = u64> {
     prop_oneof![6 => (0..8192u64).prop_map(|mib| mib * MIB), 1 => Just(u64::MAX), 1 => any::<u64>()]
 }
 
-fn shape() -> impl Strategy<Value = Config> {
+fn shape() -> impl Strategy<Value = VmShape> {
     let ram_bytes = prop_oneof![4 => Just(512 * MIB), 1 => Just(0), 1 => any::<u64>()];
-    (ram_bytes, prop_oneof![Just(1u8), any::<u8>()]).prop_map(|(ram_bytes, vcpus)| Config { ram_bytes, vcpus })
+    (ram_bytes, prop_oneof![Just(1u8), any::<u8>()]).prop_map(|(ram_bytes, vcpus)| VmShape { ram_bytes, vcpus })
 }
 
 fn images() -> impl Strategy<Value = Vec<Uuid>> {
@@ -313,7 +317,7 @@ fn members(most: usize) -> impl Strategy<Value = Vec<Member>> {
 }
 
 fn a_wish() -> impl Strategy<Value = Wish> {
-    let location = prop_oneof![6 => Just(Where::Any), 1 => Just(Where::Local), 1 => Just(Where::Remote)];
+    let location = prop_oneof![6 => Just(Locality::Any), 1 => Just(Locality::Local), 1 => Just(Locality::Remote)];
     (0..40u32, shape(), location, images(), 0..14u32).prop_map(|(count, config, location, images, source)| Wish {
         config,
         location,
@@ -343,9 +347,9 @@ fn a_rule() -> impl Strategy<Value = Rule> {
 fn may(rule: &Rule, wish: &Wish, member: &Member) -> bool {
     let is_source = member.name == wish.source;
     let place_fits = match wish.location {
-        Where::Any => rule.policy != Policy::Local || is_source,
-        Where::Local => is_source,
-        Where::Remote => rule.policy != Policy::Local && !is_source,
+        Locality::Any => rule.policy != Policy::Local || is_source,
+        Locality::Local => is_source,
+        Locality::Remote => rule.policy != Policy::Local && !is_source,
     };
     place_fits
         && !member.load.draining

@@ -12,7 +12,7 @@ use std::{
 use super::{charge_bytes, room::available_bytes};
 use crate::{
     cluster::member::{Load, Member},
-    machine::Config,
+    types::VmShape,
 };
 
 /// For how long copies that are on their way are counted where their platform tells nothing more: they may not have come.
@@ -32,7 +32,7 @@ impl Drop for Claim {
 /// The same, as it is counted.
 #[derive(Debug)]
 struct Placed {
-    config: Config,
+    config: VmShape,
     copies: u32,
     /// Since when their platform may know of them.
     known: Arc<OnceLock<Instant>>,
@@ -50,7 +50,7 @@ pub struct Recent(HashMap<String, Vec<Placed>>);
 
 impl Recent {
     /// Copies are placed on a platform.
-    pub fn enter(&mut self, platform: &str, config: Config, copies: u32, now: Instant) -> Claim {
+    pub fn enter(&mut self, platform: &str, config: VmShape, copies: u32, now: Instant) -> Claim {
         self.0.retain(|_, placed| {
             placed.retain(|placed| placed.counts(now));
             !placed.is_empty()
@@ -73,7 +73,7 @@ impl Recent {
 }
 
 /// Counts copies on a platform; the VM that is copied may be there.
-pub fn count(load: &mut Load, config: Config, copies: u32, on_source: bool) {
+pub fn count(load: &mut Load, config: VmShape, copies: u32, on_source: bool) {
     load.vms = load.vms.saturating_add(copies);
     load.memory_available_bytes = available_bytes(load).saturating_sub(charge_bytes(config, copies, on_source));
 }

@@ -2,10 +2,10 @@
 
 use std::collections::HashMap;
 
-use super::{Cause, Policy, Rule, Rules, Where, Wish};
+use super::{Cause, Policy, Rule, Rules, Wish};
 use crate::{
     cluster::member::{Load, Member},
-    machine::Config,
+    types::{Locality, VmShape},
 };
 
 /// A copy is charged this part of its guest's memory: it is copy-on-write, and shares what it does not write to. It is an estimate, on the
@@ -14,25 +14,25 @@ pub const COPY_SHARE: u64 = 16;
 
 /// What copies on one platform are charged of its memory, in bytes: a part for each, and, where it is not the platform of the VM that is
 /// copied, the guest's memory once. That holds even where the image is already: it may be on a disk, or be let go of by then.
-pub fn charge_bytes(config: Config, copies: u32, on_source: bool) -> u64 {
+pub fn charge_bytes(config: VmShape, copies: u32, on_source: bool) -> u64 {
     u64::try_from(charge(config, copies, on_source)).unwrap_or(u64::MAX)
 }
 
-fn charge(config: Config, copies: u32, on_source: bool) -> u128 {
+fn charge(config: VmShape, copies: u32, on_source: bool) -> u128 {
     let copies_bytes = u128::from(copy_bytes(config)) * u128::from(copies);
     if copies == 0 { 0 } else { copies_bytes + u128::from(image_bytes(config, on_source)) }
 }
 
-fn image_bytes(config: Config, on_source: bool) -> u64 {
+fn image_bytes(config: VmShape, on_source: bool) -> u64 {
     if on_source { 0 } else { config.ram_bytes }
 }
 
-fn copy_bytes(config: Config) -> u64 {
+fn copy_bytes(config: VmShape) -> u64 {
     (config.ram_bytes / COPY_SHARE).max(1)
 }
 
 /// How many copies memory is left for, at most `most`.
-fn copies_within(available_bytes: u64, config: Config, most: u32, on_source: bool) -> u32 {
+fn copies_within(available_bytes: u64, config: VmShape, most: u32, on_source: bool) -> u32 {
     if charge(config, most, on_source) <= u128::from(available_bytes) {
         return most;
     }
@@ -86,7 +86,7 @@ impl<'r> Case<'r> {
 
     /// Whether all copies must stay on the source.
     pub(super) fn only_local(&self) -> bool {
-        self.rule.policy == Policy::Local || self.wish.location == Where::Local
+        self.rule.policy == Policy::Local || self.wish.location == Locality::Local
     }
 
     /// The first label that a platform must have and has not, and its value.
@@ -111,7 +111,7 @@ impl<'r> Case<'r> {
         let differs = |wished: &Option<String>, found: &String| wished.as_ref().is_some_and(|wished| wished != found);
         if !is_source && self.only_local() {
             Some(Cause::OnlyLocal)
-        } else if is_source && self.wish.location == Where::Remote {
+        } else if is_source && self.wish.location == Locality::Remote {
             Some(Cause::OnlyRemote)
         } else if self.rule.policy == Policy::Pinned && self.pinned_at(member).is_none() {
             Some(Cause::NotPinned)

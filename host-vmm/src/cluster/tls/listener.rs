@@ -16,8 +16,8 @@ use tokio_rustls::TlsAcceptor;
 
 use super::{Credentials, Error, Fault, PATIENCE, Stream, buffered, check_loopback, tune};
 use crate::{
+    base::error::chain,
     cluster::peer::{Holder, Peer},
-    error::chain,
 };
 
 /// Most handshakes at a time. One more, and the oldest is given up: whoever means well needs milliseconds for it.

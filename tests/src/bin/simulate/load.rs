@@ -8,15 +8,15 @@ use host_vmm::{
         member::{Load, Member, Ready},
         placement::{charge_bytes, count},
     },
-    machine::Config,
+    types::VmShape,
 };
 use uuid::Uuid;
 
 /// What VMs are built as.
-pub(crate) const SHAPES: [Config; 3] = [
-    Config { ram_bytes: 512 << 20, vcpus: 1 },
-    Config { ram_bytes: 1 << 30, vcpus: 1 },
-    Config { ram_bytes: 2 << 30, vcpus: 2 },
+pub(crate) const SHAPES: [VmShape; 3] = [
+    VmShape { ram_bytes: 512 << 20, vcpus: 1 },
+    VmShape { ram_bytes: 1 << 30, vcpus: 1 },
+    VmShape { ram_bytes: 2 << 30, vcpus: 2 },
 ];
 
 /// What platforms are built as: processors, nodes, memory in GiB, and how many of 20 are so.
@@ -55,14 +55,14 @@ pub(crate) fn platform(at: u32, rng: &mut Rng) -> Member {
 }
 
 /// How many of so many copies a platform has room for.
-pub(crate) fn room(load: &Load, config: Config, copies: u32, on_source: bool) -> u32 {
+pub(crate) fn room(load: &Load, config: VmShape, copies: u32, on_source: bool) -> u32 {
     let free = load.max_vms.saturating_sub(load.vms).min(copies);
     let fits = |copies: &u32| charge_bytes(config, *copies, on_source) <= load.memory_available_bytes;
     (1..=free).rev().find(fits).unwrap_or(0)
 }
 
 /// Enters copies, and the images that they come with.
-pub(crate) fn enter(load: &mut Load, config: Config, copies: u32, on_source: bool, images: &[Uuid]) {
+pub(crate) fn enter(load: &mut Load, config: VmShape, copies: u32, on_source: bool, images: &[Uuid]) {
     count(load, config, copies, on_source);
     load.images.retain(|image| !images.contains(image));
     load.images.extend_from_slice(images);
@@ -72,7 +72,7 @@ pub(crate) fn enter(load: &mut Load, config: Config, copies: u32, on_source: boo
 }
 
 /// Takes away one of so many copies that came with one image; the image goes with the last one.
-pub(crate) fn leave(load: &mut Load, config: Config, copies: u32, on_source: bool) {
+pub(crate) fn leave(load: &mut Load, config: VmShape, copies: u32, on_source: bool) {
     load.vms -= 1;
     let charge_bytes = |copies| charge_bytes(config, copies, on_source);
     load.memory_available_bytes += charge_bytes(copies) - charge_bytes(copies - 1);

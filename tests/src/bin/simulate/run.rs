@@ -11,9 +11,9 @@ use fastrand::Rng;
 use host_vmm::{
     cluster::{
         member::Member,
-        placement::{Policy, Rule, Rules, Share, Where, Wish, place},
+        placement::{Policy, Rule, Rules, Share, Wish, place},
     },
-    machine::Config,
+    types::{Locality, VmShape},
 };
 use uuid::Uuid;
 
@@ -130,7 +130,7 @@ struct Source {
 #[derive(Debug)]
 struct Group {
     at: usize,
-    config: Config,
+    config: VmShape,
     on_source: bool,
     /// How many are left.
     copies: u32,
@@ -252,7 +252,7 @@ impl World {
             vm_type: format!("type-{kind}"),
             count,
             config: SHAPES[kind],
-            location: Where::Any,
+            location: Locality::Any,
             images: vec![Uuid::from_u128(u128::MAX - self.forks), Uuid::from_u128(kind as u128)],
             source: self.members[self.sources[source].at].name.clone(),
         };

@@ -10,13 +10,13 @@ use std::{
 
 use host_vmm::{
     api::client::{Connection, Connections, Content, Endpoint, Error},
-    capsule::{Digests, file},
-    cluster::clone::{
-        Order, PATIENCE, Parcel, Stage,
+    capsule::{Digests, Parcel, file},
+    platform::clone::{
+        Order, PATIENCE, Stage,
         source::{self, Wanted},
     },
-    memory::Budget,
-    platform::Slot,
+    types::CopySpec,
+    vmm::memory::Budget,
 };
 use hyper::Method;
 use serde_json::{Value, json};
@@ -150,7 +150,7 @@ fn a_commit_is_answered_again_whatever_others_have_asked_for_meanwhile() {
     let budget = Budget::of_this_host(None).expect("memory");
     let capsule = file::load(&fs::File::open(&path).expect("the file"), &budget).expect("an image");
     let parcel = Arc::new(Parcel::of(&capsule, &Digests::default()).expect("a parcel"));
-    let (id, slots) = (Uuid::new_v4(), vec![Slot { id: Uuid::new_v4(), index: 1 }]);
+    let (id, slots) = (Uuid::new_v4(), vec![CopySpec { id: Uuid::new_v4(), index: 1 }]);
     let order = Order { source: "north".into(), slots, total: 1, lazy: false };
     let link = Connections::default().link(Endpoint::Socket(target.socket()), PATIENCE);
     let settings = source::Settings { connections: 1, bandwidth: None, lazy: false };

@@ -26,7 +26,7 @@ use super::{
         TxnRequest, TxnResponse, WatchCreateRequest, WatchRequest, WatchResponse,
     },
 };
-use crate::cluster::config::{Etcd, EtcdTls, Login};
+use crate::cluster::settings::{Etcd, EtcdTls, Login};
 
 /// How long etcd may take for an answer, at most.
 const ANSWER_TIME: Duration = Duration::from_secs(2);

@@ -13,12 +13,12 @@ use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, 
 
 use super::*;
 use crate::{
+    base::error::chain,
     cluster::{
-        config::{Etcd, EtcdTls, Login},
         member::Load,
         membership::{self, Directory, Settings, Source, Status, View, view::Known},
+        settings::{Etcd, EtcdTls, Login},
     },
-    error::chain,
 };
 use messages::WatchResponse;
 use server::{Admin, Proxy, Server, until};

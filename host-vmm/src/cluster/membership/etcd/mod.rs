@@ -24,10 +24,9 @@ use uuid::Uuid;
 
 use super::{Own, Shared, check};
 use crate::{
-    cluster::{config, member::Member},
-    machine::new_id,
-    sync::lock,
-    text::Reason,
+    base::{sync::lock, text::Reason},
+    cluster::{member::Member, settings},
+    types::new_id,
 };
 
 mod client;
@@ -153,7 +152,7 @@ pub(super) struct Handle {
 /// Joins the cluster of `member`, on a thread of its own, and waits until that is done, or no server can be reached, or there is an error
 /// that will not go away.
 pub(super) fn start(
-    etcd: &config::Etcd,
+    etcd: &settings::Etcd,
     own: Arc<Own>,
     member: &Member,
     lease: Duration,

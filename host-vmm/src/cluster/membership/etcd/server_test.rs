@@ -28,8 +28,8 @@ use super::super::{
     messages::{self, PutRequest, RequestOp, TxnRequest, TxnResponse, WatchResponse},
 };
 use crate::{
-    cluster::config::{Etcd, EtcdTls},
-    sync::lock,
+    base::sync::lock,
+    cluster::settings::{Etcd, EtcdTls},
 };
 
 /// Longer than anything here takes.
@@ -225,7 +225,9 @@ impl Admin {
             });
             match client {
                 Ok(client) => break client,
-                Err(error) => assert!(Instant::now() < end, "etcd does not serve: {}", crate::error::chain(&error)),
+                Err(error) => {
+                    assert!(Instant::now() < end, "etcd does not serve: {}", crate::base::error::chain(&error))
+                }
             }
             thread::sleep(Duration::from_millis(50));
         };
@@ -288,7 +290,7 @@ impl Admin {
         loop {
             match self.runtime.block_on(self.client.call::<_, TxnResponse>(messages::TXN, question.clone())) {
                 Ok(_) => {}
-                Err(error) => return assert!(error.is_full(), "{}", crate::error::chain(&error)),
+                Err(error) => return assert!(error.is_full(), "{}", crate::base::error::chain(&error)),
             }
         }
     }

@@ -22,6 +22,10 @@ use super::{
     messages::{self, Compare, Event, KeyValue, PutRequest, WatchResponse},
 };
 use crate::{
+    base::{
+        error::chain,
+        text::{Name, Reason},
+    },
     cluster::{
         member::Member,
         membership::{
@@ -29,8 +33,6 @@ use crate::{
             view::{MAX_MEMBERS, Registered},
         },
     },
-    error::chain,
-    text::{Name, Reason},
 };
 
 /// The pause after a session that has failed, and the longest one after several.

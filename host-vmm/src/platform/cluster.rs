@@ -1,0 +1,175 @@
+//! A platform's place among others: how it reaches them, and what it lets them do.
+
+use std::{
+    borrow::Cow,
+    fmt,
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+    time::Instant,
+};
+
+use super::{
+    clone::{self, source},
+    config::Orders,
+};
+use crate::{
+    api::client::{Connections, Endpoint, Link},
+    base::sync::lock,
+    cluster::{
+        member::Member,
+        membership::{self, Directory, View},
+        peer::Holder,
+        placement::{self, Claim, Explanation, Recent, Rules, Share, Unplaceable, Wish},
+        tls::{self, Credentials},
+    },
+};
+
+/// Why a platform can't be asked.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Nobody has that name.
+    #[error("no platform {name} is known; there are: {known}")]
+    Unknown {
+        /// What it was called.
+        name: String,
+        /// All names.
+        known: String,
+    },
+    /// Several have it.
+    #[error("several clusters have a platform {0}: name it as CLUSTER/{0}")]
+    Ambiguous(String),
+    /// It may not order clones here.
+    #[error("{holder} may not order clones of what the platform {own} has; {advice}")]
+    Order {
+        /// Who has tried to.
+        holder: Holder,
+        /// The platform that was asked.
+        own: String,
+        /// What can be done.
+        advice: &'static str,
+    },
+}
+
+/// A platform's place among others.
+pub struct Cluster {
+    /// The platform's own name.
+    pub name: String,
+    /// How the others are known.
+    pub directory: Directory,
+    /// What it says of itself.
+    pub own: Arc<membership::Own>,
+    /// What it shows others; none where they are all on this host, and nobody else is.
+    pub credentials: Option<Credentials>,
+    /// Where copies go.
+    pub rules: Rules,
+    /// What has gone there of late.
+    pub recent: Mutex<Recent>,
+    /// How they are sent.
+    pub sending: source::Settings,
+    /// Who may order clones over the network.
+    pub orders: Orders,
+    /// Connections to the others.
+    pub connections: Connections,
+}
+
+impl fmt::Debug for Cluster {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { directory, rules, sending, .. } = self;
+        let mut fields = f.debug_struct("Cluster");
+        fields.field("directory", directory).field("rules", rules).field("sending", sending).finish_non_exhaustive()
+    }
+}
+
+impl Cluster {
+    /// The way to a platform that is called NAME, or CLUSTER/NAME where several clusters have one of that name.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub fn find(&self, name: &str) -> Result<Link, Error> {
+        let view = self.directory.members();
+        let (cluster, short) = name.split_once('/').map_or((None, name), |(cluster, name)| (Some(cluster), name));
+        let is_it = |member: &&Member| member.name == short && cluster.is_none_or(|cluster| member.cluster == cluster);
+        let mut found = members(&view).filter(is_it);
+        match (found.next(), found.next()) {
+            (Some(member), None) => {
+                let endpoint = endpoint(&member.name, member.address, self.credentials.as_ref());
+                Ok(self.connections.link(endpoint, clone::PATIENCE))
+            }
+            (None, _) => {
+                let known: Vec<&str> = members(&view).map(|member| member.name.as_str()).collect();
+                Err(Error::Unknown { name: name.to_owned(), known: known.join(", ") })
+            }
+            (Some(_), Some(_)) => Err(Error::Ambiguous(short.to_owned())),
+        }
+    }
+
+    /// Checks whether another platform may order clones here.
+    ///
+    /// # Errors
+    /// [`Error::Order`].
+    pub fn check_order(&self, holder: &Holder) -> Result<(), Error> {
+        let advice = match self.orders {
+            Orders::Operators => "its configuration would have to allow it, by orders = \"platforms\" under [clone]",
+            // Certificates don't tell clusters apart.
+            Orders::Platforms if self.directory.members().is_alone((self.own)().cluster.as_str(), holder.name()) => {
+                return Ok(());
+            }
+            Orders::Platforms => {
+                "its configuration allows that to platforms of its own cluster that it knows, and whose names no others have"
+            }
+        };
+        Err(Error::Order { holder: holder.clone(), own: self.name.clone(), advice })
+    }
+
+    /// Chooses where copies go. Those that go to another platform come with a claim on it.
+    ///
+    /// # Errors
+    /// [`Unplaceable`].
+    pub fn place(&self, wish: &Wish, but: &[String]) -> Result<Vec<(Share, Option<Claim>)>, Unplaceable> {
+        let (own, view, now) = ((self.own)(), self.directory.members(), Instant::now());
+        let choose = |recent: &Recent| {
+            let members = all(&own, &view, recent, now);
+            let known = members.iter().map(AsRef::as_ref).filter(|member: &&Member| !but.contains(&member.name));
+            placement::place(&self.rules, wish, known)
+        };
+        let mut recent = lock(&self.recent);
+        // Each decision counts on those before it. Where that leaves no room, some of those copies may have ended: whoever is full says so.
+        let shares = choose(&recent).or_else(|_| choose(&Recent::default()))?.shares;
+        let claimed = shares.into_iter().map(|share| {
+            // Another cluster may have a platform of the source's name.
+            let is_away = share.platform != wish.source;
+            let claim = is_away.then(|| recent.enter(&share.platform, wish.config, share.count, now));
+            (share, claim)
+        });
+        Ok(claimed.collect())
+    }
+
+    /// Tells what speaks for each platform, and what against it.
+    pub fn explain(&self, wish: &Wish) -> Explanation {
+        let (own, view) = ((self.own)(), self.directory.members());
+        let members = all(&own, &view, &lock(&self.recent), Instant::now());
+        placement::explain(&self.rules, wish, members.iter().map(AsRef::as_ref))
+    }
+}
+
+/// Where a platform of this name is asked: over TLS where there are credentials.
+pub fn endpoint(name: &str, address: SocketAddr, credentials: Option<&Credentials>) -> Endpoint {
+    Endpoint::Network(match credentials {
+        Some(credentials) => {
+            tls::Endpoint::Tls { address, platform: name.to_owned(), credentials: credentials.clone() }
+        }
+        None => tls::Endpoint::Plain(address),
+    })
+}
+
+fn members(view: &View) -> impl Iterator<Item = &Member> + Clone {
+    view.members.iter().map(|seen| &*seen.member)
+}
+
+/// This platform, as it is now, and the others, with what has gone there since they have told of themselves.
+fn all<'m>(own: &'m Member, view: &'m View, recent: &Recent, now: Instant) -> Vec<Cow<'m, Member>> {
+    let is_other = |member: &Member| (&member.cluster, &member.name) != (&own.cluster, &own.name);
+    let others = view.members.iter().filter(|seen| is_other(&seen.member));
+    let others = others.map(|seen| recent.count(&seen.member, seen.told, now));
+    std::iter::once(Cow::Borrowed(own)).chain(others).collect()
+}
