@@ -7,6 +7,7 @@ use uuid::Uuid;
 
 use crate::{
     base::{error::chain, units},
+    node::zygote::CPU_PROFILE_VARIABLE,
     platform::{Keep, Limit},
     types::{ForkStep, Locality},
     vmm::arch::profile::{Profile, Subset},
@@ -434,13 +435,8 @@ fn copies() -> impl TypedValueParser<Value = u32> {
 #[derive(Debug, Args)]
 pub struct Zygote {
     /// CPU that guests are shown: a name, or the text of a file. The platform has it in the environment, where it can be long.
-    #[arg(long, env = Zygote::CPU_PROFILE, default_value = "host")]
+    #[arg(long, env = CPU_PROFILE_VARIABLE, default_value = "host")]
     pub cpu_profile: Profile,
-}
-
-impl Zygote {
-    /// The variable of the environment that holds its profile.
-    pub const CPU_PROFILE: &str = "HOST_VMM_ZYGOTE_CPU_PROFILE";
 }
 
 /// Takes a CPU profile by its name, or out of a file.

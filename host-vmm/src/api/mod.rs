@@ -47,10 +47,6 @@ pub mod steady;
 
 use crate::{
     base::text::{Name, Reason},
-    capsule::{
-        compat::READABLE_STATE_VERSIONS,
-        header::{self, OLDEST_VERSION},
-    },
     cluster::member::Member,
     types::Locality,
 };
@@ -84,19 +80,6 @@ pub struct Versions {
     pub oldest: u32,
     /// The last.
     pub newest: u32,
-}
-
-impl Version {
-    /// What this program understands.
-    pub fn own() -> Self {
-        let states = READABLE_STATE_VERSIONS;
-        Self {
-            vmm: env!("CARGO_PKG_VERSION").to_owned(),
-            api: VERSION,
-            capsules: Versions { oldest: OLDEST_VERSION, newest: header::VERSION },
-            states: Versions { oldest: *states.start(), newest: *states.end() },
-        }
-    }
 }
 
 /// The VMs of a platform.

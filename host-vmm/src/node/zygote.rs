@@ -38,6 +38,9 @@ use crate::{
 /// Memory of the machine that is built for practice.
 const PRACTICE_BYTES: u64 = 16 << 20;
 
+/// Variable of the environment in which the zygote finds the CPU profile, as text: it can be long.
+pub const CPU_PROFILE_VARIABLE: &str = "HOST_VMM_ZYGOTE_CPU_PROFILE";
+
 /// The zygote's end of its connection.
 type Connection = Link<Spawned, Spawn>;
 

@@ -26,8 +26,10 @@ use rustix::{
 use super::Error;
 use crate::{
     base::{output::push_message, sync::lock, text::Text, threads},
-    cli,
-    node::wire::{LINK_FD, PlatformLink, Spawn, Spawned, ZygoteLink},
+    node::{
+        wire::{LINK_FD, PlatformLink, Spawn, Spawned, ZygoteLink},
+        zygote::CPU_PROFILE_VARIABLE,
+    },
     types::VmShape,
 };
 
@@ -163,7 +165,7 @@ impl Running {
         let (link, theirs) = ZygoteLink::pair().map_err(Error::Zygote)?;
         let mut command = Command::new("/proc/self/exe");
         // A group of its own: what a terminal's keys send is for the platform.
-        command.arg("zygote").env(cli::Zygote::CPU_PROFILE, cpu_profile);
+        command.arg("zygote").env(CPU_PROFILE_VARIABLE, cpu_profile);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(messages()?).process_group(0);
         let mapping = FdMapping { parent_fd: theirs, child_fd: LINK_FD };
         command.fd_mappings(vec![mapping]).map_err(|error| Error::Start(io::Error::other(error)))?;

@@ -39,6 +39,8 @@ use utoipa::ToSchema;
 
 mod decisions;
 pub mod filling;
+#[cfg(test)]
+mod json_test;
 mod pace;
 pub mod source;
 pub mod supply;

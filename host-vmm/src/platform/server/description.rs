@@ -11,7 +11,11 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::all_routes;
 use crate::{
-    api::{Failure, Version},
+    api::{Failure, VERSION, Version, Versions},
+    capsule::{
+        compat::READABLE_STATE_VERSIONS,
+        header::{self, OLDEST_VERSION},
+    },
     platform::Platform,
 };
 
@@ -34,7 +38,18 @@ pub(super) fn routes() -> OpenApiRouter<Arc<Platform>> {
 /// Tells what the platform understands.
 #[utoipa::path(get, path = "/v1/version", responses((status = 200, description = "Its versions", body = Version)))]
 async fn version() -> Json<Version> {
-    Json(Version::own())
+    Json(own_version())
+}
+
+/// What this program understands.
+fn own_version() -> Version {
+    let states = READABLE_STATE_VERSIONS;
+    Version {
+        vmm: env!("CARGO_PKG_VERSION").to_owned(),
+        api: VERSION,
+        capsules: Versions { oldest: OLDEST_VERSION, newest: header::VERSION },
+        states: Versions { oldest: *states.start(), newest: *states.end() },
+    }
 }
 
 /// Describes this API, in OpenAPI 3.1.

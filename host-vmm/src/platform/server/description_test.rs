@@ -128,7 +128,7 @@ fn what_is_said_of_vms_fits() {
     let vms = vec![vm(State::Dependent, Some(4096), Some(memory)), vm(State::Launching, None, None)];
     let ended = vec![Ended { id: Uuid::from_u128(2), name: "vm".into(), parent: None, why: Some("a reason".into()) }];
     assert_fits("Vms", &Vms { vms, ended });
-    assert_fits("Version", &Version::own());
+    assert_fits("Version", &own_version());
     let copy = |platform: &str, placement| ForkedVm {
         id: Uuid::from_u128(3),
         name: "web.2".into(),
