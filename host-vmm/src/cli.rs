@@ -2,14 +2,14 @@
 
 use std::{fs, path::PathBuf};
 
+use base::{error::chain, units};
 use clap::{Args, Parser, Subcommand, ValueEnum, builder::TypedValueParser};
+use types::{ForkStep, Locality};
 use uuid::Uuid;
 
 use crate::{
-    base::{error::chain, units},
     node::zygote::CPU_PROFILE_VARIABLE,
     platform::{Keep, Limit},
-    types::{ForkStep, Locality},
     vmm::arch::profile::{Profile, Subset},
 };
 
@@ -456,7 +456,7 @@ fn size(text: &str) -> Result<u64, String> {
 
 /// Parses a memory size such as `512M`.
 fn memory_size(text: &str) -> Result<u64, String> {
-    use crate::types::{MAX_RAM_BYTES, MIN_RAM_BYTES, PAGE_BYTES};
+    use types::{MAX_RAM_BYTES, MIN_RAM_BYTES, PAGE_BYTES};
     let bytes = size(text)?;
     let bytes = Some(bytes).filter(|bytes| (MIN_RAM_BYTES..=MAX_RAM_BYTES).contains(bytes));
     let bytes = bytes.ok_or_else(|| format!("must be from {}M to {}G", MIN_RAM_BYTES >> 20, MAX_RAM_BYTES >> 30))?;

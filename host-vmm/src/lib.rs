@@ -36,12 +36,10 @@
 //! - [`output`]: standard output, standard error and event files, which never make a VM or a fork wait.
 
 pub mod api;
-pub mod base;
 pub mod capsule;
 pub mod cli;
 pub mod cluster;
 pub mod command;
 pub mod node;
 pub mod platform;
-pub mod types;
 pub mod vmm;

@@ -6,12 +6,12 @@ use std::{
 };
 
 use anyhow::Context;
+use base::{
+    output::{self, Messages, NodeMessages},
+    text,
+};
 use clap::Parser;
 use host_vmm::{
-    base::{
-        output::{self, Messages, NodeMessages},
-        text,
-    },
     cli::{Cli, Command},
     command, node,
 };

@@ -4,15 +4,13 @@ use std::fmt::Debug;
 
 use proptest::prelude::*;
 use serde::de::DeserializeOwned;
+use types::VmShape;
 
 use super::*;
-use crate::{
-    cluster::{
-        member::Load,
-        membership::check,
-        placement::{Cause, Explanation, Obstacle, Policy, Reason as Verdict, Score, Wish},
-    },
-    types::VmShape,
+use crate::cluster::{
+    member::Load,
+    membership::check,
+    placement::{Cause, Explanation, Obstacle, Policy, Reason as Verdict, Score, Wish},
 };
 
 /// The same, as somebody else understands it.

@@ -35,8 +35,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use base::text::{Name, Reason};
 use nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
+use types::Locality;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
@@ -45,11 +47,7 @@ pub mod client;
 mod json_test;
 pub mod steady;
 
-use crate::{
-    base::text::{Name, Reason},
-    cluster::member::Member,
-    types::Locality,
-};
+use crate::cluster::member::Member;
 
 /// Version of the API, with which all paths begin.
 pub const VERSION: u32 = 1;

@@ -9,11 +9,10 @@ use std::{
     },
 };
 
+use types::PAGE_BYTES;
+
 use super::{Capsule, Chunk, Description, Error, LayerManifest};
-use crate::{
-    types::PAGE_BYTES,
-    vmm::memory::{self, Budget, Grant},
-};
+use crate::vmm::memory::{self, Budget, Grant};
 
 /// Name of a layer's memory file, as `/proc` shows it.
 const LAYER_NAME: &str = "vm-loaded";

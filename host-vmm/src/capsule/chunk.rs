@@ -3,9 +3,9 @@
 use std::{fs::File, iter, ops::Range, os::unix::fs::FileExt};
 
 use serde::{Deserialize, Serialize};
+use types::PAGE_BYTES;
 
 use super::Error;
-use crate::types::PAGE_BYTES;
 
 /// Pages of a chunk.
 pub const CHUNK_PAGES: u64 = 64;

@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, fs::File, io, sync::Arc};
 
-use hyper::body::Bytes;
+use bytes::Bytes;
 
 use super::chunk_stream;
 use crate::{

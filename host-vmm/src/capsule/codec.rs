@@ -46,7 +46,7 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::base::text::Text;
+    use base::text::Text;
 
     #[test]
     fn a_value_survives() {

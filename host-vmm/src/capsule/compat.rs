@@ -11,22 +11,20 @@
 use std::ops::RangeInclusive;
 
 use serde::{Deserialize, Serialize};
+use types::PAGE_BYTES;
 
 use super::{Difference, Incompatible};
-use crate::{
-    types::PAGE_BYTES,
-    vmm::{
-        arch::{
-            CpuidEntry, MAX_CPUID_LEAVES, VcpuId,
-            cpuid::{self, Shape},
-            features::{self, ARCH_CAPABILITIES_MSR, ARCH_FLAWS, Kind, NUMBERS},
-            leaf::{self, Leaf, Register, Word},
-            xstate,
-        },
-        devices,
-        kvm::{Model, VcpuState},
-        machine::MachineState,
+use crate::vmm::{
+    arch::{
+        CpuidEntry, MAX_CPUID_LEAVES, VcpuId,
+        cpuid::{self, Shape},
+        features::{self, ARCH_CAPABILITIES_MSR, ARCH_FLAWS, Kind, NUMBERS},
+        leaf::{self, Leaf, Register, Word},
+        xstate,
     },
+    devices,
+    kvm::{Model, VcpuState},
+    machine::MachineState,
 };
 
 /// Version of the state in a capsule: another one with each change of [`MachineState`], of guest-physical addresses, or of the interface

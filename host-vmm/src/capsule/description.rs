@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use types::{PAGE_BYTES, VmIdentity, VmShape};
 use uuid::Uuid;
 
 use super::{
@@ -13,14 +14,11 @@ use super::{
     compat::{self, Requirements},
     manifest::Manifest,
 };
-use crate::{
-    types::{PAGE_BYTES, VmIdentity, VmShape},
-    vmm::{
-        devices::{ControlPageState, DevicesState, OlderDevicesState},
-        kvm::{OlderVcpuState, VcpuState, VmState},
-        machine::MachineState,
-        memory::Grant,
-    },
+use crate::vmm::{
+    devices::{ControlPageState, DevicesState, OlderDevicesState},
+    kvm::{OlderVcpuState, VcpuState, VmState},
+    machine::MachineState,
+    memory::Grant,
 };
 
 /// Kinds from here on say something that nobody needs to know.

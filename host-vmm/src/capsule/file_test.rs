@@ -1,6 +1,7 @@
 use std::{io::Write, sync::Arc};
 
 use proptest::prelude::*;
+use types::{PAGE_BYTES, VmIdentity, VmShape};
 use uuid::Uuid;
 
 use super::*;
@@ -10,7 +11,6 @@ use crate::{
         older::tests::{as_version_1_has_it, saved_as_version_1},
         pack, unpack,
     },
-    types::{PAGE_BYTES, VmIdentity, VmShape},
     vmm::{
         devices::ControlPageState,
         kvm::OlderVcpuState,

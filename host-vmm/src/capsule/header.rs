@@ -1,7 +1,8 @@
 //! The first bytes of a capsule: they can be read, and told from other things, without reading more.
 
+use types::PAGE_BYTES;
+
 use super::Error;
-use crate::types::PAGE_BYTES;
 
 /// What each capsule begins with.
 const MAGIC: [u8; 8] = *b"VMFORKIM";

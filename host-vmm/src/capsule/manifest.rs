@@ -10,14 +10,12 @@ use std::{
     sync::{Arc, Mutex},
 };
 
+use base::sync::lock;
 use serde::{Deserialize, Serialize};
+use types::{MAX_RAM_BYTES, PAGE_BYTES};
 
 use super::{CHUNK_BYTES, CHUNK_PAGES, Chunk, Error, chunk, parallel};
-use crate::{
-    base::sync::lock,
-    types::{MAX_RAM_BYTES, PAGE_BYTES},
-    vmm::memory::{self, Image, Layer, MAX_EXTENTS, MAX_LAYERS, Run},
-};
+use crate::vmm::memory::{self, Image, Layer, MAX_EXTENTS, MAX_LAYERS, Run};
 
 /// Question whether anybody still wants the manifest that is being made.
 pub type IsWanted<'w> = &'w (dyn Fn() -> bool + Sync);
@@ -356,7 +354,7 @@ mod tests {
         let called_off = Manifest::of_while(&image, &digests, &|| looks.fetch_add(1, Ordering::Relaxed) < 2);
         assert!(matches!(called_off, Err(Error::CalledOff)));
         // Each processor has begun one more at most.
-        assert!(looks.into_inner() <= 2 + crate::base::threads::processors());
+        assert!(looks.into_inner() <= 2 + base::threads::processors());
         assert!(lock(&digests.0).is_empty(), "it is not known what is in it");
         assert_eq!(Manifest::of(&image, &digests).unwrap().layers[0].chunks.len(), 32);
     }

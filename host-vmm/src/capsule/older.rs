@@ -9,17 +9,15 @@
 use std::{fs::File, os::unix::fs::FileExt, sync::Arc};
 
 use serde::Deserialize;
+use types::{MAX_RAM_BYTES, PAGE_BYTES, VmIdentity, VmShape};
 use uuid::Uuid;
 
 use super::{About, Capsule, Error, Header, LayerContents, MAX_BYTES, codec, header::DATA_OFFSET, image, pack};
-use crate::{
-    types::{MAX_RAM_BYTES, PAGE_BYTES, VmIdentity, VmShape},
-    vmm::{
-        devices::{ControlPageState, OlderDevicesState},
-        kvm::{OlderVcpuState, VmState},
-        machine::MachineState,
-        memory::{self, Budget, MAX_LAYERS},
-    },
+use crate::vmm::{
+    devices::{ControlPageState, OlderDevicesState},
+    kvm::{OlderVcpuState, VmState},
+    machine::MachineState,
+    memory::{self, Budget, MAX_LAYERS},
 };
 
 /// Bytes that are read at once.

@@ -5,7 +5,7 @@ use std::{
     thread,
 };
 
-use crate::base::threads;
+use base::threads;
 
 /// Makes something of each item, on all processors, in their order. After the first failure, no more are begun. Each processor has a buffer
 /// of its own for it, which is left as it is from item to item.

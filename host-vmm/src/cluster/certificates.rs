@@ -28,12 +28,12 @@ use rcgen::{
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use tempfile::NamedTempFile;
 use time::{Date, Duration, OffsetDateTime};
+use types::new_id;
 
 use super::{
     peer::Holder,
     tls::{self, Credentials},
 };
-use crate::types::new_id;
 
 /// Name of the CA's files.
 const CA: &str = "ca";

@@ -5,11 +5,12 @@ use std::{
     sync::atomic::{AtomicBool, Ordering},
 };
 
-use super::member::Load;
-use crate::base::{
+use base::{
     host_memory::{self, HostMemory},
     threads,
 };
+
+use super::member::Load;
 
 const CPU_PRESSURE: &str = "/proc/pressure/cpu";
 const MEMORY_PRESSURE: &str = "/proc/pressure/memory";

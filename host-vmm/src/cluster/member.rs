@@ -3,10 +3,9 @@
 use std::{collections::BTreeMap, net::SocketAddr};
 
 use serde::{Deserialize, Serialize};
+use types::VmShape;
 use utoipa::ToSchema;
 use uuid::Uuid;
-
-use crate::types::VmShape;
 
 /// Most labels of a platform, most shapes of machines, and most images that it tells others of.
 pub const MAX_LABELS: usize = 32;

@@ -2,11 +2,11 @@
 
 use std::process::ExitCode;
 
+use base::error::chain;
 use serde::Serialize;
 
 use super::table::json;
 use crate::{
-    base::error::chain,
     cli,
     vmm::kvm::probe::{self, Findings, ProbeError},
 };

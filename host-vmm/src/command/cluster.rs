@@ -8,7 +8,9 @@ use std::{
     time::Duration,
 };
 
+use base::text::Name;
 use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
+use types::VmShape;
 use uuid::Uuid;
 
 use super::{
@@ -22,10 +24,8 @@ use crate::{
         self, CloneWish, Transfer,
         client::{self, Endpoint},
     },
-    base::text::Name,
     cli::{self, Original},
     cluster::placement::{Explanation, Wish},
-    types::VmShape,
 };
 
 /// How often it is looked how far a clone is.

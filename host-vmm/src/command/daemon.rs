@@ -11,6 +11,7 @@ use std::{
 };
 
 use anyhow::Context;
+use base::{descriptors, error::chain};
 use hyper::Method;
 use nix::sys::signal::{SigSet, Signal};
 
@@ -19,7 +20,6 @@ use crate::{
         self,
         client::{Connection, Connections, Content},
     },
-    base::{descriptors, error::chain},
     cluster::{
         load,
         member::{Load, Member},

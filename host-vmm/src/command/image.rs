@@ -4,6 +4,7 @@ use std::{fs::File, path::Path, process::ExitCode};
 
 use anyhow::Context;
 use serde::Serialize;
+use types::PAGE_BYTES;
 use uuid::Uuid;
 
 use super::{
@@ -14,7 +15,6 @@ use crate::{
     api::{Image, Spawned, client},
     capsule::{self, Description, compat::Requirements},
     cli::{self, ImageCommand},
-    types::PAGE_BYTES,
 };
 
 /// How much of an ID is shown where it is for people: enough to name an image.

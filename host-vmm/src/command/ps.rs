@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, process::ExitCode, time::Duration};
 
+use base::text::Name;
 use indicatif::FormattedDuration;
 use termtree::Tree;
 use uuid::Uuid;
@@ -12,7 +13,6 @@ use super::{
 };
 use crate::{
     api::{Ended, Memory, State, Vm, Vms, client},
-    base::text::Name,
     cli,
 };
 

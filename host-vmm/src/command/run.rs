@@ -13,13 +13,13 @@ use std::{
 };
 
 use anyhow::Context;
+use base::output::say;
+use types::{ExitReason, VmShape};
 
 use super::daemon::{self, Daemon, block_signals, create, on_signal};
 use crate::{
-    base::output::say,
     cli,
     platform::{Boot, ConsoleInput, Platform, Settings, Terminal, config::PlatformConfig, read_keys},
-    types::{ExitReason, VmShape},
 };
 
 /// What every kernel command line starts with: the console; a panic ends the VM at once; there is no PCI to look for.

@@ -3,9 +3,10 @@
 use std::{process::ExitCode, sync::mpsc};
 
 use anyhow::Context;
+use base::output::say;
 
 use super::daemon::{Daemon, block_signals, on_signal, settings};
-use crate::{base::output::say, cli, platform::config::PlatformConfig};
+use crate::{cli, platform::config::PlatformConfig};
 
 /// Runs a platform until a signal ends it.
 ///

@@ -1,9 +1,8 @@
 //! Tables and JSON, as commands print them. A platform that was taken over may send anything to be printed.
 
+use base::text::Reason;
 use indicatif::BinaryBytes;
 use serde::Serialize;
-
-use crate::base::text::Reason;
 
 /// Whether a column holds words, which stand to the left, or numbers, which stand to the right.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

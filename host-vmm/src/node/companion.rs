@@ -13,14 +13,15 @@ use std::{
     time::{Duration, Instant},
 };
 
+use base::{error::chain, sync::lock, text::Reason, threads};
+use types::{ExitReason, ForkStep, StepTiming};
+
 use super::alarm::Alarm;
 use crate::{
-    base::{error::chain, sync::lock, text::Reason, threads},
     node::{
         fork::{Engine, Served, rendezvous::Rendezvous},
         wire::{NodeLink, Prefetch, ToNode, ToPlatform, link},
     },
-    types::{ExitReason, ForkStep, StepTiming},
     vmm::{
         machine::{FirstExit, Machine},
         memory::WorkingSet,

@@ -11,15 +11,15 @@ use std::{
 };
 
 use anyhow::{Context, bail};
+use base::{error::chain, text::Reason};
+use types::{ForkStep, VmIdentity};
 
 use super::companion::{Companion, Launch};
 use crate::{
-    base::{error::chain, text::Reason},
     node::{
         fork::{Child, Engine, Meeting, Signal, Standby},
         wire::{CopyOrder, NodeLink, Spawn, ToNode, ToPlatform, link},
     },
-    types::{ForkStep, VmIdentity},
     vmm::{
         boot::Payload,
         kvm::{Host, Vcpu},

@@ -11,6 +11,7 @@ use std::{
 };
 
 use anyhow::{Context, bail};
+use base::{text::Reason, threads};
 use nix::{
     errno::Errno,
     poll::{PollFd, PollFlags, PollTimeout, poll},
@@ -22,12 +23,11 @@ use nix::{
     unistd::{ForkResult, fork},
 };
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use types::VmShape;
 
 use super::{pages::Pages, process::run, rehearsal, sandbox};
 use crate::{
-    base::{text::Reason, threads},
     node::wire::{LINK_FD, Link, NodeLink, Spawn, Spawned, link},
-    types::VmShape,
     vmm::{
         arch::profile::Profile,
         kvm::Host,

@@ -5,6 +5,8 @@
 
 use std::{fs::File, sync::Arc, thread, time::Duration};
 
+use base::{clock::wall_clock_ns, error::chain, text::Reason, threads};
+use types::{CopySpec, Locality, new_id};
 use vmfork_abi::{ErrorCode, Location};
 
 use super::{
@@ -17,7 +19,6 @@ use super::{
 };
 use crate::{
     api::{Copied, ForkedVm, Placement},
-    base::{clock::wall_clock_ns, error::chain, text::Reason, threads},
     capsule::{About, Capsule, Parcel},
     cluster::placement::{Claim, Wish},
     node::fork::rendezvous::Rendezvous,
@@ -29,7 +30,6 @@ use crate::{
         },
         cluster::Cluster,
     },
-    types::{CopySpec, Locality, new_id},
     vmm::memory::WorkingSet,
 };
 

@@ -2,7 +2,9 @@
 
 use std::{sync::Arc, thread, time::Duration};
 
+use base::{error::chain, threads};
 use hyper::body::Bytes;
+use types::CopySpec;
 use uuid::Uuid;
 
 use super::{
@@ -12,7 +14,6 @@ use super::{
     registry::Reservation,
 };
 use crate::{
-    base::{error::chain, threads},
     capsule::{
         self, About, Assembly, Capsule, Description, Incompatible, Parcel, Stock,
         compat::{Offer, Requirements},
@@ -23,7 +24,6 @@ use crate::{
         source::IsWanted,
         supply::{Supplier, Supplies, Supply},
     },
-    types::CopySpec,
     vmm::{arch::profile::Profile, kvm::Host, memory::Budget},
 };
 

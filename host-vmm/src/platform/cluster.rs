@@ -8,13 +8,14 @@ use std::{
     time::Instant,
 };
 
+use base::sync::lock;
+
 use super::{
     clone::{self, source},
     config::Orders,
 };
 use crate::{
     api::client::{Connections, Endpoint, Link},
-    base::sync::lock,
     cluster::{
         member::Member,
         membership::{self, Directory, View},

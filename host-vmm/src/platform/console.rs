@@ -15,21 +15,19 @@ use std::{
     time::{Duration, Instant},
 };
 
+use base::{
+    outage::Outage,
+    output::{Kind, Output, SHOWN_BYTES, Unit, Way},
+    sync::lock,
+};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use types::VmIdentity;
 
 use super::{
     Error, Event, Events,
     logs::{Log, Logs},
 };
-use crate::{
-    base::{
-        outage::Outage,
-        output::{Kind, Output, SHOWN_BYTES, Unit, Way},
-        sync::lock,
-    },
-    node::wire::{PlatformLink, ToNode, link},
-    types::VmIdentity,
-};
+use crate::node::wire::{PlatformLink, ToNode, link};
 
 /// Longest line that is held back until it is complete, in bytes; what is longer is shown in pieces.
 const MAX_LINE_BYTES: usize = 4096;

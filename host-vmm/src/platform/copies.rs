@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeSet, fs::File, sync::Arc, time::Duration};
 
+use types::{CopySpec, ForkStep, VmIdentity, VmShape, new_id};
 use uuid::Uuid;
 use vmfork_abi::{ListedCopy, Location, PLATFORM_BYTES, pad_text};
 
@@ -11,7 +12,6 @@ use crate::{
     capsule::About,
     node::fork::rendezvous::{self, Rendezvous},
     platform::clone::filling::Filling,
-    types::{CopySpec, ForkStep, VmIdentity, VmShape, new_id},
 };
 
 /// How long copies of an image may take until they are ready to run.

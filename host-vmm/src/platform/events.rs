@@ -2,18 +2,16 @@
 
 use std::{fs::File, io, sync::Mutex, time::Duration};
 
+use base::{
+    clock::monotonic_ns,
+    output::{Kind, Output, Unit, Way},
+    sync::lock,
+};
 use serde::Serialize;
+use types::{ExitReason, StepTiming, VmIdentity};
 use uuid::Uuid;
 
-use crate::{
-    base::{
-        clock::monotonic_ns,
-        output::{Kind, Output, Unit, Way},
-        sync::lock,
-    },
-    node::wire::Report,
-    types::{ExitReason, StepTiming, VmIdentity},
-};
+use crate::node::wire::Report;
 
 /// Bytes of events that wait to be written: those of some hundred forks at once, with all that their copies
 /// print.

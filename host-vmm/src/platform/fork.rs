@@ -8,6 +8,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use base::{error::chain, sync::lock, text::Reason};
+use types::{CopySpec, ForkStep, Locality, VmIdentity, VmShape};
 use vmfork_abi::{ErrorCode, Location, MAX_CHILDREN, is_vm_type};
 
 use super::{
@@ -24,13 +26,11 @@ use super::{
 };
 use crate::{
     api::{ForkedVm, Placement},
-    base::{error::chain, sync::lock, text::Reason},
     cluster::placement::Wish,
     node::{
         fork::rendezvous::{self, Rendezvous},
         wire::{CopyOrder, PlatformLink, Prefetch, ToNode},
     },
-    types::{CopySpec, ForkStep, Locality, VmIdentity, VmShape},
 };
 
 /// How long children have to themselves before the platform goes on with what nobody waits for.

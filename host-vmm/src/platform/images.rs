@@ -15,6 +15,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use base::{clock::wall_clock_ns, sync::lock};
+use types::{VmIdentity, VmShape, new_id};
 use uuid::Uuid;
 use vmfork_abi::is_vm_type;
 
@@ -27,10 +29,8 @@ use super::{
 };
 use crate::{
     api,
-    base::{clock::wall_clock_ns, sync::lock},
     capsule::{self, About, Capsule, Description, Difference, Digests, Incompatible, Parcel, file},
     cluster::member::MAX_IMAGES,
-    types::{VmIdentity, VmShape, new_id},
 };
 
 /// Stands for all types in `--keep`.

@@ -7,14 +7,12 @@ use std::{
     time::{Duration, Instant},
 };
 
+use base::units;
+use types::{VmIdentity, VmShape};
 use uuid::Uuid;
 use vmfork_abi::{ErrorCode, is_vm_type};
 
 use super::{Error, Platform};
-use crate::{
-    base::units,
-    types::{VmIdentity, VmShape},
-};
 
 /// Stands for all types in `--limit`.
 const ALL_TYPES: &str = "*";

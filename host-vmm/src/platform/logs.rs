@@ -13,10 +13,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use base::sync::lock;
 use tokio::sync::watch;
+use types::VmIdentity;
 use uuid::Uuid;
-
-use crate::{base::sync::lock, types::VmIdentity};
 
 /// Most VMs whose logs are known: beyond that, those are forgotten that have ended first. Their files stay.
 const MAX_LOGS: usize = 4096;

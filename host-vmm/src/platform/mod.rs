@@ -12,6 +12,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use base::{sync::lock, text::Reason};
+use types::{ExitReason, ForkStep, VmIdentity, VmShape, new_id};
 use vmfork_abi::ErrorCode;
 
 mod accounting;
@@ -49,7 +51,6 @@ pub use terminal::{Terminal, read_keys};
 
 use crate::{
     api::client,
-    base::{sync::lock, text::Reason},
     capsule::{self, Digests, compat::Offer},
     cluster::placement::Unplaceable,
     node::{
@@ -60,7 +61,6 @@ use crate::{
         clone::{Clones, filling, source, supply::Supplies},
         cluster::Cluster,
     },
-    types::{ExitReason, ForkStep, VmIdentity, VmShape, new_id},
     vmm::{
         kvm,
         memory::{Budget, budget},

@@ -8,7 +8,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+use base::{error::chain, sync::lock, text::Reason, threads};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use types::{ExitReason, ForkStep, VmIdentity, VmShape};
 use vmfork_abi::ErrorCode;
 
 use super::{
@@ -24,13 +26,11 @@ use super::{
     trace::Arguments,
 };
 use crate::{
-    base::{error::chain, sync::lock, text::Reason, threads},
     node::{
         fork::rendezvous::Rendezvous,
         wire::{ForkOrder, PlatformLink, ToNode, ToPlatform, link},
     },
     platform::clone::filling::{Filling, Told},
-    types::{ExitReason, ForkStep, VmIdentity, VmShape},
     vmm::memory::Faults,
 };
 

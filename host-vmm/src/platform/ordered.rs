@@ -5,6 +5,7 @@ use std::{
     time::Duration,
 };
 
+use base::{sync::lock, text::Reason};
 use hyper::Method;
 use serde::de::DeserializeOwned;
 use vmfork_abi::ErrorCode;
@@ -18,7 +19,6 @@ use crate::{
         CloneWish, ForkedVm,
         client::{self, Content},
     },
-    base::{sync::lock, text::Reason},
     node::wire::ToNode,
 };
 
@@ -168,7 +168,8 @@ pub(super) fn advice(code: ErrorCode) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{node::fork::rendezvous::Rendezvous, types::Locality};
+    use crate::node::fork::rendezvous::Rendezvous;
+    use types::Locality;
 
     #[test]
     fn a_vm_has_one_order_until_it_is_answered() {

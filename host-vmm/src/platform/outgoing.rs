@@ -2,6 +2,8 @@
 
 use std::sync::{Arc, Mutex};
 
+use base::sync::lock;
+use types::{VmIdentity, VmShape, new_id};
 use uuid::Uuid;
 
 use super::{
@@ -10,7 +12,6 @@ use super::{
 };
 use crate::{
     api::{Copied, Transfer},
-    base::sync::lock,
     capsule::About,
     cluster::{
         member::{Load, MAX_SHAPES, Ready},
@@ -22,7 +23,6 @@ use crate::{
         source::{self, IsWanted, Progress, Wanted},
         supply::Supply,
     },
-    types::{VmIdentity, VmShape, new_id},
 };
 
 /// Clones that are being sent.

@@ -13,16 +13,16 @@ use std::{
     time::{Duration, Instant},
 };
 
+use base::{error::chain, sync::lock, text::Reason, threads};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use types::VmShape;
 
 use super::{
     Error, Platform,
     process::{BATCH, Shell, Zygote},
 };
 use crate::{
-    base::{error::chain, sync::lock, text::Reason, threads},
     node::wire::{ToNode, ToPlatform},
-    types::VmShape,
     vmm::memory::WorkingSet,
 };
 

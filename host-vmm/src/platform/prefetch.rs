@@ -2,7 +2,9 @@
 
 use std::sync::Mutex;
 
-use crate::{base::sync::lock, node::wire::Prefetch, vmm::memory::WorkingSet};
+use base::sync::lock;
+
+use crate::{node::wire::Prefetch, vmm::memory::WorkingSet};
 
 /// One in so many forks has its first child record again: what copies do changes.
 const RECORD_EVERY: u64 = 64;

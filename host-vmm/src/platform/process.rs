@@ -12,6 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use base::{output::push_message, sync::lock, text::Text, threads};
 use command_fds::{CommandFdExt, FdMapping};
 use nix::{
     fcntl::OFlag,
@@ -22,15 +23,12 @@ use rustix::{
     fs::{OFlags, fcntl_setfl},
     process::{Signal, pidfd_send_signal},
 };
+use types::VmShape;
 
 use super::Error;
-use crate::{
-    base::{output::push_message, sync::lock, text::Text, threads},
-    node::{
-        wire::{LINK_FD, PlatformLink, Spawn, Spawned, ZygoteLink},
-        zygote::CPU_PROFILE_VARIABLE,
-    },
-    types::VmShape,
+use crate::node::{
+    wire::{LINK_FD, PlatformLink, Spawn, Spawned, ZygoteLink},
+    zygote::CPU_PROFILE_VARIABLE,
 };
 
 /// Most orders that are sent to the zygote before its answers are read: neither side may wait for room in a socket that the other one
@@ -261,7 +259,8 @@ mod tests {
     use std::thread;
 
     use super::*;
-    use crate::{node::wire::Link, types::MIN_RAM_BYTES};
+    use crate::node::wire::Link;
+    use types::MIN_RAM_BYTES;
 
     /// A zygote that answers so many orders, each by its number, or as one that has failed; then it is gone.
     fn zygote(answers: u32, failing: u32) -> (Zygote, thread::JoinHandle<()>) {

@@ -23,14 +23,12 @@ use std::{
     time::{Duration, Instant},
 };
 
+use base::{error::chain, sync::lock, threads};
+use types::ExitReason;
 use uuid::Uuid;
 
 use super::{Error, Platform, images::Image};
-use crate::{
-    base::{error::chain, sync::lock, threads},
-    types::ExitReason,
-    vmm::memory::{self, SealRetry},
-};
+use crate::vmm::memory::{self, SealRetry};
 
 /// Delay of the first attempt after a fork: its children come first, and its parent has to leave its old memory behind.
 const HEAD_START: Duration = Duration::from_millis(5);

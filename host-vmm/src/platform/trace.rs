@@ -5,16 +5,14 @@
 
 use std::{fs::File, time::Duration};
 
+use base::{
+    clock::monotonic_ns,
+    output::{Kind, Output, Unit, Way},
+};
 use serde::Serialize;
+use types::StepTiming;
 
 use super::Error;
-use crate::{
-    base::{
-        clock::monotonic_ns,
-        output::{Kind, Output, Unit, Way},
-    },
-    types::StepTiming,
-};
 
 /// Bytes of the trace that wait to be written: those of some thousand forks.
 const WAITING_BYTES: usize = 4 << 20;
@@ -139,7 +137,8 @@ mod tests {
     use std::io::{Read, Seek};
 
     use super::*;
-    use crate::{types::ForkStep, vmm::memory};
+    use crate::vmm::memory;
+    use types::ForkStep;
 
     #[test]
     fn a_trace_is_json_once_it_is_closed() {

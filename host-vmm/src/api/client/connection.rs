@@ -9,6 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use base::{sync::lock, text::Reason};
 use http_body_util::{BodyExt, Limited};
 use hyper::{
     HeaderMap, Method, Request, StatusCode,
@@ -27,10 +28,7 @@ use super::super::{
     Failure,
     steady::{LEAST_RATE, Limits, Slow, Steady},
 };
-use crate::{
-    base::{sync::lock, text::Reason},
-    cluster::tls,
-};
+use crate::cluster::tls;
 
 /// Longest answer in bytes, whatever was asked.
 const MAX_ANSWER_BYTES: usize = 64 << 20;

@@ -6,8 +6,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+use base::sync::lock;
+
 use super::{Connection, Endpoint, Error, GoesOn};
-use crate::base::sync::lock;
 
 /// How long a connection stays open that nobody uses.
 const IDLE: Duration = Duration::from_secs(60);

@@ -5,13 +5,11 @@ use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
 };
 
+use base::text::Name;
+use types::{MAX_RAM_BYTES, MIN_RAM_BYTES, PAGE_BYTES, VmShape};
 use vmfork_abi::is_vm_type;
 
-use crate::{
-    base::text::Name,
-    cluster::member::{Load, MAX_IMAGES, MAX_LABELS, MAX_SHAPES, Member},
-    types::{MAX_RAM_BYTES, MIN_RAM_BYTES, PAGE_BYTES, VmShape},
-};
+use crate::cluster::member::{Load, MAX_IMAGES, MAX_LABELS, MAX_SHAPES, Member};
 
 /// Longest description of a platform, as JSON, in bytes.
 pub const MAX_BYTES: usize = 64 << 10;

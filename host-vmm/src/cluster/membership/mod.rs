@@ -17,6 +17,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use base::sync::lock;
+
 pub mod check;
 mod etcd;
 mod peers;
@@ -29,7 +31,6 @@ use super::{
     member::Member,
     settings::{Etcd, Peer},
 };
-use crate::base::sync::lock;
 use view::{Known, Registered};
 
 /// Asks a platform that is listed what it says of itself. It may take long; what it gives back is checked here.

@@ -5,11 +5,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use base::{error::chain, text::Name, threads};
+
 use super::{Ask, Error, Shared, check};
-use crate::{
-    base::{error::chain, text::Name, threads},
-    cluster::{member::Member, settings::Peer},
-};
+use crate::cluster::{member::Member, settings::Peer};
 
 /// How long after an answer the next question is asked.
 const INTERVAL: Duration = Duration::from_secs(1);

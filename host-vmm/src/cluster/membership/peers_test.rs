@@ -3,13 +3,12 @@ use std::{
     sync::Mutex,
 };
 
+use base::sync::lock;
+
 use super::*;
-use crate::{
-    base::sync::lock,
-    cluster::{
-        member::Load,
-        membership::{Directory, Settings, Source, Status, View},
-    },
+use crate::cluster::{
+    member::Load,
+    membership::{Directory, Settings, Source, Status, View},
 };
 
 const LEASE: Duration = Duration::from_secs(3);

@@ -16,6 +16,7 @@
 //! whether it takes what is sent to it, since by then it may be fuller than it was.
 
 use serde::{Deserialize, Serialize};
+use types::{Locality, VmShape};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
@@ -37,7 +38,6 @@ use self::{
     room::Case,
 };
 use super::member::Member;
-use crate::types::{Locality, VmShape};
 
 /// Copies that are to be placed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]

@@ -9,11 +9,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use types::VmShape;
+
 use super::{charge_bytes, room::available_bytes};
-use crate::{
-    cluster::member::{Load, Member},
-    types::VmShape,
-};
+use crate::cluster::member::{Load, Member};
 
 /// For how long copies that are on their way are counted where their platform tells nothing more: they may not have come.
 const COUNTED: Duration = Duration::from_secs(30);

@@ -2,11 +2,10 @@
 
 use std::collections::HashMap;
 
+use types::{Locality, VmShape};
+
 use super::{Cause, Policy, Rule, Rules, Wish};
-use crate::{
-    cluster::member::{Load, Member},
-    types::{Locality, VmShape},
-};
+use crate::cluster::member::{Load, Member};
 
 /// A copy is charged this part of its guest's memory: it is copy-on-write, and shares what it does not write to. It is an estimate, on the
 /// safe side for workers that serve; those that write to more show in what memory is available.

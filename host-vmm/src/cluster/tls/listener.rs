@@ -6,6 +6,7 @@ use axum::{
     extract::connect_info::Connected,
     serve::{self, IncomingStream},
 };
+use base::error::chain;
 use rustix::net::{Shutdown, shutdown};
 use tokio::{
     net::{TcpListener, TcpStream, UnixListener},
@@ -15,10 +16,7 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 
 use super::{Credentials, Error, Fault, PATIENCE, Stream, buffered, check_loopback, tune};
-use crate::{
-    base::error::chain,
-    cluster::peer::{Holder, Peer},
-};
+use crate::cluster::peer::{Holder, Peer};
 
 /// Most handshakes at a time. One more, and the oldest is given up: whoever means well needs milliseconds for it.
 pub(super) const MAX_HANDSHAKES: usize = 64;

@@ -2,6 +2,9 @@
 
 use std::{fs::File, sync::Arc};
 
+use base::threads;
+use types::{ForkStep, StepTiming};
+
 use super::{
     rendezvous::{self, Rendezvous},
     signal::{self, Signal},
@@ -9,10 +12,8 @@ use super::{
     timeline::Timeline,
 };
 use crate::{
-    base::threads,
     capsule,
     node::wire::{CopyOrder, Prefetch, link},
-    types::{ForkStep, StepTiming},
     vmm::{
         kvm::Vcpu,
         machine::{self, Machine, Shell},

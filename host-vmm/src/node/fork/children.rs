@@ -7,6 +7,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use base::text::Reason;
+use types::ForkStep;
 use vmfork_abi::{ErrorCode, ListedCopy};
 
 use super::{
@@ -15,11 +17,7 @@ use super::{
     standby::Bell,
     whereabouts,
 };
-use crate::{
-    base::text::Reason,
-    node::wire::{ForkOrder, NodeLink, ToNode, ToPlatform, link},
-    types::ForkStep,
-};
+use crate::node::wire::{ForkOrder, NodeLink, ToNode, ToPlatform, link};
 
 /// What the platform answers to this VM's forks.
 pub type Replies = mpsc::Receiver<ToNode>;

@@ -23,6 +23,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use base::{clock::monotonic_ns, descriptors, error::chain, sync::lock, text::Reason};
+use types::{ForkStep, Requester};
 use vmfork_abi::ErrorCode;
 
 mod child;
@@ -42,10 +44,8 @@ pub use signal::Signal;
 pub use standby::{Meeting, Standby};
 
 use crate::{
-    base::{clock::monotonic_ns, descriptors, error::chain, sync::lock, text::Reason},
     capsule,
     node::wire::{ForkOrder, NodeLink, Report, ToPlatform, link},
-    types::{ForkStep, Requester},
     vmm::{
         devices::{ControlPageState, Paused},
         kvm::{self, TscRate, Vcpu},

@@ -30,6 +30,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use base::threads;
 use rustix::{
     io::Errno,
     thread::futex::{self, Timespec},
@@ -38,7 +39,6 @@ use rustix::{
 use vmfork_abi::{ListedCopy, MAX_CHILDREN};
 
 use crate::{
-    base::threads,
     capsule,
     vmm::memory::{self, Mapping},
 };

@@ -2,16 +2,14 @@
 
 use std::io;
 
+use base::{
+    clock::{monotonic_raw_ns, wall_clock_ns},
+    sync::lock,
+};
+use types::VmIdentity;
 use vmfork_abi::{ErrorCode, Identity, ListedCopy, Response, Role, Status};
 
-use crate::{
-    base::{
-        clock::{monotonic_raw_ns, wall_clock_ns},
-        sync::lock,
-    },
-    types::VmIdentity,
-    vmm::{machine::Machine, memory},
-};
+use crate::vmm::{machine::Machine, memory};
 
 /// Why the control page could not be written.
 #[derive(Debug, thiserror::Error)]

@@ -6,13 +6,14 @@ use std::{
     sync::{Arc, Mutex},
 };
 
+use base::sync::lock;
+
 use super::{
     Error,
     rendezvous::{self, Rendezvous},
     standby::Bell,
 };
 use crate::{
-    base::sync::lock,
     node::wire::{NodeLink, ToPlatform},
     vmm::{
         machine::Machine,

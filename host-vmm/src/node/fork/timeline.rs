@@ -1,13 +1,11 @@
 //! When each step of a fork began and ended, and where it is made to fail for a test.
 
+use base::{clock::monotonic_ns, text::Reason};
+use types::{ForkStep, Requester, StepTiming};
 use vmfork_abi::ErrorCode;
 
 use super::Error;
-use crate::{
-    base::{clock::monotonic_ns, text::Reason},
-    node::wire::Report,
-    types::{ForkStep, Requester, StepTiming},
-};
+use crate::node::wire::Report;
 
 /// The steps of one side of a fork, as they happen.
 #[derive(Debug)]

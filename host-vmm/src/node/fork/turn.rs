@@ -2,8 +2,10 @@
 
 use std::sync::{Mutex, MutexGuard};
 
+use base::sync::lock;
+use types::Requester;
+
 use super::{Error, Replies};
-use crate::{base::sync::lock, types::Requester};
 
 /// Gives out turns, one after another.
 #[derive(Debug)]

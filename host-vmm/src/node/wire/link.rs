@@ -9,6 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use base::text::Reason;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::{
     cmsg_space,
@@ -21,7 +22,7 @@ use rustix::{
 };
 use serde::{Serialize, de::DeserializeOwned};
 
-use crate::{base::text::Reason, capsule::codec, vmm::memory::MAX_LAYERS};
+use crate::{capsule::codec, vmm::memory::MAX_LAYERS};
 
 /// Longest message in bytes.
 const MAX_BYTES: usize = 64 * 1024;

@@ -1,11 +1,8 @@
 //! What is told of a fork: its steps, and how it went.
 
+use base::text::Reason;
 use serde::{Deserialize, Serialize};
-
-use crate::{
-    base::text::Reason,
-    types::{ForkStep, Requester, StepTiming},
-};
+use types::{ForkStep, Requester, StepTiming};
 
 /// Whether these may be the steps of one side of a fork: they come from a process in which a guest runs.
 pub(super) fn is_timeline(steps: &[StepTiming]) -> bool {

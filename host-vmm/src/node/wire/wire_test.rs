@@ -2,17 +2,15 @@
 
 use std::{collections::BTreeSet, os::fd::AsFd, time::Duration};
 
+use base::text::Reason;
 use proptest::prelude::*;
 use serde::{Serialize, de::DeserializeOwned};
+use types::{ExitReason, ForkStep, Locality, Requester, StepTiming, VmIdentity, VmShape};
 use uuid::Uuid;
 use vmfork_abi::ErrorCode;
 
 use super::*;
-use crate::{
-    base::text::Reason,
-    types::{ExitReason, ForkStep, Locality, Requester, StepTiming, VmIdentity, VmShape},
-    vmm::memory::{self, MAX_LAYERS, Run, WorkingSet},
-};
+use crate::vmm::memory::{self, MAX_LAYERS, Run, WorkingSet};
 
 /// The content of messages: text from outside, numbers, and the pages that a guest has written to.
 #[derive(Debug, Clone)]

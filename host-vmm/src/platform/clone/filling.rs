@@ -23,17 +23,17 @@ use std::{
     time::Duration,
 };
 
+use base::{error::chain, sync::lock, threads};
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::eventfd::{EfdFlags, EventFd},
 };
 use rustix::fs::{FallocateFlags, fallocate};
+use types::PAGE_BYTES;
 
 use super::supply::{Error as SupplyError, Supplier};
 use crate::{
-    base::{error::chain, sync::lock, threads},
     capsule::{self, CHUNK_BYTES, CHUNK_PAGES, Capsule, Chunk, Description, Digests, LayerManifest, Manifest},
-    types::PAGE_BYTES,
     vmm::memory::{self, Budget, Faults, Grant, Image, Layer},
 };
 

@@ -2,10 +2,10 @@
 
 use proptest::prelude::*;
 use serde::de::DeserializeOwned;
+use types::are_copies_of_fork;
 use uuid::Uuid;
 
 use super::*;
-use crate::types::are_copies_of_fork;
 
 /// The same, as somebody else understands it.
 fn told<T: Serialize + DeserializeOwned>(value: &T) -> T {

@@ -34,7 +34,9 @@
 
 use std::{ops::Range, time::Duration};
 
+use base::text::Reason;
 use serde::{Deserialize, Serialize};
+use types::CopySpec;
 use utoipa::ToSchema;
 
 mod decisions;
@@ -48,7 +50,7 @@ pub mod target;
 
 pub use target::{Clones, Error};
 
-use crate::{api::Copied, base::text::Reason, types::CopySpec};
+use crate::api::Copied;
 
 /// How long a target waits for its source, once it has begun.
 pub const LEASE: Duration = Duration::from_secs(20);

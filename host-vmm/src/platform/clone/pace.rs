@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::base::sync::lock;
+use base::sync::lock;
 
 /// For how long a bandwidth may be made up for that was not used.
 const MAX_BURST: Duration = Duration::from_millis(50);

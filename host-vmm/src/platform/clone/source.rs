@@ -11,6 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use base::{sync::lock, text::Reason};
 use hyper::{Method, StatusCode, body::Bytes};
 use uuid::Uuid;
 
@@ -20,7 +21,6 @@ use crate::{
         Copied,
         client::{self, Connection, Content, GoesOn, Link},
     },
-    base::{sync::lock, text::Reason},
     capsule::{self, Parcel},
     platform::copies::LAUNCH_TIMEOUT,
     vmm::memory::WorkingSet,

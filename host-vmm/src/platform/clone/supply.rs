@@ -9,8 +9,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use base::sync::lock;
 use http_body_util::channel::{Channel, Sender};
 use hyper::{Method, body::Bytes};
+use types::PAGE_BYTES;
 use uuid::Uuid;
 
 use super::{
@@ -24,12 +26,10 @@ use crate::{
         client::{self, Content, Link},
         steady::LEAST_RATE,
     },
-    base::sync::lock,
     capsule::{
         self, Capsule, Description, Digests, Header, Manifest,
         chunk_stream::{self, Records},
     },
-    types::PAGE_BYTES,
     vmm::{
         arch::layout::{self, Gpa},
         memory::{Image, WorkingSet},

@@ -11,6 +11,8 @@ use std::{
     time::Instant,
 };
 
+use base::{sync::lock, text::Reason};
+use types::are_copies_of_fork;
 use uuid::Uuid;
 use vmfork_abi::MAX_CHILDREN;
 
@@ -22,10 +24,8 @@ use super::{
 };
 use crate::{
     api::Copied,
-    base::{sync::lock, text::Reason},
     capsule::{self, Assembly, Description, Header, Incompatible, header::HEADER_BYTES},
     platform::{self, Copies, Platform, Reservation},
-    types::are_copies_of_fork,
     vmm::memory::Grant,
 };
 

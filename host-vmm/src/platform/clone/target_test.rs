@@ -1,5 +1,6 @@
+use types::CopySpec;
+
 use super::*;
-use crate::types::CopySpec;
 
 fn incoming(id: u128, source: &str, progress: Progress, heard: Instant) -> (Uuid, Arc<Incoming>) {
     let slots = vec![CopySpec { id: Uuid::from_u128(id), index: 1 }];

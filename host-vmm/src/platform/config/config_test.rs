@@ -12,7 +12,7 @@ fn parse(text: &str) -> Result<PlatformConfig, Error> {
 
 /// What is said about a mistake, with all that is behind it.
 fn mistake(text: &str) -> String {
-    crate::base::error::chain(&parse(text).unwrap_err())
+    base::error::chain(&parse(text).unwrap_err())
 }
 
 fn address(text: &str) -> SocketAddr {

@@ -12,11 +12,11 @@ use std::{
     time::Duration,
 };
 
+use base::units;
 use serde::Deserialize;
 use vmfork_abi::is_vm_type;
 
 use crate::{
-    base::units,
     cluster::{
         membership::check,
         settings::{Etcd, Peer},

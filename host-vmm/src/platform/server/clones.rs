@@ -11,13 +11,13 @@ use axum::{
     },
     http::{StatusCode, request::Parts},
 };
+use base::text::Reason;
 use http_body_util::BodyExt;
 use utoipa_axum::{router::OpenApiRouter, routes};
 use uuid::Uuid;
 
 use super::{Refusal, work};
 use crate::{
-    base::text::Reason,
     capsule::{self, Header, chunk_stream::Records, file::DESCRIPTION_COPIES, header::MAX_DESCRIPTION_BYTES},
     cluster::peer::{Peer, Role},
     platform::{

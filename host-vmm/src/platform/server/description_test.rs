@@ -2,6 +2,7 @@ use std::{collections::BTreeSet, env, fs, path::Path};
 
 use serde::Serialize;
 use serde_json::{Value, json};
+use types::{CopySpec, Locality, VmShape};
 use uuid::Uuid;
 
 use super::*;
@@ -12,7 +13,6 @@ use crate::{
         placement::{Explanation, Obstacle, Policy, Reason, Score, Wish},
     },
     platform::clone::{Missing, Need, Order, Stage},
-    types::{CopySpec, Locality, VmShape},
 };
 
 /// Set to have the file in the repository written anew.

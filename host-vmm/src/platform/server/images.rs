@@ -7,12 +7,12 @@ use axum::{
     extract::{Path, State},
     http::StatusCode,
 };
+use base::text::Reason;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{Refusal, check_count, work};
 use crate::{
     api::{Copied, Image, Place, Spawn, Spawned, Transfer},
-    base::text::Reason,
     platform::Platform,
 };
 

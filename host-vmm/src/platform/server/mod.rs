@@ -21,6 +21,7 @@ use axum::{
     middleware::{self, Next},
     response::{IntoResponse, Response},
 };
+use base::{text::Reason, threads};
 use tokio::{
     runtime::{self, Runtime},
     sync::watch,
@@ -43,7 +44,6 @@ use crate::{
         Failure, VERSION, client,
         steady::{LEAST_RATE, Limits, Steady},
     },
-    base::{text::Reason, threads},
     capsule,
     cluster::{
         peer::{Peer, Role},

@@ -7,13 +7,13 @@ use axum::{
     extract::{ConnectInfo, Path, State},
     http::StatusCode,
 };
+use base::text::{Name, Reason};
 use serde::de::DeserializeOwned;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{Refusal, check_count, is_operator, vms::fork, work};
 use crate::{
     api::{CloneWish, Forked, Spawned, client},
-    base::text::{Name, Reason},
     cluster::peer::Peer,
     platform::{Error, Platform, Target},
 };

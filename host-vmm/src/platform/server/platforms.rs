@@ -3,12 +3,12 @@
 use std::{sync::Arc, time::Instant};
 
 use axum::{Json, extract::State, http::StatusCode};
+use base::text::Reason;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{Refusal, check_count, work};
 use crate::{
     api::{self, Platforms},
-    base::text::Reason,
     cluster::{
         member::{MAX_IMAGES, Member},
         placement::{Explanation, Wish},

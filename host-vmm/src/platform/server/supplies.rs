@@ -8,12 +8,12 @@ use axum::{
     extract::{ConnectInfo, Path, State},
     http::StatusCode,
 };
+use base::text::Reason;
 use utoipa_axum::{router::OpenApiRouter, routes};
 use uuid::Uuid;
 
 use super::{Refusal, work};
 use crate::{
-    base::text::Reason,
     capsule,
     cluster::peer::{Peer, Role},
     platform::{

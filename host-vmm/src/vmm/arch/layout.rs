@@ -8,7 +8,7 @@
 
 use std::fmt;
 
-use crate::types::PAGE_BYTES;
+use types::PAGE_BYTES;
 
 /// Guest-physical address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

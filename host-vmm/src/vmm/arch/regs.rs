@@ -1,6 +1,7 @@
 //! The state in which the kernel's 64-bit entry wants the boot processor (kernel documentation, arch/x86/boot.rst): long mode with
 //! paging, memory mapped one to one, flat segments, interrupts off, RSI at the zero page.
 
+use types::PAGE_BYTES;
 use x86::{
     Ring,
     controlregs::{Cr0, Cr4},
@@ -15,10 +16,7 @@ use super::{
     layout::{BOOT_GDT, BOOT_PAGE_TABLES, BOOT_PARAMS, BOOT_STACK, Gpa},
     msr::MTRR_AT_BOOT,
 };
-use crate::{
-    types::PAGE_BYTES,
-    vmm::arch::{Registers, Segment, SystemRegisters, msr::Msr},
-};
+use crate::vmm::arch::{Registers, Segment, SystemRegisters, msr::Msr};
 
 /// EFER: long mode enabled and active.
 const EFER_LONG_MODE: u64 = 1 << 8 | 1 << 10;

@@ -10,13 +10,11 @@ use linux_loader::{
     cmdline::Cmdline,
     loader::{self, BzImage, Elf, KernelLoader, KernelLoaderResult, bzimage, load_cmdline as write_cmdline},
 };
+use types::PAGE_BYTES;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 use super::{Error, write};
-use crate::{
-    types::PAGE_BYTES,
-    vmm::arch::layout::{CMDLINE, CMDLINE_MAX_BYTES, GAP_START, Gpa, HIGH_RAM_START},
-};
+use crate::vmm::arch::layout::{CMDLINE, CMDLINE_MAX_BYTES, GAP_START, Gpa, HIGH_RAM_START};
 
 /// The 64-bit entry of a bzImage lies so far behind its load address (kernel documentation, arch/x86/boot.rst).
 const BZIMAGE_ENTRY_OFFSET: u64 = 0x200;

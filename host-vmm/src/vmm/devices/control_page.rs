@@ -9,18 +9,16 @@
 
 use std::{io, sync::Arc};
 
+use base::random;
 use serde::{Deserialize, Serialize};
 use vmfork_abi::{
     ABI_VERSION, CopyList, Generation, Header, Identity, ListedCopy, MAGIC, PAGE, PAGE_BYTES, REGION_BYTES, Request,
     Response, Status,
 };
 
-use crate::{
-    base::random,
-    vmm::{
-        arch::layout::{CONTROL_PAGE, GENERATION_ID},
-        memory::{self, Mapping},
-    },
+use crate::vmm::{
+    arch::layout::{CONTROL_PAGE, GENERATION_ID},
+    memory::{self, Mapping},
 };
 
 /// One VM's control page. Cloning it gives the same page.

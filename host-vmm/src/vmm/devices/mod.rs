@@ -7,6 +7,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard},
 };
 
+use base::sync::lock;
 use serde::{Deserialize, Serialize};
 
 mod control_page;
@@ -16,12 +17,9 @@ mod serial;
 pub use control_page::{ControlPage, ControlPageState, GENERATION_ID_BYTES, GENERATION_ID_OFFSET, new_generation_id};
 pub use serial::{Error, Serial, SerialState};
 
-use crate::{
-    base::sync::lock,
-    vmm::{
-        arch::layout::{I8042_PORT, RESET_PORT, SERIAL_PORT, SLEEP_CONTROL_PORT},
-        kvm::CurrentVm,
-    },
+use crate::vmm::{
+    arch::layout::{I8042_PORT, RESET_PORT, SERIAL_PORT, SLEEP_CONTROL_PORT},
+    kvm::CurrentVm,
 };
 use power::PowerEvent;
 

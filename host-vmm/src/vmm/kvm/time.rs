@@ -10,8 +10,9 @@
 
 use std::arch::x86_64::_rdtsc;
 
+use base::clock::monotonic_raw_ns;
+
 use super::{Error, Vcpu, VcpuState};
-use crate::base::clock::monotonic_raw_ns;
 
 /// Nanoseconds in a millisecond: kHz times ms are cycles.
 const NS_PER_MS: u128 = 1_000_000;

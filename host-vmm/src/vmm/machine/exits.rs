@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use crate::base::{clock::monotonic_ns, sync::lock};
+use base::{clock::monotonic_ns, sync::lock};
 
 /// Watches for the first exit after a point in time. Until then the VM has run, but nobody has seen anything of it.
 #[derive(Debug, Default)]

@@ -10,13 +10,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::{
-    base::sync::lock,
-    types::ExitReason,
-    vmm::{
-        arch::VcpuId,
-        kvm::{self, Kicker, Vcpu, VcpuState},
-    },
+use base::sync::lock;
+use types::ExitReason;
+
+use crate::vmm::{
+    arch::VcpuId,
+    kvm::{self, Kicker, Vcpu, VcpuState},
 };
 
 /// A vCPU leaves guest code within microseconds; one that has not after so long never will.

@@ -2,7 +2,9 @@
 
 use std::sync::{Arc, Mutex};
 
+use base::sync::lock;
 use serde::{Deserialize, Serialize};
+use types::{VmIdentity, VmShape};
 
 mod exits;
 mod gate;
@@ -16,14 +18,10 @@ pub use run::{Call, run};
 pub use shell::{Error, Shell, Unnamed, Workshop};
 pub use successor::{LeftBehind, Spare, Successor};
 
-use crate::{
-    base::sync::lock,
-    types::{VmIdentity, VmShape},
-    vmm::{
-        devices::{ControlPage, ControlPageState, Devices, DevicesState},
-        kvm::{CurrentVm, Vcpu, VcpuState, VmState},
-        memory::{self, Faults, View},
-    },
+use crate::vmm::{
+    devices::{ControlPage, ControlPageState, Devices, DevicesState},
+    kvm::{CurrentVm, Vcpu, VcpuState, VmState},
+    memory::{self, Faults, View},
 };
 
 /// A VM without its vCPUs, which belong to the threads that run them.

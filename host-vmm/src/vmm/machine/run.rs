@@ -2,17 +2,15 @@
 
 use std::{sync::Arc, thread, time::Duration};
 
+use base::text::Reason;
+use types::ExitReason;
 use vmfork_abi::doorbell;
 
 use super::{Machine, gate::Passage};
-use crate::{
-    base::text::Reason,
-    types::ExitReason,
-    vmm::{
-        arch::layout::{CONTROL_PAGE, DOORBELL_PORT},
-        devices::power::PowerEvent,
-        kvm::{self, Exit, Vcpu},
-    },
+use crate::vmm::{
+    arch::layout::{CONTROL_PAGE, DOORBELL_PORT},
+    devices::power::PowerEvent,
+    kvm::{self, Exit, Vcpu},
 };
 
 /// What to do after an exit, once the exit's data are let go.

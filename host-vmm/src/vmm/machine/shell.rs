@@ -6,22 +6,19 @@ use std::{
     sync::{Arc, Mutex},
 };
 
+use types::{PAGE_BYTES, VmIdentity, VmShape};
+
 use super::{Built, Exits, Gate, Machine, MachineState, Spare};
-use crate::{
-    types::{PAGE_BYTES, VmIdentity, VmShape},
-    vmm::{
-        arch::{
-            VcpuId, cpuid,
-            layout::{CONTROL_PAGE, CONTROL_REGION_BYTES, GENERATION_ID, GENERATION_ID_GSI, ram_pieces},
-            regs,
-        },
-        boot::{self, Payload},
-        devices::{
-            self, ControlPage, ControlPageState, Devices, DevicesState, GENERATION_ID_OFFSET, new_generation_id,
-        },
-        kvm::{self, CurrentVm, Host, Model, Time, TscRate, Vcpu, Vm},
-        memory::{self, Faults, Ground, Image, Mapping, PageMap, View, WorkingSet},
+use crate::vmm::{
+    arch::{
+        VcpuId, cpuid,
+        layout::{CONTROL_PAGE, CONTROL_REGION_BYTES, GENERATION_ID, GENERATION_ID_GSI, ram_pieces},
+        regs,
     },
+    boot::{self, Payload},
+    devices::{self, ControlPage, ControlPageState, Devices, DevicesState, GENERATION_ID_OFFSET, new_generation_id},
+    kvm::{self, CurrentVm, Host, Model, Time, TscRate, Vcpu, Vm},
+    memory::{self, Faults, Ground, Image, Mapping, PageMap, View, WorkingSet},
 };
 
 /// `out 0x80, al`: to a port at which nothing happens.

@@ -11,16 +11,15 @@ use std::{
     thread::{self, JoinHandle},
 };
 
+use base::sync::lock;
+
 use super::{
     Error, Machine, MachineState, Stopped,
     shell::{Restored, Shell},
 };
-use crate::{
-    base::sync::lock,
-    vmm::{
-        kvm::{Time, Vcpu, Vm},
-        memory::{Image, View},
-    },
+use crate::vmm::{
+    kvm::{Time, Vcpu, Vm},
+    memory::{Image, View},
 };
 
 /// The spare VM of a machine, which is being built or ready.

@@ -12,11 +12,12 @@ use std::{
     sync::{Arc, Mutex, Weak},
 };
 
-use super::is_frozen;
-use crate::base::{
+use base::{
     host_memory::{self, HostMemory},
     sync::lock,
 };
+
+use super::is_frozen;
 
 /// Bytes of a block that `stat` counts.
 const BLOCK_BYTES: u64 = 512;

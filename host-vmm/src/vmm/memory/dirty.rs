@@ -7,9 +7,9 @@
 use std::{fs::File, io, os::fd::AsRawFd, os::unix::fs::FileExt};
 
 use nix::errno::Errno;
+use types::PAGE_BYTES;
 
 use super::{Error, Image, MAX_DELTA_FILES, MAX_EXTENTS, Mapping, Run};
-use crate::types::PAGE_BYTES;
 
 const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;

@@ -6,8 +6,9 @@
 
 use std::{fs::File, sync::Arc};
 
+use types::PAGE_BYTES;
+
 use super::{Error, Mapping, WorkingSet, memfd};
-use crate::types::PAGE_BYTES;
 
 /// The address range of a guest's memory to come, and the file that is mapped over all of it already, if there is one.
 #[derive(Debug)]

@@ -3,9 +3,9 @@
 use std::{fs::File, sync::Arc};
 
 use serde::{Deserialize, Serialize};
+use types::{MAX_RAM_BYTES, PAGE_BYTES};
 
 use super::{Error, Ground};
-use crate::types::{MAX_RAM_BYTES, PAGE_BYTES};
 
 /// Most pieces that an image may consist of: each costs every VM that maps it a mapping, of which Linux allows a process
 /// 65,530 by default (vm.max_map_count).

@@ -21,13 +21,13 @@ use std::{
     time::{Duration, Instant},
 };
 
+use base::sync::lock;
 use nix::{
     libc::off_t,
     sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap},
 };
 
 use super::Error;
-use crate::base::sync::lock;
 
 /// Addresses for mappings. The kernel places a process's mappings downwards from the stack, and where that room is used up, upwards from
 /// a third of the address space, 0x2aaa_aaaa_a000 (kernel source, TASK_UNMAPPED_BASE).

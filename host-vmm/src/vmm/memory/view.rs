@@ -2,10 +2,11 @@
 
 use std::{fs::File, sync::Arc, thread};
 
+use base::threads;
 use rustix::fs::{FallocateFlags, fallocate};
+use types::PAGE_BYTES;
 
 use super::{Error, Ground, Image, Layer, Mapping, PageMap, Run, dirty, memfd};
-use crate::{base::threads, types::PAGE_BYTES};
 
 /// Name of a booted VM's memory file, as `/proc` shows it.
 const RAM_NAME: &str = "vm-ram";

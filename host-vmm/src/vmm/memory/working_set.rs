@@ -4,9 +4,9 @@
 //! makes a page that is known beforehand for 2 us, beside the guest, and then the guest's own fault takes 6 us.
 
 use serde::{Deserialize, Serialize};
+use types::PAGE_BYTES;
 
 use super::{Error, Mapping, Run};
-use crate::types::PAGE_BYTES;
 
 /// Most runs of a working set: what is scattered more than that would not fit into a message.
 const MAX_RUNS: usize = 2048;

@@ -3,13 +3,11 @@
 use std::collections::BTreeMap;
 
 use fastrand::Rng;
-use host_vmm::{
-    cluster::{
-        member::{Load, Member, Ready},
-        placement::{charge_bytes, count},
-    },
-    types::VmShape,
+use host_vmm::cluster::{
+    member::{Load, Member, Ready},
+    placement::{charge_bytes, count},
 };
+use types::VmShape;
 use uuid::Uuid;
 
 /// What VMs are built as.

@@ -8,13 +8,11 @@ use std::{
 
 use anyhow::{Context, Result};
 use fastrand::Rng;
-use host_vmm::{
-    cluster::{
-        member::Member,
-        placement::{Policy, Rule, Rules, Share, Wish, place},
-    },
-    types::{Locality, VmShape},
+use host_vmm::cluster::{
+    member::Member,
+    placement::{Policy, Rule, Rules, Share, Wish, place},
 };
+use types::{Locality, VmShape};
 use uuid::Uuid;
 
 use crate::{

@@ -5,12 +5,12 @@ use std::fs::File;
 use host_vmm::{
     api::client::{Connection, Content, Endpoint, Error},
     capsule::{Chunk, Description, Header, LayerManifest, file::inspect},
-    types::VmShape,
     vmm::memory::Run,
 };
 use hyper::{Method, StatusCode};
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use types::VmShape;
 use uuid::Uuid;
 use vmfork_tests::{
     cluster::Platforms,

@@ -15,11 +15,11 @@ use host_vmm::{
         Order, PATIENCE, Stage,
         source::{self, Wanted},
     },
-    types::CopySpec,
     vmm::memory::Budget,
 };
 use hyper::Method;
 use serde_json::{Value, json};
+use types::CopySpec;
 use uuid::Uuid;
 use vmfork_abi::{ErrorCode, Status};
 use vmfork_tests::{

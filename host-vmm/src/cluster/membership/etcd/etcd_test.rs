@@ -8,17 +8,15 @@ use std::{
     time::Instant,
 };
 
+use base::error::chain;
 use nix::sys::signal::Signal;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
 
 use super::*;
-use crate::{
-    base::error::chain,
-    cluster::{
-        member::Load,
-        membership::{self, Directory, Settings, Source, Status, View, view::Known},
-        settings::{Etcd, EtcdTls, Login},
-    },
+use crate::cluster::{
+    member::Load,
+    membership::{self, Directory, Settings, Source, Status, View, view::Known},
+    settings::{Etcd, EtcdTls, Login},
 };
 use messages::WatchResponse;
 use server::{Admin, Proxy, Server, until};

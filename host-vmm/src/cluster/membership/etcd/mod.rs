@@ -17,17 +17,15 @@ use std::{
     time::Duration,
 };
 
+use base::{sync::lock, text::Reason};
 use serde::{Deserialize, Serialize};
 use tokio::{runtime, sync::oneshot};
 use tonic::{Status, metadata::errors::InvalidMetadataValue, transport};
+use types::new_id;
 use uuid::Uuid;
 
 use super::{Own, Shared, check};
-use crate::{
-    base::{sync::lock, text::Reason},
-    cluster::{member::Member, settings},
-    types::new_id,
-};
+use crate::cluster::{member::Member, settings};
 
 mod client;
 mod messages;

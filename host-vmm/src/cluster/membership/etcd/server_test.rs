@@ -15,6 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use base::sync::lock;
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -27,10 +28,7 @@ use super::super::{
     client::{self, Client},
     messages::{self, PutRequest, RequestOp, TxnRequest, TxnResponse, WatchResponse},
 };
-use crate::{
-    base::sync::lock,
-    cluster::settings::{Etcd, EtcdTls},
-};
+use crate::cluster::settings::{Etcd, EtcdTls};
 
 /// Longer than anything here takes.
 pub(super) const LONG: Duration = Duration::from_secs(30);
@@ -226,7 +224,7 @@ impl Admin {
             match client {
                 Ok(client) => break client,
                 Err(error) => {
-                    assert!(Instant::now() < end, "etcd does not serve: {}", crate::base::error::chain(&error))
+                    assert!(Instant::now() < end, "etcd does not serve: {}", base::error::chain(&error))
                 }
             }
             thread::sleep(Duration::from_millis(50));
@@ -290,7 +288,7 @@ impl Admin {
         loop {
             match self.runtime.block_on(self.client.call::<_, TxnResponse>(messages::TXN, question.clone())) {
                 Ok(_) => {}
-                Err(error) => return assert!(error.is_full(), "{}", crate::base::error::chain(&error)),
+                Err(error) => return assert!(error.is_full(), "{}", base::error::chain(&error)),
             }
         }
     }

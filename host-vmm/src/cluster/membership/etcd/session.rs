@@ -8,6 +8,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use base::{
+    error::chain,
+    text::{Name, Reason},
+};
 use tokio::{
     sync::oneshot,
     time::{self, MissedTickBehavior, interval_at, sleep},
@@ -21,17 +25,11 @@ use super::{
     client::{Client, Put, Server},
     messages::{self, Compare, Event, KeyValue, PutRequest, WatchResponse},
 };
-use crate::{
-    base::{
-        error::chain,
-        text::{Name, Reason},
-    },
-    cluster::{
-        member::Member,
-        membership::{
-            Own, Shared, check,
-            view::{MAX_MEMBERS, Registered},
-        },
+use crate::cluster::{
+    member::Member,
+    membership::{
+        Own, Shared, check,
+        view::{MAX_MEMBERS, Registered},
     },
 };
 

@@ -30,20 +30,20 @@ use nix::{
 };
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 
-use crate::base::{outage::Outage, sync::lock, threads};
+use crate::{outage::Outage, sync::lock, threads};
 
 /// After what time a write that has failed is tried again.
 const RETRY: Duration = Duration::from_secs(1);
 
 /// Bytes that wait for a terminal or a log to take them: some ten thousand lines.
-pub(crate) const SHOWN_BYTES: usize = 1 << 20;
+pub const SHOWN_BYTES: usize = 1 << 20;
 
 /// How long the end of a program waits for its last messages to be taken: long enough for a busy machine.
 const LAST_MESSAGES: Duration = Duration::from_secs(2);
 
 /// What is left out where a buffer is full.
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum Unit {
+pub enum Unit {
     /// Any number of bytes.
     Bytes,
     /// What is written at once: a line, or an entry.
@@ -52,22 +52,22 @@ pub(crate) enum Unit {
 
 /// How an output is called, how much of it waits, and how gaps in it are told.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Kind {
+pub struct Kind {
     /// Name for reports, such as `standard output`.
-    pub(crate) name: &'static str,
+    pub name: &'static str,
     /// Most bytes that wait to be written.
-    pub(crate) capacity: usize,
+    pub capacity: usize,
     /// What is counted where something is left out.
-    pub(crate) unit: Unit,
+    pub unit: Unit,
     /// Makes the note that so many units are left out at this place.
-    pub(crate) note: fn(u64) -> Vec<u8>,
+    pub note: fn(u64) -> Vec<u8>,
     /// How the file is written to.
-    pub(crate) way: Way,
+    pub way: Way,
 }
 
 /// How a file is written to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Way {
+pub enum Way {
     /// By whoever has something to write, while the file takes it at once, and else by a background thread: what
     /// was written is not lost with this process. The file must have been opened by this process, since it is made
     /// not to wait (O_NONBLOCK).
@@ -80,7 +80,7 @@ pub(crate) enum Way {
 
 /// A way to a file that may take nothing. When it is dropped, what waits is still written, in the background.
 #[derive(Debug)]
-pub(crate) struct Output(Arc<Shared>);
+pub struct Output(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
@@ -113,7 +113,7 @@ impl Output {
     ///
     /// # Errors
     /// Where there is no thread.
-    pub(crate) fn new(file: File, kind: Kind) -> io::Result<Self> {
+    pub fn new(file: File, kind: Kind) -> io::Result<Self> {
         if kind.way == Way::Direct {
             fcntl_setfl(&file, fcntl_getfl(&file)? | OFlags::NONBLOCK)?;
         }
@@ -131,7 +131,7 @@ impl Output {
     }
 
     /// Writes something as a whole, or leaves it out as a whole. Waits for nothing but other writers.
-    pub(crate) fn push(&self, mut bytes: &[u8]) {
+    pub fn push(&self, mut bytes: &[u8]) {
         let Shared { kind, file, state, changed } = &*self.0;
         let mut state = lock(state);
         if kind.way == Way::Direct && state.is_done() {
@@ -162,7 +162,7 @@ impl Output {
     }
 
     /// Waits until all is written, but no longer than `limit`, and not where writes fail. Says whether it is.
-    pub(crate) fn flush(&self, limit: Duration) -> bool {
+    pub fn flush(&self, limit: Duration) -> bool {
         let Shared { state, changed, .. } = &*self.0;
         let is_going_on = |state: &mut State| !state.is_done() && !state.is_failing;
         let waited = changed.wait_timeout_while(lock(state), limit, is_going_on);
@@ -295,7 +295,7 @@ pub fn say(text: fmt::Arguments<'_>) {
 }
 
 /// Writes whole lines to standard error.
-pub(crate) fn push_message(lines: &[u8]) {
+pub fn push_message(lines: &[u8]) {
     match MESSAGES.get() {
         Some(messages) => messages.push(lines),
         // Nobody to tell.

@@ -7,7 +7,7 @@ const PAUSE: Duration = Duration::from_secs(10);
 
 /// Failures of one kind, from the first to the next success.
 #[derive(Debug, Default)]
-pub(crate) struct Outage {
+pub struct Outage {
     is_on: bool,
     /// What was lost since the last report, in the unit of whoever counts.
     lost: u64,
@@ -16,7 +16,7 @@ pub(crate) struct Outage {
 
 impl Outage {
     /// Counts what a failure has cost, and says whether the failure is to be reported.
-    pub(crate) fn begins(&mut self, lost: u64, now: Instant) -> bool {
+    pub fn begins(&mut self, lost: u64, now: Instant) -> bool {
         self.lost = self.lost.saturating_add(lost);
         let is_new = !self.is_on && self.may_report(now);
         if is_new {
@@ -27,7 +27,7 @@ impl Outage {
     }
 
     /// Takes a success, and gives what was lost where the end of the outage is to be reported.
-    pub(crate) fn ends(&mut self, now: Instant) -> Option<u64> {
+    pub fn ends(&mut self, now: Instant) -> Option<u64> {
         if !self.is_on || !self.may_report(now) {
             return None;
         }
@@ -36,7 +36,7 @@ impl Outage {
     }
 
     /// What was lost and not reported, where nothing more will come.
-    pub(crate) fn rest(&mut self) -> Option<u64> {
+    pub fn rest(&mut self) -> Option<u64> {
         Some(std::mem::take(&mut self.lost)).filter(|lost| *lost > 0)
     }
 

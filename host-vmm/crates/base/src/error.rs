@@ -2,9 +2,9 @@
 
 use std::error::Error;
 
-use crate::base::text::Reason;
+use crate::text::Reason;
 
 /// The error and its causes, for a log: as a [`Reason`] has them.
-pub(crate) fn chain(error: &dyn Error) -> String {
+pub fn chain(error: &dyn Error) -> String {
     Reason::of_error(error).into()
 }

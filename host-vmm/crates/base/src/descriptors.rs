@@ -12,7 +12,7 @@ use nix::{
 };
 
 /// Lets this process have as many files open as it is ever allowed to, and says how many that are.
-pub(crate) fn raise_limit() -> io::Result<u64> {
+pub fn raise_limit() -> io::Result<u64> {
     let limit = Resource::RLIMIT_NOFILE;
     let (_, hard) = getrlimit(limit)?;
     setrlimit(limit, hard, hard)?;
@@ -20,7 +20,7 @@ pub(crate) fn raise_limit() -> io::Result<u64> {
 }
 
 /// Makes room for descriptors up to `count`. `any` is an open file.
-pub(crate) fn make_room(any: &impl AsFd, count: u64) -> io::Result<()> {
+pub fn make_room(any: &impl AsFd, count: u64) -> io::Result<()> {
     let last = i32::try_from(count.saturating_sub(1)).map_err(io::Error::other)?;
     close(fcntl(any, FcntlArg::F_DUPFD_CLOEXEC(last))?)?;
     Ok(())

@@ -8,7 +8,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 ///
 /// # Errors
 /// Where the system has no random bytes to give.
-pub(crate) fn fill(buffer: &mut [u8]) -> io::Result<()> {
+pub fn fill(buffer: &mut [u8]) -> io::Result<()> {
     let mut filled = 0;
     while filled < buffer.len() {
         match getrandom(&mut buffer[filled..], GetRandomFlags::empty()) {

@@ -1,8 +1,7 @@
 //! Why a VM ended.
 
+use base::text::Reason;
 use serde::{Deserialize, Serialize};
-
-use crate::base::text::Reason;
 
 /// How a VM ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,10 +1,10 @@
 //! Where copies are wanted.
 
 use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
 
 /// Where copies of a VM are wanted, by its guest or by an operator.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Locality {
     /// Wherever the operator's rules say.

@@ -5,17 +5,17 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use nix::time::{ClockId, clock_gettime};
 
 /// CLOCK_MONOTONIC in nanoseconds. It is the same in all processes of a host, so that their times can be compared.
-pub(crate) fn monotonic_ns() -> u64 {
+pub fn monotonic_ns() -> u64 {
     nanoseconds(ClockId::CLOCK_MONOTONIC)
 }
 
 /// CLOCK_MONOTONIC_RAW in nanoseconds: it has the rate of the hardware, whatever disciplines the other clocks.
-pub(crate) fn monotonic_raw_ns() -> u64 {
+pub fn monotonic_raw_ns() -> u64 {
     nanoseconds(ClockId::CLOCK_MONOTONIC_RAW)
 }
 
 /// Wall-clock time in nanoseconds since 1970 (UTC).
-pub(crate) fn wall_clock_ns() -> u64 {
+pub fn wall_clock_ns() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
 }

@@ -2,11 +2,10 @@
 
 use std::io;
 
+use base::random;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 use vmfork_abi::{Identity, Role, pad_text};
-
-use crate::base::random;
 
 /// Who a VM is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,7 +1,6 @@
 //! The shape of a VM.
 
 use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
 
 /// Size of a page in bytes.
 pub const PAGE_BYTES: u64 = 4096;
@@ -13,7 +12,8 @@ pub const MIN_RAM_BYTES: u64 = 16 << 20;
 pub const MAX_RAM_BYTES: u64 = 1 << 40;
 
 /// What a machine is built as.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct VmShape {
     /// Guest memory in bytes, a multiple of the page size.
     pub ram_bytes: u64,

@@ -13,13 +13,13 @@ use rustix::{
 };
 
 /// Number of processors that this process may use, as it was when it was first asked for: finding out takes 100 us.
-pub(crate) fn processors() -> usize {
+pub fn processors() -> usize {
     static PROCESSORS: OnceLock<usize> = OnceLock::new();
     *PROCESSORS.get_or_init(|| thread::available_parallelism().map_or(1, usize::from))
 }
 
 /// Number of the processor on which the calling thread runs, or one that there is not.
-pub(crate) fn current_processor() -> u32 {
+pub fn current_processor() -> u32 {
     // SAFETY: the call touches no memory of this process.
     unsafe { libc::sched_getcpu() }.cast_unsigned()
 }
@@ -46,7 +46,7 @@ fn all() -> io::Result<CpuSet> {
 ///
 /// # Errors
 /// Where the system refuses it, or the process is gone.
-pub(crate) fn keep_off(process: Option<u32>, processor: u32) -> io::Result<()> {
+pub fn keep_off(process: Option<u32>, processor: u32) -> io::Result<()> {
     let mut others = all()?;
     let processor = usize::try_from(processor).ok().filter(|processor| *processor < CpuSet::MAX_CPU);
     let Some(processor) = processor.filter(|_| processors() > 1) else { return Ok(()) };
@@ -60,7 +60,7 @@ pub(crate) fn keep_off(process: Option<u32>, processor: u32) -> io::Result<()> {
 }
 
 /// Lets the calling thread use all processors again.
-pub(crate) fn use_all_processors() {
+pub fn use_all_processors() {
     if let Err(error) = all().and_then(|all| Ok(sched_setaffinity(None, &all)?)) {
         tracing::warn!(%error, "a thread may not use all processors");
     }
@@ -68,7 +68,7 @@ pub(crate) fn use_all_processors() {
 
 /// Has all threads allocate from one heap. With a heap for each, as glibc does it, a thread that allocates little costs 40 us more to
 /// start, and 20 KiB.
-pub(crate) fn share_one_heap() {
+pub fn share_one_heap() {
     // SAFETY: the call changes a setting of the allocator, from the one thread that there is.
     if unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) } == 0 {
         tracing::debug!("the allocator keeps a heap for each thread");
@@ -87,7 +87,7 @@ const TURN_NS: u64 = 10_000_000;
 ///
 /// # Errors
 /// Where the system has no room for a thread.
-pub(crate) fn background<T: Send + 'static>(
+pub fn background<T: Send + 'static>(
     name: &str,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> io::Result<JoinHandle<T>> {
@@ -98,14 +98,14 @@ pub(crate) fn background<T: Send + 'static>(
 }
 
 /// Makes the calling thread, and those that it starts, background threads. There is no way back.
-pub(crate) fn step_back() {
+pub fn step_back() {
     if let Err(error) = schedule(libc::SCHED_BATCH, NICENESS, TURN_NS) {
         tracing::debug!(%error, "a background thread stays as important as others");
     }
 }
 
 /// Makes the calling thread as important as any: it may have been started by one in the background.
-pub(crate) fn step_forward() {
+pub fn step_forward() {
     if let Err(error) = schedule(libc::SCHED_OTHER, 0, 0) {
         tracing::warn!(%error, "a thread stays in the background");
     }
