@@ -6,11 +6,11 @@ use base::{error::chain, units};
 use clap::{Args, Parser, Subcommand, ValueEnum, builder::TypedValueParser};
 use types::{ForkStep, Locality};
 use uuid::Uuid;
+use vmm::arch::profile::{Profile, Subset};
 
 use crate::{
     node::zygote::CPU_PROFILE_VARIABLE,
     platform::{Keep, Limit},
-    vmm::arch::profile::{Profile, Subset},
 };
 
 mod platform;

@@ -38,8 +38,6 @@
 pub mod api;
 pub mod capsule;
 pub mod cli;
-pub mod cluster;
 pub mod command;
 pub mod node;
 pub mod platform;
-pub mod vmm;

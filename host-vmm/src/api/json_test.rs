@@ -2,16 +2,16 @@
 
 use std::fmt::Debug;
 
+use cluster::{
+    member::Load,
+    membership::check,
+    placement::{Cause, Explanation, Obstacle, Policy, Reason as Verdict, Score, Wish},
+};
 use proptest::prelude::*;
 use serde::de::DeserializeOwned;
 use types::VmShape;
 
 use super::*;
-use crate::cluster::{
-    member::Load,
-    membership::check,
-    placement::{Cause, Explanation, Obstacle, Policy, Reason as Verdict, Score, Wish},
-};
 
 /// The same, as somebody else understands it.
 fn told<T: Serialize + DeserializeOwned>(value: &T) -> T {

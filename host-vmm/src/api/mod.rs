@@ -18,9 +18,9 @@
 //! | `POST /v1/images/ID/spawn`, with a [`Spawn`] | [`Spawned`] |
 //! | `POST /v1/images/ID/clone`, with a [`CloneWish`] | [`Spawned`] |
 //! | `GET /v1/transfers` | an array of [`Transfer`] |
-//! | `GET /v1/platform` | a [`Member`](crate::cluster::member::Member) |
+//! | `GET /v1/platform` | a [`Member`](cluster::member::Member) |
 //! | `GET /v1/platforms` | [`Platforms`] |
-//! | `POST /v1/place`, with a [`Wish`](crate::cluster::placement::Wish) | an [`Explanation`](crate::cluster::placement::Explanation) |
+//! | `POST /v1/place`, with a [`Wish`](cluster::placement::Wish) | an [`Explanation`](cluster::placement::Explanation) |
 //! | `/v1/clones/ID`, `/v1/supplies/ID` | see [`clone`](crate::platform::clone) |
 //!
 //! An ID may be cut short, for as long as it stands for one image only, or one VM; a VM may be called by its name too. What fails is told as
@@ -36,6 +36,7 @@ use std::{
 };
 
 use base::text::{Name, Reason};
+use cluster::member::Member;
 use nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
 use types::Locality;
@@ -46,8 +47,6 @@ pub mod client;
 #[cfg(test)]
 mod json_test;
 pub mod steady;
-
-use crate::cluster::member::Member;
 
 /// Version of the API, with which all paths begin.
 pub const VERSION: u32 = 1;

@@ -10,9 +10,9 @@ use std::{
 };
 
 use types::PAGE_BYTES;
+use vmm::memory::{self, Budget, Grant};
 
 use super::{Capsule, Chunk, Description, Error, LayerManifest};
-use crate::vmm::memory::{self, Budget, Grant};
 
 /// Name of a layer's memory file, as `/proc` shows it.
 const LAYER_NAME: &str = "vm-loaded";

@@ -175,7 +175,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::vmm::memory;
+    use vmm::memory;
 
     proptest! {
         #[test]

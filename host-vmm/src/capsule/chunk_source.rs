@@ -3,12 +3,10 @@
 use std::{collections::HashMap, fs::File, io, sync::Arc};
 
 use bytes::Bytes;
+use vmm::memory;
 
 use super::chunk_stream;
-use crate::{
-    capsule::{self, Capsule, Chunk, Description, Digest, Digests, Header, IsWanted, LayerManifest},
-    vmm::memory,
-};
+use crate::capsule::{self, Capsule, Chunk, Description, Digest, Digests, Header, IsWanted, LayerManifest};
 
 /// An image, what it says of itself, and where its memory is.
 #[derive(Debug)]

@@ -12,9 +12,7 @@ use std::ops::RangeInclusive;
 
 use serde::{Deserialize, Serialize};
 use types::PAGE_BYTES;
-
-use super::{Difference, Incompatible};
-use crate::vmm::{
+use vmm::{
     arch::{
         CpuidEntry, MAX_CPUID_LEAVES, VcpuId,
         cpuid::{self, Shape},
@@ -26,6 +24,8 @@ use crate::vmm::{
     kvm::{Model, VcpuState},
     machine::MachineState,
 };
+
+use super::{Difference, Incompatible};
 
 /// Version of the state in a capsule: another one with each change of [`MachineState`], of guest-physical addresses, or of the interface
 /// between VMMs; but for what only some states have, in a part of its own, which programs refuse that do not know it.

@@ -1,18 +1,16 @@
 //! A VM goes on where it was captured, and wherever nothing is missing; what is missing is named.
 
 use proptest::{prelude::*, sample::Index};
+use vmm::arch::{
+    CpuidEntry,
+    features::Feature,
+    msr::Msr,
+    profile::{Profile, Subset},
+    samples::{any_cpu, entries, everything},
+};
 
 use super::*;
-use crate::{
-    capsule::codec,
-    vmm::arch::{
-        CpuidEntry,
-        features::Feature,
-        msr::Msr,
-        profile::{Profile, Subset},
-        samples::{any_cpu, entries, everything},
-    },
-};
+use crate::capsule::codec;
 
 const ARCH_CAPABILITIES: u64 = 0b1010_1011;
 

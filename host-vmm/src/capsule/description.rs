@@ -8,17 +8,17 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use types::{PAGE_BYTES, VmIdentity, VmShape};
 use uuid::Uuid;
+use vmm::{
+    devices::{ControlPageState, DevicesState, OlderDevicesState},
+    kvm::{OlderVcpuState, VcpuState, VmState},
+    machine::MachineState,
+    memory::Grant,
+};
 
 use super::{
     Error, codec,
     compat::{self, Requirements},
     manifest::Manifest,
-};
-use crate::vmm::{
-    devices::{ControlPageState, DevicesState, OlderDevicesState},
-    kvm::{OlderVcpuState, VcpuState, VmState},
-    machine::MachineState,
-    memory::Grant,
 };
 
 /// Kinds from here on say something that nobody needs to know.

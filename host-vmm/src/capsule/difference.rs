@@ -2,7 +2,7 @@
 
 use std::{fmt, ops::RangeInclusive};
 
-use crate::vmm::arch::{
+use vmm::arch::{
     features::{self, ARCH_FLAWS, Feature},
     xstate::Component,
 };

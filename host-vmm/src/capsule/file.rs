@@ -10,12 +10,13 @@ use std::{
     path::Path,
 };
 
+use vmm::memory::Budget;
+
 use super::{
     Assembly, Capsule, Description, Digests, Error, Header,
     header::{DATA_OFFSET, HEADER_BYTES, OLDEST_VERSION},
     older, parallel,
 };
-use crate::vmm::memory::Budget;
 
 /// How much work is put into making a file small: zstd's default.
 const COMPRESSION_LEVEL: i32 = 3;

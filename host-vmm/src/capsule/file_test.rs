@@ -3,20 +3,18 @@ use std::{io::Write, sync::Arc};
 use proptest::prelude::*;
 use types::{PAGE_BYTES, VmIdentity, VmShape};
 use uuid::Uuid;
+use vmm::{
+    devices::ControlPageState,
+    kvm::OlderVcpuState,
+    machine::MachineState,
+    memory::{self, Image, Layer, Run},
+};
 
 use super::*;
-use crate::{
-    capsule::{
-        About,
-        older::tests::{as_version_1_has_it, saved_as_version_1},
-        pack, unpack,
-    },
-    vmm::{
-        devices::ControlPageState,
-        kvm::OlderVcpuState,
-        machine::MachineState,
-        memory::{self, Image, Layer, Run},
-    },
+use crate::capsule::{
+    About,
+    older::tests::{as_version_1_has_it, saved_as_version_1},
+    pack, unpack,
 };
 
 const PAGE: usize = 4096;

@@ -13,9 +13,9 @@ use std::{
 use base::sync::lock;
 use serde::{Deserialize, Serialize};
 use types::{MAX_RAM_BYTES, PAGE_BYTES};
+use vmm::memory::{self, Image, Layer, MAX_EXTENTS, MAX_LAYERS, Run};
 
 use super::{CHUNK_BYTES, CHUNK_PAGES, Chunk, Error, chunk, parallel};
-use crate::vmm::memory::{self, Image, Layer, MAX_EXTENTS, MAX_LAYERS, Run};
 
 /// Question whether anybody still wants the manifest that is being made.
 pub type IsWanted<'w> = &'w (dyn Fn() -> bool + Sync);
@@ -311,7 +311,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::vmm::memory;
+    use vmm::memory;
 
     const PAGE: usize = 4096;
 

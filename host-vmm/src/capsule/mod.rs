@@ -12,6 +12,10 @@
 use std::{borrow::Cow, fs::File, io, sync::Arc};
 
 use serde::{Deserialize, Serialize};
+use vmm::{
+    machine::MachineState,
+    memory::{self, Image, Layer, Run, budget},
+};
 
 mod assembly;
 mod chunk;
@@ -34,11 +38,6 @@ pub use description::{About, Description};
 pub use difference::{Difference, Incompatible};
 pub use header::Header;
 pub use manifest::{Digests, IsWanted, LayerManifest, Manifest};
-
-use crate::vmm::{
-    machine::MachineState,
-    memory::{self, Image, Layer, Run, budget},
-};
 
 /// Largest state in bytes: a machine's is some 20 KiB a vCPU, an image's description 24 bytes a piece.
 pub const MAX_BYTES: usize = 16 << 20;

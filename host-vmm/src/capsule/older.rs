@@ -11,14 +11,14 @@ use std::{fs::File, os::unix::fs::FileExt, sync::Arc};
 use serde::Deserialize;
 use types::{MAX_RAM_BYTES, PAGE_BYTES, VmIdentity, VmShape};
 use uuid::Uuid;
-
-use super::{About, Capsule, Error, Header, LayerContents, MAX_BYTES, codec, header::DATA_OFFSET, image, pack};
-use crate::vmm::{
+use vmm::{
     devices::{ControlPageState, OlderDevicesState},
     kvm::{OlderVcpuState, VmState},
     machine::MachineState,
     memory::{self, Budget, MAX_LAYERS},
 };
+
+use super::{About, Capsule, Error, Header, LayerContents, MAX_BYTES, codec, header::DATA_OFFSET, image, pack};
 
 /// Bytes that are read at once.
 const PIECE_BYTES: u64 = 1 << 20;

@@ -3,12 +3,11 @@
 use std::path::Path;
 
 use anyhow::{Context, bail};
+use cluster::{certificates::ca_certificate, tls::Credentials};
 
 use crate::{
     api::client::Endpoint,
     cli::{Elsewhere, Platform},
-    cluster::{certificates::ca_certificate, tls::Credentials},
-    platform::cluster,
 };
 
 /// Where the platform is asked that the options name: `None` is the only one that this user runs.
@@ -19,7 +18,7 @@ pub(super) fn endpoint(options: &Platform) -> anyhow::Result<Option<Endpoint>> {
     let own = options.certificate.as_deref().context("--at needs --as: nobody is asked without a certificate")?;
     let ca = ca_certificate(own.parent().unwrap_or(Path::new("")));
     let credentials = Credentials::load(&ca, &own.with_extension("pem"), &own.with_extension("key"))?;
-    Ok(Some(cluster::endpoint(name, *address, Some(&credentials))))
+    Ok(Some(Endpoint::of_platform(name, *address, Some(&credentials))))
 }
 
 /// The same, for a question that names a file of the platform's host.
@@ -35,7 +34,7 @@ pub(super) fn endpoint_here(options: &Platform) -> anyhow::Result<Option<Endpoin
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cluster::{
+    use cluster::{
         certificates,
         peer::{Holder, Role},
     };

@@ -3,14 +3,12 @@
 use std::process::ExitCode;
 
 use anyhow::Context;
-
-use crate::{
-    cli::CertCommand,
-    cluster::{
-        certificates,
-        peer::{Holder, Role},
-    },
+use cluster::{
+    certificates,
+    peer::{Holder, Role},
 };
+
+use crate::cli::CertCommand;
 
 /// Makes a CA, or issues a certificate, and says what to do with the files.
 ///

@@ -4,12 +4,10 @@ use std::process::ExitCode;
 
 use base::error::chain;
 use serde::Serialize;
+use vmm::kvm::probe::{self, Findings, ProbeError};
 
 use super::table::json;
-use crate::{
-    cli,
-    vmm::kvm::probe::{self, Findings, ProbeError},
-};
+use crate::cli;
 
 /// What `--json` prints.
 #[derive(Debug, Serialize)]

@@ -9,6 +9,7 @@ use std::{
 };
 
 use base::text::Name;
+use cluster::placement::{Explanation, Wish};
 use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
 use types::VmShape;
 use uuid::Uuid;
@@ -25,7 +26,6 @@ use crate::{
         client::{self, Endpoint},
     },
     cli::{self, Original},
-    cluster::placement::{Explanation, Wish},
 };
 
 /// How often it is looked how far a clone is.

@@ -3,11 +3,9 @@
 use std::{fs, path::Path, process::ExitCode};
 
 use anyhow::Context;
+use vmm::{arch::profile::Subset, kvm::Hypervisor};
 
-use crate::{
-    cli,
-    vmm::{arch::profile::Subset, kvm::Hypervisor},
-};
+use crate::cli;
 
 /// Prints this host's CPU profile, or what those in files have in common.
 ///

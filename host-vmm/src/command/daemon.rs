@@ -12,22 +12,26 @@ use std::{
 
 use anyhow::Context;
 use base::{descriptors, error::chain};
+use cluster::{
+    load,
+    member::{Load, Member},
+    membership::{self, Directory, check},
+    peer::{Holder, Role},
+    placement::Rules,
+    settings::Peer,
+    tls::Credentials,
+};
 use hyper::Method;
 use nix::sys::signal::{SigSet, Signal};
+use vmm::{
+    arch::profile::{Profile, Subset},
+    kvm::Hypervisor,
+};
 
 use crate::{
     api::{
         self,
-        client::{Connection, Connections, Content},
-    },
-    cluster::{
-        load,
-        member::{Load, Member},
-        membership::{self, Directory, check},
-        peer::{Holder, Role},
-        placement::Rules,
-        settings::Peer,
-        tls::Credentials,
+        client::{Connection, Connections, Content, Endpoint},
     },
     platform::{
         Platform, Settings,
@@ -35,10 +39,6 @@ use crate::{
         cluster::Cluster,
         config::{PlatformConfig, Sending},
         server::{self, Network, Server},
-    },
-    vmm::{
-        arch::profile::{Profile, Subset},
-        kvm::Hypervisor,
     },
 };
 
@@ -144,7 +144,7 @@ fn join(
     let ask = {
         let (credentials, connections) = (credentials.clone(), connections.clone());
         move |peer: &Peer| {
-            let endpoint = crate::platform::cluster::endpoint(&peer.name, peer.address, credentials.as_ref());
+            let endpoint = Endpoint::of_platform(&peer.name, peer.address, credentials.as_ref());
             let ask = |connection: &mut Connection| connection.ask(Method::GET, "/v1/platform", Content::none());
             Ok(check::parse(&connections.link(endpoint, ANSWER).ask(ask)?)?)
         }

@@ -15,17 +15,15 @@ use std::{
 
 use base::{error::chain, sync::lock, text::Reason, threads};
 use types::{ExitReason, ForkStep, StepTiming};
+use vmm::{
+    machine::{FirstExit, Machine},
+    memory::WorkingSet,
+};
 
 use super::alarm::Alarm;
-use crate::{
-    node::{
-        fork::{Engine, Served, rendezvous::Rendezvous},
-        wire::{NodeLink, Prefetch, ToNode, ToPlatform, link},
-    },
-    vmm::{
-        machine::{FirstExit, Machine},
-        memory::WorkingSet,
-    },
+use crate::node::{
+    fork::{Engine, Served, rendezvous::Rendezvous},
+    wire::{NodeLink, Prefetch, ToNode, ToPlatform, link},
 };
 
 /// How long console input waits for the guest to take some.

@@ -6,7 +6,7 @@
 
 use std::{fs, fs::File, io, ops::Range, os::unix::fs::FileExt};
 
-use crate::vmm::memory::{self, Access};
+use vmm::memory::{self, Access};
 
 /// How much of its stack a node uses until its VM runs, in bytes.
 const STACK_BYTES: usize = 64 << 10;

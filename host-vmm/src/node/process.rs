@@ -13,18 +13,16 @@ use std::{
 use anyhow::{Context, bail};
 use base::{error::chain, text::Reason};
 use types::{ForkStep, VmIdentity};
+use vmm::{
+    boot::Payload,
+    kvm::{Host, Vcpu},
+    machine::{self, Machine, Shell, Workshop},
+};
 
 use super::companion::{Companion, Launch};
-use crate::{
-    node::{
-        fork::{Child, Engine, Meeting, Signal, Standby},
-        wire::{CopyOrder, NodeLink, Spawn, ToNode, ToPlatform, link},
-    },
-    vmm::{
-        boot::Payload,
-        kvm::{Host, Vcpu},
-        machine::{self, Machine, Shell, Workshop},
-    },
+use crate::node::{
+    fork::{Child, Engine, Meeting, Signal, Standby},
+    wire::{CopyOrder, NodeLink, Spawn, ToNode, ToPlatform, link},
 };
 
 /// For how long a fault keeps a copy's first vCPU from running.

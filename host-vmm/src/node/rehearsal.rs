@@ -5,13 +5,14 @@
 
 use std::{slice, sync::Arc, time::Duration};
 
+use vmm::{
+    machine::Shell,
+    memory::{self, Image, Layer},
+};
+
 use crate::{
     capsule,
     node::fork::rendezvous::{self, Rendezvous},
-    vmm::{
-        machine::Shell,
-        memory::{self, Image, Layer},
-    },
 };
 
 /// What can go wrong with it. A shell is as good without it, only slower.

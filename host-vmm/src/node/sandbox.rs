@@ -181,7 +181,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::vmm::memory::{self, Mapping};
+    use vmm::memory::{self, Mapping};
 
     fn is_missing<T>(what: &str, result: io::Result<T>) {
         let error = result.err().unwrap_or_else(|| panic!("{what} works"));

@@ -24,16 +24,14 @@ use nix::{
 };
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use types::VmShape;
+use vmm::{
+    arch::profile::Profile,
+    kvm::Host,
+    machine::{Shell, Workshop},
+};
 
 use super::{pages::Pages, process::run, rehearsal, sandbox};
-use crate::{
-    node::wire::{LINK_FD, Link, NodeLink, Spawn, Spawned, link},
-    vmm::{
-        arch::profile::Profile,
-        kvm::Host,
-        machine::{Shell, Workshop},
-    },
-};
+use crate::node::wire::{LINK_FD, Link, NodeLink, Spawn, Spawned, link};
 
 /// Memory of the machine that is built for practice.
 const PRACTICE_BYTES: u64 = 16 << 20;

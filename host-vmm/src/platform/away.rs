@@ -6,8 +6,10 @@
 use std::{fs::File, sync::Arc, thread, time::Duration};
 
 use base::{clock::wall_clock_ns, error::chain, text::Reason, threads};
+use cluster::placement::{Claim, Wish};
 use types::{CopySpec, Locality, new_id};
 use vmfork_abi::{ErrorCode, Location};
+use vmm::memory::WorkingSet;
 
 use super::{
     Error, Platform,
@@ -20,7 +22,6 @@ use super::{
 use crate::{
     api::{Copied, ForkedVm, Placement},
     capsule::{About, Capsule, Parcel},
-    cluster::placement::{Claim, Wish},
     node::fork::rendezvous::Rendezvous,
     platform::{
         clone::{
@@ -30,7 +31,6 @@ use crate::{
         },
         cluster::Cluster,
     },
-    vmm::memory::WorkingSet,
 };
 
 /// How many platforms are tried for copies that could not be launched where they were to go.

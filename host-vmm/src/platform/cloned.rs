@@ -6,6 +6,7 @@ use base::{error::chain, threads};
 use hyper::body::Bytes;
 use types::CopySpec;
 use uuid::Uuid;
+use vmm::{arch::profile::Profile, kvm::Host, memory::Budget};
 
 use super::{
     Error, Platform,
@@ -24,7 +25,6 @@ use crate::{
         source::IsWanted,
         supply::{Supplier, Supplies, Supply},
     },
-    vmm::{arch::profile::Profile, kvm::Host, memory::Budget},
 };
 
 /// How often it is looked for clones whose source is gone.

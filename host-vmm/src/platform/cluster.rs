@@ -3,27 +3,24 @@
 use std::{
     borrow::Cow,
     fmt,
-    net::SocketAddr,
     sync::{Arc, Mutex},
     time::Instant,
 };
 
 use base::sync::lock;
+use cluster::{
+    member::Member,
+    membership::{self, Directory, View},
+    peer::Holder,
+    placement::{self, Claim, Explanation, Recent, Rules, Share, Unplaceable, Wish},
+    tls::Credentials,
+};
 
 use super::{
     clone::{self, source},
     config::Orders,
 };
-use crate::{
-    api::client::{Connections, Endpoint, Link},
-    cluster::{
-        member::Member,
-        membership::{self, Directory, View},
-        peer::Holder,
-        placement::{self, Claim, Explanation, Recent, Rules, Share, Unplaceable, Wish},
-        tls::{self, Credentials},
-    },
-};
+use crate::api::client::{Connections, Endpoint, Link};
 
 /// Why a platform can't be asked.
 #[derive(Debug, thiserror::Error)]
@@ -93,7 +90,7 @@ impl Cluster {
         let mut found = members(&view).filter(is_it);
         match (found.next(), found.next()) {
             (Some(member), None) => {
-                let endpoint = endpoint(&member.name, member.address, self.credentials.as_ref());
+                let endpoint = Endpoint::of_platform(&member.name, member.address, self.credentials.as_ref());
                 Ok(self.connections.link(endpoint, clone::PATIENCE))
             }
             (None, _) => {
@@ -151,16 +148,6 @@ impl Cluster {
         let members = all(&own, &view, &lock(&self.recent), Instant::now());
         placement::explain(&self.rules, wish, members.iter().map(AsRef::as_ref))
     }
-}
-
-/// Where a platform of this name is asked: over TLS where there are credentials.
-pub fn endpoint(name: &str, address: SocketAddr, credentials: Option<&Credentials>) -> Endpoint {
-    Endpoint::Network(match credentials {
-        Some(credentials) => {
-            tls::Endpoint::Tls { address, platform: name.to_owned(), credentials: credentials.clone() }
-        }
-        None => tls::Endpoint::Plain(address),
-    })
 }
 
 fn members(view: &View) -> impl Iterator<Item = &Member> + Clone {

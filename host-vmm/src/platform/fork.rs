@@ -9,6 +9,7 @@ use std::{
 };
 
 use base::{error::chain, sync::lock, text::Reason};
+use cluster::placement::Wish;
 use types::{CopySpec, ForkStep, Locality, VmIdentity, VmShape};
 use vmfork_abi::{ErrorCode, Location, MAX_CHILDREN, is_vm_type};
 
@@ -26,7 +27,6 @@ use super::{
 };
 use crate::{
     api::{ForkedVm, Placement},
-    cluster::placement::Wish,
     node::{
         fork::rendezvous::{self, Rendezvous},
         wire::{CopyOrder, PlatformLink, Prefetch, ToNode},

@@ -16,6 +16,7 @@ use std::{
 };
 
 use base::{clock::wall_clock_ns, sync::lock};
+use cluster::member::MAX_IMAGES;
 use types::{VmIdentity, VmShape, new_id};
 use uuid::Uuid;
 use vmfork_abi::is_vm_type;
@@ -30,7 +31,6 @@ use super::{
 use crate::{
     api,
     capsule::{self, About, Capsule, Description, Difference, Digests, Incompatible, Parcel, file},
-    cluster::member::MAX_IMAGES,
 };
 
 /// Stands for all types in `--keep`.

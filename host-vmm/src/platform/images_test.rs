@@ -1,7 +1,8 @@
 //! Tests of [`super`].
 
+use vmm::memory;
+
 use super::*;
-use crate::vmm::memory;
 
 fn image(vm_type: &str, files: &[&Arc<File>]) -> Image {
     let original = VmIdentity {

@@ -12,9 +12,14 @@ use std::{
     time::{Duration, Instant},
 };
 
+use ::cluster::placement::Unplaceable;
 use base::{sync::lock, text::Reason};
 use types::{ExitReason, ForkStep, VmIdentity, VmShape, new_id};
 use vmfork_abi::ErrorCode;
+use vmm::{
+    kvm,
+    memory::{Budget, budget},
+};
 
 mod accounting;
 mod away;
@@ -52,7 +57,6 @@ pub use terminal::{Terminal, read_keys};
 use crate::{
     api::client,
     capsule::{self, Digests, compat::Offer},
-    cluster::placement::Unplaceable,
     node::{
         fork::rendezvous,
         wire::{ToNode, link},
@@ -60,10 +64,6 @@ use crate::{
     platform::{
         clone::{Clones, filling, source, supply::Supplies},
         cluster::Cluster,
-    },
-    vmm::{
-        kvm,
-        memory::{Budget, budget},
     },
 };
 use console::Consoles;
@@ -99,7 +99,7 @@ pub struct Settings {
     pub max_pause: Duration,
     /// How many shells of each shape to keep ready.
     pub ready: usize,
-    /// CPU that guests are shown, as [`Profile::to_text`](crate::vmm::arch::profile::Profile::to_text) has it.
+    /// CPU that guests are shown, as [`Profile::to_text`](vmm::arch::profile::Profile::to_text) has it.
     pub cpu_profile: String,
     /// Whether copies make pages ready that others before them have written to.
     pub prefetches: bool,

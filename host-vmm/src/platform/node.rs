@@ -12,6 +12,7 @@ use base::{error::chain, sync::lock, text::Reason, threads};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use types::{ExitReason, ForkStep, VmIdentity, VmShape};
 use vmfork_abi::ErrorCode;
+use vmm::memory::Faults;
 
 use super::{
     Error, Event, Platform,
@@ -31,7 +32,6 @@ use crate::{
         wire::{ForkOrder, PlatformLink, ToNode, ToPlatform, link},
     },
     platform::clone::filling::{Filling, Told},
-    vmm::memory::Faults,
 };
 
 /// Stack of a thread that serves a node, in bytes: there may be a thousand of them.

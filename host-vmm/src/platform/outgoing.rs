@@ -3,6 +3,11 @@
 use std::sync::{Arc, Mutex};
 
 use base::sync::lock;
+use cluster::{
+    member::{Load, MAX_SHAPES, Ready},
+    membership::check,
+    placement::{Explanation, Wish},
+};
 use types::{VmIdentity, VmShape, new_id};
 use uuid::Uuid;
 
@@ -13,11 +18,6 @@ use super::{
 use crate::{
     api::{Copied, Transfer},
     capsule::About,
-    cluster::{
-        member::{Load, MAX_SHAPES, Ready},
-        membership::check,
-        placement::{Explanation, Wish},
-    },
     platform::clone::{
         Order,
         source::{self, IsWanted, Progress, Wanted},

@@ -16,15 +16,13 @@ use std::{
 use base::{error::chain, sync::lock, text::Reason, threads};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use types::VmShape;
+use vmm::memory::WorkingSet;
 
 use super::{
     Error, Platform,
     process::{BATCH, Shell, Zygote},
 };
-use crate::{
-    node::wire::{ToNode, ToPlatform},
-    vmm::memory::WorkingSet,
-};
+use crate::node::wire::{ToNode, ToPlatform};
 
 /// How long after a fork its shells are replaced: its children come first.
 const REFILL_DELAY: Duration = Duration::from_millis(10);

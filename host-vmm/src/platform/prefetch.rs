@@ -3,8 +3,9 @@
 use std::sync::Mutex;
 
 use base::sync::lock;
+use vmm::memory::WorkingSet;
 
-use crate::{node::wire::Prefetch, vmm::memory::WorkingSet};
+use crate::node::wire::Prefetch;
 
 /// One in so many forks has its first child record again: what copies do changes.
 const RECORD_EVERY: u64 = 64;
@@ -49,7 +50,7 @@ impl Learned {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vmm::memory::Run;
+    use vmm::memory::Run;
 
     #[test]
     fn what_one_copy_tells_the_next_ones_fill() {

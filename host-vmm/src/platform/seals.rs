@@ -26,9 +26,9 @@ use std::{
 use base::{error::chain, sync::lock, threads};
 use types::ExitReason;
 use uuid::Uuid;
+use vmm::memory::{self, SealRetry};
 
 use super::{Error, Platform, images::Image};
-use crate::vmm::memory::{self, SealRetry};
 
 /// Delay of the first attempt after a fork: its children come first, and its parent has to leave its old memory behind.
 const HEAD_START: Duration = Duration::from_millis(5);

@@ -1,7 +1,8 @@
 //! Tests of [`super`].
 
+use vmm::memory::Mapping;
+
 use super::*;
-use crate::vmm::memory::Mapping;
 
 const BYTES: u64 = 4096;
 

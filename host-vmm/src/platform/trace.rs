@@ -137,8 +137,8 @@ mod tests {
     use std::io::{Read, Seek};
 
     use super::*;
-    use crate::vmm::memory;
     use types::ForkStep;
+    use vmm::memory;
 
     #[test]
     fn a_trace_is_json_once_it_is_closed() {

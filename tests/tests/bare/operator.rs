@@ -2,10 +2,8 @@
 
 use std::{io::Read, thread};
 
-use host_vmm::{
-    api::client::{Connection, Content, Endpoint, Error},
-    cluster::tls::{self, Credentials},
-};
+use cluster::tls::{self, Credentials};
+use host_vmm::api::client::{Connection, Content, Endpoint, Error};
 use hyper::Method;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};

@@ -6,13 +6,13 @@ use std::{
     path::PathBuf,
 };
 
-use host_vmm::vmm::memory::{self, Mapping};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use vmfork_tests::{
     bare::{Script, control},
     vmm::{Running, Vmm},
 };
+use vmm::memory::{self, Mapping};
 
 use super::{INDEX, clones::wait_until, printed};
 

@@ -2,7 +2,6 @@
 
 use std::{collections::BTreeMap, thread, time::Duration};
 
-use host_vmm::vmm::kvm::Host;
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -12,6 +11,7 @@ use vmfork_tests::{
     cluster::Platforms,
     vmm::{Running, Vmm, console_line},
 };
+use vmm::kvm::Host;
 
 use super::clones::{know_each_other, vms};
 

@@ -2,6 +2,7 @@
 
 use std::{
     fmt, io,
+    net::SocketAddr,
     path::PathBuf,
     pin::{Pin, pin},
     sync::{Arc, Mutex},
@@ -10,6 +11,7 @@ use std::{
 };
 
 use base::{sync::lock, text::Reason};
+use cluster::tls::{self, Credentials};
 use http_body_util::{BodyExt, Limited};
 use hyper::{
     HeaderMap, Method, Request, StatusCode,
@@ -28,7 +30,6 @@ use super::super::{
     Failure,
     steady::{LEAST_RATE, Limits, Slow, Steady},
 };
-use crate::cluster::tls;
 
 /// Longest answer in bytes, whatever was asked.
 const MAX_ANSWER_BYTES: usize = 64 << 20;
@@ -149,6 +150,18 @@ pub enum Endpoint {
     Socket(PathBuf),
     /// Over a network.
     Network(tls::Endpoint),
+}
+
+impl Endpoint {
+    /// The platform of this name at an address: over TLS where there are credentials.
+    pub fn of_platform(name: &str, address: SocketAddr, credentials: Option<&Credentials>) -> Self {
+        Self::Network(match credentials {
+            Some(credentials) => {
+                tls::Endpoint::Tls { address, platform: name.to_owned(), credentials: credentials.clone() }
+            }
+            None => tls::Endpoint::Plain(address),
+        })
+    }
 }
 
 impl fmt::Display for Endpoint {

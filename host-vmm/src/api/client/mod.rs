@@ -7,6 +7,10 @@ use std::{
 };
 
 use anyhow::{Context, bail, ensure};
+use cluster::{
+    member::Member,
+    placement::{Explanation, Wish},
+};
 use hyper::Method;
 
 mod connection;
@@ -18,10 +22,6 @@ pub use link::{Connections, Link};
 pub use log::{Log, Piece};
 
 use super::{CloneWish, ForkWish, Forked, Image, Place, Platforms, Spawn, Spawned, Transfer, Vms, folder};
-use crate::cluster::{
-    member::Member,
-    placement::{Explanation, Wish},
-};
 
 /// A connection to this platform, or to the only one that this user runs.
 ///

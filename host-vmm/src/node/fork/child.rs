@@ -4,6 +4,11 @@ use std::{fs::File, sync::Arc};
 
 use base::threads;
 use types::{ForkStep, StepTiming};
+use vmm::{
+    kvm::Vcpu,
+    machine::{self, Machine, Shell},
+    memory::Faults,
+};
 
 use super::{
     rendezvous::{self, Rendezvous},
@@ -14,11 +19,6 @@ use super::{
 use crate::{
     capsule,
     node::wire::{CopyOrder, Prefetch, link},
-    vmm::{
-        kvm::Vcpu,
-        machine::{self, Machine, Shell},
-        memory::Faults,
-    },
 };
 
 /// Why a shell can't become a child.

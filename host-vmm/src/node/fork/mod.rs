@@ -26,6 +26,12 @@ use std::{
 use base::{clock::monotonic_ns, descriptors, error::chain, sync::lock, text::Reason};
 use types::{ForkStep, Requester};
 use vmfork_abi::ErrorCode;
+use vmm::{
+    devices::{ControlPageState, Paused},
+    kvm::{self, TscRate, Vcpu},
+    machine::{self, FirstExit, GateError, LeftBehind, Machine, MachineState, Stopped, Successor},
+    memory::{self, Changes, Onward},
+};
 
 mod child;
 mod children;
@@ -46,12 +52,6 @@ pub use standby::{Meeting, Standby};
 use crate::{
     capsule,
     node::wire::{ForkOrder, NodeLink, Report, ToPlatform, link},
-    vmm::{
-        devices::{ControlPageState, Paused},
-        kvm::{self, TscRate, Vcpu},
-        machine::{self, FirstExit, GateError, LeftBehind, Machine, MachineState, Stopped, Successor},
-        memory::{self, Changes, Onward},
-    },
 };
 use children::Met;
 use supplies::Supplies;

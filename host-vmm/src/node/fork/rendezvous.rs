@@ -35,13 +35,11 @@ use rustix::{
     io::Errno,
     thread::futex::{self, Timespec},
 };
+use vmm::memory::{self, Mapping};
 
 use vmfork_abi::{ListedCopy, MAX_CHILDREN};
 
-use crate::{
-    capsule,
-    vmm::memory::{self, Mapping},
-};
+use crate::capsule;
 
 /// Offsets of the words.
 const PHASE: usize = 0;

@@ -8,8 +8,7 @@ use base::{
 };
 use types::VmIdentity;
 use vmfork_abi::{ErrorCode, Identity, ListedCopy, Response, Role, Status};
-
-use crate::vmm::{machine::Machine, memory};
+use vmm::{machine::Machine, memory};
 
 /// Why the control page could not be written.
 #[derive(Debug, thiserror::Error)]

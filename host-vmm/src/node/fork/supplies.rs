@@ -7,19 +7,17 @@ use std::{
 };
 
 use base::sync::lock;
+use vmm::{
+    machine::Machine,
+    memory::{Delta, Plan},
+};
 
 use super::{
     Error,
     rendezvous::{self, Rendezvous},
     standby::Bell,
 };
-use crate::{
-    node::wire::{NodeLink, ToPlatform},
-    vmm::{
-        machine::Machine,
-        memory::{Delta, Plan},
-    },
-};
+use crate::node::wire::{NodeLink, ToPlatform};
 
 /// What one fork needs.
 #[derive(Debug)]

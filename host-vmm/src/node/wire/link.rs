@@ -21,8 +21,9 @@ use rustix::{
     },
 };
 use serde::{Serialize, de::DeserializeOwned};
+use vmm::memory::MAX_LAYERS;
 
-use crate::{capsule::codec, vmm::memory::MAX_LAYERS};
+use crate::capsule::codec;
 
 /// Longest message in bytes.
 const MAX_BYTES: usize = 64 * 1024;
@@ -244,7 +245,7 @@ mod tests {
     use std::os::unix::fs::FileExt;
 
     use super::*;
-    use crate::vmm::memory;
+    use vmm::memory;
 
     #[test]
     fn messages_carry_files() {

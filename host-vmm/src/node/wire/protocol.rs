@@ -19,11 +19,11 @@ use std::time::Duration;
 use base::text::Reason;
 use serde::{Deserialize, Serialize};
 use types::{ExitReason, ForkStep, Locality, StepTiming, VmIdentity, VmShape};
+use vmm::memory::WorkingSet;
 
 use vmfork_abi::ErrorCode;
 
 use super::{Report, report::is_timeline};
-use crate::vmm::memory::WorkingSet;
 
 /// From the platform to its zygote: start a shell. Files: the node's end of its connection, and where its console writes to.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]

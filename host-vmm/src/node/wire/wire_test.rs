@@ -8,9 +8,9 @@ use serde::{Serialize, de::DeserializeOwned};
 use types::{ExitReason, ForkStep, Locality, Requester, StepTiming, VmIdentity, VmShape};
 use uuid::Uuid;
 use vmfork_abi::ErrorCode;
+use vmm::memory::{self, MAX_LAYERS, Run, WorkingSet};
 
 use super::*;
-use crate::vmm::memory::{self, MAX_LAYERS, Run, WorkingSet};
 
 /// The content of messages: text from outside, numbers, and the pages that a guest has written to.
 #[derive(Debug, Clone)]

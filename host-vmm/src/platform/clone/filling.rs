@@ -30,12 +30,10 @@ use nix::{
 };
 use rustix::fs::{FallocateFlags, fallocate};
 use types::PAGE_BYTES;
+use vmm::memory::{self, Budget, Faults, Grant, Image, Layer};
 
 use super::supply::{Error as SupplyError, Supplier};
-use crate::{
-    capsule::{self, CHUNK_BYTES, CHUNK_PAGES, Capsule, Chunk, Description, Digests, LayerManifest, Manifest},
-    vmm::memory::{self, Budget, Faults, Grant, Image, Layer},
-};
+use crate::capsule::{self, CHUNK_BYTES, CHUNK_PAGES, Capsule, Chunk, Description, Digests, LayerManifest, Manifest};
 
 /// Chunks that are asked for at once where nobody waits for one.
 const BATCH: usize = 32;

@@ -14,6 +14,7 @@ use std::{
 use base::{sync::lock, text::Reason};
 use hyper::{Method, StatusCode, body::Bytes};
 use uuid::Uuid;
+use vmm::memory::WorkingSet;
 
 use super::{COMMIT_LIMIT, LEASE, Missing, Order, Stage, pace::Pace, supply::Supply};
 use crate::{
@@ -23,7 +24,6 @@ use crate::{
     },
     capsule::{self, Parcel},
     platform::copies::LAUNCH_TIMEOUT,
-    vmm::memory::WorkingSet,
 };
 
 /// How long the source waits before it tries again to reach its target, at first and at most.

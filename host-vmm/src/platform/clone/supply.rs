@@ -14,6 +14,10 @@ use http_body_util::channel::{Channel, Sender};
 use hyper::{Method, body::Bytes};
 use types::PAGE_BYTES;
 use uuid::Uuid;
+use vmm::{
+    arch::layout::{self, Gpa},
+    memory::{Image, WorkingSet},
+};
 
 use super::{
     LEASE, Need,
@@ -29,10 +33,6 @@ use crate::{
     capsule::{
         self, Capsule, Description, Digests, Header, Manifest,
         chunk_stream::{self, Records},
-    },
-    vmm::{
-        arch::layout::{self, Gpa},
-        memory::{Image, WorkingSet},
     },
 };
 

@@ -15,6 +15,7 @@ use base::{sync::lock, text::Reason};
 use types::are_copies_of_fork;
 use uuid::Uuid;
 use vmfork_abi::MAX_CHILDREN;
+use vmm::memory::Grant;
 
 use super::{
     LEASE, MAX_RANGES, Missing, Order, Stage,
@@ -26,7 +27,6 @@ use crate::{
     api::Copied,
     capsule::{self, Assembly, Description, Header, Incompatible, header::HEADER_BYTES},
     platform::{self, Copies, Platform, Reservation},
-    vmm::memory::Grant,
 };
 
 /// Most clones that are under way at a time.

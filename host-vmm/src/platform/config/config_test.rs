@@ -1,7 +1,7 @@
+use cluster::settings::{EtcdTls, Login};
 use proptest::prelude::*;
 
 use super::*;
-use crate::cluster::settings::{EtcdTls, Login};
 
 /// What most files begin with: a platform that others can reach.
 const LISTEN: &str = "listen = '192.0.2.1:7070'\ntls = { ca = 'ca.pem', cert = 'c.pem', key = 'c.key' }\n";

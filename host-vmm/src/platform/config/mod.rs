@@ -13,18 +13,16 @@ use std::{
 };
 
 use base::units;
+use cluster::{
+    membership::check,
+    settings::{Etcd, Peer},
+};
 use serde::Deserialize;
 use vmfork_abi::is_vm_type;
 
-use crate::{
-    cluster::{
-        membership::check,
-        settings::{Etcd, Peer},
-    },
-    platform::{Keep, Limit},
-};
+use crate::platform::{Keep, Limit};
 
-mod cluster;
+mod peers;
 
 /// Most other platforms that a file can list.
 pub const MAX_PEERS: usize = 256;
@@ -198,8 +196,8 @@ struct Fields {
     tls: Option<Tls>,
     api: Option<PathBuf>,
     cluster: Option<String>,
-    etcd: Option<cluster::EtcdFields>,
-    peers: Vec<cluster::PeerFields>,
+    etcd: Option<peers::EtcdFields>,
+    peers: Vec<peers::PeerFields>,
     labels: BTreeMap<String, String>,
     cpu_profile: Option<String>,
     cpu_profile_file: Option<PathBuf>,

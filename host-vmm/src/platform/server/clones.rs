@@ -12,6 +12,7 @@ use axum::{
     http::{StatusCode, request::Parts},
 };
 use base::text::Reason;
+use cluster::peer::{Peer, Role};
 use http_body_util::BodyExt;
 use utoipa_axum::{router::OpenApiRouter, routes};
 use uuid::Uuid;
@@ -19,7 +20,6 @@ use uuid::Uuid;
 use super::{Refusal, work};
 use crate::{
     capsule::{self, Header, chunk_stream::Records, file::DESCRIPTION_COPIES, header::MAX_DESCRIPTION_BYTES},
-    cluster::peer::{Peer, Role},
     platform::{
         Platform,
         clone::{Error, Missing, Order, Stage, filling},

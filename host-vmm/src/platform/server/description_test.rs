@@ -1,5 +1,9 @@
 use std::{collections::BTreeSet, env, fs, path::Path};
 
+use cluster::{
+    member::{Load, Member, Ready},
+    placement::{Explanation, Obstacle, Policy, Reason, Score, Wish},
+};
 use serde::Serialize;
 use serde_json::{Value, json};
 use types::{CopySpec, Locality, VmShape};
@@ -8,10 +12,6 @@ use uuid::Uuid;
 use super::*;
 use crate::{
     api::{Copied, Ended, ForkWish, Forked, ForkedVm, Memory, Place, Placement, Platforms, State, Vm, Vms},
-    cluster::{
-        member::{Load, Member, Ready},
-        placement::{Explanation, Obstacle, Policy, Reason, Score, Wish},
-    },
     platform::clone::{Missing, Need, Order, Stage},
 };
 
@@ -157,7 +157,7 @@ fn what_is_said_of_platforms_fits() {
     };
     assert_fits("Wish", &wish);
     let reason = |obstacle, score| Reason { platform: "north".into(), copies: 1, room: 1, obstacle, score };
-    let obstacle = Obstacle { cause: crate::cluster::placement::Cause::CpuProfile, text: "another".into() };
+    let obstacle = Obstacle { cause: cluster::placement::Cause::CpuProfile, text: "another".into() };
     let platforms = vec![reason(Some(obstacle), None), reason(None, Some(Score::default()))];
     let policy = Policy::LeastLoaded;
     assert_fits("Explanation", &Explanation { vm_type: "web".into(), count: 1, policy, placed: true, platforms });

@@ -22,6 +22,10 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use base::{text::Reason, threads};
+use cluster::{
+    peer::{Peer, Role},
+    tls::{self, Credentials},
+};
 use tokio::{
     runtime::{self, Runtime},
     sync::watch,
@@ -45,10 +49,6 @@ use crate::{
         steady::{LEAST_RATE, Limits, Steady},
     },
     capsule,
-    cluster::{
-        peer::{Peer, Role},
-        tls::{self, Credentials},
-    },
     platform::{Error, Platform},
 };
 

@@ -8,13 +8,13 @@ use axum::{
     http::StatusCode,
 };
 use base::text::{Name, Reason};
+use cluster::peer::Peer;
 use serde::de::DeserializeOwned;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{Refusal, check_count, is_operator, vms::fork, work};
 use crate::{
     api::{CloneWish, Forked, Spawned, client},
-    cluster::peer::Peer,
     platform::{Error, Platform, Target},
 };
 

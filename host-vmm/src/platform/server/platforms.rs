@@ -4,15 +4,15 @@ use std::{sync::Arc, time::Instant};
 
 use axum::{Json, extract::State, http::StatusCode};
 use base::text::Reason;
+use cluster::{
+    member::{MAX_IMAGES, Member},
+    placement::{Explanation, Wish},
+};
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{Refusal, check_count, work};
 use crate::{
     api::{self, Platforms},
-    cluster::{
-        member::{MAX_IMAGES, Member},
-        placement::{Explanation, Wish},
-    },
     platform::{Error, Platform},
 };
 

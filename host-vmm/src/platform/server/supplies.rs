@@ -9,13 +9,13 @@ use axum::{
     http::StatusCode,
 };
 use base::text::Reason;
+use cluster::peer::{Peer, Role};
 use utoipa_axum::{router::OpenApiRouter, routes};
 use uuid::Uuid;
 
 use super::{Refusal, work};
 use crate::{
     capsule,
-    cluster::peer::{Peer, Role},
     platform::{
         Platform,
         clone::{Need, supply::Supply},

@@ -12,10 +12,8 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use axum::serve::Listener as _;
-use host_vmm::{
-    api::{CloneWish, client},
-    cluster::tls::{Credentials, Endpoint, Listener, connect},
-};
+use cluster::tls::{Credentials, Endpoint, Listener, connect};
+use host_vmm::api::{CloneWish, client};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -195,7 +193,7 @@ pub(crate) fn tls(memory: &File, cached: bool) -> Result<Moved> {
             pairs.push((sender?, receiver));
         }
         let clock = Clock::start(&[process::id()])?;
-        let copy = Arc::new(host_vmm::vmm::memory::unresizable("vm-floor", bytes)?);
+        let copy = Arc::new(vmm::memory::unresizable("vm-floor", bytes)?);
         let memory = Arc::new(memory.try_clone()?);
         let share = bytes / CONNECTIONS as u64;
         let mut tasks: JoinSet<Result<()>> = JoinSet::new();
@@ -231,7 +229,7 @@ pub(crate) fn tls(memory: &File, cached: bool) -> Result<Moved> {
 
 /// A memory file with something in each page.
 pub(crate) fn filled(bytes: u64) -> Result<File> {
-    let file = host_vmm::vmm::memory::unresizable("vm-floor", bytes)?;
+    let file = vmm::memory::unresizable("vm-floor", bytes)?;
     let piece = vec![0x5a; PIECE_BYTES];
     (0..bytes).step_by(PIECE_BYTES).try_for_each(|at| file.write_all_at(&piece, at))?;
     Ok(file)

@@ -2,11 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use fastrand::Rng;
-use host_vmm::cluster::{
+use cluster::{
     member::{Load, Member, Ready},
     placement::{charge_bytes, count},
 };
+use fastrand::Rng;
 use types::VmShape;
 use uuid::Uuid;
 

@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::Result;
 use clap::Parser;
-use host_vmm::cluster::placement::Policy;
+use cluster::placement::Policy;
 use indicatif::{ProgressBar, ProgressStyle};
 
 mod load;

@@ -1,6 +1,6 @@
 //! What a run comes to, and a table of it.
 
-use host_vmm::cluster::placement::Policy;
+use cluster::placement::Policy;
 use serde::Serialize;
 
 /// How evenly something is distributed over platforms; the mean of all times at which it was looked at.

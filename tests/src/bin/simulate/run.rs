@@ -7,11 +7,11 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use fastrand::Rng;
-use host_vmm::cluster::{
+use cluster::{
     member::Member,
     placement::{Policy, Rule, Rules, Share, Wish, place},
 };
+use fastrand::Rng;
 use types::{Locality, VmShape};
 use uuid::Uuid;
 

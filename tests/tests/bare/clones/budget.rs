@@ -5,7 +5,6 @@ use std::fs::File;
 use host_vmm::{
     api::client::{Connection, Content, Endpoint, Error},
     capsule::{Chunk, Description, Header, LayerManifest, file::inspect},
-    vmm::memory::Run,
 };
 use hyper::{Method, StatusCode};
 use serde_json::{Value, json};
@@ -16,6 +15,7 @@ use vmfork_tests::{
     cluster::Platforms,
     vmm::{Running, Vmm},
 };
+use vmm::memory::Run;
 
 use super::{know_each_other, source_with_image, vms};
 

@@ -15,7 +15,6 @@ use host_vmm::{
         Order, PATIENCE, Stage,
         source::{self, Wanted},
     },
-    vmm::memory::Budget,
 };
 use hyper::Method;
 use serde_json::{Value, json};
@@ -28,6 +27,7 @@ use vmfork_tests::{
     process,
     vmm::{PATIENCE as VMM_PATIENCE, Running},
 };
+use vmm::memory::Budget;
 
 use super::{
     super::left_behind::become_equal, describes_itself, fork_again, know_each_other, source, source_with_image,

@@ -1,0 +1,152 @@
+//! Running a machine: a thread for each vCPU, and what each exit means.
+
+use std::{sync::Arc, thread, time::Duration};
+
+use base::text::Reason;
+use types::ExitReason;
+use vmfork_abi::doorbell;
+
+use super::{Machine, gate::Passage};
+use crate::{
+    arch::layout::{CONTROL_PAGE, DOORBELL_PORT},
+    devices::power::PowerEvent,
+    kvm::{self, Exit, Vcpu},
+};
+
+/// What to do after an exit, once the exit's data are let go.
+enum Next {
+    Run,
+    /// The doorbell was rung with this command, if it was one.
+    Ring(Option<u32>),
+    /// The vCPU was kicked.
+    Pass,
+    End(ExitReason),
+}
+
+/// For what a vCPU's thread has left its guest, between two instructions. The guest goes on when it is served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Call {
+    /// The guest has rung the doorbell: with this command, or `None` where the access was malformed.
+    Ring(Option<u32>),
+    /// Somebody [calls](super::Gate::call).
+    Gate,
+}
+
+/// Runs the vCPUs until the VM ends, and says how it did: the first one on the calling thread, each of the
+/// others on its own. The others run for the time of `head_start` before the first one does, which is none
+/// but where a test asks for it.
+///
+/// `answer` is called on the thread of the vCPU that has left its guest for a call.
+pub fn run(
+    machine: &Arc<Machine>,
+    vcpus: Vec<Vcpu>,
+    head_start: Duration,
+    answer: impl Fn(&mut Vcpu, Call) + Send + Sync,
+) -> ExitReason {
+    let mut vcpus = vcpus.into_iter();
+    let first = vcpus.next();
+    thread::scope(|scope| {
+        for vcpu in vcpus {
+            let name = vcpu.id().to_string();
+            let answer = &answer;
+            let run = move || run_vcpu(machine, vcpu, answer);
+            let spawned = thread::Builder::new().name(name).spawn_scoped(scope, run);
+            if let Err(error) = spawned {
+                machine.gate.end(ExitReason::Broken(Reason::of(format_args!("can't start a vCPU's thread: {error}"))));
+            }
+        }
+        if let Some(first) = first {
+            if !head_start.is_zero() {
+                thread::sleep(head_start);
+            }
+            run_vcpu(machine, first, &answer);
+        }
+    });
+    // Each vCPU has left because of it.
+    machine.gate.ended().unwrap_or_else(|| ExitReason::Broken("no vCPU is left".into()))
+}
+
+/// Runs a vCPU until the VM ends. Where it can't go on, the VM has ended.
+fn run_vcpu(machine: &Machine, vcpu: Vcpu, answer: impl Fn(&mut Vcpu, Call)) {
+    if let Err(error) = serve_vcpu(machine, vcpu, answer) {
+        machine.gate.end(ExitReason::Broken(Reason::of_error(&error)));
+    }
+}
+
+fn serve_vcpu(machine: &Machine, mut vcpu: Vcpu, answer: impl Fn(&mut Vcpu, Call)) -> Result<(), kvm::Error> {
+    vcpu.kicker().adopt();
+    loop {
+        let exit = vcpu.run()?;
+        machine.exits.happened();
+        match serve(machine, exit) {
+            Next::Run => {}
+            Next::Ring(command) => answer(&mut vcpu, Call::Ring(command)),
+            Next::Pass => match machine.gate.pass(&mut vcpu)? {
+                Passage::Free => {}
+                Passage::Called => answer(&mut vcpu, Call::Gate),
+                Passage::Ended => return Ok(()),
+            },
+            Next::End(end) => {
+                machine.gate.end(end);
+                return Ok(());
+            }
+        }
+    }
+}
+
+fn serve(machine: &Machine, exit: Exit<'_>) -> Next {
+    match exit {
+        Exit::PortWrite { port: DOORBELL_PORT, data } => Next::Ring(data.try_into().ok().map(u32::from_le_bytes)),
+        Exit::PortWrite { port, data } => match machine.devices.write_port(port, data) {
+            None => Next::Run,
+            Some(PowerEvent::Off) => Next::End(ExitReason::PoweredOff),
+            Some(PowerEvent::Reset) => Next::End(ExitReason::Reset),
+        },
+        Exit::PortRead { port, data } => {
+            machine.devices.read_port(port, data);
+            Next::Run
+        }
+        Exit::MmioRead { data, .. } => {
+            data.fill(0xff);
+            Next::Run
+        }
+        Exit::MmioWrite { .. } => Next::Run,
+        Exit::Hypercall { number, arguments, result } => {
+            let (answer, next) = hypercall(number, arguments);
+            *result = answer.cast_unsigned();
+            next
+        }
+        Exit::Interrupted => Next::Pass,
+        Exit::Shutdown => Next::End(ExitReason::Reset),
+        Exit::Broken(why) => Next::End(ExitReason::Broken(why.into())),
+    }
+}
+
+/// The hypercall as a doorbell: only on the control page, and only for it as a whole.
+fn hypercall(number: u64, [gpa, pages, command, _]: [u64; 4]) -> (i64, Next) {
+    if number != doorbell::HYPERCALL || gpa != CONTROL_PAGE.0 || pages != 1 {
+        return (doorbell::HYPERCALL_INVALID, Next::Run);
+    }
+    (doorbell::HYPERCALL_ANSWERED, Next::Ring(u32::try_from(command).ok()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_control_page_is_a_doorbell() {
+        let ours = [CONTROL_PAGE.0, 1, 1, 0];
+        assert!(matches!(hypercall(12, ours), (0, Next::Ring(Some(1)))));
+        for (number, arguments) in [
+            (11, ours),
+            (12, [CONTROL_PAGE.0 + 4096, 1, 1, 0]),
+            (12, [0, 1, 1, 0]),
+            (12, [CONTROL_PAGE.0, 2, 1, 0]),
+            (12, [CONTROL_PAGE.0, 0, 1, 0]),
+        ] {
+            assert!(matches!(hypercall(number, arguments), (doorbell::HYPERCALL_INVALID, Next::Run)));
+        }
+        assert!(matches!(hypercall(12, [CONTROL_PAGE.0, 1, u64::MAX, 0]), (0, Next::Ring(None))));
+    }
+}
