@@ -35,8 +35,6 @@
 //! - [`text`]: text from elsewhere, cut and escaped where it comes in.
 //! - [`output`]: standard output, standard error and event files, which never make a VM or a fork wait.
 
-pub mod api;
-pub mod capsule;
 pub mod cli;
 pub mod command;
 pub mod node;

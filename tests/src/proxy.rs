@@ -11,8 +11,8 @@ use std::{
     time::Duration,
 };
 
+use capsule::header::{HEADER_BYTES, Header};
 use fastrand::Rng;
-use host_vmm::capsule::header::{HEADER_BYTES, Header};
 
 /// Bytes that are passed on at once.
 const PIECE_BYTES: usize = 16 << 10;

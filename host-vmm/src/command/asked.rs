@@ -3,12 +3,10 @@
 use std::path::Path;
 
 use anyhow::{Context, bail};
+use api::client::Endpoint;
 use cluster::{certificates::ca_certificate, tls::Credentials};
 
-use crate::{
-    api::client::Endpoint,
-    cli::{Elsewhere, Platform},
-};
+use crate::cli::{Elsewhere, Platform};
 
 /// Where the platform is asked that the options name: `None` is the only one that this user runs.
 pub(super) fn endpoint(options: &Platform) -> anyhow::Result<Option<Endpoint>> {

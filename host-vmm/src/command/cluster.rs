@@ -8,6 +8,10 @@ use std::{
     time::Duration,
 };
 
+use api::{
+    self, CloneWish, Transfer,
+    client::{self, Endpoint},
+};
 use base::text::Name;
 use cluster::placement::{Explanation, Wish};
 use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
@@ -20,13 +24,7 @@ use super::{
     image::print_spawned,
     table::{Column, json, size, table},
 };
-use crate::{
-    api::{
-        self, CloneWish, Transfer,
-        client::{self, Endpoint},
-    },
-    cli::{self, Original},
-};
+use crate::cli::{self, Original};
 
 /// How often it is looked how far a clone is.
 const LOOK: Duration = Duration::from_millis(200);

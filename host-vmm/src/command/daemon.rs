@@ -11,6 +11,10 @@ use std::{
 };
 
 use anyhow::Context;
+use api::{
+    self,
+    client::{Connection, Connections, Content, Endpoint},
+};
 use base::{descriptors, error::chain};
 use cluster::{
     load,
@@ -28,18 +32,12 @@ use vmm::{
     kvm::Hypervisor,
 };
 
-use crate::{
-    api::{
-        self,
-        client::{Connection, Connections, Content, Endpoint},
-    },
-    platform::{
-        Platform, Settings,
-        clone::source,
-        cluster::Cluster,
-        config::{PlatformConfig, Sending},
-        server::{self, Network, Server},
-    },
+use crate::platform::{
+    Platform, Settings,
+    clone::source,
+    cluster::Cluster,
+    config::{PlatformConfig, Sending},
+    server::{self, Network, Server},
 };
 
 /// Files that a platform has open for each VM: its connection, its console, its process, its log, and what its next fork will come with,

@@ -2,14 +2,13 @@
 
 use std::process::ExitCode;
 
+use api::{ForkWish, Forked, Placement, client};
+
 use super::{
     asked::endpoint,
     table::{Column, json, table},
 };
-use crate::{
-    api::{ForkWish, Forked, Placement, client},
-    cli,
-};
+use crate::cli;
 
 /// Forks a VM.
 ///
@@ -49,7 +48,7 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
-    use crate::api::ForkedVm;
+    use api::ForkedVm;
 
     #[test]
     fn each_copy_has_a_line() {

@@ -3,6 +3,8 @@
 use std::{fs::File, path::Path, process::ExitCode};
 
 use anyhow::Context;
+use api::{Image, Spawned, client};
+use capsule::{self, Description, compat::Requirements};
 use serde::Serialize;
 use types::PAGE_BYTES;
 use uuid::Uuid;
@@ -11,11 +13,7 @@ use super::{
     asked::{endpoint, endpoint_here},
     table::{Column, json, json_lines, size, table},
 };
-use crate::{
-    api::{Image, Spawned, client},
-    capsule::{self, Description, compat::Requirements},
-    cli::{self, ImageCommand},
-};
+use crate::cli::{self, ImageCommand};
 
 /// How much of an ID is shown where it is for people: enough to name an image.
 const SHORT_ID: usize = 8;

@@ -7,11 +7,10 @@ use std::{
     time::Duration,
 };
 
+use api::client::{self, Log, Piece};
+
 use super::asked::endpoint;
-use crate::{
-    api::client::{self, Log, Piece},
-    cli,
-};
+use crate::cli;
 
 /// How long a platform is to wait for more, before it says that there is nothing.
 const WAIT: Duration = Duration::from_secs(30);

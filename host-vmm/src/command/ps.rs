@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, process::ExitCode, time::Duration};
 
+use api::{Ended, Memory, State, Vm, Vms, client};
 use base::text::Name;
 use indicatif::FormattedDuration;
 use termtree::Tree;
@@ -11,10 +12,7 @@ use super::{
     asked::endpoint,
     table::{Column, json, size, table},
 };
-use crate::{
-    api::{Ended, Memory, State, Vm, Vms, client},
-    cli,
-};
+use crate::cli;
 
 /// Prints a table of all VMs.
 ///

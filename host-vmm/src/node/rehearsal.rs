@@ -5,15 +5,13 @@
 
 use std::{slice, sync::Arc, time::Duration};
 
+use capsule;
 use vmm::{
     machine::Shell,
     memory::{self, Image, Layer},
 };
 
-use crate::{
-    capsule,
-    node::fork::rendezvous::{self, Rendezvous},
-};
+use crate::node::fork::rendezvous::{self, Rendezvous};
 
 /// What can go wrong with it. A shell is as good without it, only slower.
 #[derive(Debug, thiserror::Error)]

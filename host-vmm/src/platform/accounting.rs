@@ -7,6 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use api::{Memory, State, Vm, Vms};
 use uuid::Uuid;
 
 use super::{
@@ -14,7 +15,6 @@ use super::{
     logs::{Follower, Piece},
     registry::Entry,
 };
-use crate::api::{Memory, State, Vm, Vms};
 
 /// How long it is waited for the end of a VM that is stopped.
 const END_TIMEOUT: Duration = Duration::from_secs(30);

@@ -5,7 +5,9 @@
 
 use std::{fs::File, sync::Arc, thread, time::Duration};
 
+use api::{Copied, ForkedVm, Placement};
 use base::{clock::wall_clock_ns, error::chain, text::Reason, threads};
+use capsule::{About, Capsule, Parcel};
 use cluster::placement::{Claim, Wish};
 use types::{CopySpec, Locality, new_id};
 use vmfork_abi::{ErrorCode, Location};
@@ -20,8 +22,6 @@ use super::{
     outgoing::short,
 };
 use crate::{
-    api::{Copied, ForkedVm, Placement},
-    capsule::{About, Capsule, Parcel},
     node::fork::rendezvous::Rendezvous,
     platform::{
         clone::{

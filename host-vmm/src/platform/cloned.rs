@@ -3,6 +3,10 @@
 use std::{sync::Arc, thread, time::Duration};
 
 use base::{error::chain, threads};
+use capsule::{
+    self, About, Assembly, Capsule, Description, Incompatible, Parcel, Stock,
+    compat::{Offer, Requirements},
+};
 use hyper::body::Bytes;
 use types::CopySpec;
 use uuid::Uuid;
@@ -14,17 +18,11 @@ use super::{
     fork::Fork,
     registry::Reservation,
 };
-use crate::{
-    capsule::{
-        self, About, Assembly, Capsule, Description, Incompatible, Parcel, Stock,
-        compat::{Offer, Requirements},
-    },
-    platform::clone::{
-        Clones,
-        filling::{self, Filling},
-        source::IsWanted,
-        supply::{Supplier, Supplies, Supply},
-    },
+use crate::platform::clone::{
+    Clones,
+    filling::{self, Filling},
+    source::IsWanted,
+    supply::{Supplier, Supplies, Supply},
 };
 
 /// How often it is looked for clones whose source is gone.

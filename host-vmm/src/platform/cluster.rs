@@ -7,6 +7,7 @@ use std::{
     time::Instant,
 };
 
+use api::client::{Connections, Endpoint, Link};
 use base::sync::lock;
 use cluster::{
     member::Member,
@@ -20,7 +21,6 @@ use super::{
     clone::{self, source},
     config::Orders,
 };
-use crate::api::client::{Connections, Endpoint, Link};
 
 /// Why a platform can't be asked.
 #[derive(Debug, thiserror::Error)]

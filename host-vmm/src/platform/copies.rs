@@ -2,14 +2,14 @@
 
 use std::{collections::BTreeSet, fs::File, sync::Arc, time::Duration};
 
+use api::Copied;
+use capsule::About;
 use types::{CopySpec, ForkStep, VmIdentity, VmShape, new_id};
 use uuid::Uuid;
 use vmfork_abi::{ListedCopy, Location, PLATFORM_BYTES, pad_text};
 
 use super::{Error, Platform, fork::Fork, node::Node, prefetch::Learned, registry::Reservation, seals::Seal};
 use crate::{
-    api::Copied,
-    capsule::About,
     node::fork::rendezvous::{self, Rendezvous},
     platform::clone::filling::Filling,
 };

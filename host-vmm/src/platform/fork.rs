@@ -8,6 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use api::{ForkedVm, Placement};
 use base::{error::chain, sync::lock, text::Reason};
 use cluster::placement::Wish;
 use types::{CopySpec, ForkStep, Locality, VmIdentity, VmShape};
@@ -25,12 +26,9 @@ use super::{
     registry::Reservation,
     seals::{Frozen, Seal, Unsealed},
 };
-use crate::{
-    api::{ForkedVm, Placement},
-    node::{
-        fork::rendezvous::{self, Rendezvous},
-        wire::{CopyOrder, PlatformLink, Prefetch, ToNode},
-    },
+use crate::node::{
+    fork::rendezvous::{self, Rendezvous},
+    wire::{CopyOrder, PlatformLink, Prefetch, ToNode},
 };
 
 /// How long children have to themselves before the platform goes on with what nobody waits for.

@@ -15,7 +15,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+use api;
 use base::{clock::wall_clock_ns, sync::lock};
+use capsule::{self, About, Capsule, Description, Difference, Digests, Incompatible, Parcel, file};
 use cluster::member::MAX_IMAGES;
 use types::{VmIdentity, VmShape, new_id};
 use uuid::Uuid;
@@ -27,10 +29,6 @@ use super::{
     fork::Fork,
     prefetch::Learned,
     seals::Seal,
-};
-use crate::{
-    api,
-    capsule::{self, About, Capsule, Description, Difference, Digests, Incompatible, Parcel, file},
 };
 
 /// Stands for all types in `--keep`.

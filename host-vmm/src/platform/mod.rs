@@ -13,7 +13,9 @@ use std::{
 };
 
 use ::cluster::placement::Unplaceable;
+use api::client;
 use base::{sync::lock, text::Reason};
+use capsule::{self, Digests, compat::Offer};
 use types::{ExitReason, ForkStep, VmIdentity, VmShape, new_id};
 use vmfork_abi::ErrorCode;
 use vmm::{
@@ -55,8 +57,6 @@ pub use registry::Reservation;
 pub use terminal::{Terminal, read_keys};
 
 use crate::{
-    api::client,
-    capsule::{self, Digests, compat::Offer},
     node::{
         fork::rendezvous,
         wire::{ToNode, link},

@@ -5,6 +5,10 @@ use std::{
     time::Duration,
 };
 
+use api::{
+    CloneWish, ForkedVm,
+    client::{self, Content},
+};
 use base::{sync::lock, text::Reason};
 use hyper::Method;
 use serde::de::DeserializeOwned;
@@ -14,13 +18,7 @@ use super::{
     Error, Platform,
     fork::{Fork, Made, Target},
 };
-use crate::{
-    api::{
-        CloneWish, ForkedVm,
-        client::{self, Content},
-    },
-    node::wire::ToNode,
-};
+use crate::node::wire::ToNode;
 
 /// How long a VM may take to answer, beyond its longest pause for a fork: until a vCPU has left its guest,
 /// and what has failed is cleared away.

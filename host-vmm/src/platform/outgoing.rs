@@ -2,7 +2,9 @@
 
 use std::sync::{Arc, Mutex};
 
+use api::{Copied, Transfer};
 use base::sync::lock;
+use capsule::About;
 use cluster::{
     member::{Load, MAX_SHAPES, Ready},
     membership::check,
@@ -15,14 +17,10 @@ use super::{
     Error, Platform,
     copies::{ordered, slots},
 };
-use crate::{
-    api::{Copied, Transfer},
-    capsule::About,
-    platform::clone::{
-        Order,
-        source::{self, IsWanted, Progress, Wanted},
-        supply::Supply,
-    },
+use crate::platform::clone::{
+    Order,
+    source::{self, IsWanted, Progress, Wanted},
+    supply::Supply,
 };
 
 /// Clones that are being sent.

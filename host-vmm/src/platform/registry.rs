@@ -9,12 +9,13 @@ use std::{
     time::{Duration, Instant},
 };
 
+use api::Ended;
 use base::sync::lock;
 use types::{ExitReason, VmIdentity, VmShape};
 use uuid::Uuid;
 
 use super::{Error, ordered::Ordered, seals::Seal};
-use crate::{api::Ended, node::wire::PlatformLink, platform::clone::filling::Filling};
+use crate::{node::wire::PlatformLink, platform::clone::filling::Filling};
 
 /// Most VMs without copies that are told of after their end: the latest that were ended for their image could be changed.
 const MAX_UNSEALED: usize = 64;

@@ -2,7 +2,7 @@
 
 use std::thread;
 
-use host_vmm::api::client::{Connection, Content, Endpoint};
+use api::client::{Connection, Content, Endpoint};
 use hyper::Method;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};

@@ -10,8 +10,8 @@ use vmfork_tests::{
 use super::clones::{know_each_other, vms};
 
 /// Images of earlier formats, of the same guest: its copies print their index, and stand still.
-const VERSION_1: &[u8] = include_bytes!("../../../host-vmm/src/capsule/version-1.capsule.zst");
-const STATE_1: &[u8] = include_bytes!("../../../host-vmm/src/capsule/state-1.capsule.zst");
+const VERSION_1: &[u8] = include_bytes!("../../../host-vmm/crates/capsule/src/version-1.capsule.zst");
+const STATE_1: &[u8] = include_bytes!("../../../host-vmm/crates/capsule/src/state-1.capsule.zst");
 
 #[test]
 fn images_of_earlier_formats_load_and_their_copies_run_and_fork_again() {

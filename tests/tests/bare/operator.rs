@@ -2,8 +2,8 @@
 
 use std::{io::Read, thread};
 
+use api::client::{Connection, Content, Endpoint, Error};
 use cluster::tls::{self, Credentials};
-use host_vmm::api::client::{Connection, Content, Endpoint, Error};
 use hyper::Method;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};

@@ -3,6 +3,7 @@
 use std::{fs::File, sync::Arc};
 
 use base::threads;
+use capsule;
 use types::{ForkStep, StepTiming};
 use vmm::{
     kvm::Vcpu,
@@ -16,10 +17,7 @@ use super::{
     standby::Meeting,
     timeline::Timeline,
 };
-use crate::{
-    capsule,
-    node::wire::{CopyOrder, Prefetch, link},
-};
+use crate::node::wire::{CopyOrder, Prefetch, link};
 
 /// Why a shell can't become a child.
 #[derive(Debug, thiserror::Error)]

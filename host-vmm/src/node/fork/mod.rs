@@ -24,6 +24,7 @@ use std::{
 };
 
 use base::{clock::monotonic_ns, descriptors, error::chain, sync::lock, text::Reason};
+use capsule;
 use types::{ForkStep, Requester};
 use vmfork_abi::ErrorCode;
 use vmm::{
@@ -49,10 +50,7 @@ pub use children::Replies;
 pub use signal::Signal;
 pub use standby::{Meeting, Standby};
 
-use crate::{
-    capsule,
-    node::wire::{ForkOrder, NodeLink, Report, ToPlatform, link},
-};
+use crate::node::wire::{ForkOrder, NodeLink, Report, ToPlatform, link};
 use children::Met;
 use supplies::Supplies;
 use timeline::Timeline;

@@ -31,6 +31,7 @@ use std::{
 };
 
 use base::threads;
+use capsule;
 use rustix::{
     io::Errno,
     thread::futex::{self, Timespec},
@@ -38,8 +39,6 @@ use rustix::{
 use vmm::memory::{self, Mapping};
 
 use vmfork_abi::{ListedCopy, MAX_CHILDREN};
-
-use crate::capsule;
 
 /// Offsets of the words.
 const PHASE: usize = 0;

@@ -10,6 +10,7 @@ use std::{
 };
 
 use base::text::Reason;
+use capsule::codec;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::{
     cmsg_space,
@@ -22,8 +23,6 @@ use rustix::{
 };
 use serde::{Serialize, de::DeserializeOwned};
 use vmm::memory::MAX_LAYERS;
-
-use crate::capsule::codec;
 
 /// Longest message in bytes.
 const MAX_BYTES: usize = 64 * 1024;

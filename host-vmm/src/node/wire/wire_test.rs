@@ -156,7 +156,7 @@ fn sent<M: Serialize + DeserializeOwned>(message: &M) -> M {
 
 /// Whether it is the same message: the bytes are.
 fn is_same<M: Serialize + DeserializeOwned>(message: &M) -> bool {
-    use crate::capsule::codec::encode;
+    use capsule::codec::encode;
     encode(&sent(message)).unwrap() == encode(message).unwrap()
 }
 

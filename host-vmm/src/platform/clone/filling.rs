@@ -24,6 +24,7 @@ use std::{
 };
 
 use base::{error::chain, sync::lock, threads};
+use capsule::{self, CHUNK_BYTES, CHUNK_PAGES, Capsule, Chunk, Description, Digests, LayerManifest, Manifest};
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::eventfd::{EfdFlags, EventFd},
@@ -33,7 +34,6 @@ use types::PAGE_BYTES;
 use vmm::memory::{self, Budget, Faults, Grant, Image, Layer};
 
 use super::supply::{Error as SupplyError, Supplier};
-use crate::capsule::{self, CHUNK_BYTES, CHUNK_PAGES, Capsule, Chunk, Description, Digests, LayerManifest, Manifest};
 
 /// Chunks that are asked for at once where nobody waits for one.
 const BATCH: usize = 32;
@@ -359,7 +359,8 @@ impl Filling {
         if memory != there? {
             return Err(Error::Different);
         }
-        let description = Description { memory, ..self.description.clone() };
+        let mut description = self.description.clone();
+        description.memory = memory;
         let ram_bytes = self.image.pages().saturating_mul(PAGE_BYTES);
         self.files.iter().try_for_each(|file| memory::seal_filled(file, ram_bytes))?;
         source.is_done();

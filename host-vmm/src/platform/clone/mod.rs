@@ -34,6 +34,7 @@
 
 use std::{ops::Range, time::Duration};
 
+use api::Copied;
 use base::text::Reason;
 use serde::{Deserialize, Serialize};
 use types::CopySpec;
@@ -49,8 +50,6 @@ pub mod supply;
 pub mod target;
 
 pub use target::{Clones, Error};
-
-use crate::api::Copied;
 
 /// How long a target waits for its source, once it has begun.
 pub const LEASE: Duration = Duration::from_secs(20);

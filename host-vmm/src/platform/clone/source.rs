@@ -11,20 +11,18 @@ use std::{
     time::{Duration, Instant},
 };
 
+use api::{
+    Copied,
+    client::{self, Connection, Content, GoesOn, Link},
+};
 use base::{sync::lock, text::Reason};
+use capsule::{self, Parcel};
 use hyper::{Method, StatusCode, body::Bytes};
 use uuid::Uuid;
 use vmm::memory::WorkingSet;
 
 use super::{COMMIT_LIMIT, LEASE, Missing, Order, Stage, pace::Pace, supply::Supply};
-use crate::{
-    api::{
-        Copied,
-        client::{self, Connection, Content, GoesOn, Link},
-    },
-    capsule::{self, Parcel},
-    platform::copies::LAUNCH_TIMEOUT,
-};
+use crate::platform::copies::LAUNCH_TIMEOUT;
 
 /// How long the source waits before it tries again to reach its target, at first and at most.
 const FIRST_DELAY: Duration = Duration::from_millis(20);

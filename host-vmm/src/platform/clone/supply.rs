@@ -9,7 +9,15 @@ use std::{
     time::{Duration, Instant},
 };
 
+use api::{
+    client::{self, Content, Link},
+    steady::LEAST_RATE,
+};
 use base::sync::lock;
+use capsule::{
+    self, Capsule, Description, Digests, Header, Manifest,
+    chunk_stream::{self, Records},
+};
 use http_body_util::channel::{Channel, Sender};
 use hyper::{Method, body::Bytes};
 use types::PAGE_BYTES;
@@ -24,16 +32,6 @@ use super::{
     filling::Positions,
     pace::Pace,
     source::{IsWanted, Target},
-};
-use crate::{
-    api::{
-        client::{self, Content, Link},
-        steady::LEAST_RATE,
-    },
-    capsule::{
-        self, Capsule, Description, Digests, Header, Manifest,
-        chunk_stream::{self, Records},
-    },
 };
 
 /// Most chunks that are had at once.
@@ -385,7 +383,7 @@ impl Supplies {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::capsule::file::tests::capsule;
+    use capsule::samples::capsule;
 
     #[test]
     fn a_memory_is_not_kept_for_ever_for_a_target_that_asks_now_and_then() {

@@ -11,7 +11,9 @@ use std::{
     time::Instant,
 };
 
+use api::Copied;
 use base::{sync::lock, text::Reason};
+use capsule::{self, Assembly, Description, Header, Incompatible, header::HEADER_BYTES};
 use types::are_copies_of_fork;
 use uuid::Uuid;
 use vmfork_abi::MAX_CHILDREN;
@@ -23,11 +25,7 @@ use super::{
     filling::{self, Filling},
     supply::Supplier,
 };
-use crate::{
-    api::Copied,
-    capsule::{self, Assembly, Description, Header, Incompatible, header::HEADER_BYTES},
-    platform::{self, Copies, Platform, Reservation},
-};
+use crate::platform::{self, Copies, Platform, Reservation};
 
 /// Most clones that are under way at a time.
 const MAX_CLONES: usize = 64;

@@ -103,7 +103,7 @@ pub struct PlatformConfig {
     pub listen: Option<SocketAddr>,
     /// The certificates by which platforms know each other; `None`: plaintext, or no other platforms.
     pub tls: Option<Tls>,
-    /// The socket for this host's users; `None`: [`api::default_socket`](crate::api::default_socket).
+    /// The socket for this host's users; `None`: [`api::default_socket`](api::default_socket).
     pub api: Option<PathBuf>,
     /// Name of its cluster.
     pub cluster: String,

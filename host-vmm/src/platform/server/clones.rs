@@ -12,18 +12,16 @@ use axum::{
     http::{StatusCode, request::Parts},
 };
 use base::text::Reason;
+use capsule::{self, Header, chunk_stream::Records, file::DESCRIPTION_COPIES, header::MAX_DESCRIPTION_BYTES};
 use cluster::peer::{Peer, Role};
 use http_body_util::BodyExt;
 use utoipa_axum::{router::OpenApiRouter, routes};
 use uuid::Uuid;
 
 use super::{Refusal, work};
-use crate::{
-    capsule::{self, Header, chunk_stream::Records, file::DESCRIPTION_COPIES, header::MAX_DESCRIPTION_BYTES},
-    platform::{
-        Platform,
-        clone::{Error, Missing, Order, Stage, filling},
-    },
+use crate::platform::{
+    Platform,
+    clone::{Error, Missing, Order, Stage, filling},
 };
 
 pub(super) fn routes() -> OpenApiRouter<Arc<Platform>> {

@@ -2,7 +2,12 @@
 
 use std::sync::Arc;
 
+use api::{Failure, VERSION, Version, Versions};
 use axum::Json;
+use capsule::{
+    compat::READABLE_STATE_VERSIONS,
+    header::{self, OLDEST_VERSION},
+};
 use utoipa::{
     OpenApi,
     openapi::{self, ContentBuilder, Ref, ResponseBuilder},
@@ -10,14 +15,7 @@ use utoipa::{
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::all_routes;
-use crate::{
-    api::{Failure, VERSION, Version, Versions},
-    capsule::{
-        compat::READABLE_STATE_VERSIONS,
-        header::{self, OLDEST_VERSION},
-    },
-    platform::Platform,
-};
+use crate::platform::Platform;
 
 /// How the description begins.
 #[derive(Debug, OpenApi)]

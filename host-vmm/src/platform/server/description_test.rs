@@ -1,5 +1,6 @@
 use std::{collections::BTreeSet, env, fs, path::Path};
 
+use api::{Copied, Ended, ForkWish, Forked, ForkedVm, Memory, Place, Placement, Platforms, State, Vm, Vms};
 use cluster::{
     member::{Load, Member, Ready},
     placement::{Explanation, Obstacle, Policy, Reason, Score, Wish},
@@ -10,10 +11,7 @@ use types::{CopySpec, Locality, VmShape};
 use uuid::Uuid;
 
 use super::*;
-use crate::{
-    api::{Copied, Ended, ForkWish, Forked, ForkedVm, Memory, Place, Placement, Platforms, State, Vm, Vms},
-    platform::clone::{Missing, Need, Order, Stage},
-};
+use crate::platform::clone::{Missing, Need, Order, Stage};
 
 /// Set to have the file in the repository written anew.
 const WRITE: &str = "HOST_VMM_WRITE_OPENAPI";
@@ -145,7 +143,7 @@ fn what_is_said_of_vms_fits() {
 #[test]
 fn what_is_said_of_platforms_fits() {
     assert_fits("Member", &member());
-    let platforms = vec![crate::api::Platform { member: member(), age_ms: 5 }];
+    let platforms = vec![api::Platform { member: member(), age_ms: 5 }];
     assert_fits("Platforms", &Platforms { platforms, partitioned: false });
     let wish = Wish {
         vm_type: "web".into(),

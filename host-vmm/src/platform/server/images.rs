@@ -2,6 +2,7 @@
 
 use std::{path, sync::Arc};
 
+use api::{Copied, Image, Place, Spawn, Spawned, Transfer};
 use axum::{
     Json,
     extract::{Path, State},
@@ -11,10 +12,7 @@ use base::text::Reason;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{Refusal, check_count, work};
-use crate::{
-    api::{Copied, Image, Place, Spawn, Spawned, Transfer},
-    platform::Platform,
-};
+use crate::platform::Platform;
 
 /// What anybody may ask who reaches the API.
 pub(super) fn routes() -> OpenApiRouter<Arc<Platform>> {

@@ -10,6 +10,10 @@ use std::{
     time::Duration,
 };
 
+use api::{
+    Failure, VERSION, client,
+    steady::{LEAST_RATE, Limits, Steady},
+};
 use axum::{
     Json, Router,
     body::{Body, to_bytes},
@@ -22,6 +26,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use base::{text::Reason, threads};
+use capsule;
 use cluster::{
     peer::{Peer, Role},
     tls::{self, Credentials},
@@ -43,14 +48,7 @@ mod platforms;
 mod supplies;
 mod vms;
 
-use crate::{
-    api::{
-        Failure, VERSION, client,
-        steady::{LEAST_RATE, Limits, Steady},
-    },
-    capsule,
-    platform::{Error, Platform},
-};
+use crate::platform::{Error, Platform};
 
 /// How long those who are being answered may take when the platform comes to its end.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);

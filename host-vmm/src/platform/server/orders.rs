@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use api::{CloneWish, Forked, Spawned, client};
 use axum::{
     Json,
     extract::{ConnectInfo, Path, State},
@@ -13,10 +14,7 @@ use serde::de::DeserializeOwned;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{Refusal, check_count, is_operator, vms::fork, work};
-use crate::{
-    api::{CloneWish, Forked, Spawned, client},
-    platform::{Error, Platform, Target},
-};
+use crate::platform::{Error, Platform, Target};
 
 /// What operators may ask, and other platforms where this one's configuration says so.
 pub(super) fn routes() -> OpenApiRouter<Arc<Platform>> {

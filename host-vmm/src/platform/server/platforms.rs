@@ -2,6 +2,7 @@
 
 use std::{sync::Arc, time::Instant};
 
+use api::{self, Platforms};
 use axum::{Json, extract::State, http::StatusCode};
 use base::text::Reason;
 use cluster::{
@@ -11,10 +12,7 @@ use cluster::{
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{Refusal, check_count, work};
-use crate::{
-    api::{self, Platforms},
-    platform::{Error, Platform},
-};
+use crate::platform::{Error, Platform};
 
 pub(super) fn routes() -> OpenApiRouter<Arc<Platform>> {
     OpenApiRouter::default().routes(routes!(platforms)).routes(routes!(place))

@@ -1,12 +1,12 @@
+use api::{
+    Spawn,
+    client::{Connection, Content, Endpoint, Error as Refused},
+};
 use axum::{extract::DefaultBodyLimit, routing::post};
 use hyper::{Method, body::Bytes};
 use proptest::prelude::*;
 
 use super::*;
-use crate::api::{
-    Spawn,
-    client::{Connection, Content, Endpoint, Error as Refused},
-};
 
 /// Longest body that is taken in the test.
 const MAX_BYTES: usize = 64;

@@ -9,17 +9,15 @@ use axum::{
     http::StatusCode,
 };
 use base::text::Reason;
+use capsule;
 use cluster::peer::{Peer, Role};
 use utoipa_axum::{router::OpenApiRouter, routes};
 use uuid::Uuid;
 
 use super::{Refusal, work};
-use crate::{
-    capsule,
-    platform::{
-        Platform,
-        clone::{Need, supply::Supply},
-    },
+use crate::platform::{
+    Platform,
+    clone::{Need, supply::Supply},
 };
 
 pub(super) fn routes() -> OpenApiRouter<Arc<Platform>> {

@@ -2,6 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use api::{ForkWish, Forked, LAST_PIECE, NEXT_OFFSET, Vm, Vms};
 use axum::{
     Json,
     extract::{Path, Query, State},
@@ -13,10 +14,7 @@ use utoipa::IntoParams;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{Refusal, check_count, work};
-use crate::{
-    api::{ForkWish, Forked, LAST_PIECE, NEXT_OFFSET, Vm, Vms},
-    platform::{Error, Platform, Target},
-};
+use crate::platform::{Error, Platform, Target};
 
 /// Longest time for which anybody waits for more of a log.
 const MAX_WAIT: Duration = Duration::from_secs(60);

@@ -11,9 +11,9 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
+use api::{CloneWish, client};
 use axum::serve::Listener as _;
 use cluster::tls::{Credentials, Endpoint, Listener, connect};
-use host_vmm::api::{CloneWish, client};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,

@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use host_vmm::capsule::CHUNK_BYTES;
+use capsule::CHUNK_BYTES;
 use serde_json::Value;
 use tempfile::NamedTempFile;
 use vmfork_abi::{Role, flags};

@@ -2,10 +2,8 @@
 
 use std::fs::File;
 
-use host_vmm::{
-    api::client::{Connection, Content, Endpoint, Error},
-    capsule::{Chunk, Description, Header, LayerManifest, file::inspect},
-};
+use api::client::{Connection, Content, Endpoint, Error};
+use capsule::{Chunk, Description, Header, LayerManifest, file::inspect};
 use hyper::{Method, StatusCode};
 use serde_json::{Value, json};
 use tempfile::TempDir;

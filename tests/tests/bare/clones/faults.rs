@@ -7,8 +7,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use capsule::header::VERSION;
 use fastrand::Rng;
-use host_vmm::capsule::header::VERSION;
 use vmfork_abi::flags;
 use vmfork_tests::{
     assets,

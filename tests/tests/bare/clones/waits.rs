@@ -8,13 +8,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use host_vmm::{
-    api::client::{Connection, Connections, Content, Endpoint, Error},
-    capsule::{Digests, Parcel, file},
-    platform::clone::{
-        Order, PATIENCE, Stage,
-        source::{self, Wanted},
-    },
+use api::client::{Connection, Connections, Content, Endpoint, Error};
+use capsule::{Digests, Parcel, file};
+use host_vmm::platform::clone::{
+    Order, PATIENCE, Stage,
+    source::{self, Wanted},
 };
 use hyper::Method;
 use serde_json::{Value, json};

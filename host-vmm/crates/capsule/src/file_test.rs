@@ -1,54 +1,21 @@
-use std::{io::Write, sync::Arc};
+use std::io::Write;
 
 use proptest::prelude::*;
-use types::{PAGE_BYTES, VmIdentity, VmShape};
-use uuid::Uuid;
+use types::PAGE_BYTES;
 use vmm::{
     devices::ControlPageState,
     kvm::OlderVcpuState,
     machine::MachineState,
-    memory::{self, Image, Layer, Run},
+    memory::{self, Run},
 };
 
 use super::*;
-use crate::capsule::{
-    About,
+use crate::{
     older::tests::{as_version_1_has_it, saved_as_version_1},
-    pack, unpack,
+    pack,
+    samples::{PAGE, capsule},
+    unpack,
 };
-
-const PAGE: usize = 4096;
-
-/// Pages of the memory of the capsules here.
-const PAGES: u64 = 40;
-
-/// A layer of one byte a page, and what it holds: all of the memory, or a few pages of it from the tenth on.
-fn layer(pages: &[u8]) -> Arc<Layer> {
-    let content: Vec<u8> = pages.iter().flat_map(|&byte| std::iter::repeat_n(byte, PAGE)).collect();
-    let file = Arc::new(memory::sealed("test", &content).unwrap());
-    let count = pages.len() as u64;
-    let page = if count == PAGES { 0 } else { 10 };
-    Arc::new(Layer { file, runs: vec![Run { page, pages: count, file_page: 0 }] })
-}
-
-pub(crate) fn capsule(layers: &[Vec<u8>]) -> Capsule {
-    let layers: Vec<_> = std::iter::once(&vec![0; 40]).chain(layers).map(|pages| layer(pages)).collect();
-    let files: Vec<_> = layers.iter().map(|layer| Arc::clone(&layer.file)).collect();
-    let machine = MachineState { control_page: ControlPageState::forked(10), ..MachineState::blank() };
-    let state = pack(&machine, &Image::new(PAGES, layers).unwrap(), &files).unwrap();
-    let original = VmIdentity {
-        id: Uuid::from_u128(7),
-        parent: Uuid::nil(),
-        name: "vm".into(),
-        vm_type: "vm".into(),
-        index: 0,
-        count: 0,
-        generation: 3,
-    };
-    let config = VmShape { ram_bytes: PAGES * PAGE_BYTES, vcpus: 1 };
-    let about = About { id: Uuid::from_u128(8), created_ns: 9, vm_type: "web".into(), original, config, seq: 10 };
-    Capsule { about, state, files }
-}
 
 pub(crate) fn content(file: &File) -> Vec<u8> {
     let mut content = vec![0; usize::try_from(file.metadata().unwrap().len()).unwrap()];

@@ -9,6 +9,8 @@
 //!
 //! In a [`file`] the three stand in this order. Between platforms, header and description go first, and then those chunks that are missing.
 
+#![forbid(unsafe_code)]
+
 use std::{borrow::Cow, fs::File, io, sync::Arc};
 
 use serde::{Deserialize, Serialize};
@@ -30,6 +32,8 @@ pub mod header;
 mod manifest;
 mod older;
 mod parallel;
+#[cfg(any(test, feature = "samples"))]
+pub mod samples;
 
 pub use assembly::Assembly;
 pub use chunk::{CHUNK_BYTES, CHUNK_PAGES, Chunk, Digest};

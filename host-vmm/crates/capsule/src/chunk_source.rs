@@ -6,7 +6,7 @@ use bytes::Bytes;
 use vmm::memory;
 
 use super::chunk_stream;
-use crate::capsule::{self, Capsule, Chunk, Description, Digest, Digests, Header, IsWanted, LayerManifest};
+use crate::{Capsule, Chunk, Description, Digest, Digests, Error, Header, IsWanted, LayerManifest};
 
 /// An image, what it says of itself, and where its memory is.
 #[derive(Debug)]
@@ -24,16 +24,16 @@ impl Parcel {
     /// Makes one of an image.
     ///
     /// # Errors
-    /// [`capsule::Error`].
-    pub fn of(capsule: &Capsule, digests: &Digests) -> Result<Self, capsule::Error> {
+    /// [`Error`].
+    pub fn of(capsule: &Capsule, digests: &Digests) -> Result<Self, Error> {
         Self::of_while(capsule, digests, &|| true)
     }
 
     /// The same, for as long as somebody wants it.
     ///
     /// # Errors
-    /// As [`Parcel::of`], and [`capsule::Error::CalledOff`].
-    pub fn of_while(capsule: &Capsule, digests: &Digests, is_wanted: IsWanted<'_>) -> Result<Self, capsule::Error> {
+    /// As [`Parcel::of`], and [`Error::CalledOff`].
+    pub fn of_while(capsule: &Capsule, digests: &Digests, is_wanted: IsWanted<'_>) -> Result<Self, Error> {
         let (description, image) = capsule.describe_while(digests, is_wanted)?;
         Self::new(description, image.layers().iter().map(|layer| Arc::clone(&layer.file)).collect())
     }
@@ -41,8 +41,8 @@ impl Parcel {
     /// Makes one of an image that is described, and whose layers are in these files, lowest first.
     ///
     /// # Errors
-    /// [`capsule::Error`].
-    pub fn new(description: Description, files: Vec<Arc<File>>) -> Result<Self, capsule::Error> {
+    /// [`Error`].
+    pub fn new(description: Description, files: Vec<Arc<File>>) -> Result<Self, Error> {
         let bytes = description.to_bytes()?;
         let header = Header::new(false, description.memory.data_bytes(), &bytes);
         let chunks = description.memory.chunks().map(|(layer, chunk)| (layer, *chunk)).collect();
@@ -84,8 +84,8 @@ impl Parcel {
     }
 
     /// Appends the pages of a chunk that are not zero.
-    fn read(&self, at: usize, data: &mut Vec<u8>) -> Result<(), capsule::Error> {
-        let (layer, chunk) = self.chunks.get(at).ok_or(capsule::Error::Invalid("there is no such chunk"))?;
+    fn read(&self, at: usize, data: &mut Vec<u8>) -> Result<(), Error> {
+        let (layer, chunk) = self.chunks.get(at).ok_or(Error::Invalid("there is no such chunk"))?;
         data.reserve_exact(usize::try_from(chunk.data_bytes()).unwrap_or(0));
         chunk.read(&self.files[*layer], data)
     }

@@ -10,7 +10,7 @@ use vmm::arch::{
 };
 
 use super::*;
-use crate::capsule::codec;
+use crate::codec;
 
 const ARCH_CAPABILITIES: u64 = 0b1010_1011;
 

@@ -29,6 +29,8 @@
 //! Over a network, nobody saves or loads images, for that names files of the platform's host; and only operators stop and fork VMs and read
 //! their logs. They order clones too, and where its configuration says so, other platforms of its cluster do.
 
+#![forbid(unsafe_code)]
+
 use std::{
     env, fs, io,
     os::unix::fs::{DirBuilderExt, PermissionsExt},

@@ -122,7 +122,7 @@ mod tests {
     use hyper::Method;
 
     use super::*;
-    use crate::api::client::Content;
+    use crate::client::Content;
 
     /// Answers so many questions on each of some connections, one after another, and then closes it.
     fn answer(listener: &UnixListener, questions: &[usize]) {

@@ -5,7 +5,7 @@ use std::time::Duration;
 use hyper::{HeaderMap, Method, body::Bytes};
 
 use super::{Connection, Content, Endpoint, connect, vm_path};
-use crate::api::{LAST_PIECE, NEXT_OFFSET};
+use crate::{LAST_PIECE, NEXT_OFFSET};
 
 /// A log that is being read.
 #[derive(Debug)]

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use crate::capsule::{self, CHUNK_BYTES};
+use crate::{CHUNK_BYTES, Error};
 
 /// Size of a record's head in bytes: number and length, little-endian.
 const HEAD_BYTES: usize = 8;
@@ -20,7 +20,7 @@ pub const MAX_BYTES: u64 = HEAD_BYTES as u64 + MAX_DATA_BYTES;
 pub fn append(
     records: &mut Vec<u8>,
     chunk: u32,
-    make: impl FnOnce(&mut Vec<u8>) -> Result<(), capsule::Error>,
+    make: impl FnOnce(&mut Vec<u8>) -> Result<(), Error>,
 ) -> io::Result<()> {
     let head = records.len();
     records.extend_from_slice(&chunk.to_le_bytes());

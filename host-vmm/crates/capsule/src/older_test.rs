@@ -1,5 +1,5 @@
 use super::*;
-use crate::capsule::{
+use crate::{
     file::tests::{content, roomy},
     unpack,
 };
@@ -55,7 +55,7 @@ fn loaded(bytes: &[u8]) -> Result<Capsule, Error> {
     use std::io::Write;
     let mut file = tempfile::tempfile().unwrap();
     file.write_all(bytes).unwrap();
-    crate::capsule::file::load(&file, &roomy())
+    crate::file::load(&file, &roomy())
 }
 
 #[test]
@@ -72,7 +72,7 @@ fn what_a_program_of_that_version_has_written_is_loaded_and_can_be_described() {
     let memory = content(&image.layers()[0].file);
     // Its code is where the kernel was loaded, behind the first 2 MiB.
     assert!(memory[0x20_0000..0x20_1000].iter().any(|&byte| byte != 0));
-    let description = capsule.describe(&crate::capsule::Digests::default()).unwrap().0;
+    let description = capsule.describe(&crate::Digests::default()).unwrap().0;
     assert_eq!(description.memory.data_bytes(), 12 * PAGE_BYTES);
 }
 
@@ -85,8 +85,8 @@ fn a_state_of_version_1_gets_what_it_lacks_as_it_is_at_boot() {
     assert_eq!([0x2ff, 0x179, 0x400].map(value), [Some(0x806), Some(32), Some(0)]);
     assert!(machine.vcpus[0].tsc().is_some_and(|tsc| tsc > 0));
     // Its copies ask for no more than they did.
-    let description = capsule.describe(&crate::capsule::Digests::default()).unwrap().0;
-    let offer = crate::capsule::compat::Requirements::of(&machine);
+    let description = capsule.describe(&crate::Digests::default()).unwrap().0;
+    let offer = crate::compat::Requirements::of(&machine);
     assert_eq!(description.requirements, offer);
 }
 
@@ -94,7 +94,7 @@ fn a_state_of_version_1_gets_what_it_lacks_as_it_is_at_boot() {
 fn forged_descriptions_are_refused() {
     // Somebody who knows how digests are made.
     let forge = |pages: u64, runs: Vec<(u64, u64)>, data: &[u8]| {
-        let About { original, config, .. } = crate::capsule::file::tests::capsule(&[]).about;
+        let About { original, config, .. } = crate::samples::capsule(&[]).about;
         let description = Description {
             id: Uuid::nil(),
             created_ns: 0,
@@ -126,7 +126,7 @@ fn forged_descriptions_are_refused() {
 
 #[test]
 fn changed_pages_are_found() {
-    let capsule = crate::capsule::file::tests::capsule(&[vec![1]]);
+    let capsule = crate::samples::capsule(&[vec![1]]);
     let mut bytes = saved_as_version_1(&capsule);
     bytes[5000] ^= 1;
     assert!(matches!(loaded(&bytes), Err(Error::Digest("the memory"))));

@@ -369,7 +369,7 @@ mod tests {
         ];
         let image = Image::new(256, layers).unwrap();
         let manifest = Manifest::of(&image, &Digests::default()).unwrap();
-        let bytes = crate::capsule::codec::encode(&manifest).unwrap().len() as u64;
+        let bytes = crate::codec::encode(&manifest).unwrap().len() as u64;
         let check = |most| check_length(&image, most);
         let Err(Error::TooLarge { found, most: 0 }) = check(0) else { panic!("it is longer than nothing") };
         assert_eq!(found, bytes);
