@@ -4,14 +4,12 @@ use std::{fs, path::PathBuf};
 
 use base::{error::chain, units};
 use clap::{Args, Parser, Subcommand, ValueEnum, builder::TypedValueParser};
+use node::zygote::CPU_PROFILE_VARIABLE;
 use types::{ForkStep, Locality};
 use uuid::Uuid;
 use vmm::arch::profile::{Profile, Subset};
 
-use crate::{
-    node::zygote::CPU_PROFILE_VARIABLE,
-    platform::{Keep, Limit},
-};
+use crate::platform::{Keep, Limit};
 
 mod platform;
 

@@ -37,5 +37,4 @@
 
 pub mod cli;
 pub mod command;
-pub mod node;
 pub mod platform;

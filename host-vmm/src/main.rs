@@ -13,7 +13,7 @@ use base::{
 use clap::Parser;
 use host_vmm::{
     cli::{Cli, Command},
-    command, node,
+    command,
 };
 use nix::sys::signal::{SigSet, Signal};
 use tracing_subscriber::EnvFilter;

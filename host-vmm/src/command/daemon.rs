@@ -35,8 +35,8 @@ use vmm::{
 use crate::platform::{
     Platform, Settings,
     clone::source,
-    cluster::Cluster,
     config::{PlatformConfig, Sending},
+    others::Cluster,
     server::{self, Network, Server},
 };
 

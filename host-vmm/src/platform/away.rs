@@ -9,6 +9,7 @@ use api::{Copied, ForkedVm, Placement};
 use base::{clock::wall_clock_ns, error::chain, text::Reason, threads};
 use capsule::{About, Capsule, Parcel};
 use cluster::placement::{Claim, Wish};
+use node::fork::rendezvous::Rendezvous;
 use types::{CopySpec, Locality, new_id};
 use vmfork_abi::{ErrorCode, Location};
 use vmm::memory::WorkingSet;
@@ -18,19 +19,16 @@ use super::{
     copies::{Launch, list, ordered},
     events::Event,
     fork::{Fork, Target},
-    node::Node,
+    node_server::Node,
     outgoing::short,
 };
-use crate::{
-    node::fork::rendezvous::Rendezvous,
-    platform::{
-        clone::{
-            self,
-            source::{self, IsWanted, Wanted},
-            supply::Supply,
-        },
-        cluster::Cluster,
+use crate::platform::{
+    clone::{
+        self,
+        source::{self, IsWanted, Wanted},
+        supply::Supply,
     },
+    others::Cluster,
 };
 
 /// How many platforms are tried for copies that could not be launched where they were to go.

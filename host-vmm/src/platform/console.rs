@@ -21,13 +21,13 @@ use base::{
     sync::lock,
 };
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use node::wire::{PlatformLink, ToNode, link};
 use types::VmIdentity;
 
 use super::{
     Error, Event, Events,
     logs::{Log, Logs},
 };
-use crate::node::wire::{PlatformLink, ToNode, link};
 
 /// Longest line that is held back until it is complete, in bytes; what is longer is shown in pieces.
 const MAX_LINE_BYTES: usize = 4096;

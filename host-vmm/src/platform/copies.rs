@@ -4,15 +4,13 @@ use std::{collections::BTreeSet, fs::File, sync::Arc, time::Duration};
 
 use api::Copied;
 use capsule::About;
+use node::fork::rendezvous::{self, Rendezvous};
 use types::{CopySpec, ForkStep, VmIdentity, VmShape, new_id};
 use uuid::Uuid;
 use vmfork_abi::{ListedCopy, Location, PLATFORM_BYTES, pad_text};
 
-use super::{Error, Platform, fork::Fork, node::Node, prefetch::Learned, registry::Reservation, seals::Seal};
-use crate::{
-    node::fork::rendezvous::{self, Rendezvous},
-    platform::clone::filling::Filling,
-};
+use super::{Error, Platform, fork::Fork, node_server::Node, prefetch::Learned, registry::Reservation, seals::Seal};
+use crate::platform::clone::filling::Filling;
 
 /// How long copies of an image may take until they are ready to run.
 pub(crate) const LAUNCH_TIMEOUT: Duration = Duration::from_secs(60);

@@ -7,11 +7,10 @@ use base::{
     output::{Kind, Output, Unit, Way},
     sync::lock,
 };
+use node::wire::Report;
 use serde::Serialize;
 use types::{ExitReason, StepTiming, VmIdentity};
 use uuid::Uuid;
-
-use crate::node::wire::Report;
 
 /// Bytes of events that wait to be written: those of some hundred forks at once, with all that their copies
 /// print.

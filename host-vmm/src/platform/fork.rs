@@ -11,6 +11,10 @@ use std::{
 use api::{ForkedVm, Placement};
 use base::{error::chain, sync::lock, text::Reason};
 use cluster::placement::Wish;
+use node::{
+    fork::rendezvous::{self, Rendezvous},
+    wire::{CopyOrder, PlatformLink, Prefetch, ToNode},
+};
 use types::{CopySpec, ForkStep, Locality, VmIdentity, VmShape};
 use vmfork_abi::{ErrorCode, Location, MAX_CHILDREN, is_vm_type};
 
@@ -20,15 +24,11 @@ use super::{
     copies::{Launch, list, slots},
     images::Keeping,
     limits::Recent,
-    node::{Awaited, Node},
+    node_server::{Awaited, Node},
     prefetch::Learned,
     process::{Process, Shell},
     registry::Reservation,
     seals::{Frozen, Seal, Unsealed},
-};
-use crate::node::{
-    fork::rendezvous::{self, Rendezvous},
-    wire::{CopyOrder, PlatformLink, Prefetch, ToNode},
 };
 
 /// How long children have to themselves before the platform goes on with what nobody waits for.

@@ -1,6 +1,6 @@
 //! One host's platform: it starts and watches the nodes, launches the children of forks, and has the consoles.
 //!
-//! A thread serves each node ([`node`]); one has all consoles ([`console`]); one keeps shells ready ([`pool`]). What they share is the
+//! A thread serves each node ([`node_server`]); one has all consoles ([`console`]); one keeps shells ready ([`pool`]). What they share is the
 //! [`Registry`].
 
 use std::{
@@ -12,10 +12,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ::cluster::placement::Unplaceable;
 use api::client;
 use base::{sync::lock, text::Reason};
 use capsule::{self, Digests, compat::Offer};
+use cluster::placement::Unplaceable;
+use node::{
+    fork::rendezvous,
+    wire::{ToNode, link},
+};
 use types::{ExitReason, ForkStep, VmIdentity, VmShape, new_id};
 use vmfork_abi::ErrorCode;
 use vmm::{
@@ -27,7 +31,6 @@ mod accounting;
 mod away;
 pub mod clone;
 mod cloned;
-pub mod cluster;
 pub mod config;
 mod console;
 mod copies;
@@ -36,8 +39,9 @@ mod fork;
 mod images;
 mod limits;
 mod logs;
-mod node;
+mod node_server;
 mod ordered;
+pub mod others;
 mod outgoing;
 mod pool;
 mod prefetch;
@@ -56,21 +60,15 @@ pub use limits::{Limit, Limited};
 pub use registry::Reservation;
 pub use terminal::{Terminal, read_keys};
 
-use crate::{
-    node::{
-        fork::rendezvous,
-        wire::{ToNode, link},
-    },
-    platform::{
-        clone::{Clones, filling, source, supply::Supplies},
-        cluster::Cluster,
-    },
+use crate::platform::{
+    clone::{Clones, filling, source, supply::Supplies},
+    others::Cluster,
 };
 use console::Consoles;
 use events::{Event, Events};
 use images::Images;
 use limits::Limits;
-use node::{Awaited, Node};
+use node_server::{Awaited, Node};
 use outgoing::Transfers;
 use pool::Pool;
 use registry::Registry;
@@ -252,7 +250,7 @@ pub enum Error {
     Alone,
     /// Another platform is not known.
     #[error(transparent)]
-    Cluster(cluster::Error),
+    Cluster(others::Error),
     /// Copies can't be sent.
     #[error("can't send copies to the platform {platform}")]
     Send {

@@ -11,6 +11,7 @@ use api::{
 };
 use base::{sync::lock, text::Reason};
 use hyper::Method;
+use node::wire::ToNode;
 use serde::de::DeserializeOwned;
 use vmfork_abi::ErrorCode;
 
@@ -18,7 +19,6 @@ use super::{
     Error, Platform,
     fork::{Fork, Made, Target},
 };
-use crate::node::wire::ToNode;
 
 /// How long a VM may take to answer, beyond its longest pause for a fork: until a vCPU has left its guest,
 /// and what has failed is cleared away.
@@ -166,7 +166,7 @@ pub(super) fn advice(code: ErrorCode) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::node::fork::rendezvous::Rendezvous;
+    use node::fork::rendezvous::Rendezvous;
     use types::Locality;
 
     #[test]

@@ -15,6 +15,7 @@ use std::{
 
 use base::{error::chain, sync::lock, text::Reason, threads};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use node::wire::{ToNode, ToPlatform};
 use types::VmShape;
 use vmm::memory::WorkingSet;
 
@@ -22,7 +23,6 @@ use super::{
     Error, Platform,
     process::{BATCH, Shell, Zygote},
 };
-use crate::node::wire::{ToNode, ToPlatform};
 
 /// How long after a fork its shells are replaced: its children come first.
 const REFILL_DELAY: Duration = Duration::from_millis(10);

@@ -3,9 +3,8 @@
 use std::sync::Mutex;
 
 use base::sync::lock;
+use node::wire::Prefetch;
 use vmm::memory::WorkingSet;
-
-use crate::node::wire::Prefetch;
 
 /// One in so many forks has its first child record again: what copies do changes.
 const RECORD_EVERY: u64 = 64;

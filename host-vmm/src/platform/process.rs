@@ -19,6 +19,10 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     unistd::pipe2,
 };
+use node::{
+    wire::{LINK_FD, PlatformLink, Spawn, Spawned, ZygoteLink},
+    zygote::CPU_PROFILE_VARIABLE,
+};
 use rustix::{
     fs::{OFlags, fcntl_setfl},
     process::{Signal, pidfd_send_signal},
@@ -26,10 +30,6 @@ use rustix::{
 use types::VmShape;
 
 use super::Error;
-use crate::node::{
-    wire::{LINK_FD, PlatformLink, Spawn, Spawned, ZygoteLink},
-    zygote::CPU_PROFILE_VARIABLE,
-};
 
 /// Most orders that are sent to the zygote before its answers are read: neither side may wait for room in a socket that the other one
 /// does not read.
@@ -259,7 +259,7 @@ mod tests {
     use std::thread;
 
     use super::*;
-    use crate::node::wire::Link;
+    use node::wire::Link;
     use types::MIN_RAM_BYTES;
 
     /// A zygote that answers so many orders, each by its number, or as one that has failed; then it is gone.

@@ -11,11 +11,12 @@ use std::{
 
 use api::Ended;
 use base::sync::lock;
+use node::wire::PlatformLink;
 use types::{ExitReason, VmIdentity, VmShape};
 use uuid::Uuid;
 
 use super::{Error, ordered::Ordered, seals::Seal};
-use crate::{node::wire::PlatformLink, platform::clone::filling::Filling};
+use crate::platform::clone::filling::Filling;
 
 /// Most VMs without copies that are told of after their end: the latest that were ended for their image could be changed.
 const MAX_UNSEALED: usize = 64;
@@ -374,7 +375,7 @@ mod tests {
         let patience = Duration::from_secs(60);
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                assert!(matches!(links[0].0.receive(), Err(crate::node::wire::link::Error::Closed)));
+                assert!(matches!(links[0].0.receive(), Err(node::wire::link::Error::Closed)));
                 registry.leave(first);
             });
             assert!(registry.end(first, patience));
@@ -439,7 +440,7 @@ mod tests {
         let link = Arc::new(link);
         registry.enter(entry(1, 0, &link)).unwrap();
         registry.stop();
-        assert!(matches!(link.receive(), Err(crate::node::wire::link::Error::Closed)));
+        assert!(matches!(link.receive(), Err(node::wire::link::Error::Closed)));
         assert!(matches!(registry.reserve(1, 2), Err(Error::Stopping)));
         assert!(matches!(registry.enter(entry(2, 0, &link)), Err(Error::Stopping)));
         registry.leave(Uuid::from_u128(1));

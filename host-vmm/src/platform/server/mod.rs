@@ -281,7 +281,7 @@ impl From<Error> for Refusal {
             Error::NotSealed { .. } => StatusCode::CONFLICT,
             Error::ImageFile { source: capsule::Error::NoRoom(_), .. } => StatusCode::INSUFFICIENT_STORAGE,
             Error::ImageFile { .. } | Error::Unfit { .. } => StatusCode::UNPROCESSABLE_ENTITY,
-            Error::Cluster(crate::platform::cluster::Error::Order { .. }) => StatusCode::FORBIDDEN,
+            Error::Cluster(crate::platform::others::Error::Order { .. }) => StatusCode::FORBIDDEN,
             Error::Alone | Error::Cluster(_) => StatusCode::NOT_FOUND,
             Error::PassedOn { source: client::Error::Refused { status, .. }, .. } => status,
             Error::Send { .. } | Error::PassedOn { .. } => StatusCode::BAD_GATEWAY,

@@ -17,7 +17,7 @@ use super::{
     rendezvous::{self, Rendezvous},
     standby::Bell,
 };
-use crate::node::wire::{NodeLink, ToPlatform};
+use crate::wire::{NodeLink, ToPlatform};
 
 /// What one fork needs.
 #[derive(Debug)]

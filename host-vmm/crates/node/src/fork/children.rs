@@ -17,7 +17,7 @@ use super::{
     standby::Bell,
     whereabouts,
 };
-use crate::node::wire::{ForkOrder, NodeLink, ToNode, ToPlatform, link};
+use crate::wire::{ForkOrder, NodeLink, ToNode, ToPlatform, link};
 
 /// What the platform answers to this VM's forks.
 pub type Replies = mpsc::Receiver<ToNode>;

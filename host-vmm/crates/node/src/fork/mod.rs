@@ -50,7 +50,7 @@ pub use children::Replies;
 pub use signal::Signal;
 pub use standby::{Meeting, Standby};
 
-use crate::node::wire::{ForkOrder, NodeLink, Report, ToPlatform, link};
+use crate::wire::{ForkOrder, NodeLink, Report, ToPlatform, link};
 use children::Met;
 use supplies::Supplies;
 use timeline::Timeline;

@@ -5,7 +5,7 @@ use types::{ForkStep, Requester, StepTiming};
 use vmfork_abi::ErrorCode;
 
 use super::Error;
-use crate::node::wire::Report;
+use crate::wire::Report;
 
 /// The steps of one side of a fork, as they happen.
 #[derive(Debug)]

@@ -4,7 +4,7 @@ use types::Locality;
 use uuid::Uuid;
 use vmfork_abi::{ErrorCode, MAX_CHILDREN, Request, doorbell, flags, is_vm_type, padded_text};
 
-use crate::node::wire::ForkOrder;
+use crate::wire::ForkOrder;
 
 /// Checks a ring's command, and the copy of the request that came with it, in the VM `vm_id`.
 pub(super) fn validate(command: Option<u32>, request: &Request, vm_id: Uuid) -> Result<ForkOrder, ErrorCode> {

@@ -11,7 +11,7 @@
 //!
 //! A fork that an operator asks for begins with the platform's `Fork` to the node, and the node says by `Answer` what has come of it.
 //!
-//! What becomes of a fork is decided at the [rendezvous](crate::node::fork::rendezvous), without the platform. Where the parent calls it off, it
+//! What becomes of a fork is decided at the [rendezvous](crate::fork::rendezvous), without the platform. Where the parent calls it off, it
 //! says `Abort`, and goes on when the platform has cleared everything away.
 
 use std::time::Duration;

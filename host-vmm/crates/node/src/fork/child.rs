@@ -17,7 +17,7 @@ use super::{
     standby::Meeting,
     timeline::Timeline,
 };
-use crate::node::wire::{CopyOrder, Prefetch, link};
+use crate::wire::{CopyOrder, Prefetch, link};
 
 /// Why a shell can't become a child.
 #[derive(Debug, thiserror::Error)]

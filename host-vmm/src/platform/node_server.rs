@@ -10,6 +10,10 @@ use std::{
 
 use base::{error::chain, sync::lock, text::Reason, threads};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use node::{
+    fork::rendezvous::Rendezvous,
+    wire::{ForkOrder, PlatformLink, ToNode, ToPlatform, link},
+};
 use types::{ExitReason, ForkStep, VmIdentity, VmShape};
 use vmfork_abi::ErrorCode;
 use vmm::memory::Faults;
@@ -26,13 +30,7 @@ use super::{
     seals::Unsealed,
     trace::Arguments,
 };
-use crate::{
-    node::{
-        fork::rendezvous::Rendezvous,
-        wire::{ForkOrder, PlatformLink, ToNode, ToPlatform, link},
-    },
-    platform::clone::filling::{Filling, Told},
-};
+use crate::platform::clone::filling::{Filling, Told};
 
 /// Stack of a thread that serves a node, in bytes: there may be a thousand of them.
 const STACK_BYTES: usize = 128 << 10;

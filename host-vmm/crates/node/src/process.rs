@@ -20,7 +20,7 @@ use vmm::{
 };
 
 use super::companion::{Companion, Launch};
-use crate::node::{
+use crate::{
     fork::{Child, Engine, Meeting, Signal, Standby},
     wire::{CopyOrder, NodeLink, Spawn, ToNode, ToPlatform, link},
 };

@@ -31,7 +31,7 @@ use vmm::{
 };
 
 use super::{pages::Pages, process::run, rehearsal, sandbox};
-use crate::node::wire::{LINK_FD, Link, NodeLink, Spawn, Spawned, link};
+use crate::wire::{LINK_FD, Link, NodeLink, Spawn, Spawned, link};
 
 /// Memory of the machine that is built for practice.
 const PRACTICE_BYTES: u64 = 16 << 20;

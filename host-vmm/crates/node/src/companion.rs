@@ -21,7 +21,7 @@ use vmm::{
 };
 
 use super::alarm::Alarm;
-use crate::node::{
+use crate::{
     fork::{Engine, Served, rendezvous::Rendezvous},
     wire::{NodeLink, Prefetch, ToNode, ToPlatform, link},
 };

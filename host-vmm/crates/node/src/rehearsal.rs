@@ -11,7 +11,7 @@ use vmm::{
     memory::{self, Image, Layer},
 };
 
-use crate::node::fork::rendezvous::{self, Rendezvous};
+use crate::fork::rendezvous::{self, Rendezvous};
 
 /// What can go wrong with it. A shell is as good without it, only slower.
 #[derive(Debug, thiserror::Error)]
