@@ -5,28 +5,27 @@ use std::{fs, path::PathBuf};
 use base::{error::chain, units};
 use clap::{Args, Parser, Subcommand, ValueEnum, builder::TypedValueParser};
 use node::zygote::CPU_PROFILE_VARIABLE;
+use platform::{Keep, Limit};
 use types::{ForkStep, Locality};
 use uuid::Uuid;
 use vmm::arch::profile::{Profile, Subset};
 
-use crate::platform::{Keep, Limit};
+mod vms;
 
-mod platform;
-
-pub use platform::{Elsewhere, Fork, Logs, Platform, Stop};
+pub(crate) use vms::{Elsewhere, Fork, Logs, Platform, Stop};
 
 /// Runs Linux guests on KVM that can fork themselves.
 #[derive(Debug, Parser)]
 #[command(name = "host-vmm", version, propagate_version = true)]
-pub struct Cli {
+pub(crate) struct Cli {
     /// What to do.
     #[command(subcommand)]
-    pub command: Command,
+    pub(crate) command: Command,
 }
 
 /// The commands.
 #[derive(Debug, Subcommand)]
-pub enum Command {
+pub(crate) enum Command {
     /// Boot a VM, and run it and its children until all have ended.
     #[command(after_help = EXIT_CODES)]
     Run(Box<Run>),
@@ -75,120 +74,120 @@ const CERTIFICATES: &str = "host-vmm.certs";
 
 /// Options of `run`.
 #[derive(Debug, Args)]
-pub struct Run {
+pub(crate) struct Run {
     /// Kernel: a bzImage (vmlinuz), or an ELF vmlinux.
     #[arg(long, value_name = "FILE")]
-    pub kernel: PathBuf,
+    pub(crate) kernel: PathBuf,
     /// Initial RAM disk.
     #[arg(long, value_name = "FILE")]
-    pub initrd: Option<PathBuf>,
+    pub(crate) initrd: Option<PathBuf>,
     /// Guest memory: bytes, or with K, M or G.
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = memory_size)]
-    pub mem: u64,
+    pub(crate) mem: u64,
     /// Take all of the guest's memory from the host before the guest starts, instead of page by page when it is used.
     #[arg(long)]
-    pub prealloc: bool,
+    pub(crate) prealloc: bool,
     /// Number of vCPUs.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
-    pub cpus: u8,
+    pub(crate) cpus: u8,
     /// Added to the kernel's command line, which starts with "console=ttyS0 panic=-1 pci=off".
     #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
-    pub cmdline: String,
+    pub(crate) cmdline: String,
     /// Name of the booted VM.
     #[arg(long, value_name = "NAME", default_value = "vm", value_parser = vm_name)]
-    pub name: String,
+    pub(crate) name: String,
     /// Folder for the consoles' logs, one file for each VM.
     #[arg(long, value_name = "DIR", default_value = "host-vmm.logs")]
-    pub log_dir: PathBuf,
+    pub(crate) log_dir: PathBuf,
     /// Write what happens to FILE, as JSON lines.
     #[arg(long, value_name = "FILE")]
-    pub events: Option<PathBuf>,
+    pub(crate) events: Option<PathBuf>,
     /// Write the timeline of each fork, of parent and children, to FILE, which ui.perfetto.dev opens.
     #[arg(long, value_name = "FILE")]
-    pub trace: Option<PathBuf>,
+    pub(crate) trace: Option<PathBuf>,
     /// Be a platform of a cluster too, which is set up by this file. It says what other options say otherwise.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["log_dir", "events", "trace", "max_vms", "max_pause", "limits", "keep", "image_memory", "ready", "no_prefetch", "cpu_profile"])]
-    pub config: Option<PathBuf>,
+    pub(crate) config: Option<PathBuf>,
     /// Answer `host-vmm ps` and others on this socket, instead of one in the folder for this user's sockets.
     #[arg(long, value_name = "SOCKET")]
-    pub api: Option<PathBuf>,
+    pub(crate) api: Option<PathBuf>,
     /// Most VMs at a time; a fork that would need more fails.
     #[arg(long, value_name = "N", default_value_t = 1100)]
-    pub max_vms: usize,
+    pub(crate) max_vms: usize,
     /// Longest pause of a VM for a fork. Where its copies, here and on other platforms, are not ready to run
     /// within that time, the fork fails with an error code of its own, the VM goes on, and nothing is left of
     /// the copies.
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=600))]
-    pub max_pause: u64,
+    pub(crate) max_pause: u64,
     /// Limit what VMs of a type may do; * stands for all types. Names: fork-children (children of one fork), children (that one VM has at
     /// a time), rate (forks of one VM within a second), generations, memory (of all VMs of the type, with K, M or G). A fork beyond
     /// a limit fails with an error code. May be given again.
     #[arg(long = "limit", value_name = "TYPE:NAME=VALUE,...")]
-    pub limits: Vec<Limit>,
+    pub(crate) limits: Vec<Limit>,
     /// Keep the image of the latest fork into children of a type, or of the latest NUMBER forks; * stands for all types. Copies of a kept
     /// image can be launched at any time (`host-vmm spawn`), and this command goes on for as long as it is kept. May be given again.
     #[arg(long, value_name = "TYPE[:NUMBER]")]
-    pub keep: Vec<Keep>,
+    pub(crate) keep: Vec<Keep>,
     /// Most memory that images from elsewhere take, which clones and `host-vmm image load` bring: bytes, or
     /// with K, M or G; what does not fit is refused. Half of the host's memory where this is not given; a
     /// sixteenth of that stays available in any case.
     #[arg(long, value_name = "SIZE", value_parser = size)]
-    pub image_memory: Option<u64>,
+    pub(crate) image_memory: Option<u64>,
     /// Ready machines to keep for the children of the next fork; up to as many more stand by, each for one VM that forks. Children beyond
     /// that number take longer.
     #[arg(long, value_name = "N", default_value_t = 4)]
-    pub ready: usize,
+    pub(crate) ready: usize,
     /// CPU that guests are shown: all of this host's (host), what a level of x86-64 has (x86-64-v2, x86-64-v3, x86-64-v4), or what a file
     /// says that `host-vmm cpu-profile` has printed. A guest can go on on each host that has what it was shown.
     #[arg(long, value_name = "NAME|FILE", default_value = "host", value_parser = cpu_profile)]
-    pub cpu_profile: Profile,
+    pub(crate) cpu_profile: Profile,
     /// Make no pages ready for a child beforehand that the first child of its parent has written to before its first output.
     #[arg(long)]
-    pub no_prefetch: bool,
+    pub(crate) no_prefetch: bool,
     /// For tests: let the booted VM's forks fail, one for each step that is named, in order. A fork with
     /// `first-run` does not fail: in its copies, the other vCPUs run 50 ms before the first one.
     #[arg(long, value_name = "STEP", value_delimiter = ',', hide = true)]
-    pub inject_fault: Vec<ForkStep>,
+    pub(crate) inject_fault: Vec<ForkStep>,
 }
 
 /// Options of `serve`.
 #[derive(Debug, Args)]
-pub struct Serve {
+pub(crate) struct Serve {
     /// How the platform is set up, in TOML.
     #[arg(long, value_name = "FILE")]
-    pub config: PathBuf,
+    pub(crate) config: PathBuf,
 }
 
 /// Options of `ps`.
 #[derive(Debug, Args)]
-pub struct Ps {
+pub(crate) struct Ps {
     /// The platform.
     #[command(flatten)]
-    pub platform: Platform,
+    pub(crate) platform: Platform,
     /// Print one JSON object.
     #[arg(long)]
-    pub json: bool,
+    pub(crate) json: bool,
 }
 
 /// Options of `tree`.
 #[derive(Debug, Args)]
-pub struct Tree {
+pub(crate) struct Tree {
     /// The platform.
     #[command(flatten)]
-    pub platform: Platform,
+    pub(crate) platform: Platform,
 }
 
 /// Options of `image`.
 #[derive(Debug, Args)]
-pub struct Image {
+pub(crate) struct Image {
     /// What to do.
     #[command(subcommand)]
-    pub command: ImageCommand,
+    pub(crate) command: ImageCommand,
 }
 
 /// What can be done with images.
 #[derive(Debug, Subcommand)]
-pub enum ImageCommand {
+pub(crate) enum ImageCommand {
     /// List them.
     Ls {
         /// The platform.
@@ -250,74 +249,74 @@ pub enum ImageCommand {
 
 /// Options of `spawn`.
 #[derive(Debug, Args)]
-pub struct Spawn {
+pub(crate) struct Spawn {
     /// The platform.
     #[command(flatten)]
-    pub platform: Platform,
+    pub(crate) platform: Platform,
     /// The image's ID, or how that begins.
     #[arg(long, value_name = "ID")]
-    pub image: String,
+    pub(crate) image: String,
     /// How many copies.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = copies())]
-    pub count: u32,
+    pub(crate) count: u32,
     /// Print one JSON object.
     #[arg(long)]
-    pub json: bool,
+    pub(crate) json: bool,
 }
 
 /// Options of `clone`.
 #[derive(Debug, Args)]
-pub struct Clone {
+pub(crate) struct Clone {
     /// The platform that is asked.
     #[command(flatten)]
-    pub platform: Platform,
+    pub(crate) platform: Platform,
     /// Name of the platform that has what is copied, where that is another one than is asked: the order is passed on to it. CLUSTER/NAME where
     /// several clusters have one of that name.
     #[arg(long, value_name = "PLATFORM")]
-    pub from: Option<String>,
+    pub(crate) from: Option<String>,
     /// What is copied.
     #[command(flatten)]
-    pub original: Original,
+    pub(crate) original: Original,
     /// Name of the platform where the copies are to run; CLUSTER/NAME where several clusters have one of that name.
     #[arg(long, value_name = "PLATFORM")]
-    pub to: String,
+    pub(crate) to: String,
     /// Let the copies run before all of their memory has come. They depend on this platform until it has.
     #[arg(long)]
-    pub lazy: bool,
+    pub(crate) lazy: bool,
     /// How many copies.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = copies())]
-    pub count: u32,
+    pub(crate) count: u32,
     /// Print one JSON object.
     #[arg(long)]
-    pub json: bool,
+    pub(crate) json: bool,
 }
 
 /// What `clone` copies: one of these.
 #[derive(Debug, Clone, Args)]
 #[group(required = true, multiple = false)]
-pub struct Original {
+pub(crate) struct Original {
     /// The image's ID, or how that begins.
     #[arg(long, value_name = "ID")]
-    pub image: Option<String>,
+    pub(crate) image: Option<String>,
     /// The VM's name, or its ID, or how that begins. It is forked, though its guest has not asked for it, and goes on.
     #[arg(long, value_name = "VM")]
-    pub vm: Option<String>,
+    pub(crate) vm: Option<String>,
 }
 
 /// Options of `platforms`.
 #[derive(Debug, Args)]
-pub struct Platforms {
+pub(crate) struct Platforms {
     /// The platform that is asked.
     #[command(flatten)]
-    pub platform: Platform,
+    pub(crate) platform: Platform,
     /// Print one JSON object.
     #[arg(long)]
-    pub json: bool,
+    pub(crate) json: bool,
 }
 
 /// Where copies are to run.
 #[derive(Debug, Clone, Copy, ValueEnum)]
-pub enum Where {
+pub(crate) enum Where {
     /// Wherever the operator's rules say.
     Any,
     /// On its own platform.
@@ -338,47 +337,47 @@ impl From<Where> for Locality {
 
 /// Options of `place`.
 #[derive(Debug, Args)]
-pub struct Place {
+pub(crate) struct Place {
     /// The platform from which the copies would come.
     #[command(flatten)]
-    pub platform: Platform,
+    pub(crate) platform: Platform,
     /// Their type.
     #[arg(long = "type", value_name = "TYPE", default_value = "worker", value_parser = vm_name)]
-    pub vm_type: String,
+    pub(crate) vm_type: String,
     /// How many.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = copies())]
-    pub count: u32,
+    pub(crate) count: u32,
     /// Memory of each: bytes, or with K, M or G.
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = memory_size)]
-    pub mem: u64,
+    pub(crate) mem: u64,
     /// vCPUs of each.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
-    pub cpus: u8,
+    pub(crate) cpus: u8,
     /// Where the guest wants them.
     #[arg(long = "where", value_name = "PLACE", default_value = "any", value_enum)]
-    pub location: Where,
+    pub(crate) location: Where,
     /// ID of their image: platforms that have it already are better suited.
     #[arg(long, value_name = "ID")]
-    pub image: Option<Uuid>,
+    pub(crate) image: Option<Uuid>,
     /// Print what speaks for each platform, and what against it.
     #[arg(long)]
-    pub explain: bool,
+    pub(crate) explain: bool,
     /// Print that as one JSON object.
     #[arg(long)]
-    pub json: bool,
+    pub(crate) json: bool,
 }
 
 /// Options of `cert`.
 #[derive(Debug, Args)]
-pub struct Cert {
+pub(crate) struct Cert {
     /// What to do.
     #[command(subcommand)]
-    pub command: CertCommand,
+    pub(crate) command: CertCommand,
 }
 
 /// What can be done with certificates.
 #[derive(Debug, Subcommand)]
-pub enum CertCommand {
+pub(crate) enum CertCommand {
     /// Make the cluster's own CA: ca.pem, its certificate, and ca.key, by which certificates are issued.
     Init {
         /// Folder for the cluster's files.
@@ -410,18 +409,18 @@ pub enum CertCommand {
 
 /// Options of `check`.
 #[derive(Debug, Args)]
-pub struct Check {
+pub(crate) struct Check {
     /// Print one JSON object.
     #[arg(long)]
-    pub json: bool,
+    pub(crate) json: bool,
 }
 
 /// Options of `cpu-profile`.
 #[derive(Debug, Args)]
-pub struct CpuProfile {
+pub(crate) struct CpuProfile {
     /// Profiles that this command has printed on other hosts.
     #[arg(value_name = "FILE")]
-    pub files: Vec<PathBuf>,
+    pub(crate) files: Vec<PathBuf>,
 }
 
 /// Parses how many copies are wanted.
@@ -431,10 +430,10 @@ fn copies() -> impl TypedValueParser<Value = u32> {
 
 /// Options of `zygote`.
 #[derive(Debug, Args)]
-pub struct Zygote {
+pub(crate) struct Zygote {
     /// CPU that guests are shown: a name, or the text of a file. The platform has it in the environment, where it can be long.
     #[arg(long, env = CPU_PROFILE_VARIABLE, default_value = "host")]
-    pub cpu_profile: Profile,
+    pub(crate) cpu_profile: Profile,
 }
 
 /// Takes a CPU profile by its name, or out of a file.

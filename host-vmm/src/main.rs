@@ -1,4 +1,20 @@
 //! `host-vmm`: parse, run, and print what went wrong.
+//!
+//! - [`cli`]: what an operator can ask for.
+//! - [`command`]: how it is done, a file for each operation.
+//!
+//! What they do it with is in the crates under `crates`, of which each uses those above it only:
+//!
+//! ```text
+//!  base          clocks, descriptors, locks, text, output
+//!  types         words that all processes share
+//!  vmm  cluster  one VM; several platforms
+//!  capsule  api  a captured VM as bytes; the API's types and client
+//!  node          the process that holds one VM
+//!  platform      one host
+//! ```
+
+#![forbid(unsafe_code)]
 
 use std::{
     io::{self, IsTerminal},
@@ -11,12 +27,13 @@ use base::{
     text,
 };
 use clap::Parser;
-use host_vmm::{
-    cli::{Cli, Command},
-    command,
-};
 use nix::sys::signal::{SigSet, Signal};
 use tracing_subscriber::EnvFilter;
+
+mod cli;
+mod command;
+
+use cli::{Cli, Command};
 
 fn main() -> ExitCode {
     let command = Cli::parse().command;

@@ -14,7 +14,7 @@ use crate::cli::CertCommand;
 ///
 /// # Errors
 /// Where a file can't be read or written, or is there already.
-pub fn cert(command: &CertCommand) -> anyhow::Result<ExitCode> {
+pub(crate) fn cert(command: &CertCommand) -> anyhow::Result<ExitCode> {
     match command {
         CertCommand::Init { dir, force } => {
             let ca = certificates::init(dir, *force)?;

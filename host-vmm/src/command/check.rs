@@ -81,7 +81,7 @@ const EMULATED: &str = "This KVM has no hardware virtualisation behind it: it ru
 ///
 /// # Errors
 /// Where the report can't be printed.
-pub fn check(options: &cli::Check) -> anyhow::Result<ExitCode> {
+pub(crate) fn check(options: &cli::Check) -> anyhow::Result<ExitCode> {
     let report = Report::new(probe::probe());
     if options.json {
         println!("{}", json(&report)?);

@@ -33,7 +33,7 @@ const LOOK: Duration = Duration::from_millis(200);
 ///
 /// # Errors
 /// Where no platform answers, or it knows no others.
-pub fn platforms(options: &cli::Platforms) -> anyhow::Result<ExitCode> {
+pub(crate) fn platforms(options: &cli::Platforms) -> anyhow::Result<ExitCode> {
     let platforms = client::platforms(endpoint(&options.platform)?.as_ref())?;
     if options.json {
         println!("{}", json(&platforms)?);
@@ -75,7 +75,7 @@ fn list(platforms: &[api::Platform]) -> String {
 ///
 /// # Errors
 /// Where no platform answers, or it knows no others.
-pub fn place(options: &cli::Place) -> anyhow::Result<ExitCode> {
+pub(crate) fn place(options: &cli::Place) -> anyhow::Result<ExitCode> {
     let wish = Wish {
         vm_type: options.vm_type.clone(),
         count: options.count,
@@ -102,7 +102,7 @@ pub fn place(options: &cli::Place) -> anyhow::Result<ExitCode> {
 ///
 /// # Errors
 /// Where no platform answers, or it can't be done.
-pub fn clone(options: &cli::Clone) -> anyhow::Result<ExitCode> {
+pub(crate) fn clone(options: &cli::Clone) -> anyhow::Result<ExitCode> {
     let platform = endpoint(&options.platform)?;
     let cli::Clone { from, to, count, lazy, .. } = options;
     let wish = CloneWish { from: from.clone(), to: to.clone(), count: *count, lazy: *lazy };

@@ -11,7 +11,7 @@ use crate::cli;
 ///
 /// # Errors
 /// Where a file can't be read or is no profile, or the profiles are of different makers' processors; without files, where KVM can't be used.
-pub fn cpu_profile(options: &cli::CpuProfile) -> anyhow::Result<ExitCode> {
+pub(crate) fn cpu_profile(options: &cli::CpuProfile) -> anyhow::Result<ExitCode> {
     let mut subsets = options.files.iter().map(|path| read(path));
     let first = match subsets.next() {
         Some(subset) => subset?,

@@ -27,17 +27,16 @@ use cluster::{
 };
 use hyper::Method;
 use nix::sys::signal::{SigSet, Signal};
-use vmm::{
-    arch::profile::{Profile, Subset},
-    kvm::Hypervisor,
-};
-
-use crate::platform::{
+use platform::{
     Platform, Settings,
     clone::source,
     config::{PlatformConfig, Sending},
     others::Cluster,
     server::{self, Network, Server},
+};
+use vmm::{
+    arch::profile::{Profile, Subset},
+    kvm::Hypervisor,
 };
 
 /// Files that a platform has open for each VM: its connection, its console, its process, its log, and what its next fork will come with,

@@ -14,7 +14,7 @@ use crate::cli;
 ///
 /// # Errors
 /// Where no platform answers, or the VM can't be forked.
-pub fn fork(options: &cli::Fork) -> anyhow::Result<ExitCode> {
+pub(crate) fn fork(options: &cli::Fork) -> anyhow::Result<ExitCode> {
     let wish = ForkWish { count: options.count, location: options.location.into() };
     let forked = client::fork(endpoint(&options.platform)?.as_ref(), &options.vm, &wish)?;
     print_forked(&forked, options.json)

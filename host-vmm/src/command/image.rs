@@ -22,7 +22,7 @@ const SHORT_ID: usize = 8;
 ///
 /// # Errors
 /// Where no platform answers, or it has no such image.
-pub fn image(command: &ImageCommand) -> anyhow::Result<ExitCode> {
+pub(crate) fn image(command: &ImageCommand) -> anyhow::Result<ExitCode> {
     match command {
         ImageCommand::Ls { platform, json: as_json } => {
             let images = client::images(endpoint(platform)?.as_ref())?;
@@ -127,7 +127,7 @@ impl Inspection {
 ///
 /// # Errors
 /// Where no platform answers, or it can't launch them.
-pub fn spawn(options: &cli::Spawn) -> anyhow::Result<ExitCode> {
+pub(crate) fn spawn(options: &cli::Spawn) -> anyhow::Result<ExitCode> {
     let spawned = client::spawn(endpoint(&options.platform)?.as_ref(), &options.image, options.count)?;
     print_spawned(&spawned, options.json)
 }

@@ -22,7 +22,7 @@ const LOOK: Duration = Duration::from_millis(200);
 ///
 /// # Errors
 /// Where no platform answers, or it has no such VM.
-pub fn stop(options: &cli::Stop) -> anyhow::Result<ExitCode> {
+pub(crate) fn stop(options: &cli::Stop) -> anyhow::Result<ExitCode> {
     let platform = endpoint(&options.platform)?;
     options.vms.iter().try_for_each(|vm| client::stop(platform.as_ref(), vm))?;
     Ok(ExitCode::SUCCESS)
@@ -32,7 +32,7 @@ pub fn stop(options: &cli::Stop) -> anyhow::Result<ExitCode> {
 ///
 /// # Errors
 /// Where no platform answers, or it has no such VM.
-pub fn logs(options: &cli::Logs) -> anyhow::Result<ExitCode> {
+pub(crate) fn logs(options: &cli::Logs) -> anyhow::Result<ExitCode> {
     let mut log = Log::open(endpoint(&options.platform)?.as_ref(), &options.vm)?;
     let wait = if options.follow { WAIT } else { Duration::ZERO };
     loop {

@@ -18,7 +18,7 @@ use crate::cli;
 ///
 /// # Errors
 /// Where no platform answers.
-pub fn ps(options: &cli::Ps) -> anyhow::Result<ExitCode> {
+pub(crate) fn ps(options: &cli::Ps) -> anyhow::Result<ExitCode> {
     let vms = client::vms(endpoint(&options.platform)?.as_ref())?;
     if options.json {
         println!("{}", json(&vms)?);
@@ -32,7 +32,7 @@ pub fn ps(options: &cli::Ps) -> anyhow::Result<ExitCode> {
 ///
 /// # Errors
 /// Where no platform answers.
-pub fn tree(options: &cli::Tree) -> anyhow::Result<ExitCode> {
+pub(crate) fn tree(options: &cli::Tree) -> anyhow::Result<ExitCode> {
     for tree in trees(&client::vms(endpoint(&options.platform)?.as_ref())?) {
         print!("{tree}");
     }

@@ -14,13 +14,11 @@ use std::{
 
 use anyhow::Context;
 use base::output::say;
+use platform::{Boot, ConsoleInput, Platform, Settings, Terminal, config::PlatformConfig, read_keys};
 use types::{ExitReason, VmShape};
 
 use super::daemon::{self, Daemon, block_signals, create, on_signal};
-use crate::{
-    cli,
-    platform::{Boot, ConsoleInput, Platform, Settings, Terminal, config::PlatformConfig, read_keys},
-};
+use crate::cli;
 
 /// What every kernel command line starts with: the console; a panic ends the VM at once; there is no PCI to look for.
 const CMDLINE: &str = "console=ttyS0 panic=-1 pci=off";
@@ -38,7 +36,7 @@ const NOT_STOPPED: u8 = u8::MAX;
 ///
 /// # Errors
 /// Where a file can't be used, or the VM can't be launched.
-pub fn run(options: cli::Run) -> anyhow::Result<ExitCode> {
+pub(crate) fn run(options: cli::Run) -> anyhow::Result<ExitCode> {
     let open =
         |what, path: &Path| File::open(path).with_context(|| format!("can't open the {what} {}", path.display()));
     let boot = Boot {

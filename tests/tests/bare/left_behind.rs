@@ -6,11 +6,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use host_vmm::platform::clone::LEASE;
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
+use platform::clone::LEASE;
 use serde_json::Value;
 use tempfile::NamedTempFile;
 use vmfork_abi::{ErrorCode, Role, Status};

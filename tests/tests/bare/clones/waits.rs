@@ -10,11 +10,11 @@ use std::{
 
 use api::client::{Connection, Connections, Content, Endpoint, Error};
 use capsule::{Digests, Parcel, file};
-use host_vmm::platform::clone::{
+use hyper::Method;
+use platform::clone::{
     Order, PATIENCE, Stage,
     source::{self, Wanted},
 };
-use hyper::Method;
 use serde_json::{Value, json};
 use types::CopySpec;
 use uuid::Uuid;

@@ -25,7 +25,7 @@ use super::{
     filling::{self, Filling},
     supply::Supplier,
 };
-use crate::platform::{self, Copies, Platform, Reservation};
+use crate::{Copies, Platform, Reservation};
 
 /// Most clones that are under way at a time.
 const MAX_CLONES: usize = 64;
@@ -70,7 +70,7 @@ pub enum Error {
     },
     /// The platform has no room, or is being stopped.
     #[error(transparent)]
-    Platform(#[from] platform::Error),
+    Platform(#[from] crate::Error),
     /// The capsule is none.
     #[error("the capsule can't be taken")]
     Capsule(#[from] capsule::Error),
@@ -140,7 +140,7 @@ impl Begun {
     fn new(platform: &Platform, filling: Arc<Filling>, source: &str, clone: Uuid) -> Result<Self, Error> {
         let supplier = || platform.supplier(&filling, source, clone);
         let (awaited, rest) = (supplier()?, supplier()?);
-        filling.serve_faults(awaited).map_err(platform::Error::Start)?;
+        filling.serve_faults(awaited).map_err(crate::Error::Start)?;
         Ok(Self { rest: Some(rest), filling })
     }
 
@@ -347,7 +347,7 @@ impl Platform {
             return if known.order == order { Ok(known.progress().stage()) } else { Err(Error::Other(id)) };
         }
         // One that is being started is not among others yet.
-        if self.cluster().ok_or(platform::Error::Alone)?.directory.is_partitioned() {
+        if self.cluster().ok_or(crate::Error::Alone)?.directory.is_partitioned() {
             return Err(Error::CutOff);
         }
         check_count(&by_id)?;

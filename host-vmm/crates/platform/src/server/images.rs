@@ -12,7 +12,7 @@ use base::text::Reason;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{Refusal, check_count, work};
-use crate::platform::Platform;
+use crate::Platform;
 
 /// What anybody may ask who reaches the API.
 pub(super) fn routes() -> OpenApiRouter<Arc<Platform>> {

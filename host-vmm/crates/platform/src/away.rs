@@ -22,7 +22,7 @@ use super::{
     node_server::Node,
     outgoing::short,
 };
-use crate::platform::{
+use crate::{
     clone::{
         self,
         source::{self, IsWanted, Wanted},

@@ -1,7 +1,23 @@
 //! One host's platform: it starts and watches the nodes, launches the children of forks, and has the consoles.
 //!
-//! A thread serves each node ([`node_server`]); one has all consoles ([`console`]); one keeps shells ready ([`pool`]). What they share is the
-//! [`Registry`].
+//! A thread serves each node ([`node_server`]); one has all consoles ([`console`]); one keeps shells ready ([`pool`]). What they
+//! share is the [`Registry`]. In reading order:
+//!
+//! - this file: [`Platform`], what it is set up with, and why it refuses something.
+//! - `process`, `pool`: the zygote and the nodes that come from it, before they have an order.
+//! - `node_server`, `registry`, `console`, `logs`, `terminal`: VMs that there are.
+//! - `fork`, `ordered`, `away`, `copies`, `prefetch`: their forks, and copies that are launched.
+//! - `images`, `seals`: what forks leave, kept or not.
+//! - [`clone`], `cloned`, `outgoing`: copies that come from other platforms, and go there.
+//! - [`others`]: the platform's place among others.
+//! - `limits`, `events`, `trace`, `accounting`: what VMs may do, and what is told of them.
+//! - [`config`]: how a platform of a cluster is set up.
+//! - [`server`]: the API.
+//!
+//! Its modules use each other in a circle, which runs through [`Platform`]: each adds methods to it, and reaches
+//! into what others have there. It ends where they are services of their own.
+
+#![forbid(unsafe_code)]
 
 use std::{
     fs::File,
@@ -60,7 +76,7 @@ pub use limits::{Limit, Limited};
 pub use registry::Reservation;
 pub use terminal::{Terminal, read_keys};
 
-use crate::platform::{
+use crate::{
     clone::{Clones, filling, source, supply::Supplies},
     others::Cluster,
 };

@@ -20,7 +20,7 @@ use cluster::{
 use serde::Deserialize;
 use vmfork_abi::is_vm_type;
 
-use crate::platform::{Keep, Limit};
+use crate::{Keep, Limit};
 
 mod peers;
 

@@ -15,7 +15,7 @@ use utoipa::{
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::all_routes;
-use crate::platform::Platform;
+use crate::Platform;
 
 /// How the description begins.
 #[derive(Debug, OpenApi)]

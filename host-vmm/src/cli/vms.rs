@@ -8,26 +8,26 @@ use super::{Where, copies, vm_name};
 
 /// Which platform is asked.
 #[derive(Debug, Args)]
-pub struct Platform {
+pub(crate) struct Platform {
     /// The platform's socket; the only one that this user runs where none is named.
     #[arg(long, value_name = "SOCKET", env = "HOST_VMM_API")]
-    pub api: Option<PathBuf>,
+    pub(crate) api: Option<PathBuf>,
     /// Ask a platform over the network instead: its name, and the address where it serves others.
     #[arg(long, value_name = "NAME@ADDRESS", requires = "certificate")]
-    pub at: Option<Elsewhere>,
+    pub(crate) at: Option<Elsewhere>,
     /// By whose certificate it is asked over the network: DIR holds NAME.pem, NAME.key and the cluster's ca.pem, as `host-vmm cert issue
     /// NAME --operator` leaves them.
     #[arg(long = "as", value_name = "DIR/NAME", env = "HOST_VMM_AS")]
-    pub certificate: Option<PathBuf>,
+    pub(crate) certificate: Option<PathBuf>,
 }
 
 /// A platform on another host, as `--at` names it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Elsewhere {
+pub(crate) struct Elsewhere {
     /// The name that its certificate must have.
-    pub name: String,
+    pub(crate) name: String,
     /// Where it serves others.
-    pub address: SocketAddr,
+    pub(crate) address: SocketAddr,
 }
 
 impl FromStr for Elsewhere {
@@ -44,45 +44,45 @@ impl FromStr for Elsewhere {
 
 /// Options of `fork`.
 #[derive(Debug, Args)]
-pub struct Fork {
+pub(crate) struct Fork {
     /// The platform.
     #[command(flatten)]
-    pub platform: Platform,
+    pub(crate) platform: Platform,
     /// Its name, or its ID, or how that begins.
-    pub vm: String,
+    pub(crate) vm: String,
     /// How many copies.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = copies())]
-    pub count: u32,
+    pub(crate) count: u32,
     /// Where they are to run.
     #[arg(long = "where", value_name = "PLACE", default_value = "any", value_enum)]
-    pub location: Where,
+    pub(crate) location: Where,
     /// Print one JSON object.
     #[arg(long)]
-    pub json: bool,
+    pub(crate) json: bool,
 }
 
 /// Options of `stop`.
 #[derive(Debug, Args)]
-pub struct Stop {
+pub(crate) struct Stop {
     /// The platform.
     #[command(flatten)]
-    pub platform: Platform,
+    pub(crate) platform: Platform,
     /// Their names, or IDs, or how these begin.
     #[arg(value_name = "VM", required = true)]
-    pub vms: Vec<String>,
+    pub(crate) vms: Vec<String>,
 }
 
 /// Options of `logs`.
 #[derive(Debug, Args)]
-pub struct Logs {
+pub(crate) struct Logs {
     /// The platform.
     #[command(flatten)]
-    pub platform: Platform,
+    pub(crate) platform: Platform,
     /// Its name, or its ID, or how that begins. It may have ended.
-    pub vm: String,
+    pub(crate) vm: String,
     /// Go on with what it writes, until it ends.
     #[arg(long, short)]
-    pub follow: bool,
+    pub(crate) follow: bool,
 }
 
 #[cfg(test)]

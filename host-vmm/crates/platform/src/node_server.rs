@@ -30,7 +30,7 @@ use super::{
     seals::Unsealed,
     trace::Arguments,
 };
-use crate::platform::clone::filling::{Filling, Told};
+use crate::clone::filling::{Filling, Told};
 
 /// Stack of a thread that serves a node, in bytes: there may be a thousand of them.
 const STACK_BYTES: usize = 128 << 10;

@@ -18,7 +18,7 @@ use super::{
     fork::Fork,
     registry::Reservation,
 };
-use crate::platform::clone::{
+use crate::clone::{
     Clones,
     filling::{self, Filling},
     source::IsWanted,

@@ -14,7 +14,7 @@ use serde::de::DeserializeOwned;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{Refusal, check_count, is_operator, vms::fork, work};
-use crate::platform::{Error, Platform, Target};
+use crate::{Error, Platform, Target};
 
 /// What operators may ask, and other platforms where this one's configuration says so.
 pub(super) fn routes() -> OpenApiRouter<Arc<Platform>> {

@@ -10,7 +10,7 @@ use uuid::Uuid;
 use vmfork_abi::{ListedCopy, Location, PLATFORM_BYTES, pad_text};
 
 use super::{Error, Platform, fork::Fork, node_server::Node, prefetch::Learned, registry::Reservation, seals::Seal};
-use crate::platform::clone::filling::Filling;
+use crate::clone::filling::Filling;
 
 /// How long copies of an image may take until they are ready to run.
 pub(crate) const LAUNCH_TIMEOUT: Duration = Duration::from_secs(60);

@@ -16,7 +16,7 @@ use types::{ExitReason, VmIdentity, VmShape};
 use uuid::Uuid;
 
 use super::{Error, ordered::Ordered, seals::Seal};
-use crate::platform::clone::filling::Filling;
+use crate::clone::filling::Filling;
 
 /// Most VMs without copies that are told of after their end: the latest that were ended for their image could be changed.
 const MAX_UNSEALED: usize = 64;

@@ -48,7 +48,7 @@ mod platforms;
 mod supplies;
 mod vms;
 
-use crate::platform::{Error, Platform};
+use crate::{Error, Platform};
 
 /// How long those who are being answered may take when the platform comes to its end.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
@@ -281,7 +281,7 @@ impl From<Error> for Refusal {
             Error::NotSealed { .. } => StatusCode::CONFLICT,
             Error::ImageFile { source: capsule::Error::NoRoom(_), .. } => StatusCode::INSUFFICIENT_STORAGE,
             Error::ImageFile { .. } | Error::Unfit { .. } => StatusCode::UNPROCESSABLE_ENTITY,
-            Error::Cluster(crate::platform::others::Error::Order { .. }) => StatusCode::FORBIDDEN,
+            Error::Cluster(crate::others::Error::Order { .. }) => StatusCode::FORBIDDEN,
             Error::Alone | Error::Cluster(_) => StatusCode::NOT_FOUND,
             Error::PassedOn { source: client::Error::Refused { status, .. }, .. } => status,
             Error::Send { .. } | Error::PassedOn { .. } => StatusCode::BAD_GATEWAY,

@@ -21,7 +21,7 @@ fn address(text: &str) -> SocketAddr {
 
 #[test]
 fn the_example_is_valid_and_has_every_field() {
-    let example = include_str!("../../../platform.example.toml");
+    let example = include_str!("../../../../platform.example.toml");
     let config = parse(example).unwrap();
     assert_eq!((config.name.as_str(), config.cluster.as_str()), ("north-1", "web"));
     assert_eq!(config.etcd.unwrap().servers.len(), 3);

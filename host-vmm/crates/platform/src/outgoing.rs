@@ -17,7 +17,7 @@ use super::{
     Error, Platform,
     copies::{ordered, slots},
 };
-use crate::platform::clone::{
+use crate::clone::{
     Order,
     source::{self, IsWanted, Progress, Wanted},
     supply::Supply,
@@ -134,7 +134,7 @@ impl Platform {
     }
 
     /// What this platform has to do, and what it has left, beside what its host tells.
-    pub(crate) fn fill_in(&self, load: Load) -> Load {
+    pub fn fill_in(&self, load: Load) -> Load {
         let number = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
         let (vms, is_stopping) = self.registry.count();
         // Others believe nobody who names impossible shapes, or too many; and clones bring their own.

@@ -11,14 +11,14 @@ use types::{CopySpec, Locality, VmShape};
 use uuid::Uuid;
 
 use super::*;
-use crate::platform::clone::{Missing, Need, Order, Stage};
+use crate::clone::{Missing, Need, Order, Stage};
 
 /// Set to have the file in the repository written anew.
 const WRITE: &str = "HOST_VMM_WRITE_OPENAPI";
 
 #[test]
 fn the_repository_has_this_description() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("openapi.json");
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../openapi.json");
     let text = describe().to_pretty_json().unwrap() + "\n";
     if env::var_os(WRITE).is_some() {
         fs::write(&path, &text).unwrap();

@@ -12,7 +12,7 @@ use cluster::{
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{Refusal, check_count, work};
-use crate::platform::{Error, Platform};
+use crate::{Error, Platform};
 
 pub(super) fn routes() -> OpenApiRouter<Arc<Platform>> {
     OpenApiRouter::default().routes(routes!(platforms)).routes(routes!(place))

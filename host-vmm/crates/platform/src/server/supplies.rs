@@ -15,7 +15,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use uuid::Uuid;
 
 use super::{Refusal, work};
-use crate::platform::{
+use crate::{
     Platform,
     clone::{Need, supply::Supply},
 };

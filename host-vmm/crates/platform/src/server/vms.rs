@@ -14,7 +14,7 @@ use utoipa::IntoParams;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{Refusal, check_count, work};
-use crate::platform::{Error, Platform, Target};
+use crate::{Error, Platform, Target};
 
 /// Longest time for which anybody waits for more of a log.
 const MAX_WAIT: Duration = Duration::from_secs(60);
