@@ -5,7 +5,6 @@
 
 use std::{slice, sync::Arc, time::Duration};
 
-use capsule;
 use vmm::{
     machine::Shell,
     memory::{self, Image, Layer},

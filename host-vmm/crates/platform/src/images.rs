@@ -15,7 +15,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use api;
 use base::{clock::wall_clock_ns, sync::lock};
 use capsule::{self, About, Capsule, Description, Difference, Digests, Incompatible, Parcel, file};
 use cluster::member::MAX_IMAGES;

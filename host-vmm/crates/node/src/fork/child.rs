@@ -3,7 +3,6 @@
 use std::{fs::File, sync::Arc};
 
 use base::threads;
-use capsule;
 use types::{ForkStep, StepTiming};
 use vmm::{
     kvm::Vcpu,

@@ -24,7 +24,6 @@ use std::{
 };
 
 use base::{clock::monotonic_ns, descriptors, error::chain, sync::lock, text::Reason};
-use capsule;
 use types::{ForkStep, Requester};
 use vmfork_abi::ErrorCode;
 use vmm::{

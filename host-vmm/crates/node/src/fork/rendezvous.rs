@@ -31,7 +31,6 @@ use std::{
 };
 
 use base::threads;
-use capsule;
 use rustix::{
     io::Errno,
     thread::futex::{self, Timespec},

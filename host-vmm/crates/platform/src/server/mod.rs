@@ -26,7 +26,6 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use base::{text::Reason, threads};
-use capsule;
 use cluster::{
     peer::{Peer, Role},
     tls::{self, Credentials},

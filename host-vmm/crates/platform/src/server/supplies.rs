@@ -9,7 +9,6 @@ use axum::{
     http::StatusCode,
 };
 use base::text::Reason;
-use capsule;
 use cluster::peer::{Peer, Role};
 use utoipa_axum::{router::OpenApiRouter, routes};
 use uuid::Uuid;

@@ -67,7 +67,7 @@ fn cpu(mut words: BTreeMap<Word, u32>, mask: u64, shift: u32) -> Vec<Leaf> {
     let intel = [0x24, u32::from_le_bytes(*b"Genu"), u32::from_le_bytes(*b"ntel"), u32::from_le_bytes(*b"ineI")];
     let mut leaves = vec![
         Leaf { function: 0, index: 0, registers: intel },
-        Leaf { function: 0xb, index: 0, registers: [words.len().try_into().unwrap(), shift, 3, 4] },
+        Leaf { function: 0xb, index: 0, registers: [words.len().try_into().unwrap_or(u32::MAX), shift, 3, 4] },
     ];
     let (mut user, mut supervisor) = (0b11, 0);
     for [number, bytes, offset, flags] in COMPONENTS.into_iter().filter(|[number, ..]| mask >> number & 1 != 0) {
