@@ -21,7 +21,7 @@
 //! | `GET /v1/platform` | a [`Member`](cluster::member::Member) |
 //! | `GET /v1/platforms` | [`Platforms`] |
 //! | `POST /v1/place`, with a [`Wish`](cluster::placement::Wish) | an [`Explanation`](cluster::placement::Explanation) |
-//! | `/v1/clones/ID`, `/v1/supplies/ID` | see [`clone`](platform::clone) |
+//! | `/v1/clones/ID`, `/v1/supplies/ID` | see `clone` in the crate `platform` |
 //!
 //! An ID may be cut short, for as long as it stands for one image only, or one VM; a VM may be called by its name too. What fails is told as
 //! a [`Failure`].
