@@ -24,10 +24,10 @@ use vmfork_abi::is_vm_type;
 
 use super::{
     Error, Platform,
-    copies::{Launch, slots},
     fork::Fork,
-    prefetch::Learned,
+    launcher::{Launch, slots},
     seals::Seal,
+    working_sets::Learned,
 };
 
 /// Stands for all types in `--keep`.

@@ -1,16 +1,16 @@
 //! One host's platform: it starts and watches the nodes, launches the children of forks, and has the consoles.
 //!
-//! A thread serves each node ([`node_server`]); one has all consoles ([`console`]); one keeps shells ready ([`pool`]). What they
+//! A thread serves each node ([`node_server`]); one has all consoles ([`console`]); one keeps shells ready ([`warm_pool`]). What they
 //! share is the [`Registry`]. In reading order:
 //!
 //! - this file: [`Platform`], what it is set up with, and why it refuses something.
-//! - `process`, `pool`: the zygote and the nodes that come from it, before they have an order.
+//! - `process`, `warm_pool`: the zygote and the nodes that come from it, before they have an order.
 //! - `node_server`, `registry`, `console`, `logs`, `terminal`: VMs that there are.
-//! - `fork`, `ordered`, `away`, `copies`, `prefetch`: their forks, and copies that are launched.
+//! - `fork`, `launcher`, `working_sets`: their forks, and copies that are launched.
 //! - `images`, `seals`: what forks leave, kept or not.
-//! - [`clone`], `cloned`, `outgoing`: copies that come from other platforms, and go there.
+//! - [`clone`]: copies that come from other platforms, and go there.
 //! - [`others`]: the platform's place among others.
-//! - `limits`, `events`, `trace`, `accounting`: what VMs may do, and what is told of them.
+//! - `limits`, `events`, `trace`, `vms`: what VMs may do, and what is told of them.
 //! - [`config`]: how a platform of a cluster is set up.
 //! - [`server`]: the API.
 //!
@@ -43,53 +43,47 @@ use vmm::{
     memory::{Budget, budget},
 };
 
-mod accounting;
-mod away;
 pub mod clone;
-mod cloned;
 pub mod config;
 mod console;
-mod copies;
 mod events;
 mod fork;
 mod images;
+mod launcher;
 mod limits;
 mod logs;
 mod node_server;
-mod ordered;
 pub mod others;
-mod outgoing;
-mod pool;
-mod prefetch;
 mod process;
 mod registry;
 mod seals;
 pub mod server;
 mod terminal;
 mod trace;
+mod vms;
+mod warm_pool;
+mod working_sets;
 
 pub use console::ConsoleInput;
-pub use copies::Copies;
 pub use fork::Target;
 pub use images::Keep;
+pub use launcher::Copies;
 pub use limits::{Limit, Limited};
 pub use registry::Reservation;
 pub use terminal::{Terminal, read_keys};
 
-use crate::{
-    clone::{Clones, filling, source, supply::Supplies},
-    others::Cluster,
-};
+use clone::{Clones, filling, outgoing::Transfers, source, supply::Supplies};
 use console::Consoles;
 use events::{Event, Events};
+use fork::operator;
 use images::Images;
 use limits::Limits;
 use node_server::{Awaited, Node};
-use outgoing::Transfers;
-use pool::Pool;
+use others::Cluster;
 use registry::Registry;
 use seals::Seals;
 use trace::Trace;
+use warm_pool::Pool;
 
 /// How long a platform that comes to its end waits for those who follow logs.
 const LAST_READERS: Duration = Duration::from_secs(5);
@@ -209,7 +203,7 @@ pub enum Error {
     #[error("the VM {0} is being stopped, and has not ended yet: look for it again later")]
     Lingers(uuid::Uuid),
     /// A VM was not forked for an operator.
-    #[error("the VM {vm} was not forked: {why}{}", ordered::advice(*code))]
+    #[error("the VM {vm} was not forked: {why}{}", operator::advice(*code))]
     NotForked {
         /// The VM, as the operator has called it.
         vm: String,
@@ -221,7 +215,7 @@ pub enum Error {
     /// Copies of a fork are gone before they were seen to run, or nobody can tell whether they run.
     #[error(
         "the VM {vm} was forked, and of {count} copies {running} run{}: `host-vmm ps` lists them, where they are",
-        ordered::unknown(*unknown)
+        operator::unknown(*unknown)
     )]
     Lost {
         /// The VM, as the operator has called it.
@@ -276,7 +270,7 @@ pub enum Error {
         source: Box<source::Error>,
     },
     /// Another platform was asked to send copies of what it has, and does not do it, or does not say so.
-    #[error("the platform {platform} was asked to send copies{}", ordered::doubt(source))]
+    #[error("the platform {platform} was asked to send copies{}", operator::doubt(source))]
     PassedOn {
         /// Its name.
         platform: String,

@@ -20,15 +20,14 @@ use vmm::memory::Faults;
 
 use super::{
     Error, Event, Platform,
-    fork::{Fork, Order, Original, Place, Target, open_rendezvous},
+    fork::{Fork, Order, Original, Place, Target, open_rendezvous, operator::Ordered},
     limits::Recent,
-    ordered::Ordered,
-    pool::Standby,
-    prefetch::Learned,
     process::{Process, Shell},
     registry::Entry,
     seals::Unsealed,
     trace::Arguments,
+    warm_pool::Standby,
+    working_sets::Learned,
 };
 use crate::clone::filling::{Filling, Told};
 

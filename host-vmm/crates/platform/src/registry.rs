@@ -15,7 +15,7 @@ use node::wire::PlatformLink;
 use types::{ExitReason, VmIdentity, VmShape};
 use uuid::Uuid;
 
-use super::{Error, ordered::Ordered, seals::Seal};
+use super::{Error, fork::operator::Ordered, seals::Seal};
 use crate::clone::filling::Filling;
 
 /// Most VMs without copies that are told of after their end: the latest that were ended for their image could be changed.

@@ -42,8 +42,10 @@ use utoipa::ToSchema;
 
 mod decisions;
 pub mod filling;
+mod incoming;
 #[cfg(test)]
 mod json_test;
+pub(crate) mod outgoing;
 mod pace;
 pub mod source;
 pub mod supply;

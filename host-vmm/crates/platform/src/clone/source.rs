@@ -22,7 +22,7 @@ use uuid::Uuid;
 use vmm::memory::WorkingSet;
 
 use super::{COMMIT_LIMIT, LEASE, Missing, Order, Stage, pace::Pace, supply::Supply};
-use crate::copies::LAUNCH_TIMEOUT;
+use crate::launcher::LAUNCH_TIMEOUT;
 
 /// How long the source waits before it tries again to reach its target, at first and at most.
 const FIRST_DELAY: Duration = Duration::from_millis(20);

@@ -14,20 +14,18 @@ use types::{CopySpec, Locality, new_id};
 use vmfork_abi::{ErrorCode, Location};
 use vmm::memory::WorkingSet;
 
-use super::{
-    Error, Platform,
-    copies::{Launch, list, ordered},
-    events::Event,
-    fork::{Fork, Target},
-    node_server::Node,
-    outgoing::short,
-};
+use super::{Fork, Target};
 use crate::{
+    Error, Platform,
     clone::{
         self,
+        outgoing::short,
         source::{self, IsWanted, Wanted},
         supply::Supply,
     },
+    events::Event,
+    launcher::{Launch, list, ordered},
+    node_server::Node,
     others::Cluster,
 };
 
@@ -39,7 +37,7 @@ const LEARNT_WITHIN: Duration = Duration::from_secs(10);
 
 /// Copies for one other platform.
 #[derive(Debug)]
-pub(super) struct Share {
+pub(crate) struct Share {
     /// Its name.
     platform: String,
     slots: Vec<CopySpec>,
@@ -49,16 +47,16 @@ pub(super) struct Share {
 
 /// Where the copies of a fork go.
 #[derive(Debug, Default)]
-pub(super) struct Placed {
+pub(crate) struct Placed {
     /// Those that stay here.
-    pub(super) here: Vec<CopySpec>,
+    pub(crate) here: Vec<CopySpec>,
     /// Those that go away.
-    pub(super) away: Vec<Share>,
+    pub(crate) away: Vec<Share>,
 }
 
 impl Placed {
     /// All of them on one other platform.
-    pub(super) fn on(platform: &str, slots: Vec<CopySpec>) -> Self {
+    pub(crate) fn on(platform: &str, slots: Vec<CopySpec>) -> Self {
         Self { here: Vec::new(), away: vec![Share { platform: platform.to_owned(), slots, claim: None }] }
     }
 }
@@ -94,7 +92,7 @@ impl Platform {
     ///
     /// # Errors
     /// [`Error::Place`] or [`Error::Alone`].
-    pub(super) fn choose(&self, slots: Vec<CopySpec>, wish: &Wish, but: &[String]) -> Result<Placed, Error> {
+    pub(crate) fn choose(&self, slots: Vec<CopySpec>, wish: &Wish, but: &[String]) -> Result<Placed, Error> {
         let Some(cluster) = self.cluster.get() else {
             let is_here = wish.location != Locality::Remote;
             return if is_here { Ok(Placed { here: slots, away: Vec::new() }) } else { Err(Error::Alone) };
@@ -118,7 +116,7 @@ impl Fork {
     ///
     /// # Errors
     /// [`Error::Start`].
-    pub(super) fn send_away(
+    pub(crate) fn send_away(
         self: &Arc<Self>,
         platform: &Arc<Platform>,
         rendezvous: &Arc<Rendezvous>,

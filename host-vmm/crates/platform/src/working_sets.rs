@@ -11,7 +11,7 @@ const RECORD_EVERY: u64 = 64;
 
 /// What is known of the copies of one VM, or of one image.
 #[derive(Debug, Default)]
-pub(super) struct Learned(Mutex<Known>);
+pub(crate) struct Learned(Mutex<Known>);
 
 #[derive(Debug, Default)]
 struct Known {
@@ -21,7 +21,7 @@ struct Known {
 
 impl Learned {
     /// What the children of the next fork do: the first one, and the others.
-    pub(super) fn next_fork(&self) -> (Prefetch, Prefetch) {
+    pub(crate) fn next_fork(&self) -> (Prefetch, Prefetch) {
         let mut known = lock(&self.0);
         let again = known.forks.is_multiple_of(RECORD_EVERY);
         known.forks += 1;
@@ -34,14 +34,14 @@ impl Learned {
     }
 
     /// What the first child of the next fork will write to, where it is not to tell that itself.
-    pub(super) fn of_next_fork(&self) -> Option<WorkingSet> {
+    pub(crate) fn of_next_fork(&self) -> Option<WorkingSet> {
         let known = lock(&self.0);
         let is_recorded = known.forks.is_multiple_of(RECORD_EVERY);
         known.working_set.clone().filter(|working_set| !is_recorded && working_set.is_worthwhile())
     }
 
     /// Takes in what a child has told.
-    pub(super) fn learn(&self, working_set: WorkingSet) {
+    pub(crate) fn learn(&self, working_set: WorkingSet) {
         lock(&self.0).working_set = Some(working_set);
     }
 }

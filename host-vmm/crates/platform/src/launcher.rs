@@ -9,14 +9,16 @@ use types::{CopySpec, ForkStep, VmIdentity, VmShape, new_id};
 use uuid::Uuid;
 use vmfork_abi::{ListedCopy, Location, PLATFORM_BYTES, pad_text};
 
-use super::{Error, Platform, fork::Fork, node_server::Node, prefetch::Learned, registry::Reservation, seals::Seal};
+use super::{
+    Error, Platform, fork::Fork, node_server::Node, registry::Reservation, seals::Seal, working_sets::Learned,
+};
 use crate::clone::filling::Filling;
 
 /// How long copies of an image may take until they are ready to run.
 pub(crate) const LAUNCH_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// All copies of a fork, from the first to the last.
-pub(super) fn slots(count: u32) -> Result<Vec<CopySpec>, Error> {
+pub(crate) fn slots(count: u32) -> Result<Vec<CopySpec>, Error> {
     (1..=count).map(|index| Ok(CopySpec { id: new_id().map_err(Error::Id)?, index })).collect()
 }
 
@@ -24,7 +26,7 @@ pub(super) fn slots(count: u32) -> Result<Vec<CopySpec>, Error> {
 ///
 /// # Errors
 /// [`rendezvous::Error::NoCopy`].
-pub(super) fn list(
+pub(crate) fn list(
     rendezvous: &Rendezvous,
     slots: &[CopySpec],
     platform: &str,
@@ -39,7 +41,7 @@ pub(super) fn list(
 }
 
 /// Those that were ordered of the copies that another platform says run, each once: it may name any number of others.
-pub(super) fn ordered(slots: &[CopySpec], mut named: Vec<Copied>) -> Vec<Copied> {
+pub(crate) fn ordered(slots: &[CopySpec], mut named: Vec<Copied>) -> Vec<Copied> {
     let mut missing: BTreeSet<Uuid> = slots.iter().map(|slot| slot.id).collect();
     named.retain(|vm| missing.remove(&vm.id));
     named
@@ -47,34 +49,34 @@ pub(super) fn ordered(slots: &[CopySpec], mut named: Vec<Copied>) -> Vec<Copied>
 
 /// Copies that are to be launched on this platform.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Launch<'a> {
+pub(crate) struct Launch<'a> {
     /// Their shape.
-    pub(super) config: VmShape,
+    pub(crate) config: VmShape,
     /// What they are copies of.
-    pub(super) original: &'a VmIdentity,
+    pub(crate) original: &'a VmIdentity,
     /// Their type.
-    pub(super) vm_type: &'a str,
+    pub(crate) vm_type: &'a str,
     /// Which they are.
-    pub(super) slots: &'a [CopySpec],
+    pub(crate) slots: &'a [CopySpec],
     /// How many copies their fork makes, here and elsewhere.
-    pub(super) total: u32,
+    pub(crate) total: u32,
     /// How many have to be ready until all of them run.
-    pub(super) arrivals: u32,
+    pub(crate) arrivals: u32,
     /// Number of the guest's request that they come from.
-    pub(super) seq: u64,
+    pub(crate) seq: u64,
     /// Where this is to fail.
-    pub(super) fault: Option<ForkStep>,
+    pub(crate) fault: Option<ForkStep>,
     /// What is known of such copies.
-    pub(super) learned: &'a Arc<Learned>,
+    pub(crate) learned: &'a Arc<Learned>,
     /// Whether they were shown another CPU than this platform's guests are.
-    pub(super) is_foreign: bool,
+    pub(crate) is_foreign: bool,
     /// Who fills their memory, where it is not there as a whole yet.
-    pub(super) filling: Option<&'a Arc<Filling>>,
+    pub(crate) filling: Option<&'a Arc<Filling>>,
 }
 
 impl<'a> Launch<'a> {
     /// Some of the `total` copies of an image, all of whose memory is there. They wait for each other alone.
-    pub(super) fn of_image(about: &'a About, learned: &'a Arc<Learned>, slots: &'a [CopySpec], total: u32) -> Self {
+    pub(crate) fn of_image(about: &'a About, learned: &'a Arc<Learned>, slots: &'a [CopySpec], total: u32) -> Self {
         Self {
             config: about.config,
             original: &about.original,
@@ -97,7 +99,7 @@ impl Fork {
     ///
     /// # Errors
     /// [`Error`]: none of them is there then.
-    pub(super) fn of_image(
+    pub(crate) fn of_image(
         platform: &Arc<Platform>,
         launch: Launch<'_>,
         state: &[u8],

@@ -44,7 +44,7 @@ const RETRY_DELAY: Duration = Duration::from_secs(5);
 
 /// The shells of a platform.
 #[derive(Debug)]
-pub(super) struct Pool {
+pub(crate) struct Pool {
     zygote: Zygote,
     /// How many shells of each shape to keep ready.
     ready: usize,
@@ -73,20 +73,20 @@ struct Shelf {
 
 /// A shell that stands by for the next fork of one VM.
 #[derive(Debug)]
-pub(super) struct Standby {
+pub(crate) struct Standby {
     shell: Shell,
     _counted: Arc<()>,
 }
 
 impl Standby {
     /// Tells it what that fork will come with, and what its first copy is likely to write to; says whether it could be told.
-    pub(super) fn brief(&self, files: &[File], working_set: Option<WorkingSet>) -> bool {
+    pub(crate) fn brief(&self, files: &[File], working_set: Option<WorkingSet>) -> bool {
         let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
         self.shell.link.try_send(&ToNode::StandBy { working_set }, &files).is_ok()
     }
 
     /// The shell, unless it has died meanwhile.
-    pub(super) fn into_shell(self) -> Option<Shell> {
+    pub(crate) fn into_shell(self) -> Option<Shell> {
         Some(self.shell).filter(|shell| !shell.link.is_closed())
     }
 }
@@ -94,13 +94,13 @@ impl Standby {
 impl Pool {
     /// An empty pool that is to keep `ready` shells of each shape, with this CPU profile, whose VMs may stand
     /// still for so long for a fork.
-    pub(super) fn new(ready: usize, cpu_profile: String, max_pause: Duration) -> Self {
+    pub(crate) fn new(ready: usize, cpu_profile: String, max_pause: Duration) -> Self {
         let zygote = Zygote::new(cpu_profile, max_pause);
         Self { zygote, ready, shelves: Mutex::default(), changed: Condvar::new() }
     }
 
     /// Starts the thread that fills it.
-    pub(super) fn fill_in_background(platform: &Arc<Platform>) -> Result<(), Error> {
+    pub(crate) fn fill_in_background(platform: &Arc<Platform>) -> Result<(), Error> {
         let platform = Arc::downgrade(platform);
         threads::background("pool", move || fill(&platform)).map_err(Error::Start)?;
         Ok(())
@@ -108,24 +108,24 @@ impl Pool {
 
     /// Takes up to `count` shells, and at least one: ready ones where there are any, else new ones, which are being built then. It takes a
     /// while to start many; who needs them gives the first ones their orders meanwhile.
-    pub(super) fn take(&self, config: VmShape, count: usize) -> Result<Vec<Shell>, Error> {
+    pub(crate) fn take(&self, config: VmShape, count: usize) -> Result<Vec<Shell>, Error> {
         let ready = self.take_ready(config, count);
         if ready.is_empty() { self.zygote.spawn(config, false, count.min(BATCH)) } else { Ok(ready) }
     }
 
     /// As [`Pool::take`], but new ones, whose vCPUs can still become others than this host's.
-    pub(super) fn take_cold(&self, config: VmShape, count: usize) -> Result<Vec<Shell>, Error> {
+    pub(crate) fn take_cold(&self, config: VmShape, count: usize) -> Result<Vec<Shell>, Error> {
         self.zygote.spawn(config, true, count.min(BATCH))
     }
 
     /// Whether shells may stand by for single VMs.
-    pub(super) fn has_standbys(&self) -> bool {
+    pub(crate) fn has_standbys(&self) -> bool {
         self.ready > 0
     }
 
     /// Takes a ready shell that is to stand by for one VM, where there is one to spare: there may be as many of them as shells that stand
     /// ready for everybody.
-    pub(super) fn take_standby(&self, config: VmShape) -> Option<Standby> {
+    pub(crate) fn take_standby(&self, config: VmShape) -> Option<Standby> {
         let mut shelves = lock(&self.shelves);
         let shelf = shelves.by_shape.get_mut(&config)?;
         // One of them is the shelf's own.
@@ -161,14 +161,14 @@ impl Pool {
     }
 
     /// Says that there is one more VM of this shape. [`Pool::refill`] is to be called once that has what it needs.
-    pub(super) fn add_user(&self, config: VmShape) {
+    pub(crate) fn add_user(&self, config: VmShape) {
         if let Some(shelf) = lock(&self.shelves).shelf(config) {
             shelf.users += 1;
         }
     }
 
     /// Says that VMs of this shape are about to come: shells for them are made meanwhile.
-    pub(super) fn expect(&self, config: VmShape) {
+    pub(crate) fn expect(&self, config: VmShape) {
         if let Some(shelf) = lock(&self.shelves).shelf(config) {
             shelf.asked = Instant::now();
         }
@@ -176,17 +176,17 @@ impl Pool {
     }
 
     /// How many shells there are of each shape.
-    pub(super) fn ready_shells(&self) -> Vec<(VmShape, usize)> {
+    pub(crate) fn ready_shells(&self) -> Vec<(VmShape, usize)> {
         lock(&self.shelves).by_shape.iter().map(|(config, shelf)| (*config, shelf.shells.len())).collect()
     }
 
     /// Wakes up the thread that fills the shelves.
-    pub(super) fn refill(&self) {
+    pub(crate) fn refill(&self) {
         self.changed.notify_all();
     }
 
     /// Says that there is one VM of this shape less.
-    pub(super) fn remove_user(&self, config: VmShape) {
+    pub(crate) fn remove_user(&self, config: VmShape) {
         let mut shelves = lock(&self.shelves);
         if let Some(shelf) = shelves.by_shape.get_mut(&config) {
             shelf.users -= 1;
@@ -195,7 +195,7 @@ impl Pool {
     }
 
     /// Ends all shells, and keeps none from now on.
-    pub(super) fn close(&self) {
+    pub(crate) fn close(&self) {
         let mut shelves = lock(&self.shelves);
         shelves.closed = true;
         shelves.by_shape.clear();

@@ -76,7 +76,7 @@ impl Platform {
     }
 
     /// The ID of the VM that is called so, or whose ID begins so.
-    pub(super) fn find_vm(&self, named: &str) -> Result<Uuid, Error> {
+    pub(crate) fn find_vm(&self, named: &str) -> Result<Uuid, Error> {
         let known = self.consoles.logs().known().into_iter().chain(self.registry.known());
         which(named, &known.collect())
     }

@@ -18,18 +18,21 @@ use node::{
 use types::{CopySpec, ForkStep, Locality, VmIdentity, VmShape};
 use vmfork_abi::{ErrorCode, Location, MAX_CHILDREN, is_vm_type};
 
+pub(crate) mod operator;
+pub(crate) mod remote;
+
 use super::{
     Error, Platform,
-    away::Placed,
-    copies::{Launch, list, slots},
     images::Keeping,
+    launcher::{Launch, list, slots},
     limits::Recent,
     node_server::{Awaited, Node},
-    prefetch::Learned,
     process::{Process, Shell},
     registry::Reservation,
     seals::{Frozen, Seal, Unsealed},
+    working_sets::Learned,
 };
+use remote::Placed;
 
 /// How long children have to themselves before the platform goes on with what nobody waits for.
 const HEAD_START: Duration = Duration::from_millis(1);
@@ -57,34 +60,34 @@ pub enum Target {
 
 /// What is asked for.
 #[derive(Debug)]
-pub(super) struct Order {
-    pub(super) count: u32,
-    pub(super) vm_type: String,
+pub(crate) struct Order {
+    pub(crate) count: u32,
+    pub(crate) vm_type: String,
     /// Number of the guest's request; 0 where an operator has asked.
-    pub(super) seq: u64,
-    pub(super) target: Target,
-    pub(super) fault: Option<ForkStep>,
+    pub(crate) seq: u64,
+    pub(crate) target: Target,
+    pub(crate) fault: Option<ForkStep>,
 }
 
 /// Who is copied.
 #[derive(Debug)]
-pub(super) struct Original<'a> {
+pub(crate) struct Original<'a> {
     /// The VM.
-    pub(super) vm: &'a VmIdentity,
+    pub(crate) vm: &'a VmIdentity,
     /// Its shape.
-    pub(super) config: VmShape,
+    pub(crate) config: VmShape,
     /// Its forks within the last second.
-    pub(super) recent: &'a mut Recent,
+    pub(crate) recent: &'a mut Recent,
     /// What is known of its copies.
-    pub(super) learned: &'a Arc<Learned>,
+    pub(crate) learned: &'a Arc<Learned>,
     /// Whether it was shown another CPU than this platform's guests are.
-    pub(super) is_foreign: bool,
+    pub(crate) is_foreign: bool,
     /// The connection to its node.
-    pub(super) link: &'a PlatformLink,
+    pub(crate) link: &'a PlatformLink,
     /// The process of its node.
-    pub(super) process: Option<&'a Process>,
+    pub(crate) process: Option<&'a Process>,
     /// What counts the files of its forks that are not sealed yet.
-    pub(super) unsealed: &'a Unsealed,
+    pub(crate) unsealed: &'a Unsealed,
 }
 
 impl Original<'_> {
@@ -96,18 +99,18 @@ impl Original<'_> {
 
 /// Where a fork's children come into being.
 #[derive(Debug)]
-pub(super) struct Place {
+pub(crate) struct Place {
     /// The rendezvous, then those of the image.
-    pub(super) files: Vec<File>,
+    pub(crate) files: Vec<File>,
     /// The rendezvous, where there was time to open it.
-    pub(super) rendezvous: Option<Rendezvous>,
+    pub(crate) rendezvous: Option<Rendezvous>,
     /// A shell that has the files.
-    pub(super) standby: Option<Shell>,
+    pub(crate) standby: Option<Shell>,
 }
 
 /// A fork whose children are not all certain to stay yet.
 #[derive(Debug)]
-pub(super) struct Fork {
+pub(crate) struct Fork {
     /// Where parent and children meet, until all of them run.
     rendezvous: Mutex<Option<Arc<Rendezvous>>>,
     /// The processor on which the parent runs, where its children are to be elsewhere.
@@ -144,11 +147,11 @@ struct State {
 
 /// Copies of a fork that is certain.
 #[derive(Debug)]
-pub(super) struct Made {
+pub(crate) struct Made {
     /// Those that run, lowest index first.
-    pub(super) running: Vec<ForkedVm>,
+    pub(crate) running: Vec<ForkedVm>,
     /// Of how many it is not known whether they do.
-    pub(super) unknown: usize,
+    pub(crate) unknown: usize,
 }
 
 impl Error {
@@ -172,7 +175,7 @@ impl Fork {
     ///
     /// # Errors
     /// [`Error::Rendezvous`] where there is no rendezvous: nobody can be told then.
-    pub(super) fn begin(
+    pub(crate) fn begin(
         platform: &Arc<Platform>,
         original: &mut Original<'_>,
         order: &Order,
@@ -241,7 +244,7 @@ impl Fork {
     }
 
     /// One without children yet, whose sides meet there, with the seal of its image.
-    pub(super) fn meeting_in(rendezvous: Arc<Rendezvous>, seal: Arc<Seal>) -> Arc<Self> {
+    pub(crate) fn meeting_in(rendezvous: Arc<Rendezvous>, seal: Arc<Seal>) -> Arc<Self> {
         Arc::new(Self {
             parents_processor: rendezvous.parents_processor(),
             rendezvous: Mutex::new(Some(rendezvous)),
@@ -254,7 +257,7 @@ impl Fork {
         })
     }
 
-    pub(super) fn launch(
+    pub(crate) fn launch(
         self: &Arc<Self>,
         platform: &Arc<Platform>,
         launch: Launch<'_>,
@@ -349,7 +352,7 @@ impl Fork {
     }
 
     /// Says that it can't succeed. The parent calls it off then.
-    pub(super) fn fail(&self, code: ErrorCode, why: Reason) {
+    pub(crate) fn fail(&self, code: ErrorCode, why: Reason) {
         lock(&self.state).failure.get_or_insert((code, why));
         if let Some(rendezvous) = self.rendezvous() {
             tell_failure(&rendezvous);
@@ -357,18 +360,18 @@ impl Fork {
     }
 
     /// Says that so many copies are about to be sent to other platforms.
-    pub(super) fn expect(&self, count: usize) {
+    pub(crate) fn expect(&self, count: usize) {
         lock(&self.state).away += count;
     }
 
     /// Says that so many of them are not on their way any more.
-    pub(super) fn settled(&self, count: usize) {
+    pub(crate) fn settled(&self, count: usize) {
         lock(&self.state).away -= count;
         self.changed.notify_all();
     }
 
     /// Says that it is known what became of so many of them, after all were let run: which run.
-    pub(super) fn sent(&self, count: usize, running: impl IntoIterator<Item = ForkedVm>) {
+    pub(crate) fn sent(&self, count: usize, running: impl IntoIterator<Item = ForkedVm>) {
         let mut state = lock(&self.state);
         state.running.extend(running);
         state.away -= count;
@@ -377,18 +380,18 @@ impl Fork {
     }
 
     /// Says that nobody can tell of so many of them whether they run, after all were let run.
-    pub(super) fn lost_sight(&self, count: usize) {
+    pub(crate) fn lost_sight(&self, count: usize) {
         lock(&self.state).unknown += count;
     }
 
     /// Says that so many of them could not be sent, and will not run.
-    pub(super) fn gone(&self, count: usize, why: Reason) {
+    pub(crate) fn gone(&self, count: usize, why: Reason) {
         self.fail(ErrorCode::Place, why);
         self.settled(count);
     }
 
     /// How long it is until the platform calls it off itself, where it would.
-    pub(super) fn time_left(&self) -> Option<Duration> {
+    pub(crate) fn time_left(&self) -> Option<Duration> {
         Some(lock(&self.until).as_ref()?.saturating_duration_since(Instant::now()))
     }
 
@@ -399,7 +402,7 @@ impl Fork {
 
     /// Calls it off where its parent should have decided long ago what becomes of it: a node that a guest has
     /// broken must not have copies wait here and elsewhere for ever.
-    pub(super) fn end_if_late(&self) {
+    pub(crate) fn end_if_late(&self) {
         if !self.is_late() {
             return;
         }
@@ -411,25 +414,25 @@ impl Fork {
     }
 
     /// Whether nothing can come of it any more.
-    pub(super) fn is_off(&self) -> bool {
+    pub(crate) fn is_off(&self) -> bool {
         let state = lock(&self.state);
         state.is_called_off || state.failure.is_some()
     }
 
     /// Says that nothing is left of a child that has not run.
-    pub(super) fn child_gone(&self, why: Reason) {
+    pub(crate) fn child_gone(&self, why: Reason) {
         self.fail(ErrorCode::Launch, why);
         lock(&self.state).left -= 1;
         self.changed.notify_all();
     }
 
     /// Whether its image is sealed.
-    pub(super) fn seal(&self) -> &Arc<Seal> {
+    pub(crate) fn seal(&self) -> &Arc<Seal> {
         &self.seal
     }
 
     /// Says that its copies will run: its image is sealed, and what is to be kept of it is kept then.
-    pub(super) fn is_certain(&self, platform: &Platform) {
+    pub(crate) fn is_certain(&self, platform: &Platform) {
         // Whoever else says so too waits until the image is there: it must be when its seal is decided.
         let mut keeping = lock(&self.keeping);
         if let Some((keeping, state)) = keeping.take()
@@ -445,14 +448,14 @@ impl Fork {
     }
 
     /// Takes in the parent's report that its copies run: they may be gone before they say so themselves.
-    pub(super) fn is_told_certain(&self, platform: &Platform) {
+    pub(crate) fn is_told_certain(&self, platform: &Platform) {
         if self.rendezvous().is_some_and(|rendezvous| rendezvous.is_committed()) {
             self.is_certain(platform);
         }
     }
 
     /// Says that the child `vm` at the other end of `link` runs: then all will.
-    pub(super) fn child_runs(&self, platform: &Platform, vm: &VmIdentity, link: &Arc<PlatformLink>) {
+    pub(crate) fn child_runs(&self, platform: &Platform, vm: &VmIdentity, link: &Arc<PlatformLink>) {
         self.is_certain(platform);
         let mut state = lock(&self.state);
         state.running.push(ForkedVm {
@@ -470,7 +473,7 @@ impl Fork {
     }
 
     /// Waits until it is known of each copy what became of it, after all were let run, and says which run.
-    pub(super) fn copies(&self) -> Made {
+    pub(crate) fn copies(&self) -> Made {
         let is_waiting = |state: &mut State| state.left > 0 || state.away > 0;
         let waited = self.changed.wait_timeout_while(lock(&self.state), COMMITTED_TIMEOUT, is_waiting);
         let state = waited.unwrap_or_else(PoisonError::into_inner).0;
@@ -492,17 +495,17 @@ impl Fork {
     }
 
     /// The processor on which the parent runs, where its children are to be elsewhere.
-    pub(super) fn parents_processor(&self) -> Option<u32> {
+    pub(crate) fn parents_processor(&self) -> Option<u32> {
         self.parents_processor
     }
 
     /// Whether it can't succeed.
-    pub(super) fn has_failed(&self) -> bool {
+    pub(crate) fn has_failed(&self) -> bool {
         lock(&self.state).failure.is_some()
     }
 
     /// Whether each of its children runs: nothing more can come of it.
-    pub(super) fn is_over(&self) -> bool {
+    pub(crate) fn is_over(&self) -> bool {
         let state = lock(&self.state);
         state.left == 0 && state.away == 0 && state.failure.is_none()
     }
@@ -511,7 +514,7 @@ impl Fork {
     /// platforms are told, or undone once these hear nothing more.
     ///
     /// The parent may commit at any time. Where it has, the children have a while to say themselves that they run.
-    pub(super) fn abort(&self) -> (ErrorCode, Reason) {
+    pub(crate) fn abort(&self) -> (ErrorCode, Reason) {
         let committed = self.rendezvous().is_some_and(|rendezvous| match rendezvous.abort() {
             Ok(aborted) => !aborted,
             Err(error) => {
@@ -542,7 +545,7 @@ impl Fork {
 }
 
 /// Opens the rendezvous that a node has sent.
-pub(super) fn open_rendezvous(file: Option<&File>) -> Result<Rendezvous, Error> {
+pub(crate) fn open_rendezvous(file: Option<&File>) -> Result<Rendezvous, Error> {
     Ok(Rendezvous::open(file.ok_or(Error::NoRendezvous)?.try_clone().map_err(Error::Start)?)?)
 }
 

@@ -15,10 +15,8 @@ use node::wire::ToNode;
 use serde::de::DeserializeOwned;
 use vmfork_abi::ErrorCode;
 
-use super::{
-    Error, Platform,
-    fork::{Fork, Made, Target},
-};
+use super::{Fork, Made, Target};
+use crate::{Error, Platform};
 
 /// How long a VM may take to answer, beyond its longest pause for a fork: until a vCPU has left its guest,
 /// and what has failed is cleared away.
@@ -33,7 +31,7 @@ const PASSED_ON: Duration = Duration::from_secs(3600);
 
 /// The fork that is ordered of one VM, until its node has answered.
 #[derive(Debug, Default)]
-pub(super) struct Ordered(Mutex<Option<Pending>>);
+pub(crate) struct Ordered(Mutex<Option<Pending>>);
 
 #[derive(Debug)]
 struct Pending {
@@ -62,20 +60,20 @@ impl Ordered {
     }
 
     /// Where the copies go, of which the node says that so many are ordered; `None` where they are not.
-    pub(super) fn target(&self, count: u32) -> Option<Target> {
+    pub(crate) fn target(&self, count: u32) -> Option<Target> {
         let pending = lock(&self.0);
         pending.as_ref().filter(|pending| pending.count == count).map(|pending| pending.target.clone())
     }
 
     /// Says that the node has begun to carry it out.
-    pub(super) fn begun(&self, fork: &Arc<Fork>) {
+    pub(crate) fn begun(&self, fork: &Arc<Fork>) {
         if let Some(pending) = &mut *lock(&self.0) {
             pending.fork = Some(Arc::clone(fork));
         }
     }
 
     /// Takes the node's answer; `None` where there is nothing to be answered so.
-    pub(super) fn answered(&self, code: ErrorCode, why: Reason) -> Option<()> {
+    pub(crate) fn answered(&self, code: ErrorCode, why: Reason) -> Option<()> {
         let Pending { fork, caller, .. } = lock(&self.0).take()?;
         let outcome = if code == ErrorCode::None { Ok(fork?) } else { Err((code, why)) };
         // One who waits no longer has been told so.
@@ -138,7 +136,7 @@ impl Platform {
 }
 
 /// What is unknown of an order that was passed on.
-pub(super) fn doubt(error: &client::Error) -> &'static str {
+pub(crate) fn doubt(error: &client::Error) -> &'static str {
     match error {
         client::Error::Exchange { .. } | client::Error::Silent { .. } | client::Error::Answer { .. } => {
             ", and does not say whether it has: `host-vmm ps` tells it where they were to go"
@@ -148,12 +146,12 @@ pub(super) fn doubt(error: &client::Error) -> &'static str {
 }
 
 /// Of how many copies it is not known whether they run.
-pub(super) fn unknown(count: usize) -> String {
+pub(crate) fn unknown(count: usize) -> String {
     if count == 0 { String::new() } else { format!(", and of {count} it is not known whether they do") }
 }
 
 /// What an operator can do about a fork that was not made.
-pub(super) fn advice(code: ErrorCode) -> &'static str {
+pub(crate) fn advice(code: ErrorCode) -> &'static str {
     match code {
         ErrorCode::Busy => "; try again when that is over",
         ErrorCode::Rate => "; try again in a second",

@@ -12,17 +12,17 @@ use types::CopySpec;
 use uuid::Uuid;
 use vmm::{arch::profile::Profile, kvm::Host, memory::Budget};
 
-use super::{
+use crate::{
     Error, Platform,
-    copies::{Copies, Launch},
+    clone::{
+        Clones,
+        filling::{self, Filling},
+        source::IsWanted,
+        supply::{Supplier, Supplies, Supply},
+    },
     fork::Fork,
+    launcher::{Copies, Launch},
     registry::Reservation,
-};
-use crate::clone::{
-    Clones,
-    filling::{self, Filling},
-    source::IsWanted,
-    supply::{Supplier, Supplies, Supply},
 };
 
 /// How often it is looked for clones whose source is gone.
@@ -50,7 +50,7 @@ impl Platform {
     }
 
     /// Looks after them in the background, for as long as the platform is there.
-    pub(super) fn tend_clones(self: &Arc<Self>) -> Result<(), Error> {
+    pub(crate) fn tend_clones(self: &Arc<Self>) -> Result<(), Error> {
         let platform = Arc::downgrade(self);
         let tend = move || {
             while let Some(platform) = platform.upgrade() {
@@ -95,7 +95,7 @@ impl Platform {
 
     /// Whether a VM was shown another CPU than this platform's guests are: it takes other shells then. Where that can't be found out, it is
     /// taken for one.
-    pub(super) fn is_foreign(&self, description: &Description) -> bool {
+    pub(crate) fn is_foreign(&self, description: &Description) -> bool {
         let vcpus = description.about.config.vcpus;
         self.offer().map_or(true, |offer| offer.is_foreign(&description.requirements, vcpus))
     }

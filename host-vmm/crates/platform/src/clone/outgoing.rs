@@ -13,19 +13,19 @@ use cluster::{
 use types::{VmIdentity, VmShape, new_id};
 use uuid::Uuid;
 
-use super::{
+use crate::{
     Error, Platform,
-    copies::{ordered, slots},
-};
-use crate::clone::{
-    Order,
-    source::{self, IsWanted, Progress, Wanted},
-    supply::Supply,
+    clone::{
+        Order,
+        source::{self, IsWanted, Progress, Wanted},
+        supply::Supply,
+    },
+    launcher::{ordered, slots},
 };
 
 /// Clones that are being sent.
 #[derive(Debug, Default)]
-pub(super) struct Transfers(Mutex<Vec<Entry>>);
+pub(crate) struct Transfers(Mutex<Vec<Entry>>);
 
 #[derive(Debug)]
 struct Entry {
@@ -38,16 +38,16 @@ struct Entry {
 }
 
 /// One of them. Dropping it takes it off the list.
-pub(super) struct Listed<'t> {
+pub(crate) struct Listed<'t> {
     transfers: &'t Transfers,
     id: Uuid,
     /// What is told of it.
-    pub(super) progress: Arc<Progress>,
+    pub(crate) progress: Arc<Progress>,
 }
 
 impl Transfers {
     /// Enters the clone with this ID, of copies of an image.
-    pub(super) fn list(&self, id: Uuid, about: &About, to: &str) -> Listed<'_> {
+    pub(crate) fn list(&self, id: Uuid, about: &About, to: &str) -> Listed<'_> {
         let progress = Arc::default();
         let VmIdentity { id: original, name: original_name, .. } = about.original.clone();
         let entry = Entry { id, image: about.id, original, original_name, to: to.to_owned(), progress };
@@ -64,7 +64,7 @@ impl Drop for Listed<'_> {
 }
 
 /// A platform's name, without its cluster's.
-pub(super) fn short(name: &str) -> &str {
+pub(crate) fn short(name: &str) -> &str {
     name.rsplit('/').next().unwrap_or(name)
 }
 
