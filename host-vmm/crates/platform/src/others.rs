@@ -16,11 +16,9 @@ use cluster::{
     placement::{self, Claim, Explanation, Recent, Rules, Share, Unplaceable, Wish},
     tls::Credentials,
 };
+use serde::Deserialize;
 
-use super::{
-    clone::{self, source},
-    config::Orders,
-};
+use super::clone::{self, source};
 
 /// Why a platform can't be asked.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +44,17 @@ pub enum Error {
         /// What can be done.
         advice: &'static str,
     },
+}
+
+/// Who may order clones of what a platform has.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Orders {
+    /// Operators alone.
+    #[default]
+    Operators,
+    /// Other platforms of its cluster too. Each of them can have a VM cloned to itself, and read its memory there.
+    Platforms,
 }
 
 /// A platform's place among others.

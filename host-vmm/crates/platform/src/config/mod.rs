@@ -20,7 +20,7 @@ use cluster::{
 use serde::Deserialize;
 use vmfork_abi::is_vm_type;
 
-use crate::{Keep, Limit};
+use crate::{Keep, Limit, others::Orders};
 
 mod peers;
 
@@ -103,7 +103,7 @@ pub struct PlatformConfig {
     pub listen: Option<SocketAddr>,
     /// The certificates by which platforms know each other; `None`: plaintext, or no other platforms.
     pub tls: Option<Tls>,
-    /// The socket for this host's users; `None`: [`api::default_socket`](api::default_socket).
+    /// The socket for this host's users; `None`: [`api::default_socket`].
     pub api: Option<PathBuf>,
     /// Name of its cluster.
     pub cluster: String,
@@ -161,17 +161,6 @@ impl Default for Sending {
     fn default() -> Self {
         Self { lazy: false, connections: CONNECTIONS, bandwidth: 0, orders: Orders::default() }
     }
-}
-
-/// Who may order clones of what a platform has.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Orders {
-    /// Operators alone.
-    #[default]
-    Operators,
-    /// Other platforms of its cluster too. Each of them can have a VM cloned to itself, and read its memory there.
-    Platforms,
 }
 
 /// Files with certificates, in PEM.
