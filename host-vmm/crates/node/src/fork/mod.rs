@@ -27,7 +27,7 @@ use base::{clock::monotonic_ns, descriptors, error::chain, sync::lock, text::Rea
 use types::{ForkStep, Requester};
 use vmfork_abi::ErrorCode;
 use vmm::{
-    devices::{ControlPageState, Paused},
+    devices::{self, ControlPageState, Device, PausedDevices},
     kvm::{self, TscRate, Vcpu},
     machine::{self, FirstExit, GateError, LeftBehind, Machine, MachineState, Stopped, Successor},
     memory::{self, Changes, Onward},
@@ -73,6 +73,9 @@ pub enum Error {
     /// The state could not be read.
     #[error("can't capture the state")]
     Capture(#[source] kvm::Error),
+    /// The devices could not be saved.
+    #[error("can't save the devices' state")]
+    Devices(#[from] devices::Error),
     /// The memory could not be frozen.
     #[error("can't freeze the memory")]
     Freeze(#[from] memory::Error),
@@ -127,7 +130,7 @@ impl Error {
             Self::Busy(_) | Self::Quiesce(GateError::Busy) => ErrorCode::Busy,
             Self::Quiesce(GateError::Ended) => ErrorCode::NotLaunched,
             Self::Quiesce(GateError::Timeout(_)) | Self::Complete(_) => ErrorCode::Quiesce,
-            Self::Quiesce(GateError::Save(_)) | Self::Capture(_) => ErrorCode::Capture,
+            Self::Quiesce(GateError::Save(_)) | Self::Capture(_) | Self::Devices(_) => ErrorCode::Capture,
             Self::Freeze(_) | Self::Pack(_) => ErrorCode::Freeze,
             Self::Rendezvous(_) | Self::Standby(_) => ErrorCode::Launch,
             Self::Late(_) => ErrorCode::Timeout,
@@ -371,7 +374,7 @@ fn capture(
     order: &ForkOrder,
     vcpu: &Vcpu,
     stopped: &Stopped<'_>,
-    devices: &Paused<'_>,
+    devices: &PausedDevices<'_>,
 ) -> Result<MachineState, Error> {
     // Before the VM's part: reading a vCPU's run state takes in what is pending.
     let mut vcpus = stopped.states(vcpu.save().map_err(Error::Capture)?)?;
@@ -382,7 +385,7 @@ fn capture(
         config: machine.config,
         vcpus,
         vm,
-        devices: devices.save(),
+        devices: devices.save()?,
         control_page: match order {
             ForkOrder::Guest { seq, .. } => ControlPageState::forked(*seq),
             ForkOrder::Operator { .. } => machine.control_page.save()?,

@@ -7,15 +7,15 @@
 //! Header, identity, generation and list are each VM's own. What guest and VMM have said to each other, request and response, is state: a copy that its
 //! guest did not ask for may have been about to ask for something else, or to read an answer, and finds both as they were.
 
-use std::{io, sync::Arc};
+use std::sync::Arc;
 
-use base::random;
 use serde::{Deserialize, Serialize};
 use vmfork_abi::{
     ABI_VERSION, CopyList, Generation, Header, Identity, ListedCopy, MAGIC, PAGE, PAGE_BYTES, REGION_BYTES, Request,
     Response, Status,
 };
 
+use super::{Device, Error, GENERATION_ID_BYTES};
 use crate::{
     arch::layout::{CONTROL_PAGE, GENERATION_ID},
     memory::{self, Mapping},
@@ -31,9 +31,6 @@ pub struct ControlPage {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ControlPageState([[u8; 32]; STATE_BYTES / 32]);
 
-/// Size of a VM generation ID in bytes.
-pub const GENERATION_ID_BYTES: usize = 16;
-
 /// Offset in bytes of the page of the VM generation ID in the mapping.
 pub const GENERATION_ID_OFFSET: usize = REGION_BYTES;
 
@@ -47,16 +44,6 @@ const STATE_BYTES: usize = Request::BYTES + Response::BYTES;
 
 const _: () = assert!(PAGE.request.offset + Request::BYTES == PAGE.response.offset);
 const _: () = assert!(STATE_BYTES.is_multiple_of(32));
-
-/// A new VM generation ID: random bytes that, unlike the VM's ID, its guest's kernel alone is told.
-///
-/// # Errors
-/// Where the system has no random bytes to give.
-pub fn new_generation_id() -> io::Result<[u8; GENERATION_ID_BYTES]> {
-    let mut id = [0; GENERATION_ID_BYTES];
-    random::fill(&mut id)?;
-    Ok(id)
-}
 
 impl ControlPageState {
     /// The state in a copy that the request `seq` has made: it is answered, and nothing is asked for any more.
@@ -123,16 +110,6 @@ impl ControlPage {
         Ok(Request::from_bytes(&bytes))
     }
 
-    /// Copies the state out.
-    ///
-    /// # Errors
-    /// As [`ControlPage::request`].
-    pub fn save(&self) -> Result<ControlPageState, memory::Error> {
-        let mut state = ControlPageState::default();
-        self.mapping.read(PAGE.request.offset, state.0.as_flattened_mut())?;
-        Ok(state)
-    }
-
     /// Writes the state.
     ///
     /// # Errors
@@ -181,6 +158,19 @@ impl ControlPage {
             self.mapping.write(PAGE.copies.offset + CopyList::at(number), &copy.to_bytes())?;
         }
         self.mapping.write(PAGE.copies.offset, &CopyList { seq, count, ..Default::default() }.to_bytes())
+    }
+}
+
+/// No access to it has an exit, so that it needs no seat: it is saved while all vCPUs stand still.
+impl Device for ControlPage {
+    const NAME: &'static str = "control-page";
+    const VERSION: u32 = ABI_VERSION;
+    type State = ControlPageState;
+
+    fn save(&self) -> Result<ControlPageState, Error> {
+        let mut state = ControlPageState::default();
+        self.mapping.read(PAGE.request.offset, state.0.as_flattened_mut())?;
+        Ok(state)
     }
 }
 

@@ -1,11 +1,11 @@
 //! Power off and reset: ACPI's sleep control and reset registers, and the keyboard controller's reset line. They have no state.
 
-use crate::arch::layout::{I8042_PORT, RESET_PORT, SLEEP_CONTROL_PORT};
+use super::bus::{Action, Registers};
 
 /// Sleep type of S5, "soft off", as the DSDT names it.
 pub const SLEEP_TYPE_OFF: u8 = 5;
 
-/// What the FADT tells the guest to write to the reset register.
+/// Value that the FADT tells the guest to write to the reset register.
 pub const RESET_VALUE: u8 = 1;
 
 /// Sleep control register: the sleep type stands in bits 2 to 4, and bit 5 makes it so (ACPI 6.5, 4.8.3.7).
@@ -15,23 +15,29 @@ const SLEEP_ENABLE: u8 = 1 << 5;
 /// Keyboard controller command: pulse the reset line.
 const I8042_RESET: u8 = 0xfe;
 
-/// What a guest does with its power switch.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum PowerEvent {
-    /// It switched itself off.
-    Off,
-    /// It reset itself: a reboot, or a panic with `panic=-1`.
+/// Register of one byte, which reads as ones.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum PowerRegister {
+    /// ACPI's sleep control register.
+    SleepControl,
+    /// ACPI's reset register.
     Reset,
+    /// Command port of the keyboard controller.
+    KeyboardController,
 }
 
-/// Serves a write to one of the power ports.
-pub(super) fn write(port: u16, value: u8) -> Option<PowerEvent> {
-    match (port, value) {
-        (SLEEP_CONTROL_PORT, value) if value == SLEEP_ENABLE | SLEEP_TYPE_OFF << SLEEP_TYPE_SHIFT => {
-            Some(PowerEvent::Off)
+impl Registers for PowerRegister {
+    fn read(&self, _offset: u64, _data: &mut [u8]) {}
+
+    fn write(&self, _offset: u64, data: &[u8]) -> Option<Action> {
+        let [value] = data else { return None };
+        match (self, *value) {
+            (Self::SleepControl, value) if value == SLEEP_ENABLE | SLEEP_TYPE_OFF << SLEEP_TYPE_SHIFT => {
+                Some(Action::PowerOff)
+            }
+            (Self::Reset, RESET_VALUE) | (Self::KeyboardController, I8042_RESET) => Some(Action::Reset),
+            _ => None,
         }
-        (RESET_PORT, RESET_VALUE) | (I8042_PORT, I8042_RESET) => Some(PowerEvent::Reset),
-        _ => None,
     }
 }
 
@@ -41,11 +47,16 @@ mod tests {
 
     #[test]
     fn only_the_right_values_do_something() {
-        assert_eq!(write(SLEEP_CONTROL_PORT, 0x34), Some(PowerEvent::Off));
-        assert_eq!(write(SLEEP_CONTROL_PORT, 0x14), None);
-        assert_eq!(write(RESET_PORT, 1), Some(PowerEvent::Reset));
-        assert_eq!(write(RESET_PORT, 0), None);
-        assert_eq!(write(I8042_PORT, 0xfe), Some(PowerEvent::Reset));
-        assert_eq!(write(I8042_PORT, 0xed), None);
+        for (register, value, action) in [
+            (PowerRegister::SleepControl, 0x34, Some(Action::PowerOff)),
+            (PowerRegister::SleepControl, 0x14, None),
+            (PowerRegister::Reset, 1, Some(Action::Reset)),
+            (PowerRegister::Reset, 0, None),
+            (PowerRegister::KeyboardController, 0xfe, Some(Action::Reset)),
+            (PowerRegister::KeyboardController, 0xed, None),
+        ] {
+            assert_eq!(register.write(0, &[value]), action, "{register:?} {value:#x}");
+        }
+        assert_eq!(PowerRegister::Reset.write(0, &[]), None);
     }
 }

@@ -8,21 +8,14 @@ use vm_superio::{
     serial::{Error as SerialError, NoEvents, Serial as Uart},
 };
 
+use super::{
+    Device, Error, Seat,
+    bus::{Action, Registers},
+};
 use crate::{
     arch::layout::SERIAL_GSI,
     kvm::{self, CurrentVm},
 };
-
-/// What can go wrong with the console.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// The state holds more input than the device can.
-    #[error("the serial console's state is not valid: {0}")]
-    State(String),
-    /// The input could not be announced to the guest.
-    #[error("the serial console can't take input: {0}")]
-    Console(String),
-}
 
 /// The console's interrupt line.
 #[derive(Debug)]
@@ -38,14 +31,11 @@ impl Trigger for Interrupt {
 
 /// The serial console.
 #[derive(Debug)]
-pub struct Serial {
+pub(super) struct Serial {
     uart: Uart<Interrupt, NoEvents, File>,
     /// Whether something was written to it since it was made; not part of the state.
     has_output: bool,
 }
-
-/// Version of the state: another one with each change of [`SerialState`].
-pub(super) const VERSION: u32 = 1;
 
 /// All registers of the console, and the input that the guest has not read yet.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -71,30 +61,19 @@ impl SerialState {
 
 impl Serial {
     /// A console as it is after power-on.
-    pub(super) fn new(vm: &Arc<CurrentVm>, output: File) -> Self {
+    pub(super) fn power_on(vm: &Arc<CurrentVm>, output: File) -> Self {
         Self { uart: Uart::new(Interrupt(Arc::clone(vm)), output), has_output: false }
     }
 
     /// A console with this state. An interrupt that was pending is raised again.
     pub(super) fn restore(state: &SerialState, vm: &Arc<CurrentVm>, output: File) -> Result<Self, Error> {
         let uart = Uart::from_state(&state.into(), Interrupt(Arc::clone(vm)), NoEvents, output)
-            .map_err(|error| Error::State(error.to_string()))?;
+            .map_err(|error| Error::State { device: Self::NAME, why: error.to_string() })?;
         Ok(Self { uart, has_output: false })
     }
 
-    /// The state.
-    pub(super) fn save(&self) -> SerialState {
-        self.uart.state().into()
-    }
-
-    /// Reads a register.
-    pub(super) fn read(&mut self, register: u16) -> u8 {
-        u8::try_from(register).map_or(0xff, |register| self.uart.read(register))
-    }
-
     /// Writes a register. Output that nobody takes, since the platform is gone, is lost; the guest can't help it.
-    pub(super) fn write(&mut self, register: u16, value: u8) {
-        let Ok(register) = u8::try_from(register) else { return };
+    fn write(&mut self, register: u8, value: u8) {
         self.has_output |= register == 0;
         if let Err(error) = self.uart.write(register, value) {
             tracing::debug!(%error, "a byte of console output is lost");
@@ -114,6 +93,32 @@ impl Serial {
             Err(SerialError::FullFifo) => Ok(0),
             Err(error) => Err(Error::Console(error.to_string())),
         }
+    }
+}
+
+impl Device for Serial {
+    const NAME: &'static str = "serial";
+    const VERSION: u32 = 1;
+    type State = SerialState;
+
+    fn save(&self) -> Result<SerialState, Error> {
+        Ok(self.uart.state().into())
+    }
+}
+
+/// Registers of one byte each.
+impl Registers for Seat<Serial> {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        if let (Ok(register), [byte]) = (u8::try_from(offset), data) {
+            *byte = self.access().uart.read(register);
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> Option<Action> {
+        if let (Ok(register), [byte]) = (u8::try_from(offset), data) {
+            self.access().write(register, *byte);
+        }
+        None
     }
 }
 

@@ -8,8 +8,8 @@ use vmfork_abi::doorbell;
 
 use super::{Machine, gate::Passage};
 use crate::{
-    arch::layout::{CONTROL_PAGE, DOORBELL_PORT},
-    devices::power::PowerEvent,
+    arch::layout::CONTROL_PAGE,
+    devices::bus::{Action, Space},
     kvm::{self, Exit, Vcpu},
 };
 
@@ -96,21 +96,16 @@ fn serve_vcpu(machine: &Machine, mut vcpu: Vcpu, answer: impl Fn(&mut Vcpu, Call
 
 fn serve(machine: &Machine, exit: Exit<'_>) -> Next {
     match exit {
-        Exit::PortWrite { port: DOORBELL_PORT, data } => Next::Ring(data.try_into().ok().map(u32::from_le_bytes)),
-        Exit::PortWrite { port, data } => match machine.devices.write_port(port, data) {
-            None => Next::Run,
-            Some(PowerEvent::Off) => Next::End(ExitReason::PoweredOff),
-            Some(PowerEvent::Reset) => Next::End(ExitReason::Reset),
-        },
+        Exit::PortWrite { port, data } => act(machine.devices.write(Space::Ports, port.into(), data)),
         Exit::PortRead { port, data } => {
-            machine.devices.read_port(port, data);
+            machine.devices.read(Space::Ports, port.into(), data);
             Next::Run
         }
-        Exit::MmioRead { data, .. } => {
-            data.fill(0xff);
+        Exit::MmioWrite { gpa, data } => act(machine.devices.write(Space::Memory, gpa.0, data)),
+        Exit::MmioRead { gpa, data } => {
+            machine.devices.read(Space::Memory, gpa.0, data);
             Next::Run
         }
-        Exit::MmioWrite { .. } => Next::Run,
         Exit::Hypercall { number, arguments, result } => {
             let (answer, next) = hypercall(number, arguments);
             *result = answer.cast_unsigned();
@@ -119,6 +114,16 @@ fn serve(machine: &Machine, exit: Exit<'_>) -> Next {
         Exit::Interrupted => Next::Pass,
         Exit::Shutdown => Next::End(ExitReason::Reset),
         Exit::Broken(why) => Next::End(ExitReason::Broken(why.into())),
+    }
+}
+
+/// Does what a device asks for.
+fn act(action: Option<Action>) -> Next {
+    match action {
+        None => Next::Run,
+        Some(Action::Ring(command)) => Next::Ring(command),
+        Some(Action::PowerOff) => Next::End(ExitReason::PoweredOff),
+        Some(Action::Reset) => Next::End(ExitReason::Reset),
     }
 }
 

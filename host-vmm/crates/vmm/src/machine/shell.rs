@@ -2,7 +2,6 @@
 
 use std::{
     fs::File,
-    io,
     sync::{Arc, Mutex},
 };
 
@@ -12,11 +11,11 @@ use super::{Built, Exits, Gate, Machine, MachineState, Spare};
 use crate::{
     arch::{
         VcpuId, cpuid,
-        layout::{CONTROL_PAGE, CONTROL_REGION_BYTES, GENERATION_ID, GENERATION_ID_GSI, ram_pieces},
+        layout::{CONTROL_PAGE, CONTROL_REGION_BYTES, GENERATION_ID, ram_pieces},
         regs,
     },
     boot::{self, Payload},
-    devices::{self, ControlPage, ControlPageState, Devices, DevicesState, GENERATION_ID_OFFSET, new_generation_id},
+    devices::{self, ControlPage, ControlPageState, Devices, DevicesState, GENERATION_ID_OFFSET},
     kvm::{self, CurrentVm, Host, Model, Time, TscRate, Vcpu, Vm},
     memory::{self, Faults, Ground, Image, Mapping, PageMap, View, WorkingSet},
 };
@@ -36,12 +35,9 @@ pub enum Error {
     /// The kernel can't be booted.
     #[error("can't boot the kernel")]
     Boot(#[from] boot::Error),
-    /// A device can't take its state.
-    #[error("can't restore a device")]
+    /// A device can't be built, or take its state.
+    #[error("can't build the VM's devices")]
     Device(#[from] devices::Error),
-    /// No generation ID could be drawn.
-    #[error("the system has no random bytes for the VM's generation ID")]
-    GenerationId(#[source] io::Error),
     /// State and image don't fit together.
     #[error("the state is not one of this image: {0}")]
     Mismatch(&'static str),
@@ -197,9 +193,8 @@ impl Shell {
         if let Some(first) = vcpus.first() {
             first.set_entry(&regs::entry(entry), regs::entry_system)?;
         }
-        control_page.write_generation_id(&new_generation_id().map_err(Error::GenerationId)?)?;
         let vm = Arc::new(CurrentVm::new(vm));
-        let devices = Devices::new(&vm, console);
+        let devices = Devices::power_on(&vm, config.ram_bytes, &control_page, console)?;
         let tsc_khz = workshop.host.model.tsc_khz;
         let (clock_began_ns, faults) = (None, None);
         Ok(Unnamed { workshop, config, vm, memory, control_page, devices, vcpus, tsc_khz, clock_began_ns, faults })
@@ -226,14 +221,8 @@ impl Shell {
         let restored = self.take_state(state, image, Time::FromCapture, faults.as_ref())?;
         let Restored { vm, vcpus, memory, clock_began_ns } = restored;
         let vm = Arc::new(CurrentVm::new(vm));
-        let devices = Devices::restore(&state.devices, &vm, console)?;
         control_page.restore(&state.control_page)?;
-        if state.devices.has_generation_id() {
-            // Every copy comes by here, whoever asked for it. The interrupt is pending when its first vCPU
-            // begins to run: the I/O APIC and the local ones have their state by now.
-            control_page.write_generation_id(&new_generation_id().map_err(Error::GenerationId)?)?;
-            vm.get().pulse(GENERATION_ID_GSI)?;
-        }
+        let devices = Devices::restore(&state.devices, &vm, config.ram_bytes, &control_page, console)?;
         let tsc_khz = state.tsc_khz.or(workshop.host.model.tsc_khz);
         let clock_began_ns = Some(clock_began_ns);
         Ok(Unnamed { workshop, config, vm, memory, control_page, devices, vcpus, tsc_khz, clock_began_ns, faults })
