@@ -145,7 +145,7 @@ pub(crate) struct Run {
     #[arg(long)]
     pub(crate) no_prefetch: bool,
     /// For tests: let the booted VM's forks fail, one for each step that is named, in order. A fork with
-    /// `first-run` does not fail: in its copies, the other vCPUs run 50 ms before the first one.
+    /// `first-run` does not fail: in its copies, the other vCPUs have 50 ms of processor time before the first one runs.
     #[arg(long, value_name = "STEP", value_delimiter = ',', hide = true)]
     pub(crate) inject_fault: Vec<ForkStep>,
 }

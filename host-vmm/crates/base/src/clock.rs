@@ -14,6 +14,11 @@ pub fn monotonic_raw_ns() -> u64 {
     nanoseconds(ClockId::CLOCK_MONOTONIC_RAW)
 }
 
+/// Time for which threads of this process have had a processor.
+pub fn processor_time() -> Duration {
+    Duration::from_nanos(nanoseconds(ClockId::CLOCK_PROCESS_CPUTIME_ID))
+}
+
 /// Wall-clock time in nanoseconds since 1970 (UTC).
 pub fn wall_clock_ns() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();

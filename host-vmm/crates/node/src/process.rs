@@ -25,7 +25,7 @@ use crate::{
     wire::{CopyOrder, NodeLink, Spawn, ToNode, ToPlatform, link},
 };
 
-/// For how long a fault keeps a copy's first vCPU from running.
+/// Processor time that a copy's other vCPUs have before its first one runs, where a fault asks for it.
 const LATE: Duration = Duration::from_millis(50);
 
 /// A machine that may run.

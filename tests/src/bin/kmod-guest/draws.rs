@@ -4,6 +4,7 @@ use std::{
     fs::{self, File, OpenOptions},
     io::{self, ErrorKind, Read, Seek, SeekFrom},
     os::unix::fs::OpenOptionsExt,
+    path::Path,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -12,7 +13,7 @@ use std::{
     time::Instant,
 };
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, anyhow, bail, ensure};
 use nix::{
     libc,
     sched::{CpuSet, sched_setaffinity},
@@ -52,6 +53,9 @@ fn draw(page: &Page) -> anyhow::Result<Draw> {
 /// Draws on the last CPU while the module forks the VM on the first one. Each VM prints what it has drawn
 /// around the fork: a copy since it began, the parent before and after the call has returned.
 pub(crate) fn run(count: u32) -> anyhow::Result<()> {
+    // It would reseed the generator too, a moment after a copy's start.
+    let driver = Path::new("/sys/bus/platform/drivers/vmgenid");
+    ensure!(!driver.exists(), "the driver of the VM generation ID is there: the module is not alone");
     let file = device::open()?;
     let page = Page::map(&file, 0)?;
     let booted = page.generation();
