@@ -28,8 +28,9 @@ pub(crate) enum Task {
     Bench(Bench),
     /// Run a command in the lab: a machine, emulated by QEMU, that has a complete /dev/kvm
     ///
-    /// There, host-vmm, vmfork, demo and bench are on PATH, and kernel and images in $VMFORK_ASSETS. Standard output and error
-    /// both come back as standard output; the exit code comes back too. 124 is a time-out, 130 an interrupt.
+    /// There, host-vmm, vmfork, demo and bench are on PATH, and kernel and images in $VMFORK_ASSETS. Standard
+    /// output and error both come back as standard output; the exit code comes back too. 124 is a time-out,
+    /// 130 an interrupt.
     Lab(Lab),
     /// Build the guest images, and print their paths
     Image,
@@ -140,7 +141,9 @@ mod tests {
 
     #[test]
     fn demo_gets_its_arguments() {
-        let Task::Demo(demo) = Cli::parse_from(["xtask", "demo", "--json", "--mem", "1G"]).task else { panic!() };
+        let Task::Demo(demo) = Cli::parse_from(["xtask", "demo", "--json", "--mem", "1G"]).task else {
+            panic!()
+        };
         assert_eq!(demo.arguments, ["--json", "--mem", "1G"]);
         assert_eq!(demo.kernel, Which::Debian);
         let line = ["xtask", "demo", "--kernel", "lean", "--json"];
@@ -152,7 +155,10 @@ mod tests {
     fn tests_take_rounds_and_a_filter() {
         let line = ["xtask", "test", "--rounds", "100", "--debug-kernel", "killed"];
         let Task::Test(test) = Cli::parse_from(line).task else { panic!() };
-        assert_eq!((test.rounds, test.debug_kernel, test.filter.as_deref()), (Some(100), true, Some("killed")));
+        assert_eq!(
+            (test.rounds, test.debug_kernel, test.filter.as_deref()),
+            (Some(100), true, Some("killed"))
+        );
     }
 
     #[test]

@@ -33,7 +33,10 @@ pub(crate) fn command(steps: &mut Steps, arguments: &cli::Kernel) -> Result<u8> 
     println!("{}", kernel.lean.vmlinuz.display());
     match &kernel.module {
         Some(module) => println!("{}", module.display()),
-        None => eprintln!("xtask: there is no module to build: no {}", module_dir(&workspace).join("Kbuild").display()),
+        None => eprintln!(
+            "xtask: there is no module to build: no {}",
+            module_dir(&workspace).join("Kbuild").display()
+        ),
     }
     Ok(0)
 }

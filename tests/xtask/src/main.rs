@@ -1,7 +1,8 @@
 //! `cargo xtask`: the demo, every test, and the lab.
 //!
-//! Programs run on this machine's KVM where `host-vmm check` finds it usable. Elsewhere the same programs run in the
-//! **lab**: QEMU, whose software CPU has AMD's virtualisation, booting Debian's kernel with a /dev/kvm of its own.
+//! Programs run on this machine's KVM where `host-vmm check` finds it usable. Elsewhere the same programs run
+//! in the **lab**: QEMU, whose software CPU has AMD's virtualisation, booting Debian's kernel with a /dev/kvm
+//! of its own.
 //!
 //! What it makes is below cargo's target directory:
 //!

@@ -25,7 +25,8 @@ pub(crate) fn run() -> Result<()> {
     for program in ["apt-get", "apt-cache", "apt-config", "dpkg-deb"] {
         if !is_installed(program) {
             bail!(
-                "{program} is not installed: guest images are built from Debian's packages, so this needs Debian or one of its derivatives"
+                "{program} is not installed: guest images are built from Debian's packages, so this needs \
+                 Debian or one of its derivatives"
             );
         }
     }
@@ -79,7 +80,8 @@ fn find_or_install(compiler: Compiler) -> Result<Tools> {
     Ok(Tools::find(compiler)?)
 }
 
-/// The etcd for tests: this machine's own, or else Debian's, which is unpacked and not installed: an installed one is a service that runs.
+/// The etcd for tests: this machine's own, or else Debian's, which is unpacked and not installed: an
+/// installed one is a service that runs.
 pub(crate) fn etcd(workspace: &Workspace) -> Result<PathBuf> {
     if let Some(own) = find(ETCD) {
         return Ok(own);

@@ -21,8 +21,8 @@ struct Program {
     name: &'static str,
     step: &'static str,
     step_in_lab: &'static str,
-    /// How many of its tests run at a time. The lab has one processor. The timers of two tests' Linux guests, of 8 vCPUs and more in several
-    /// copies, can take all of it.
+    /// How many of its tests run at a time. The lab has one processor. The timers of two tests' Linux guests,
+    /// of 8 vCPUs and more in several copies, can take all of it.
     at_once_in_lab: &'static str,
     /// It needs the lean kernel, and the module.
     of_lean_kernel: bool,
@@ -110,8 +110,9 @@ fn build(steps: &mut Steps, workspace: Workspace, arguments: &cli::Test) -> Opti
     let filter = arguments.filter.as_deref();
     let programs = steps.part("build", Executables::programs);
     let tests = steps.part("build of the tests", Executables::tests);
-    let etcd =
-        steps.parts_if_possible("tests with an etcd", |steps| steps.quiet("setup of etcd", || setup::etcd(&workspace)));
+    let etcd = steps.parts_if_possible("tests with an etcd", |steps| {
+        steps.quiet("setup of etcd", || setup::etcd(&workspace))
+    });
     steps.part("unit tests", || {
         let others = ["test", "--release", "--no-fail-fast", "--workspace", "--exclude=vmfork-tests", "--"];
         let etcd = etcd.as_deref().map(|program| ("VMFORK_ETCD", program));
@@ -129,7 +130,8 @@ fn build(steps: &mut Steps, workspace: Workspace, arguments: &cli::Test) -> Opti
 
 /// Runs the programs of end-to-end tests; breaks off where they are interrupted.
 fn run_programs(steps: &mut Steps, built: &Built, arguments: &cli::Test) -> ControlFlow<()> {
-    let here = |program: &Program, etcd| here(&built.tests.path(program.name)?, arguments, &built.assets, etcd);
+    let here =
+        |program: &Program, etcd| here(&built.tests.path(program.name)?, arguments, &built.assets, etcd);
     if let Some(error) = setup::kvm_error() {
         eprintln!("xtask: tests on bare guests run in the lab alone: /dev/kvm can't be opened: {error}");
     } else {
@@ -154,7 +156,8 @@ fn run_programs(steps: &mut Steps, built: &Built, arguments: &cli::Test) -> Cont
         }
         Some(false) => {
             eprintln!(
-                "xtask: this machine's KVM can't run Linux guests (`host-vmm check` says why): they run in the lab"
+                "xtask: this machine's KVM can't run Linux guests (`host-vmm check` says why): \
+                 they run in the lab"
             );
             run_in_lab(steps, built, arguments, &[&[&BARE], linux.as_slice()].concat())
         }
@@ -165,7 +168,12 @@ fn run_programs(steps: &mut Steps, built: &Built, arguments: &cli::Test) -> Cont
     }
 }
 
-fn run_in_lab(steps: &mut Steps, built: &Built, arguments: &cli::Test, programs: &[&Program]) -> ControlFlow<()> {
+fn run_in_lab(
+    steps: &mut Steps,
+    built: &Built,
+    arguments: &cli::Test,
+    programs: &[&Program],
+) -> ControlFlow<()> {
     if steps.parts("setup of the lab", |steps| steps.quiet("setup of the lab", setup::qemu)).is_none() {
         programs.iter().for_each(|program| steps.skip(program.step_in_lab, NEEDS));
         return ControlFlow::Continue(());

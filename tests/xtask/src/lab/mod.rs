@@ -1,7 +1,8 @@
 //! The lab: a machine, emulated by QEMU, whose CPU has AMD's virtualisation with nested paging.
 //!
-//! It boots Debian's kernel with an initramfs of two parts: the lab's own image, which changes as rarely as the kernel,
-//! and one made for the run, with the programs, the assets and the command. Nothing is mounted, and there is no network.
+//! It boots Debian's kernel with an initramfs of two parts: the lab's own image, which changes as rarely as
+//! the kernel, and one made for the run, with the programs, the assets and the command. Nothing is mounted,
+//! and there is no network.
 
 mod qemu;
 mod streams;
@@ -54,8 +55,11 @@ pub(crate) fn command(steps: &mut Steps, arguments: &cli::Lab) -> Result<u8> {
     let programs = steps.run("build", Executables::programs)?;
     let lean = kernel::wanted(steps, &workspace, arguments.kernel)?;
     let assets = Assets::build(steps, &workspace, &programs, lean.as_ref())?;
-    let mut job =
-        Job { command: arguments.command.clone(), files: arguments.files.clone(), limit: arguments.limit.duration() };
+    let mut job = Job {
+        command: arguments.command.clone(),
+        files: arguments.files.clone(),
+        limit: arguments.limit.duration(),
+    };
     for program in ["demo", "bench"] {
         job.add_program(program, &programs)?;
     }
@@ -80,8 +84,10 @@ impl Job {
     /// Runs it in a lab of its own, and returns its exit code.
     pub(crate) fn run(&self, workspace: &Workspace, assets: &Assets) -> Result<u8> {
         let dir = workspace.target.join("lab");
-        let mut initrd = tempfile::tempfile_in(&dir).with_context(|| format!("can't write in {}", dir.display()))?;
-        let mut base = fs::File::open(&assets.lab).with_context(|| format!("can't read {}", assets.lab.display()))?;
+        let mut initrd =
+            tempfile::tempfile_in(&dir).with_context(|| format!("can't write in {}", dir.display()))?;
+        let mut base =
+            fs::File::open(&assets.lab).with_context(|| format!("can't read {}", assets.lab.display()))?;
         io::copy(&mut base, &mut initrd).context("can't copy the lab's image")?;
         self.payload(&assets.dir)?.write(&mut initrd)?;
         qemu::run(&assets.dir.join("vmlinuz"), &initrd, &dir, self.limit)

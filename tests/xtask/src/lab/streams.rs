@@ -1,7 +1,7 @@
 //! Standard input and output of the command in the lab.
 //!
-//! QEMU gets pipes. It would set a terminal's own streams to non-blocking, for this process too, and leave them so if it
-//! is killed.
+//! QEMU gets pipes. It would set a terminal's own streams to non-blocking, for this process too, and leave
+//! them so if it is killed.
 
 use std::fs;
 use std::io::{self, IsTerminal, Read, Write, stdin, stdout};
@@ -31,15 +31,17 @@ pub(super) struct Input {
 }
 
 impl Input {
-    /// Copies standard input to `pipe` from now on, until one of them ends. A terminal hands over each key as it is
-    /// pressed, but still turns Ctrl-C into a signal.
+    /// Copies standard input to `pipe` from now on, until one of them ends. A terminal hands over each key as
+    /// it is pressed, but still turns Ctrl-C into a signal.
     pub(super) fn connect(&mut self, mut pipe: ChildStdin) -> Result<()> {
         if stdin().is_terminal() {
             let before = termios::tcgetattr(stdin()).context("can't read the terminal's settings")?;
             let mut keys = before.clone();
-            keys.input_flags.remove(InputFlags::ICRNL | InputFlags::INLCR | InputFlags::IGNCR | InputFlags::IXON);
+            keys.input_flags
+                .remove(InputFlags::ICRNL | InputFlags::INLCR | InputFlags::IGNCR | InputFlags::IXON);
             keys.local_flags.remove(LocalFlags::ECHO | LocalFlags::ICANON | LocalFlags::IEXTEN);
-            termios::tcsetattr(stdin(), SetArg::TCSANOW, &keys).context("can't change the terminal's settings")?;
+            termios::tcsetattr(stdin(), SetArg::TCSANOW, &keys)
+                .context("can't change the terminal's settings")?;
             self.terminal = Some(before);
         }
         thread::spawn(move || copy(&mut stdin(), &mut pipe));
