@@ -2,18 +2,17 @@
 
 use std::env;
 use std::ffi::{OsStr, OsString};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
+use cargo_metadata::{Metadata, MetadataCommand};
 use serde::Deserialize;
 
 /// Where the workspace is, and where cargo builds it.
-#[derive(Debug, Deserialize)]
+#[derive(Debug)]
 pub(crate) struct Workspace {
-    #[serde(rename = "workspace_root")]
     pub(crate) root: PathBuf,
-    #[serde(rename = "target_directory")]
     pub(crate) target: PathBuf,
 }
 
@@ -36,8 +35,8 @@ struct Target {
 impl Workspace {
     /// Asks cargo.
     pub(crate) fn find() -> Result<Self> {
-        let output = output(&["metadata", "--no-deps", "--format-version=1"])?;
-        serde_json::from_slice(&output).context("can't read what `cargo metadata` printed")
+        let metadata = metadata(&["--no-deps"])?;
+        Ok(Self { root: metadata.workspace_root.into(), target: metadata.target_directory.into() })
     }
 }
 
@@ -54,8 +53,7 @@ impl Executables {
     }
 
     fn build(arguments: &[&str]) -> Result<Self> {
-        let output = output(&[arguments, &["--message-format=json-render-diagnostics"]].concat())?;
-        Ok(Self::in_messages(&String::from_utf8_lossy(&output)))
+        Ok(Self::in_messages(&text(&[arguments, &["--message-format=json-render-diagnostics"]].concat())?))
     }
 
     fn in_messages(messages: &str) -> Self {
@@ -72,16 +70,27 @@ impl Executables {
 
 /// Runs cargo with its output shown.
 pub(crate) fn run(arguments: &[&str]) -> Result<()> {
-    run_with(arguments, None)
+    run_with(arguments, &[])
 }
 
-/// Runs cargo with its output shown, and with a variable in its environment that names a file.
-pub(crate) fn run_with(arguments: &[&str], variable: Option<(&str, &Path)>) -> Result<()> {
-    let status = command(arguments).envs(variable).status().context("can't run cargo")?;
+/// Runs cargo with its output shown, and with more variables in its environment.
+pub(crate) fn run_with(arguments: &[&str], variables: &[(&str, &OsStr)]) -> Result<()> {
+    let status = command(arguments).envs(variables.iter().copied()).status().context("can't run cargo")?;
     if !status.success() {
         bail!("`cargo {}` failed: {status}", arguments.join(" "));
     }
     Ok(())
+}
+
+/// What `cargo metadata` says of the workspace.
+pub(crate) fn metadata(arguments: &[&str]) -> Result<Metadata> {
+    let text = text(&[&["metadata", "--format-version=1"], arguments].concat())?;
+    MetadataCommand::parse(text).context("can't read what `cargo metadata` printed")
+}
+
+/// Runs cargo with its messages shown, and returns what it prints.
+pub(crate) fn text(arguments: &[&str]) -> Result<String> {
+    Ok(String::from_utf8_lossy(&output(arguments)?).into_owned())
 }
 
 /// Runs cargo with its messages shown, and returns its standard output.

@@ -22,6 +22,10 @@ pub(crate) enum Task {
     /// What fails does not keep the rest from being run. The last line counts the parts that passed, failed
     /// and were skipped. With CI=true in the environment, what is skipped counts as failed.
     Test(Test),
+    /// Check style: arrows between crates and modules, columns, lengths, licences, dependencies
+    ///
+    /// It takes seconds. Each failure says where, what, and what to do.
+    Tidy,
     /// Measure what forks take on this machine's /dev/kvm, beside the floor that it sets
     ///
     /// Table, JSON and plots go to target/bench.

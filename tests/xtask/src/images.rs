@@ -7,14 +7,13 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
-use initramfs::image::ImageBuilder;
+use initramfs::image::{self, ImageBuilder};
 use initramfs::kernel::{Kernel as DebianKernel, module};
 use initramfs::packages::Packages;
 use initramfs::recipes;
 
 use crate::cargo::{Executables, Workspace};
 use crate::kernel::Kernel;
-use crate::lab;
 use crate::steps::Steps;
 
 /// Everything that was built, and where it is.
@@ -82,9 +81,17 @@ impl Assets {
         add_module(&mut python, lean);
         add_demo(&mut python, &workspace.root.join("tests/demo"))?;
         python.file("/usr/bin/vmfork", 0o755, &vmfork).build(&dir, "python")?;
-        let lab = lab::image(&packages, &kernel)?.build(&workspace.target.join("lab"), "lab")?.path;
+        let lab = lab_image(&packages, &kernel)?.build(&workspace.target.join("lab"), "lab")?.path;
         Ok((Self { dir, lab }, kernel.notice()))
     }
+}
+
+/// The lab's own image.
+fn lab_image(packages: &Packages, kernel: &DebianKernel) -> Result<ImageBuilder, image::Error> {
+    let mut image = recipes::base(packages)?;
+    image.bytes("/init", 0o755, include_str!("lab/init.sh"));
+    image.modules(kernel, &["kvm-amd"])?;
+    Ok(image)
 }
 
 /// Puts a kernel into `dir`, with a line that says what it is.

@@ -22,6 +22,7 @@ mod probe;
 mod setup;
 mod steps;
 mod test;
+mod tidy;
 
 use std::process::ExitCode;
 
@@ -45,6 +46,7 @@ fn run(task: Task) -> Result<u8> {
     let mut steps = Steps::default();
     match task {
         Task::Demo(arguments) => demo::run(&mut steps, &arguments),
+        Task::Tidy => tidy::command(&mut steps),
         Task::Test(arguments) => test::run(&mut steps, &arguments),
         Task::Bench(arguments) => bench::run(&mut steps, &arguments),
         Task::Lab(arguments) => lab::command(&mut steps, &arguments),

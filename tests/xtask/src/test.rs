@@ -15,6 +15,7 @@ use crate::lab::{INTERRUPTED, Job};
 use crate::probe::is_kvm_usable;
 use crate::setup;
 use crate::steps::Steps;
+use crate::tidy;
 
 /// A program of end-to-end tests, from `tests/tests`.
 struct Program {
@@ -95,6 +96,8 @@ pub(crate) fn run(steps: &mut Steps, arguments: &cli::Test) -> Result<u8> {
 }
 
 fn check_sources(steps: &mut Steps, workspace: &Workspace) {
+    steps.part("tidy", || tidy::check(workspace));
+    steps.part("supply", || tidy::check_supply(workspace));
     steps.parts("setup", |steps| steps.quiet("setup", setup::run));
     steps.part("format", || {
         cargo::run(&["fmt", "--all", "--check"])?;
@@ -115,8 +118,8 @@ fn build(steps: &mut Steps, workspace: Workspace, arguments: &cli::Test) -> Opti
     });
     steps.part("unit tests", || {
         let others = ["test", "--release", "--no-fail-fast", "--workspace", "--exclude=vmfork-tests", "--"];
-        let etcd = etcd.as_deref().map(|program| ("VMFORK_ETCD", program));
-        cargo::run_with(&[&others, filter.as_slice()].concat(), etcd)
+        let etcd = etcd.as_deref().map(|program| ("VMFORK_ETCD", program.as_os_str()));
+        cargo::run_with(&[&others, filter.as_slice()].concat(), etcd.as_slice())
     });
     steps.part("unit tests of the tests", || {
         let own = ["test", "--release", "--no-fail-fast", "--package=vmfork-tests", "--lib", "--bins", "--"];

@@ -14,10 +14,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use initramfs::image::{self, ImageBuilder};
-use initramfs::kernel::Kernel;
-use initramfs::packages::Packages;
-use initramfs::recipes;
+use initramfs::image::ImageBuilder;
 
 use crate::cargo::{Executables, Workspace};
 use crate::cli;
@@ -64,14 +61,6 @@ pub(crate) fn command(steps: &mut Steps, arguments: &cli::Lab) -> Result<u8> {
         job.add_program(program, &programs)?;
     }
     steps.run("lab", || job.run(&workspace, &assets))
-}
-
-/// The lab's own image.
-pub(crate) fn image(packages: &Packages, kernel: &Kernel) -> Result<ImageBuilder, image::Error> {
-    let mut image = recipes::base(packages)?;
-    image.bytes("/init", 0o755, include_str!("init.sh"));
-    image.modules(kernel, &["kvm-amd"])?;
-    Ok(image)
 }
 
 impl Job {
