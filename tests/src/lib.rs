@@ -4,7 +4,6 @@
 //! - [`bare`]: a guest without an operating system, that does what a test writes down.
 //! - [`user`]: a guest without an operating system that runs at CPL 3, for the bench, and for tests of many
 //!   forks.
-//! - [`fake`]: a platform that does to others what no platform does.
 //! - [`faults`]: the steps of a fork that can be made to fail.
 //! - [`cluster`]: several platforms, on one host or on several.
 //! - [`etcd`]: what they may know each other by.

@@ -1,7 +1,7 @@
 //! A guest without an operating system that fills all registers that it has, and then looks again and again
 //! whether each still holds what it did.
 //!
-//! It comes to CPL 3 as [`user`](crate::user) does, and from there to CPL 0 by a general protection fault
+//! It comes to CPL 3 as [`user`] does, and from there to CPL 0 by a general protection fault
 //! whenever it wants: it executes HLT, and the gate leads to code of its own. At CPL 0 it writes and reads
 //! model-specific registers, debug registers and interrupt controllers; at CPL 3, where a KVM that emulates
 //! guest kernel code runs it natively, the components of XSAVE.

@@ -80,7 +80,7 @@ part! {
     Request (128) {
         /// Number of this request, chosen by the guest: differs from the last one. The response repeats it.
         0 seq: u64,
-        /// How many children, from 1 to [`MAX_CHILDREN`](crate::MAX_CHILDREN).
+        /// How many children, from 1 to [`MAX_CHILDREN`].
         8 count: u32,
         /// [`flags`](crate::flags); zero where the VMM is to choose where the copies run.
         12 flags: u32,

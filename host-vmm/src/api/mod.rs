@@ -18,7 +18,7 @@
 //! | `POST /v1/images/ID/spawn`, with a [`Spawn`] | [`Spawned`] |
 //! | `POST /v1/images/ID/clone`, with a [`CloneWish`] | [`Spawned`] |
 //! | `GET /v1/transfers` | an array of [`Transfer`] |
-//! | `GET /v1/platform` | a [`Member`](crate::cluster::member::Member) |
+//! | `GET /v1/platform` | a [`Member`] |
 //! | `GET /v1/platforms` | [`Platforms`] |
 //! | `POST /v1/place`, with a [`Wish`](crate::cluster::placement::Wish) | an [`Explanation`](crate::cluster::placement::Explanation) |
 //! | `/v1/clones/ID`, `/v1/supplies/ID` | see [`clone`](crate::cluster::clone) |

@@ -1,5 +1,6 @@
 //! `cargo xtask test`.
 
+use std::ffi::OsStr;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
@@ -106,6 +107,17 @@ fn check_sources(steps: &mut Steps, workspace: &Workspace) {
         check(Path::new("rustfmt"), Command::new("rustfmt").arg("--check").arg(module).status())
     });
     steps.part("clippy", || cargo::run(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]));
+    steps.part("docs", check_docs);
+}
+
+/// Builds the documentation of all code. It is for those who read the code, so that it may link what is
+/// private.
+fn check_docs() -> Result<()> {
+    let lints = OsStr::new("-D warnings -A rustdoc::private_intra_doc_links");
+    cargo::run_with(
+        &["doc", "--workspace", "--no-deps", "--document-private-items"],
+        &[("RUSTDOCFLAGS", lints)],
+    )
 }
 
 /// Builds everything, and runs the unit tests.
