@@ -93,8 +93,12 @@ pub(crate) struct Test {
     /// Test the kernel module with the debug kernel, which checks locks, memory and the like while it runs
     #[arg(long)]
     pub(crate) debug_kernel: bool,
-    /// Run only tests whose names contain this
-    pub(crate) filter: Option<String>,
+    /// Run only this part, or the end-to-end tests whose names contain this; may be given again
+    #[arg(long, value_name = "PART_OR_TEST")]
+    pub(crate) only: Vec<String>,
+    /// List the parts, and run nothing
+    #[arg(long)]
+    pub(crate) list: bool,
 }
 
 #[derive(Debug, Args)]
@@ -156,13 +160,12 @@ mod tests {
     }
 
     #[test]
-    fn tests_take_rounds_and_a_filter() {
-        let line = ["xtask", "test", "--rounds", "100", "--debug-kernel", "killed"];
+    fn tests_take_rounds_and_what_to_run() {
+        let line =
+            ["xtask", "test", "--rounds", "100", "--debug-kernel", "--only", "killed", "--only", "clippy"];
         let Task::Test(test) = Cli::parse_from(line).task else { panic!() };
-        assert_eq!(
-            (test.rounds, test.debug_kernel, test.filter.as_deref()),
-            (Some(100), true, Some("killed"))
-        );
+        assert_eq!((test.rounds, test.debug_kernel), (Some(100), true));
+        assert_eq!(test.only, ["killed", "clippy"]);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! `cargo xtask demo`.
 
+use std::io::stdout;
 use std::process::Command;
 
 use anyhow::{Context, Result};
@@ -38,5 +39,5 @@ pub(crate) fn run(steps: &mut Steps, arguments: &cli::Demo) -> Result<u8> {
     let command = [&["demo".to_owned()], arguments_of_demo.as_slice()].concat();
     let mut job = Job { command, files: Vec::new(), limit: arguments.limit.duration() };
     job.add_program("demo", &programs)?;
-    steps.run("demo in the lab", || job.run(&workspace, &assets))
+    steps.run("demo in the lab", || job.run(&workspace, &assets, stdout()))
 }

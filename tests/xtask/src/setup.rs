@@ -11,6 +11,7 @@ use initramfs::kernel::tools::{self, Compiler, Tools};
 use initramfs::packages::Packages;
 
 use crate::cargo::Workspace;
+use crate::steps::Steps;
 
 /// Debian's package of QEMU, and the program in it that is the lab.
 const QEMU_PACKAGE: &str = "qemu-system-x86";
@@ -80,9 +81,14 @@ fn find_or_install(compiler: Compiler) -> Result<Tools> {
     Ok(Tools::find(compiler)?)
 }
 
+/// [`etcd`] as a step; without one, the tests that need one are skipped.
+pub(crate) fn etcd_for_tests(steps: &mut Steps, workspace: &Workspace) -> Option<PathBuf> {
+    steps.parts_if_possible("tests with an etcd", |steps| steps.quiet("setup of etcd", || etcd(workspace)))
+}
+
 /// The etcd for tests: this machine's own, or else Debian's, which is unpacked and not installed: an
 /// installed one is a service that runs.
-pub(crate) fn etcd(workspace: &Workspace) -> Result<PathBuf> {
+fn etcd(workspace: &Workspace) -> Result<PathBuf> {
     if let Some(own) = find(ETCD) {
         return Ok(own);
     }

@@ -9,7 +9,7 @@ mod streams;
 
 use std::env;
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -60,7 +60,7 @@ pub(crate) fn command(steps: &mut Steps, arguments: &cli::Lab) -> Result<u8> {
     for program in ["demo", "bench"] {
         job.add_program(program, &programs)?;
     }
-    steps.run("lab", || job.run(&workspace, &assets))
+    steps.run("lab", || job.run(&workspace, &assets, io::stdout()))
 }
 
 impl Job {
@@ -70,8 +70,13 @@ impl Job {
         Ok(())
     }
 
-    /// Runs it in a lab of its own, and returns its exit code.
-    pub(crate) fn run(&self, workspace: &Workspace, assets: &Assets) -> Result<u8> {
+    /// Runs it in a lab of its own with its output shown, and returns its exit code.
+    pub(crate) fn run(
+        &self,
+        workspace: &Workspace,
+        assets: &Assets,
+        output: impl Write + Send + 'static,
+    ) -> Result<u8> {
         let dir = workspace.target.join("lab");
         let mut initrd =
             tempfile::tempfile_in(&dir).with_context(|| format!("can't write in {}", dir.display()))?;
@@ -79,7 +84,7 @@ impl Job {
             fs::File::open(&assets.lab).with_context(|| format!("can't read {}", assets.lab.display()))?;
         io::copy(&mut base, &mut initrd).context("can't copy the lab's image")?;
         self.payload(&assets.dir)?.write(&mut initrd)?;
-        qemu::run(&assets.dir.join("vmlinuz"), &initrd, &dir, self.limit)
+        qemu::run(&assets.dir.join("vmlinuz"), &initrd, &dir, self.limit, output)
     }
 
     /// The part of the initramfs that is made for this run.

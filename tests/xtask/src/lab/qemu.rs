@@ -1,7 +1,7 @@
 //! The process that is the lab.
 
 use std::fs::{self, File};
-use std::io::{Read, Seek};
+use std::io::{Read, Seek, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -79,9 +79,15 @@ struct Records {
     console: PathBuf,
 }
 
-/// Boots `kernel` with `initrd`, and returns the exit code of the command in it. `dir` is for the console's
-/// log.
-pub(super) fn run(kernel: &Path, initrd: &File, dir: &Path, limit: Duration) -> Result<u8> {
+/// Boots `kernel` with `initrd`, and returns the exit code of the command in it, whose output goes to
+/// `output`. `dir` is for the console's log.
+pub(super) fn run(
+    kernel: &Path,
+    initrd: &File,
+    dir: &Path,
+    limit: Duration,
+    output: impl Write + Send + 'static,
+) -> Result<u8> {
     let file = || tempfile::tempfile_in(dir).with_context(|| format!("can't write in {}", dir.display()));
     let console = dir.join(format!("console-{}.log", process::id()));
     let mut records = Records { status: file()?, messages: file()?, console };
@@ -91,7 +97,7 @@ pub(super) fn run(kernel: &Path, initrd: &File, dir: &Path, limit: Duration) -> 
         signal_hook::flag::register(signal, Arc::clone(&interrupted)).context("can't handle signals")?;
     }
     let mut qemu = spawn(kernel, initrd, &records)?;
-    let output = qemu.stdout.take().map(streams::show);
+    let output = qemu.stdout.take().map(|pipe| streams::show(pipe, output));
     let end = wait(&mut qemu, &records.status, limit, &interrupted)?;
     if let Some(Ok(result)) = output.map(JoinHandle::join) {
         result.context("can't show the lab's output")?;

@@ -4,7 +4,7 @@
 //! them so if it is killed.
 
 use std::fs;
-use std::io::{self, IsTerminal, Read, Write, stdin, stdout};
+use std::io::{self, IsTerminal, Read, Write, stdin};
 use std::os::unix::fs::FileTypeExt;
 use std::process::{ChildStdin, ChildStdout, Stdio};
 use std::thread::{self, JoinHandle};
@@ -19,9 +19,12 @@ pub(super) fn stdin_of_qemu() -> Result<Stdio> {
     Ok(if connected { Stdio::piped() } else { Stdio::null() })
 }
 
-/// Copies `pipe` to standard output, until QEMU ends.
-pub(super) fn show(mut pipe: ChildStdout) -> JoinHandle<io::Result<()>> {
-    thread::spawn(move || copy(&mut pipe, &mut stdout()))
+/// Copies `pipe` to `output`, until QEMU ends.
+pub(super) fn show(
+    mut pipe: ChildStdout,
+    mut output: impl Write + Send + 'static,
+) -> JoinHandle<io::Result<()>> {
+    thread::spawn(move || copy(&mut pipe, &mut output))
 }
 
 /// Standard input, once it is connected. Dropping it leaves the terminal as it was.
