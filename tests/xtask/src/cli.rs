@@ -26,6 +26,10 @@ pub(crate) enum Task {
     ///
     /// It takes seconds. Each failure says where, what, and what to do.
     Tidy,
+    /// Run what takes long: faults by the thousand, forks by the ten thousand
+    ///
+    /// These are end-to-end tests with more of what they do; `cargo xtask test` runs each with less of it.
+    Soak(Soak),
     /// Measure what forks take on this machine's /dev/kvm, beside the floor that it sets
     ///
     /// Table, JSON and plots go to target/bench.
@@ -99,6 +103,21 @@ pub(crate) struct Test {
     /// List the parts, and run nothing
     #[arg(long)]
     pub(crate) list: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Soak {
+    /// Which ones
+    #[arg(value_name = "NAME", required_unless_present = "list")]
+    pub(crate) names: Vec<String>,
+    /// List them with their numbers, and run nothing
+    #[arg(long)]
+    pub(crate) list: bool,
+    /// How many rounds or forks there are, in place of the number in the list
+    #[arg(long)]
+    pub(crate) number: Option<u32>,
+    #[command(flatten)]
+    pub(crate) limit: Limit,
 }
 
 #[derive(Debug, Args)]

@@ -20,6 +20,7 @@ mod kernel;
 mod lab;
 mod probe;
 mod setup;
+mod soak;
 mod steps;
 mod test;
 mod tidy;
@@ -48,6 +49,7 @@ fn run(task: Task) -> Result<u8> {
         Task::Demo(arguments) => demo::run(&mut steps, &arguments),
         Task::Tidy => tidy::command(&mut steps),
         Task::Test(arguments) => test::run(&mut steps, &arguments),
+        Task::Soak(arguments) => soak::run(&mut steps, &arguments),
         Task::Bench(arguments) => bench::run(&mut steps, &arguments),
         Task::Lab(arguments) => lab::command(&mut steps, &arguments),
         Task::Image => images::command(&mut steps),

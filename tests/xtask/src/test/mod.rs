@@ -13,8 +13,7 @@ use std::process::Command;
 use anyhow::Result;
 
 use self::parts::{Choice, Selection};
-use self::programs::{Built, NEEDS, PROGRAMS, Run, in_lab};
-use self::times::Times;
+use self::programs::NEEDS;
 use crate::cargo::{self, Executables, Workspace};
 use crate::cli;
 use crate::kernel;
@@ -22,6 +21,9 @@ use crate::lab::INTERRUPTED;
 use crate::setup;
 use crate::steps::Steps;
 use crate::tidy;
+
+pub(crate) use self::programs::{Built, PROGRAMS, Run, in_lab};
+pub(crate) use self::times::Times;
 
 /// Variable by which cargo has a program run test programs. It gives them a variable of their own.
 const RUNNER: &str = "CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER";
