@@ -45,7 +45,7 @@ pub(crate) fn check(workspace: &Workspace) -> Result<()> {
     let is_there =
         Command::new("cargo-deny").arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
     if is_there.is_ok_and(|status| status.success()) {
-        cargo::run(&["deny", "check", "bans", "licenses", "sources"])?;
+        deny()?;
     } else {
         eprintln!(
             "xtask: there is no cargo-deny: licences and sources are checked without it, advisories not"
@@ -53,6 +53,17 @@ pub(crate) fn check(workspace: &Workspace) -> Result<()> {
         findings.extend(packages(&metadata, &workspace.root)?);
     }
     conclude(findings)
+}
+
+/// Has cargo-deny check everything; advisories where their list can be fetched.
+fn deny() -> Result<()> {
+    let check = ["deny", "check", "--hide-inclusion-graph"];
+    cargo::run(&[&check, ["bans", "licenses", "sources"].as_slice()].concat())?;
+    if let Err(error) = cargo::run(&["deny", "fetch", "db"]) {
+        eprintln!("xtask: advisories are not checked: their list can't be fetched: {error:#}");
+        return Ok(());
+    }
+    cargo::run(&[&check, ["--disable-fetch", "advisories"].as_slice()].concat())
 }
 
 /// Packages with a licence or a source that deny.toml does not allow.
