@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use cargo_metadata::{Metadata, MetadataCommand};
 use serde::Deserialize;
 
-/// Where the workspace is, and where cargo builds it.
+/// Directories of the workspace, and of what cargo builds.
 #[derive(Debug)]
 pub(crate) struct Workspace {
     pub(crate) root: PathBuf,
@@ -24,7 +24,7 @@ pub(crate) struct Executables(Vec<Executable>);
 struct Executable {
     name: String,
     path: PathBuf,
-    /// Whether it runs tests.
+    /// True if it runs tests.
     is_test: bool,
 }
 
@@ -89,7 +89,7 @@ impl Executables {
         Self(messages.filter_map(executable).collect())
     }
 
-    /// Where the program `name` is.
+    /// Path of the program `name`.
     pub(crate) fn path(&self, name: &str) -> Result<PathBuf> {
         let found = self.0.iter().find(|program| program.name == name);
         found
@@ -112,7 +112,7 @@ pub(crate) fn run_with(arguments: &[&str], variables: &[(&str, &OsStr)]) -> Resu
     Ok(())
 }
 
-/// What `cargo metadata` says of the workspace.
+/// Description of the workspace, as `cargo metadata` prints it.
 pub(crate) fn metadata(arguments: &[&str]) -> Result<Metadata> {
     let text = text(&[&["metadata", "--format-version=1"], arguments].concat())?;
     MetadataCommand::parse(text).context("can't read what `cargo metadata` printed")

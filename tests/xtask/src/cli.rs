@@ -52,7 +52,7 @@ pub(crate) enum Task {
 pub(crate) struct Demo {
     #[command(flatten)]
     pub(crate) limit: Limit,
-    /// Which kernel the guest boots: Debian's, or the lean one with the kernel module
+    /// Kernel that the guest boots: Debian's, or the lean one with the kernel module
     #[arg(long, value_enum, default_value_t)]
     pub(crate) kernel: Which,
     /// Passed on to the demo: --json, for example
@@ -107,13 +107,13 @@ pub(crate) struct Test {
 
 #[derive(Debug, Args)]
 pub(crate) struct Soak {
-    /// Which ones
+    /// Names of those to run
     #[arg(value_name = "NAME", required_unless_present = "list")]
     pub(crate) names: Vec<String>,
     /// List them with their numbers, and run nothing
     #[arg(long)]
     pub(crate) list: bool,
-    /// How many rounds or forks there are, in place of the number in the list
+    /// Number of rounds or forks, in place of the number in the list
     #[arg(long)]
     pub(crate) number: Option<u32>,
     #[command(flatten)]
@@ -124,7 +124,7 @@ pub(crate) struct Soak {
 pub(crate) struct Lab {
     #[command(flatten)]
     pub(crate) limit: Limit,
-    /// With "lean", $VMFORK_ASSETS has the lean kernel beside Debian's, and images have the kernel module
+    /// Kernel in $VMFORK_ASSETS; with "lean", there is that one beside Debian's, and images have the module
     #[arg(long, value_enum, default_value_t)]
     pub(crate) kernel: Which,
     /// Put a file of this machine into the lab; may be given again
@@ -137,7 +137,7 @@ pub(crate) struct Lab {
 
 #[derive(Debug, Clone, Copy, Args)]
 pub(crate) struct Limit {
-    /// How many seconds one run of the lab may take
+    /// Seconds that one run of the lab may take
     #[arg(long, value_name = "SECONDS", default_value_t = 20 * 60)]
     timeout: u64,
 }

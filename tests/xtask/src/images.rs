@@ -1,4 +1,4 @@
-//! What the demo and the tests work with: kernel, guest images, programs.
+//! Assets that the demo and the tests work with: kernel, guest images, programs.
 
 use std::fs::{self, Permissions};
 use std::io;

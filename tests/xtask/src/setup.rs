@@ -102,7 +102,7 @@ fn etcd(workspace: &Workspace) -> Result<PathBuf> {
     Ok(program)
 }
 
-/// Why /dev/kvm can't be used at all, if so.
+/// Error by which /dev/kvm can't be used at all, if so.
 pub(crate) fn kvm_error() -> Option<std::io::Error> {
     File::options().read(true).write(true).open("/dev/kvm").err()
 }
@@ -111,13 +111,13 @@ fn is_installed(program: &str) -> bool {
     find(program).is_some()
 }
 
-/// Where a program is that is installed.
+/// Path of a program that is installed.
 fn find(program: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     env::split_paths(&path).map(|dir| dir.join(program)).find(|path| path.is_file())
 }
 
-/// Whether packages can be installed.
+/// True if packages can be installed.
 pub(crate) fn is_root() -> Result<bool> {
     Ok(fs::metadata("/proc/self").context("can't read /proc/self")?.uid() == 0)
 }

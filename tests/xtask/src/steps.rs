@@ -19,7 +19,7 @@ pub(crate) struct Steps {
 struct Step {
     name: &'static str,
     outcome: Outcome,
-    /// How long it took; `None` of one that was not begun.
+    /// Time that it took; `None` of one that was not begun.
     time: Option<Duration>,
 }
 
@@ -66,7 +66,7 @@ impl Steps {
         self.parts_or(Outcome::Failed, name, steps)
     }
 
-    /// The same with steps for which a machine may lack something: where they fail, they count as skipped.
+    /// [Steps](Self::parts) for which a machine may lack something: where they fail, they count as skipped.
     pub(crate) fn parts_if_possible<T>(
         &mut self,
         name: &'static str,

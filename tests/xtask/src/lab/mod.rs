@@ -25,10 +25,10 @@ use crate::steps::Steps;
 
 pub(crate) use self::qemu::INTERRUPTED;
 
-/// Where the lab has what `VMFORK_ASSETS` names.
+/// Directory in the lab that `VMFORK_ASSETS` names.
 const ASSETS: &str = "/lab/assets";
 
-/// Where the lab has programs; on its PATH.
+/// Directory of programs in the lab, on its PATH.
 const BIN: &str = "/lab/bin";
 
 /// Variables of this machine's environment that the command in the lab gets too.
@@ -41,7 +41,7 @@ pub(crate) struct Job {
     pub(crate) command: Vec<String>,
     /// Files of this machine, and where the lab has them.
     pub(crate) files: Vec<(PathBuf, String)>,
-    /// How long it may take.
+    /// Time that it may take.
     pub(crate) limit: Duration,
 }
 

@@ -26,11 +26,11 @@ const TIMED_OUT: u8 = 124;
 /// Exit code of a run that was interrupted, as shells have it.
 pub(crate) const INTERRUPTED: u8 = 130;
 
-/// How long QEMU may take to end before it is killed.
+/// Time that QEMU has to end before it is killed.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// How many lines of the console are shown when the lab fails, or the command in it. What KVM says of a guest
-/// that it can't enter takes 70.
+/// Number of lines of the console that are shown when the lab fails, or the command in it. What KVM says of a
+/// guest that it can't enter takes 70.
 const CONSOLE_LINES: usize = 100;
 
 /// Words of lines that are always on the console: KVM says that a Linux guest has looked for performance
@@ -62,18 +62,18 @@ const MACHINE: &str = "-machine q35 -accel tcg -smp 1 -m 4096 \
 /// QEMU says on every start what of this CPU it doesn't emulate, a line each with these words.
 const EXPECTED_MESSAGE: &str = "TCG doesn't support requested feature";
 
-/// How a run ended.
+/// End of a run.
 enum End {
     ByItself,
     Interrupted,
     TimedOut,
 }
 
-/// What the lab writes into files.
+/// Files that the lab writes.
 struct Records {
-    /// What the command's progress is: see [`exit_code`].
+    /// Progress of the command: see [`exit_code`].
     status: File,
-    /// What QEMU has to say.
+    /// Messages of QEMU.
     messages: File,
     /// The kernel's console. It stays there when the lab fails.
     console: PathBuf,
@@ -195,7 +195,7 @@ fn terminate(qemu: &mut Child) -> Result<()> {
 }
 
 impl Records {
-    /// What may explain a failure.
+    /// Messages that may explain a failure.
     fn last_words(&mut self) -> Result<String> {
         let messages = text(&mut self.messages)?;
         let messages = messages.lines().filter(|line| !line.contains(EXPECTED_MESSAGE));
@@ -205,7 +205,7 @@ impl Records {
         Ok(messages.chain(console).collect::<Vec<_>>().join("\n"))
     }
 
-    /// What the kernel has said of late that it does not always say.
+    /// The last lines of the console, but those that are always there.
     fn console_end(&self) -> Vec<String> {
         let console = fs::read(&self.console).unwrap_or_default();
         let console = String::from_utf8_lossy(&console);

@@ -12,7 +12,7 @@ use std::thread::{self, JoinHandle};
 use anyhow::{Context, Result};
 use nix::sys::termios::{self, InputFlags, LocalFlags, SetArg, Termios};
 
-/// What QEMU gets as standard input: a pipe, if somebody or something may be writing to ours.
+/// Standard input of QEMU: a pipe, if somebody or something may be writing to ours.
 pub(super) fn stdin_of_qemu() -> Result<Stdio> {
     let is_pipe = || io::Result::Ok(fs::metadata("/proc/self/fd/0")?.file_type().is_fifo());
     let connected = stdin().is_terminal() || is_pipe().context("can't look at standard input")?;

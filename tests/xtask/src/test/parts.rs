@@ -25,12 +25,12 @@ const PARTS: [(&str, &str); 10] = [
     ),
 ];
 
-/// What is asked for: all, or some parts, and end-to-end tests by their names.
+/// Tests and checks that are asked for: all, or some parts, and end-to-end tests by their names.
 #[derive(Debug, Default)]
 pub(super) struct Selection {
     /// Parts that are named.
     parts: Vec<&'static str>,
-    /// What the names of end-to-end tests contain; no part's name.
+    /// Texts that the names of end-to-end tests contain; none is a part's name.
     texts: Vec<String>,
 }
 
@@ -40,7 +40,7 @@ pub(super) struct Choice {
     pub(super) program: &'static Program,
     /// Each of them contains one of these; all do if there is none.
     pub(super) filters: Vec<String>,
-    /// Whether [`ELSEWHERE`] is among them.
+    /// True if [`ELSEWHERE`] is among them.
     pub(super) has_elsewhere: bool,
 }
 
@@ -61,24 +61,24 @@ impl Selection {
         selection
     }
 
-    /// Whether the part `name` runs.
+    /// True if the part `name` runs.
     pub(super) fn has(&self, name: &str) -> bool {
         self.parts.contains(&name) || self.parts.is_empty() && self.texts.is_empty()
     }
 
-    /// Whether end-to-end tests run in the lab whatever this machine can.
+    /// True if end-to-end tests run in the lab whatever this machine can.
     pub(super) fn is_in_lab(&self) -> bool {
         self.parts.contains(&LAB)
     }
 
-    /// Whether all tests of `program` run: if it is named, or nothing is that says which tests.
+    /// True if all tests of `program` run: where it is named, or nothing is that says which tests.
     fn has_whole(&self, program: &Program) -> bool {
         let names_no_test =
             self.texts.is_empty() && !PROGRAMS.iter().any(|other| self.parts.contains(&other.name));
         self.has(program.name) || self.is_in_lab() && names_no_test
     }
 
-    /// Whether there are end-to-end tests to run.
+    /// True if there may be end-to-end tests to run.
     pub(super) fn has_programs(&self) -> bool {
         !self.texts.is_empty() || PROGRAMS.iter().any(|program| self.has_whole(program))
     }

@@ -20,16 +20,16 @@ use crate::steps::Steps;
 /// A program of end-to-end tests, from `tests/tests`.
 #[derive(Debug)]
 pub(crate) struct Program {
-    /// Its name, which is that of a part too.
+    /// Name of the program, and of its part.
     pub(crate) name: &'static str,
     pub(crate) step: &'static str,
     step_in_lab: &'static str,
-    /// How many of its tests run at a time. The lab has one processor. The timers of two tests' Linux guests,
-    /// of 8 vCPUs and more in several copies, can take all of it.
+    /// Number of its tests that run at a time. The lab has one processor. The timers of two tests' Linux
+    /// guests, of 8 vCPUs and more in several copies, can take all of it.
     at_once_in_lab: &'static str,
-    /// It needs a KVM that can run Linux guests; others need no more than one, however slow.
+    /// True if it needs a KVM that can run Linux guests; others need no more than one, however slow.
     pub(crate) of_linux: bool,
-    /// It needs the lean kernel, and the module.
+    /// True if it needs the lean kernel, and the module.
     pub(crate) of_lean_kernel: bool,
 }
 
@@ -63,17 +63,17 @@ pub(crate) static PROGRAMS: [Program; 3] = [
 /// The one test of `kmod` that runs in a QEMU of this machine, and nowhere else.
 pub(super) const ELSEWHERE: &str = "where_no_host_vmm_is_it_refuses_to_be_loaded";
 
-/// Why a part is skipped that needs another one.
+/// Reason for which a part is skipped that needs another one.
 pub(super) const NEEDS: &str = "it needs what was not made";
 
-/// What the end-to-end tests need.
+/// Everything that the end-to-end tests need.
 #[derive(Debug)]
 pub(crate) struct Built {
     pub(crate) workspace: Workspace,
     pub(crate) programs: Executables,
     pub(crate) tests: Executables,
     pub(crate) assets: Assets,
-    /// Whether the assets have the lean kernel.
+    /// True if the assets have the lean kernel.
     pub(crate) has_lean: bool,
     pub(crate) etcd: Option<PathBuf>,
 }
@@ -115,7 +115,7 @@ impl Built {
         Some(Self { workspace, programs, tests, assets, has_lean: lean.is_some(), etcd })
     }
 
-    /// Whether this machine's KVM can run Linux guests; `None` if that can't be found out.
+    /// True if this machine's KVM can run Linux guests; `None` if that can't be found out.
     pub(crate) fn is_kvm_usable(&self, steps: &mut Steps) -> Option<bool> {
         let probe = || is_kvm_usable(&self.programs.path("host-vmm")?);
         steps.parts("probe", |steps| steps.quiet("probe", probe))

@@ -1,4 +1,4 @@
-//! How long each test takes, and which are the slowest.
+//! Times of tests, and the slowest ones.
 //!
 //! The times are libtest's own (`--report-time`), which it offers on nightly toolchains; `RUSTC_BOOTSTRAP` in
 //! a test program's environment has it offer them on stable ones too. The variable is set where test programs
@@ -18,13 +18,13 @@ use crate::cargo::Executables;
 const REPORT: [&str; 2] = ["-Zunstable-options", "--report-time"];
 const ALLOW: (&str, &str) = ("RUSTC_BOOTSTRAP", "1");
 
-/// How many tests are shown.
+/// Number of tests that are shown.
 const SLOWEST: usize = 10;
 
 /// Times of all tests so far.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Times {
-    /// Whether test programs tell times.
+    /// True if test programs tell times.
     are_told: bool,
     tests: Arc<Mutex<Vec<Test>>>,
 }
@@ -48,7 +48,7 @@ impl Times {
         if self.are_told { &REPORT } else { &[] }
     }
 
-    /// What a test program's environment needs for that.
+    /// Variable that a test program's environment needs for that.
     pub(crate) fn variable(&self) -> Option<(&'static str, &'static str)> {
         self.are_told.then_some(ALLOW)
     }
@@ -103,7 +103,7 @@ impl fmt::Display for Times {
 pub(crate) struct Output<W> {
     shown: W,
     step: &'static str,
-    /// What has come of the last line.
+    /// Bytes of the last line, which has not ended.
     line: Vec<u8>,
     times: Times,
 }

@@ -50,7 +50,7 @@ fn circles(arrows: &Arrows) -> BTreeSet<Modules> {
     all.iter().map(circle).filter(|circle| circle.len() > 1).collect()
 }
 
-/// What can be reached from `start` by one arrow or more.
+/// Modules that can be reached from `start` by one arrow or more.
 fn reachable<'a>(start: &'a str, arrows: &'a Arrows) -> BTreeSet<&'a str> {
     let mut reached = BTreeSet::new();
     let mut waiting = vec![start];

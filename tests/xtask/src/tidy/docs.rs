@@ -32,7 +32,7 @@ fn touched(root: &Path, base: &str) -> Result<Vec<String>> {
     Ok(changed.lines().map(str::to_owned).collect())
 }
 
-/// How many doc comments in `text` begin with one of [`HEADLESS`].
+/// Number of doc comments in `text` that begin with one of [`HEADLESS`].
 fn headless(text: &str) -> usize {
     let mut before = None;
     let mut count = 0;

@@ -83,7 +83,7 @@ fn files(root: &Path) -> Result<Vec<File>> {
     paths.into_iter().map(read).collect()
 }
 
-/// What git prints.
+/// Output of git.
 fn git(root: &Path, arguments: &[&str]) -> Result<String> {
     let line = format!("git {}", arguments.join(" "));
     let output = Command::new("git").current_dir(root).args(arguments).output();
@@ -94,8 +94,8 @@ fn git(root: &Path, arguments: &[&str]) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// Says if another version of Rust is at work than the one that rust-toolchain.toml names: then lints that
-/// fail may be new ones.
+/// Prints a line if another version of Rust is at work than the one that rust-toolchain.toml names: then
+/// lints that fail may be new ones.
 fn toolchain(root: &Path) -> Result<()> {
     const FILE: &str = "rust-toolchain.toml";
     let text = fs::read_to_string(root.join(FILE)).with_context(|| format!("can't read {FILE}"))?;

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow};
 use proc_macro2::{Delimiter, Group, TokenStream, TokenTree};
 
-/// Which top-level module imports which other one, and the first file:line where it does.
+/// Pairs of top-level modules, of which the first imports the second, and the first file:line where it does.
 pub(super) type Arrows = BTreeMap<(String, String), String>;
 
 /// Reads the modules of the crate whose root is the file `root`; paths are told from `base`.
@@ -170,7 +170,7 @@ fn first_names(token: &TokenTree) -> Vec<(String, usize)> {
     }
 }
 
-/// Whether an attribute is `cfg(test)`, or `cfg(all(test, ...))`.
+/// True if an attribute is `cfg(test)`, or `cfg(all(test, ...))`.
 fn is_test(attribute: &Group) -> bool {
     fn words(stream: TokenStream) -> Vec<String> {
         let words = |token| match token {
@@ -185,7 +185,7 @@ fn is_test(attribute: &Group) -> bool {
     words.first().is_some_and(|word| word == "cfg") && has("test") && !has("not")
 }
 
-/// How many tokens an item has: up to its body or semicolon.
+/// Number of tokens of an item: up to its body or semicolon.
 fn item_length(tokens: &[TokenTree]) -> usize {
     let ends = |token: &TokenTree| match token {
         TokenTree::Punct(mark) => mark.as_char() == ';',

@@ -47,7 +47,7 @@ pub(super) const CRATES: &[Crate] = &[
 pub(super) struct Circle {
     /// The crate's name, as its package has it.
     pub(super) of: &'static str,
-    /// Its top-level modules in the circle, sorted.
+    /// Top-level modules in the circle, sorted.
     pub(super) modules: &'static [&'static str],
     /// Reason for which it is there.
     pub(super) why: &'static str,
@@ -98,7 +98,7 @@ pub(super) const FILE_LINES: usize = 600;
 pub(super) const README_WORDS: usize = 1000;
 pub(super) const README_LINES: usize = 120;
 
-/// What there may be at the top level of the repository.
+/// Entries that there may be at the top level of the repository.
 pub(super) const TOP_LEVEL: &[&str] = &[
     ".cargo",
     ".ci",

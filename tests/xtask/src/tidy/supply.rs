@@ -20,7 +20,7 @@ use crate::cargo::{self, Workspace};
 /// The only kind of machine that this is built for. Packages for others are not looked at, nor fetched.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
-/// What is read of deny.toml.
+/// Parts of deny.toml that are read here.
 #[derive(Debug, Deserialize)]
 struct Rules {
     licenses: Licenses,
@@ -55,7 +55,7 @@ pub(crate) fn check(workspace: &Workspace) -> Result<()> {
     conclude(findings)
 }
 
-/// Has cargo-deny check everything; advisories where their list can be fetched.
+/// Lets cargo-deny check everything; advisories where their list can be fetched.
 fn deny() -> Result<()> {
     let check = ["deny", "check", "--hide-inclusion-graph"];
     cargo::run(&[&check, ["bans", "licenses", "sources"].as_slice()].concat())?;
@@ -108,14 +108,14 @@ fn licensees(names: &[String]) -> Result<Vec<Licensee>> {
     names.iter().map(parse).collect()
 }
 
-/// Whether the terms of `licence` can be met by allowed licences alone.
+/// True if the terms of `licence` can be met by allowed licences alone.
 fn has_licence(licence: Option<&str>, allowed: &[Licensee]) -> bool {
     let terms = licence.and_then(|licence| Expression::parse_mode(licence, ParseMode::LAX).ok());
     terms
         .is_some_and(|terms| terms.evaluate(|needed| allowed.iter().any(|licence| licence.satisfies(needed))))
 }
 
-/// Whether a package is one of the workspace, or from an allowed registry.
+/// True if a package is one of the workspace, or from an allowed registry.
 fn has_source(source: Option<&Source>, allowed: &Sources) -> bool {
     let registry = source.map(|source| source.repr.strip_prefix("registry+"));
     registry.is_none_or(|registry| {
@@ -173,7 +173,7 @@ fn name_in_code(dependency: &Dependency, metadata: &Metadata) -> String {
     dependency.rename.as_ref().unwrap_or(own).replace('-', "_")
 }
 
-/// Whether `word` is in a line of code of `text`, as a whole word.
+/// True if `word` is in a line of code of `text`, as a whole word.
 fn names(text: &str, word: &str) -> bool {
     let is_part = |part: char| part.is_alphanumeric() || part == '_';
     let code = text.lines().filter(|line| !line.trim_start().starts_with("//"));

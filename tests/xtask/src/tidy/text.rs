@@ -1,4 +1,4 @@
-//! What can be seen in a file's text alone: columns, lengths, names.
+//! Checks of a file's text alone: columns, lengths, names.
 
 use std::path::Path;
 
@@ -32,7 +32,7 @@ fn columns(file: &File) -> Vec<Finding> {
     too_wide.map(finding).collect()
 }
 
-/// Whether a file is Rust, TOML or shell.
+/// True if a file is Rust, TOML or shell.
 fn has_columns(file: &File) -> bool {
     let is_script =
         file.text.lines().next().is_some_and(|line| line.starts_with("#!") && line.ends_with("sh"));
@@ -64,7 +64,7 @@ fn readme(file: &File) -> Vec<Finding> {
     too_many.map(finding).collect()
 }
 
-/// What stands at the top level and should not.
+/// Entries of the top level that should not be there.
 fn top_level(files: &[File]) -> Vec<Finding> {
     let mut names: Vec<_> = files.iter().filter_map(|file| file.path.split('/').next()).collect();
     names.dedup();
