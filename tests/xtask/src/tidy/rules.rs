@@ -26,9 +26,9 @@ pub(super) const CRATES: &[Crate] = &[
     links("base", &[]),
     links("types", &["base", "vmfork-abi"]),
     without_network("vmm", &["base", "types", "vmfork-abi"]),
-    links("cluster", &["base", "types"]),
+    links("cluster", &["base", "types", "vmfork-abi"]),
     without_network("capsule", &["base", "types", "vmfork-abi", "vmm"]),
-    links("api", &["base", "types", "cluster"]),
+    links("api", &["base", "types", "vmfork-abi", "cluster"]),
     without_network("node", &["base", "types", "vmfork-abi", "vmm", "capsule"]),
     links("platform", &["base", "types", "vmfork-abi", "vmm", "cluster", "capsule", "api", "node"]),
     links(
@@ -37,7 +37,19 @@ pub(super) const CRATES: &[Crate] = &[
     ),
     links(
         "vmfork-tests",
-        &["base", "types", "vmfork-abi", "vmfork", "cluster", "capsule", "api", "host-vmm"],
+        &[
+            "base",
+            "types",
+            "vmfork-abi",
+            "vmfork",
+            "vmm",
+            "cluster",
+            "capsule",
+            "api",
+            "node",
+            "platform",
+            "host-vmm",
+        ],
     ),
     links("xtask", &["initramfs"]),
 ];
