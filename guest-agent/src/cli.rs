@@ -32,8 +32,9 @@ pub(crate) enum Command {
     },
     /// Fork this VM, and say which copy this is.
     ///
-    /// Exit status: 0 in the parent, 10 in a child, 1 where the fork failed or the child is incomplete, 2 for wrong
-    /// usage. With a command, a child becomes that command instead: 127 if it can't be found, 126 if it can't be executed.
+    /// Exit status: 0 in the parent, 10 in a child, 1 where the fork failed or the child is incomplete, 2 for
+    /// wrong usage. With a command, a child becomes that command instead: 127 if it can't be found, 126 if it
+    /// can't be executed.
     Fork(ForkArguments),
     /// Say who this VM is, without a fork.
     Status {
@@ -41,7 +42,8 @@ pub(crate) enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Print a line for each fork that this VM comes out of from now on, as parent or as child, whoever has asked for it.
+    /// Print a line for each fork that this VM comes out of from now on, as parent or as child, whoever has
+    /// asked for it.
     ///
     /// In a child, this goes on as in its parent. Needs the kernel module's device.
     Watch {
@@ -69,7 +71,8 @@ pub(crate) struct ForkArguments {
     #[arg(long = "where", value_name = "PLACE", value_enum, default_value_t)]
     pub(crate) place: Place,
 
-    /// How long to wait for this caller's turn before the fork is given up, in seconds, such as 0.5. Without it, for ever.
+    /// How long to wait for this caller's turn before the fork is given up, in seconds, such as 0.5. Without
+    /// it, for ever.
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     pub(crate) timeout: Option<Duration>,
 
@@ -77,8 +80,8 @@ pub(crate) struct ForkArguments {
     #[arg(long)]
     pub(crate) json: bool,
 
-    /// Command that a child becomes, with VMFORK_ROLE, VMFORK_INDEX, VMFORK_COUNT, VMFORK_GENERATION, VMFORK_VM_ID,
-    /// VMFORK_PARENT_ID, VMFORK_NAME and VMFORK_TYPE in its environment.
+    /// Command that a child becomes, with VMFORK_ROLE, VMFORK_INDEX, VMFORK_COUNT, VMFORK_GENERATION,
+    /// VMFORK_VM_ID, VMFORK_PARENT_ID, VMFORK_NAME and VMFORK_TYPE in its environment.
     #[arg(last = true, value_name = "CMD")]
     pub(crate) command: Vec<OsString>,
 }
@@ -131,7 +134,10 @@ mod tests {
     use super::*;
 
     fn fork(arguments: &[&str]) -> Result<ForkArguments, ErrorKind> {
-        match Cli::try_parse_from(["vmfork", "fork"].iter().chain(arguments)).map_err(|error| error.kind())?.command {
+        match Cli::try_parse_from(["vmfork", "fork"].iter().chain(arguments))
+            .map_err(|error| error.kind())?
+            .command
+        {
             Command::Fork(arguments) => Ok(arguments),
             other => panic!("{other:?}"),
         }
@@ -171,7 +177,9 @@ mod tests {
 
     #[test]
     fn what_no_vmm_would_take_is_wrong_usage() {
-        for wrong in [["--count", "0"], ["--count", "1025"], ["--count", "-1"], ["--type", "Web"], ["--type", "-a"]] {
+        for wrong in
+            [["--count", "0"], ["--count", "1025"], ["--count", "-1"], ["--type", "Web"], ["--type", "-a"]]
+        {
             assert!(fork(&wrong).is_err(), "{wrong:?}");
         }
         assert_eq!(fork(&["--count", "1025"]).unwrap_err(), ErrorKind::ValueValidation);

@@ -18,11 +18,12 @@ pub enum ForkError {
     /// The guest-wide lock can't be had.
     #[error("the fork lock can't be taken")]
     Lock(#[source] LockError),
-    /// Another caller's fork made this VM while this caller waited for its turn, or an operator's before its request was served. The request is
-    /// the parent's to make: were it made here too, forks would multiply.
+    /// Another caller's fork made this VM while this caller waited for its turn, or an operator's before its
+    /// request was served. The request is the parent's to make: were it made here too, forks would multiply.
     #[error("this VM is a copy made by somebody else's fork")]
     Copied,
-    /// It was not this caller's turn before its deadline ([`ForkRequest::with_timeout`](crate::ForkRequest::with_timeout)).
+    /// It was not this caller's turn before its deadline
+    /// ([`ForkRequest::with_timeout`](crate::ForkRequest::with_timeout)).
     #[error("the deadline passed before it was this caller's turn")]
     DeadlinePassed,
     /// A signal came while this caller waited for its turn.
@@ -121,9 +122,11 @@ pub enum ForkError {
 }
 
 impl ForkError {
-    /// Which VM this error is in, where a fork was made; `None` where none was, or the VMM's answer does not say.
+    /// Which VM this error is in, where a fork was made; `None` where none was, or the VMM's answer does not
+    /// say.
     ///
-    /// A worker must not run in a child with an error: it can share random numbers, name or time with other VMs.
+    /// A worker must not run in a child with an error: it can share random numbers, name or time with other
+    /// VMs.
     pub fn role(&self) -> Option<Role> {
         match self {
             Self::Copied => Some(Role::Child),
@@ -158,7 +161,8 @@ mod tests {
     #[test]
     fn errors_tell_which_vm_they_are_in() {
         let source = || io::Error::from_raw_os_error(libc::EPERM);
-        let incomplete = ForkError::Identity { role: Role::Child, source: IdentityError::MixSeed { source: source() } };
+        let incomplete =
+            ForkError::Identity { role: Role::Child, source: IdentityError::MixSeed { source: source() } };
         assert_eq!(incomplete.role(), Some(Role::Child));
         assert_eq!(ForkError::Lower { role: Role::Parent, source: source() }.role(), Some(Role::Parent));
         assert_eq!(ForkError::Copied.role(), Some(Role::Child));

@@ -10,9 +10,10 @@ use crate::raw::SharedWord;
 
 /// The page that the kernel module lets every member of its group read, mapped.
 ///
-/// The number changes in every copy before the copy runs, whoever has asked for the fork, and never in a parent. Whoever keeps what two VMs must
-/// not share, such as the state of a random generator, compares it with the number that it had when that was made. This is a single load from
-/// memory, and any thread may make it.
+/// The number changes in every copy before the copy runs, whoever has asked for the fork, and never in a
+/// parent. Whoever keeps what two VMs must not share, such as the state of a random generator, compares it
+/// with the number that it had when that was made. This is a single load from memory, and any thread may make
+/// it.
 #[derive(Debug)]
 pub struct GenerationPage {
     word: SharedWord,
@@ -44,7 +45,8 @@ impl GenerationPage {
         Ok(Self { word: SharedWord::map(&device).map_err(|source| GenerationError::Map { source })? })
     }
 
-    /// How many forks lie between this VM and a booted one; `u64::MAX` in a VM that has moved to a VMM that does not tell.
+    /// How many forks lie between this VM and a booted one; `u64::MAX` in a VM that has moved to a VMM that
+    /// does not tell.
     pub fn get(&self) -> u64 {
         self.word.get()
     }

@@ -53,7 +53,8 @@ pub enum IdentityError {
     },
 }
 
-/// Makes this VM the one that `fork` and `identity` describe: the seed everywhere, host name and clock in a child only.
+/// Makes this VM the one that `fork` and `identity` describe: the seed everywhere, host name and clock in a
+/// child only.
 ///
 /// `doorbell_at` is the monotonic time at which the fork was asked for. It stands still during the fork.
 ///
@@ -122,7 +123,10 @@ mod tests {
     fn the_clock_goes_on_from_the_start_of_the_vcpus() {
         let doorbell_at = Duration::from_secs(90);
         let now = doorbell_at + Duration::from_micros(250);
-        assert_eq!(wall_clock(1_700_000_000_000_000_000, doorbell_at, now).as_nanos(), 1_700_000_000_000_250_000);
+        assert_eq!(
+            wall_clock(1_700_000_000_000_000_000, doorbell_at, now).as_nanos(),
+            1_700_000_000_000_250_000
+        );
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! The guest side of VM fork: a process asks the VMM to fork the VM it runs in, and learns which copy it is in.
+//! The guest side of VM fork: a process asks the VMM to fork the VM it runs in, and learns which copy it is
+//! in.
 //!
 //! ```no_run
 //! use vmfork::{ForkRequest, Role};
@@ -13,8 +14,8 @@
 //! # }
 //! ```
 //!
-//! A fork from the caller's side begins with the route to the VMM ([`Vmm::open`]): by the kernel module's device if there is one for the
-//! caller, else by the doorbell. Then it goes, in order ([`Vmm::fork`]):
+//! A fork from the caller's side begins with the route to the VMM ([`Vmm::open`]): by the kernel module's
+//! device if there is one for the caller, else by the doorbell. Then it goes, in order ([`Vmm::fork`]):
 //!
 //! ```text
 //! by the device          one ioctl of /dev/vmfork, in which the module
@@ -33,11 +34,12 @@
 //! ```
 //!
 //! By the device, nothing of the guest runs between the fork and the new seed. By the doorbell, the tasks of
-//! other vCPUs do: in a copy, they draw random numbers that its parent and the other copies may draw too, until
-//! the seed is set.
+//! other vCPUs do: in a copy, they draw random numbers that its parent and the other copies may draw too,
+//! until the seed is set.
 //!
-//! Each route is a file in `route`, which has that order; another would be one file more, and its place in the choice. Who asks for nothing, but
-//! wants to know when its VM has become another: [`Watch`], [`GenerationPage`]. Unsafe code is confined to `raw`, `random` and `capi`.
+//! Each route is a file in `route`, which has that order; another would be one file more, and its place in
+//! the choice. Who asks for nothing, but wants to know when its VM has become another: [`Watch`],
+//! [`GenerationPage`]. Unsafe code is confined to `raw`, `random` and `capi`.
 
 mod capi;
 mod detect;

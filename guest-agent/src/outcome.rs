@@ -11,7 +11,8 @@ use crate::route::Account;
 
 /// The latest fork as this VM saw it: which side of it this VM is, and who it has been since.
 ///
-/// Serialized, `role` is its name in lower case, `vm_type` is called `type`, and an ID is its hyphenated text.
+/// Serialized, `role` is its name in lower case, `vm_type` is called `type`, and an ID is its hyphenated
+/// text.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct Fork {
@@ -33,7 +34,8 @@ pub struct Fork {
     /// VM type under which this VM was launched.
     #[serde(rename = "type")]
     pub vm_type: String,
-    /// The copies that a parent has made, lowest index first; empty in a child, and where the VMM does not say where they are.
+    /// The copies that a parent has made, lowest index first; empty in a child, and where the VMM does not
+    /// say where they are.
     pub copies: Vec<ForkCopy>,
 }
 
@@ -104,7 +106,8 @@ pub enum OutcomeError {
     /// The kernel module finds something wrong that this program does not.
     #[error("the kernel module does not accept what the VMM says")]
     NotAccepted,
-    /// A copy with another index, without ID, on no platform with a name that is text, or neither here nor elsewhere.
+    /// A copy with another index, without ID, on no platform with a name that is text, or neither here nor
+    /// elsewhere.
     #[error("what is listed of copy {index} is not valid")]
     Copy {
         /// The copy's index.
@@ -120,7 +123,8 @@ impl Fork {
     /// [`OutcomeError`] where a field is impossible.
     pub(crate) fn from_account(Account { identity, listed, copies }: &Account) -> Result<Self, OutcomeError> {
         let &Identity { index, count, generation, .. } = identity;
-        let role = Role::from_number(identity.role).ok_or(OutcomeError::UnknownRole { role: identity.role })?;
+        let role =
+            Role::from_number(identity.role).ok_or(OutcomeError::UnknownRole { role: identity.role })?;
         let possible = match role {
             Role::Booted => index == 0 && count == 0,
             Role::Parent => index == 0 && (1..=MAX_CHILDREN).contains(&count),
@@ -162,7 +166,8 @@ impl Fork {
         }
     }
 
-    /// The environment variables that tell a program which copy it is in; without a parent, `VMFORK_PARENT_ID` is empty.
+    /// The environment variables that tell a program which copy it is in; without a parent,
+    /// `VMFORK_PARENT_ID` is empty.
     pub fn environment(&self) -> [(&'static str, String); 8] {
         [
             ("VMFORK_ROLE", self.role.to_string()),
@@ -186,8 +191,8 @@ impl Fork {
     }
 }
 
-/// One line for people, such as `child 2 of 4: web.2 (web), generation 1, ID …, parent …`, or `parent of 4, 3 on north: …` where copies are on
-/// other platforms.
+/// One line for people, such as `child 2 of 4: web.2 (web), generation 1, ID …, parent …`, or
+/// `parent of 4, 3 on north: …` where copies are on other platforms.
 impl fmt::Display for Fork {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.role {
@@ -216,7 +221,8 @@ fn all_copies(count: u32, listed: u32, copies: &[ListedCopy]) -> Result<Vec<Fork
     if listed == 0 {
         return Ok(Vec::new());
     }
-    // A caller has room for as many as it has asked for. A fork that says it made more is not to pass as one of so many.
+    // A caller has room for as many as it has asked for. A fork that says it made more is not to pass as one
+    // of so many.
     let read = u32::try_from(copies.len()).unwrap_or(u32::MAX);
     if let Some(listed) = [listed, read].into_iter().find(|&number| number != count) {
         return Err(OutcomeError::Listed { listed, count });
@@ -302,7 +308,10 @@ pub(crate) mod tests {
         );
         assert_eq!(serde_json::to_string(&fork.copies[1]).unwrap(), expected);
         let fork = serde_json::to_value(fork).unwrap();
-        assert_eq!((&fork["copies"][0]["placement"], &fork["copies"][0]["platform"]), (&"local".into(), &"a".into()));
+        assert_eq!(
+            (&fork["copies"][0]["placement"], &fork["copies"][0]["platform"]),
+            (&"local".into(), &"a".into())
+        );
         assert_eq!(fork["copies"].as_array().unwrap().len(), 3);
     }
 
@@ -315,7 +324,10 @@ pub(crate) mod tests {
     fn impossible_copies_are_errors() {
         let error = |account: Account| Fork::after_fork(&account).unwrap_err();
         for listed in [1, 4, MAX_CHILDREN + 1, u32::MAX] {
-            assert_eq!(error(Account { listed, ..with_copies(copies()) }), OutcomeError::Listed { listed, count: 3 });
+            assert_eq!(
+                error(Account { listed, ..with_copies(copies()) }),
+                OutcomeError::Listed { listed, count: 3 }
+            );
         }
         let two = copies()[..2].to_vec();
         assert_eq!(error(with_copies(two)), OutcomeError::Listed { listed: 2, count: 3 });
@@ -342,7 +354,8 @@ pub(crate) mod tests {
             .join(" ");
         let expected = "VMFORK_ROLE=child VMFORK_INDEX=2 VMFORK_COUNT=4 VMFORK_GENERATION=1 \
                         VMFORK_VM_ID=11111111-1111-1111-1111-111111111111 \
-                        VMFORK_PARENT_ID=22222222-2222-2222-2222-222222222222 VMFORK_NAME=web.2 VMFORK_TYPE=web";
+                        VMFORK_PARENT_ID=22222222-2222-2222-2222-222222222222 \
+                        VMFORK_NAME=web.2 VMFORK_TYPE=web";
         assert_eq!(text, expected);
     }
 
@@ -379,7 +392,10 @@ pub(crate) mod tests {
             assert_eq!(error(identity), OutcomeError::Index { role, index, count });
         }
         assert_eq!(error(Identity { vm_id: [0; 16], ..child() }), OutcomeError::NoId);
-        assert_eq!(error(Identity { parent_id: [0; 16], ..child() }), OutcomeError::NoParent { generation: 1 });
+        assert_eq!(
+            error(Identity { parent_id: [0; 16], ..child() }),
+            OutcomeError::NoParent { generation: 1 }
+        );
         assert_eq!(error(Identity { generation: 0, ..child() }), OutcomeError::NoParent { generation: 0 });
         assert_eq!(error(Identity { name: [0; 64], ..child() }), OutcomeError::Name);
         assert_eq!(error(Identity { name: [0xff; 64], ..child() }), OutcomeError::Name);

@@ -1,4 +1,5 @@
-//! What safe Rust can't say: CPUID, the doorbell port, a page shared with the VMM, the kernel module's device, scheduling and capabilities.
+//! What safe Rust can't say: CPUID, the doorbell port, a page shared with the VMM, the kernel module's
+//! device, scheduling and capabilities.
 
 mod device;
 
@@ -21,7 +22,8 @@ pub(crate) fn cpuid(leaf: u32) -> Registers {
     Registers { eax: answer.eax, ebx: answer.ebx, ecx: answer.ecx, edx: answer.edx }
 }
 
-/// Permission of the calling thread to write the doorbell port, taken back on drop: execve(2) would pass it on.
+/// Permission of the calling thread to write the doorbell port, taken back on drop: execve(2) would pass it
+/// on.
 #[derive(Debug)]
 pub(crate) struct DoorbellPort {
     port: u16,
@@ -34,7 +36,8 @@ impl DoorbellPort {
     ///
     /// # Errors
     ///
-    /// EPERM without CAP_SYS_RAWIO or under kernel lockdown, ENOSYS in a kernel without CONFIG_X86_IOPL_IOPERM.
+    /// EPERM without CAP_SYS_RAWIO or under kernel lockdown, ENOSYS in a kernel without
+    /// CONFIG_X86_IOPL_IOPERM.
     pub(crate) fn acquire(interface: Interface) -> io::Result<Self> {
         let port = interface.doorbell_port;
         set_port_permission(port, true)?;
@@ -43,18 +46,24 @@ impl DoorbellPort {
 
     /// Writes the 32-bit `command` to the port.
     pub(crate) fn ring(&self, command: u32) {
-        // SAFETY: this thread may write the port, since `self` exists and can't leave its thread. Behind the port stands
-        // the VMM's doorbell, which changes no memory but the control page; as this is not `nomem`, the compiler moves
-        // no access to that across it.
+        // SAFETY: this thread may write the port, since `self` exists and can't leave its thread. Behind the
+        // port stands the VMM's doorbell, which changes no memory but the control page; as this is not
+        // `nomem`, the compiler moves no access to that across it.
         unsafe {
-            core::arch::asm!("out dx, eax", in("dx") self.port, in("eax") command, options(nostack, preserves_flags));
+            core::arch::asm!(
+                "out dx, eax",
+                in("dx") self.port,
+                in("eax") command,
+                options(nostack, preserves_flags)
+            );
         }
     }
 }
 
 impl Drop for DoorbellPort {
     fn drop(&mut self) {
-        // Giving a permission up needs no privilege, and the range is the one that was accepted before: it can't fail.
+        // Giving a permission up needs no privilege, and the range is the one that was accepted before: it
+        // can't fail.
         drop(set_port_permission(self.port, false));
     }
 }
@@ -62,8 +71,9 @@ impl Drop for DoorbellPort {
 /// Sets whether the calling thread may use the doorbell's ports: ioperm(2).
 fn set_port_permission(port: u16, permitted: bool) -> io::Result<()> {
     // SAFETY: ioperm reads no memory of ours; a permission by itself does nothing.
-    let result =
-        unsafe { libc::ioperm(port.into(), vmfork_abi::doorbell::WIDTH_BYTES as libc::c_ulong, permitted.into()) };
+    let result = unsafe {
+        libc::ioperm(port.into(), vmfork_abi::doorbell::WIDTH_BYTES as libc::c_ulong, permitted.into())
+    };
     Ok(Errno::result(result).map(drop)?)
 }
 
@@ -107,7 +117,8 @@ impl SharedMemory {
     ///
     /// # Errors
     ///
-    /// EINVAL where `offset` is no page's; for /dev/mem, EPERM where the kernel does not let these pages be mapped.
+    /// EINVAL where `offset` is no page's; for /dev/mem, EPERM where the kernel does not let these pages be
+    /// mapped.
     pub(crate) fn map(file: &File, offset: u64, bytes: usize) -> io::Result<Self> {
         Ok(Self { mapping: Mapping::new(file, offset, bytes, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)? })
     }
@@ -117,14 +128,16 @@ impl SharedMemory {
         let mut bytes = [0; N];
         for (index, word) in bytes.chunks_exact_mut(WORD_BYTES).enumerate() {
             let at = self.words::<OFFSET, N>().wrapping_add(index);
-            // SAFETY: `words` keeps the range within the first page, which is mapped while `self` lives, and aligned.
+            // SAFETY: `words` keeps the range within the first page, which is mapped while `self` lives, and
+            // aligned.
             let value = unsafe { at.read_volatile() };
             word.copy_from_slice(&value.to_ne_bytes());
         }
         bytes
     }
 
-    /// Copies the `N` bytes at `offset` out, or gives `None` where not all of them are whole words that are mapped.
+    /// Copies the `N` bytes at `offset` out, or gives `None` where not all of them are whole words that are
+    /// mapped.
     pub(crate) fn read_at<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
         const { assert!(N.is_multiple_of(WORD_BYTES)) };
         if !offset.is_multiple_of(WORD_BYTES) || offset.checked_add(N)? > self.mapping.bytes.get() {
@@ -132,7 +145,8 @@ impl SharedMemory {
         }
         let mut bytes = [0; N];
         for (index, word) in (offset / WORD_BYTES..).zip(bytes.chunks_exact_mut(WORD_BYTES)) {
-            // SAFETY: the word is aligned, and lies within what is mapped while `self` lives, as just checked.
+            // SAFETY: the word is aligned, and lies within what is mapped while `self` lives, as just
+            // checked.
             let value = unsafe { self.mapping.base.as_ptr().wrapping_add(index).read_volatile() };
             word.copy_from_slice(&value.to_ne_bytes());
         }
@@ -167,7 +181,8 @@ pub(crate) struct SharedWord {
 
 // SAFETY: the mapping belongs to the process and not to a thread, and may be undone from any.
 unsafe impl Send for SharedWord {}
-// SAFETY: nobody in this process writes the word, and reads of it that are volatile and aligned do not disturb one another.
+// SAFETY: nobody in this process writes the word, and reads of it that are volatile and aligned do not
+// disturb one another.
 unsafe impl Sync for SharedWord {}
 
 impl SharedWord {
@@ -196,7 +211,8 @@ pub(crate) struct Scheduling {
 }
 
 impl Scheduling {
-    /// Above every other task but deadline ones: SCHED_FIFO with its highest priority, 99 on Linux (sched(7)).
+    /// Above every other task but deadline ones: SCHED_FIFO with its highest priority, 99 on Linux
+    /// (sched(7)).
     pub(crate) const TOP: Self =
         Self { policy: libc::SCHED_FIFO, parameters: libc::sched_param { sched_priority: 99 } };
 
@@ -345,19 +361,28 @@ pub(crate) mod tests {
         let before = Scheduling::current().unwrap();
         before.apply().unwrap();
         let after = Scheduling::current().unwrap();
-        assert_eq!((after.policy, after.parameters.sched_priority), (before.policy, before.parameters.sched_priority));
+        assert_eq!(
+            (after.policy, after.parameters.sched_priority),
+            (before.policy, before.parameters.sched_priority)
+        );
     }
 
     #[test]
     fn a_thread_is_put_back_also_where_it_panics() {
         let policy = || Scheduling::current().unwrap().policy;
         let before = policy();
-        let batch = Scheduling { policy: libc::SCHED_BATCH, parameters: libc::sched_param { sched_priority: 0 } };
+        let batch =
+            Scheduling { policy: libc::SCHED_BATCH, parameters: libc::sched_param { sched_priority: 0 } };
         let panicked = std::panic::catch_unwind(|| {
             let _raised = Raised::to(batch).unwrap();
             assert_eq!(policy(), libc::SCHED_OTHER, "as is to be seen");
         });
-        assert!(panicked.unwrap_err().downcast_ref::<String>().is_some_and(|why| why.contains("as is to be seen")));
+        assert!(
+            panicked
+                .unwrap_err()
+                .downcast_ref::<String>()
+                .is_some_and(|why| why.contains("as is to be seen"))
+        );
         assert_eq!(policy(), before);
         let raised = Raised::to(batch).unwrap();
         assert_eq!(policy(), libc::SCHED_BATCH);

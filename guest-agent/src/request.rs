@@ -75,9 +75,11 @@ impl ForkRequest {
         Self { placement, ..self }
     }
 
-    /// The same fork, if it is the caller's turn within `timeout`: else it is not made ([`ForkError::DeadlinePassed`](crate::ForkError)).
+    /// The same fork, if it is the caller's turn within `timeout`: else it is not made
+    /// ([`ForkError::DeadlinePassed`](crate::ForkError)).
     ///
-    /// Callers in one guest are served one after another. How long the fork itself takes is not for them to say.
+    /// Callers in one guest are served one after another. How long the fork itself takes is not for them to
+    /// say.
     #[must_use]
     pub fn with_timeout(self, timeout: Duration) -> Self {
         Self { timeout: Some(timeout), ..self }
@@ -99,7 +101,8 @@ impl ForkRequest {
         Request { seq, count, vm_type, asker, flags: placement.flags(), ..Request::default() }
     }
 
-    /// The request as the kernel module takes it, made at the monotonic time `now`. Size, version and room for copies are for others to say.
+    /// The request as the kernel module takes it, made at the monotonic time `now`. Size, version and room
+    /// for copies are for others to say.
     pub(crate) fn at(&self, now: Duration) -> ForkArguments {
         let Self { vm_type, count, placement, timeout } = *self;
         let deadline_ns = timeout.map_or(0, |timeout| nonzero_ns(now.saturating_add(timeout)));
@@ -139,7 +142,8 @@ mod tests {
 
     #[test]
     fn a_timeout_is_a_deadline_that_is_never_none() {
-        let deadline_ns = |now, timeout| ForkRequest::new("web", 1).unwrap().with_timeout(timeout).at(now).deadline_ns;
+        let deadline_ns =
+            |now, timeout| ForkRequest::new("web", 1).unwrap().with_timeout(timeout).at(now).deadline_ns;
         assert_eq!(deadline_ns(Duration::from_secs(90), Duration::from_millis(1500)), 91_500_000_000);
         assert_eq!(deadline_ns(Duration::ZERO, Duration::ZERO), 1);
         assert_eq!(deadline_ns(Duration::from_secs(90), Duration::MAX), u64::MAX);
@@ -149,7 +153,10 @@ mod tests {
     fn what_a_vmm_would_refuse_is_refused_here() {
         assert_eq!(ForkRequest::new("Web", 1), Err(RequestError::VmType { vm_type: "Web".to_owned() }));
         assert_eq!(ForkRequest::new("web", 0), Err(RequestError::Count { count: 0 }));
-        assert_eq!(ForkRequest::new("web", MAX_CHILDREN + 1), Err(RequestError::Count { count: MAX_CHILDREN + 1 }));
+        assert_eq!(
+            ForkRequest::new("web", MAX_CHILDREN + 1),
+            Err(RequestError::Count { count: MAX_CHILDREN + 1 })
+        );
         assert!(ForkRequest::new("web", MAX_CHILDREN).is_ok());
     }
 }

@@ -152,7 +152,8 @@ impl Vmm {
     ///
     /// # Errors
     ///
-    /// [`StatusError`] where the kernel module does not tell, or the control page holds no possible identity, or list of copies.
+    /// [`StatusError`] where the kernel module does not tell, or the control page holds no possible identity,
+    /// or list of copies.
     pub fn status(&self) -> Result<Fork, StatusError> {
         let account = match &self.route {
             Route::Device(device) => device.account()?,
@@ -161,7 +162,8 @@ impl Vmm {
         Fork::from_account(&account).map_err(StatusError::Outcome)
     }
 
-    /// Goes as far towards a fork as can be gone without asking the VMM, to tell whether the calling thread could fork this VM.
+    /// Goes as far towards a fork as can be gone without asking the VMM, to tell whether the calling thread
+    /// could fork this VM.
     ///
     /// # Errors
     ///
@@ -175,9 +177,9 @@ impl Vmm {
 
     /// Forks this VM, and returns in the parent and in every child.
     ///
-    /// Callers in one guest are served one after another, and after an operator who forks this VM; see [`ForkError::Copied`] for those that
-    /// wait. A child's random pool and clock are its own before this returns, and before any other task of the calling vCPU runs. Tasks on
-    /// other vCPUs are not held back.
+    /// Callers in one guest are served one after another, and after an operator who forks this VM; see
+    /// [`ForkError::Copied`] for those that wait. A child's random pool and clock are its own before this
+    /// returns, and before any other task of the calling vCPU runs. Tasks on other vCPUs are not held back.
     ///
     /// By the doorbell, that holds for the host name too, and the caller needs CAP_SYS_RAWIO to ring,
     /// CAP_SYS_NICE to run first, CAP_SYS_ADMIN for turn, seed and host name, and CAP_SYS_TIME, and the

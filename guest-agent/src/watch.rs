@@ -1,4 +1,5 @@
-//! The forks that a VM comes out of, as the kernel module tells of them: also those that other processes, or operators, have asked for.
+//! The forks that a VM comes out of, as the kernel module tells of them: also those that other processes, or
+//! operators, have asked for.
 
 use std::fmt;
 use std::fs::File;
@@ -14,7 +15,8 @@ use crate::{Fork, OpenError, OutcomeError};
 
 /// The device, from which each fork is read once it has been made.
 ///
-/// Any number of processes can watch, each for itself. A copy by an operator is told of within a second. As a file it can be polled: there is something to read where there is a [`Notice`].
+/// Any number of processes can watch, each for itself. A copy by an operator is told of within a second. As a
+/// file it can be polled: there is something to read where there is a [`Notice`].
 #[derive(Debug)]
 pub struct Watch {
     device: File,
@@ -26,8 +28,8 @@ pub struct Watch {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct Notice {
-    /// How many forks this VM has come out of since the kernel module was loaded, as far as that has seen. More than one above that of the last
-    /// notice: some were made too fast to be read one by one.
+    /// How many forks this VM has come out of since the kernel module was loaded, as far as that has seen.
+    /// More than one above that of the last notice: some were made too fast to be read one by one.
     pub forks: u64,
     /// The fork, without its copies: [`Vmm::status`](crate::Vmm::status) has these.
     #[serde(flatten)]
@@ -48,7 +50,10 @@ pub enum WatchError {
         source: io::Error,
     },
     /// The kernel module was built for other programs.
-    #[error("{} gives notices of {bytes} bytes and version {version}, which this program does not know", device::PATH)]
+    #[error(
+        "{} gives notices of {bytes} bytes and version {version}, which this program does not know",
+        device::PATH
+    )]
     Version {
         /// How many bytes were read.
         bytes: usize,
@@ -70,7 +75,8 @@ impl Watch {
         Ok(Self { device: File::open(device::PATH).map_err(OpenError::of_device)? })
     }
 
-    /// Waits for the next fork: read(2). Where there were several since the last one that was read, it is the latest.
+    /// Waits for the next fork: read(2). Where there were several since the last one that was read, it is the
+    /// latest.
     ///
     /// # Errors
     ///
@@ -97,7 +103,8 @@ impl Notice {
     /// The notice that was read, checked as the outcome of a fork is.
     fn from_bytes(bytes: &[u8]) -> Result<Self, WatchError> {
         let unknown = |version| WatchError::Version { bytes: bytes.len(), version };
-        let notice = bytes.first_chunk().filter(|whole| whole.len() == bytes.len()).ok_or_else(|| unknown(0))?;
+        let notice =
+            bytes.first_chunk().filter(|whole| whole.len() == bytes.len()).ok_or_else(|| unknown(0))?;
         let notice = device::Notice::from_bytes(notice);
         if (notice.bytes, notice.version) != head(device::Notice::BYTES) {
             return Err(unknown(notice.version));

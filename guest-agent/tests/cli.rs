@@ -4,12 +4,14 @@ use std::process::Command;
 
 use vmfork::Vmm;
 
-const NO_VMM: &str = "the VMM can't be reached: no VMM that can fork this machine answers at CPUID leaf 0x40000100";
+const NO_VMM: &str =
+    "the VMM can't be reached: no VMM that can fork this machine answers at CPUID leaf 0x40000100";
 
 const NO_DEVICE: &str = "there is no /dev/vmfork: No such file or directory (os error 2)";
 const NO_DOORBELL: &str = "no VMM that can fork this machine answers at CPUID leaf 0x40000100";
 
-/// Runs `vmfork` with `arguments` and compares how it ends; not in a guest that can be forked, as that would fork it.
+/// Runs `vmfork` with `arguments` and compares how it ends; not in a guest that can be forked, as that would
+/// fork it.
 #[track_caller]
 fn assert_run(arguments: &[&str], status: i32, stdout: &str, stderr: &str) {
     assert_run_by(None, arguments, status, stdout, stderr);
@@ -33,7 +35,8 @@ fn assert_run_by(via: Option<&str>, arguments: &[&str], status: i32, stdout: &st
 #[test]
 fn detect_says_what_is_missing_and_what_to_do() {
     let stderr = format!(
-        "vmfork: a fork would not work from here: {NO_VMM}\nvmfork: run this in a VM that host-vmm has launched\n"
+        "vmfork: a fork would not work from here: {NO_VMM}\n\
+         vmfork: run this in a VM that host-vmm has launched\n"
     );
     let stdout = format!("device: not usable: {NO_DEVICE}\ndoorbell: not usable: {NO_DOORBELL}\n");
     assert_run(&["detect"], 1, &stdout, &stderr);
@@ -41,12 +44,15 @@ fn detect_says_what_is_missing_and_what_to_do() {
 
 #[test]
 fn detect_prints_the_same_as_json() {
-    let found =
-        r#""abi_version":null,"control_page_gpa":null,"doorbell_port":null,"dev_mem":null,"ioperm":null,"vm":null"#;
+    let found = concat!(
+        r#""abi_version":null,"control_page_gpa":null,"doorbell_port":null,"#,
+        r#""dev_mem":null,"ioperm":null,"vm":null"#
+    );
     let advice = "run this in a VM that host-vmm has launched";
     let load = "load the kernel module that offers it, or go by the doorbell";
     let device = format!(r#"{{"route":"device","works":false,"error":"{NO_DEVICE}","advice":"{load}"}}"#);
-    let doorbell = format!(r#"{{"route":"doorbell","works":false,"error":"{NO_DOORBELL}","advice":"{advice}"}}"#);
+    let doorbell =
+        format!(r#"{{"route":"doorbell","works":false,"error":"{NO_DOORBELL}","advice":"{advice}"}}"#);
     let routes = format!(r#""routes":[{device},{doorbell}],"route":null,"reason":null"#);
     let stdout = format!(r#"{{"works":false,{found},{routes},"error":"{NO_VMM}","advice":"{advice}"}}"#);
     assert_run(&["detect", "--json"], 1, &format!("{stdout}\n"), "");
@@ -62,7 +68,12 @@ fn a_fork_fails_without_running_the_command() {
 #[test]
 fn a_failed_fork_prints_json_without_a_role() {
     let stdout = format!(r#"{{"role":null,"error":"{NO_VMM}","code":null}}"#);
-    assert_run(&["fork", "--count", "4", "--json"], 1, &format!("{stdout}\n"), &format!("vmfork: {NO_VMM}\n"));
+    assert_run(
+        &["fork", "--count", "4", "--json"],
+        1,
+        &format!("{stdout}\n"),
+        &format!("vmfork: {NO_VMM}\n"),
+    );
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Kernel modules: what a module depends on, read from the modules themselves.
 //!
-//! Debian's packages carry no `modules.dep`; depmod writes it when a package is installed. Each module names its
-//! dependencies in its section `.modinfo`, as `depends=a,b`.
+//! Debian's packages carry no `modules.dep`; depmod writes it when a package is installed. Each module names
+//! its dependencies in its section `.modinfo`, as `depends=a,b`.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -175,7 +175,10 @@ mod tests {
 
     #[test]
     fn dependencies_are_read() {
-        assert_eq!(parse_depends(b"license=GPL\0depends=kvm,irqbypass\0name=kvm_amd\0"), ["kvm", "irqbypass"]);
+        assert_eq!(
+            parse_depends(b"license=GPL\0depends=kvm,irqbypass\0name=kvm_amd\0"),
+            ["kvm", "irqbypass"]
+        );
         assert!(parse_depends(b"license=GPL\0depends=\0").is_empty());
         assert!(parse_depends(b"license=GPL\0").is_empty());
     }

@@ -1,4 +1,5 @@
-//! What the tests run: programs, kernel and images, in the folder that `VMFORK_ASSETS` names; and what they run on.
+//! What the tests run: programs, kernel and images, in the folder that `VMFORK_ASSETS` names; and what they
+//! run on.
 
 use std::{env, path::PathBuf, process::Command};
 
@@ -9,7 +10,8 @@ use serde::Deserialize;
 /// # Panics
 /// Where `VMFORK_ASSETS` is not set: `cargo xtask` does that.
 pub fn path(name: &str) -> PathBuf {
-    let folder = env::var_os("VMFORK_ASSETS").expect("VMFORK_ASSETS is not set: run the tests by `cargo xtask test`");
+    let folder =
+        env::var_os("VMFORK_ASSETS").expect("VMFORK_ASSETS is not set: run the tests by `cargo xtask test`");
     PathBuf::from(folder).join(name)
 }
 
@@ -34,6 +36,7 @@ pub struct Probe {
 /// # Panics
 /// Where it does not answer.
 pub fn probe() -> Probe {
-    let output = Command::new(path("bin/host-vmm")).args(["check", "--json"]).output().expect("host-vmm check runs");
+    let output =
+        Command::new(path("bin/host-vmm")).args(["check", "--json"]).output().expect("host-vmm check runs");
     serde_json::from_slice(&output.stdout).expect("host-vmm check --json prints JSON")
 }

@@ -1,7 +1,7 @@
 //! A guest without an operating system: it does what a test has written down, at CPL 0, step by step.
 //!
-//! It is an ELF file that `host-vmm run --kernel` boots like any other. It needs a few hundred instructions, so that it runs on a
-//! KVM that emulates guest kernel code too.
+//! It is an ELF file that `host-vmm run --kernel` boots like any other. It needs a few hundred instructions,
+//! so that it runs on a KVM that emulates guest kernel code too.
 
 use std::{arch::global_asm, slice};
 
@@ -302,8 +302,9 @@ impl Script {
         self.step(15, u64::from(index), value)
     }
 
-    /// Looks at the time-stamp counter, and at kvmclock, whose structure is at `clock`. Stores both at `result`, 8 bytes each, and counts behind them, 4
-    /// bytes each, how often they have gone back from one look to the next.
+    /// Looks at the time-stamp counter, and at kvmclock, whose structure is at `clock`. Stores both at
+    /// `result`, 8 bytes each, and counts behind them, 4 bytes each, how often they have gone back from one
+    /// look to the next.
     #[must_use]
     pub fn look_at_clocks(self, clock: u64, result: u64) -> Self {
         self.step(16, clock, result)
@@ -359,6 +360,7 @@ pub fn control(offset: usize) -> u64 {
 
 fn machine_code() -> &'static [u8] {
     let (start, end) = (&raw const bare_start, &raw const bare_end);
-    // SAFETY: both labels lie in the one section above, in this order, and what is between them is never written.
+    // SAFETY: both labels lie in the one section above, in this order, and what is between them is never
+    // written.
     unsafe { slice::from_raw_parts(start, end as usize - start as usize) }
 }

@@ -33,7 +33,8 @@ pub fn check(guest: fn(&[&str]) -> Vmm, forks: u64, clocksource: &str, options: 
     let image = &running.kept_image().expect("an image");
     thread::sleep(REST);
     running.ask(&["spawn", "--image", image]).expect("a copy of an image");
-    let spawned = running.wait_for_lines("CLOCKS ", told.len() + 1).expect("its clocks").split_off(told.len());
+    let spawned =
+        running.wait_for_lines("CLOCKS ", told.len() + 1).expect("its clocks").split_off(told.len());
     let now_ms = SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock").as_millis();
     running.ask(&["image", "rm", image]).expect("no image is left");
     assert_eq!(running.end().expect("host-vmm ends").code, Some(0));
@@ -41,7 +42,10 @@ pub fn check(guest: fn(&[&str]) -> Vmm, forks: u64, clocksource: &str, options: 
         assert_eq!(copy["went_back"], json!([0, 0, 0]), "TSC, CLOCK_MONOTONIC, CLOCK_BOOTTIME: {copy}");
         assert_eq!((&copy["clocksource"], &copy["complaints"]), (&json!(clocksource), &json!([])), "{copy}");
         let apart_us = copy["apart_us"].as_f64().expect("a time");
-        assert!(apart_us.abs() < APART.as_secs_f64() * 1e6, "TSC and CLOCK_MONOTONIC_RAW have come apart: {copy}");
+        assert!(
+            apart_us.abs() < APART.as_secs_f64() * 1e6,
+            "TSC and CLOCK_MONOTONIC_RAW have come apart: {copy}"
+        );
         let passed_ms = copy["passed_ms"].as_i64().expect("a time");
         assert!(passed_ms >= 0, "{copy}");
     }

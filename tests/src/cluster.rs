@@ -79,7 +79,8 @@ impl Platforms {
     /// Where there are no ports left.
     pub fn new(names: &[&'static str]) -> Self {
         // All at once, so that they get different ones.
-        let free: Vec<_> = names.iter().map(|_| TcpListener::bind(("127.0.0.1", 0)).expect("a free port")).collect();
+        let free: Vec<_> =
+            names.iter().map(|_| TcpListener::bind(("127.0.0.1", 0)).expect("a free port")).collect();
         let addresses = free.iter().map(|listener| listener.local_addr().expect("a listener has an address"));
         Self(names.iter().copied().zip(addresses).collect(), None)
     }
@@ -95,7 +96,9 @@ impl Platforms {
     /// The files of the CA's certificate, and of a platform's certificate and key, where it has them.
     pub fn files(&self, name: &str) -> Option<[PathBuf; 3]> {
         let folder = self.1.as_ref()?.path();
-        Some(["ca.pem".to_owned(), format!("{name}.pem"), format!("{name}.key")].map(|file| folder.join(file)))
+        Some(
+            ["ca.pem".to_owned(), format!("{name}.pem"), format!("{name}.key")].map(|file| folder.join(file)),
+        )
     }
 
     /// The configuration of one, and more that is to stand in it.
@@ -136,6 +139,7 @@ impl Platforms {
 
 fn cert(folder: &TempDir, arguments: &[&str]) {
     let mut command = Command::new(assets::path("bin/host-vmm"));
-    let done = command.arg("cert").args(arguments).arg("--dir").arg(folder.path()).output().expect("host-vmm cert");
+    let done =
+        command.arg("cert").args(arguments).arg("--dir").arg(folder.path()).output().expect("host-vmm cert");
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
 }

@@ -7,7 +7,8 @@ use tempfile::NamedTempFile;
 /// Where the code is loaded, and begins: behind the first MiB.
 pub(crate) const ADDRESS: u64 = 0x20_0000;
 
-/// Assembly of a subroutine of this name, which prints EDI in hexadecimal, and a new line. It changes RAX, RCX, RDX and RDI.
+/// Assembly of a subroutine of this name, which prints EDI in hexadecimal, and a new line. It changes RAX,
+/// RCX, RDX and RDI.
 macro_rules! print_line {
     ($name:literal) => {
         concat!(

@@ -42,8 +42,8 @@ struct Server {
 }
 
 impl Etcd {
-    /// Starts one on this machine itself, and waits until it takes connections; `None` where there is no such program, which is told past what
-    /// tests capture.
+    /// Starts one on this machine itself, and waits until it takes connections; `None` where there is no such
+    /// program, which is told past what tests capture.
     ///
     /// # Panics
     /// Where it can't be started.
@@ -69,7 +69,8 @@ impl Etcd {
 
     fn start_all(servers: Vec<Server>) -> Option<Self> {
         let Some(program) = program() else {
-            let told = writeln!(io::stderr(), "SKIPPED: there is no etcd on this machine (VMFORK_ETCD names one)");
+            let told =
+                writeln!(io::stderr(), "SKIPPED: there is no etcd on this machine (VMFORK_ETCD names one)");
             told.expect("standard error");
             return None;
         };
@@ -114,10 +115,13 @@ impl Etcd {
     fn spawn(&self, at: usize) -> io::Result<Child> {
         let Server { host, clients, others, .. } = &self.servers[at];
         let [clients, others] = [clients, others].map(|address| format!("http://{address}"));
-        let all = self.servers.iter().enumerate().map(|(at, server)| format!("{at}=http://{}", server.others));
+        let all =
+            self.servers.iter().enumerate().map(|(at, server)| format!("{at}=http://{}", server.others));
         let log = File::create(self.log(at))?;
         let mut command = network::command(host.as_ref(), &self.program);
-        command.args(["--name", &at.to_string(), "--data-dir"]).arg(self.folder.path().join(format!("{at}.data")));
+        command
+            .args(["--name", &at.to_string(), "--data-dir"])
+            .arg(self.folder.path().join(format!("{at}.data")));
         command.args(["--listen-client-urls", &clients, "--advertise-client-urls", &clients]);
         command.args(["--listen-peer-urls", &others, "--initial-advertise-peer-urls", &others]);
         command.args(["--initial-cluster", &all.collect::<Vec<_>>().join(",")]);

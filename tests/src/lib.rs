@@ -2,7 +2,8 @@
 //!
 //! - [`vmm`]: a running `host-vmm`, and what it reports.
 //! - [`bare`]: a guest without an operating system, that does what a test writes down.
-//! - [`user`]: a guest without an operating system that runs at CPL 3, for the bench, and for tests of many forks.
+//! - [`user`]: a guest without an operating system that runs at CPL 3, for the bench, and for tests of many
+//!   forks.
 //! - [`faults`]: the steps of a fork that can be made to fail.
 //! - [`cluster`]: several platforms, on one host or on several.
 //! - [`etcd`]: what they may know each other by.
@@ -12,7 +13,8 @@
 //! - [`proxy`]: a way between two platforms on which things go wrong.
 //! - [`rings`]: a guest without an operating system that turns to its VMM again and again, for the bench.
 //! - [`rounds`]: how often that happens, and where.
-//! - [`state`]: a guest without an operating system that fills all of its registers, and looks whether they stay as they are.
+//! - [`state`]: a guest without an operating system that fills all of its registers, and looks whether they
+//!   stay as they are.
 //!
 //! The Linux guests' side is the program `test-guest`; the demo is the program `demo`.
 

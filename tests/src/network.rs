@@ -1,4 +1,5 @@
-//! Hosts of their own on a network of their own: network namespaces that a bridge joins, with cables that can be pulled.
+//! Hosts of their own on a network of their own: network namespaces that a bridge joins, with cables that can
+//! be pulled.
 //!
 //! They need no root: a user namespace owns them. All of it is gone with the last process in it.
 
@@ -15,7 +16,8 @@ use anyhow::{Context, ensure};
 /// The hosts' addresses are in 192.0.2.0/24, of which this is the last byte of the first one's.
 const FIRST_ADDRESS: u8 = 1;
 
-/// What a namespace is held by: it says when it is there, and goes on until its input ends, with its test at the latest.
+/// What a namespace is held by: it says when it is there, and goes on until its input ends, with its test at
+/// the latest.
 const HOLD: [&str; 3] = ["sh", "-c", "echo && exec cat"];
 
 /// A switch, and the hosts that are connected to it, each by a cable of its own.
@@ -38,7 +40,8 @@ pub struct Host {
 struct Holder(Child);
 
 impl Network {
-    /// One with hosts so called; `None` where this machine has or permits no namespaces, bridges or cables, which is told past what tests capture.
+    /// One with hosts so called; `None` where this machine has or permits no namespaces, bridges or cables,
+    /// which is told past what tests capture.
     ///
     /// # Panics
     /// Where it has them, and they can't be put together.
@@ -46,7 +49,8 @@ impl Network {
         match Self::try_start(names) {
             Ok(network) => Some(network),
             Err(error) => {
-                let told = writeln!(io::stderr(), "SKIPPED: there can't be network namespaces here: {error:#}");
+                let told =
+                    writeln!(io::stderr(), "SKIPPED: there can't be network namespaces here: {error:#}");
                 told.expect("standard error");
                 None
             }
@@ -95,7 +99,9 @@ impl Host {
         let address = Ipv4Addr::new(192, 0, 2, last);
         switch.ip(&format!("link add name {name} type veth peer name eth0 netns {}", holder.0.id()))?;
         switch.ip(&format!("link set dev {name} master switch up")).expect("a cable in a switch");
-        for line in ["link set dev lo up", &format!("address add {address}/24 dev eth0"), "link set dev eth0 up"] {
+        for line in
+            ["link set dev lo up", &format!("address add {address}/24 dev eth0"), "link set dev eth0 up"]
+        {
             holder.ip(line).expect("a cable in a host");
         }
         Ok(Self { name, address, holder: Arc::new(holder) })

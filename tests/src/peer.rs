@@ -88,7 +88,8 @@ impl Peer {
             .layer(DefaultBodyLimit::disable())
             .layer(middleware::from_fn_with_state(Arc::clone(&shared), note))
             .with_state(Arc::clone(&shared));
-        let runtime = runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
+        let runtime =
+            runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
         let listener = runtime.block_on(tokio::net::TcpListener::bind(address)).expect("a free address");
         runtime.spawn(async { axum::serve(listener, routes).await });
         Self { shared, _runtime: runtime }

@@ -6,7 +6,8 @@ use rustix::process::{Pid, Rlimit, prlimit};
 
 pub use rustix::process::Resource;
 
-/// Sums of a process's memory, in KiB, by their names in `/proc/PID/smaps_rollup`, such as `Pss` and `Private_Dirty`.
+/// Sums of a process's memory, in KiB, by their names in `/proc/PID/smaps_rollup`, such as `Pss` and
+/// `Private_Dirty`.
 ///
 /// # Errors
 /// Where the process is gone.
@@ -36,7 +37,8 @@ pub fn address_space(pid: u32) -> io::Result<u64> {
     stat(pid, ADDRESS_SPACE)
 }
 
-/// What a process's descriptors are open on, sorted, with how often; sockets, pipes and the process's own files without their numbers.
+/// What a process's descriptors are open on, sorted, with how often; sockets, pipes and the process's own
+/// files without their numbers.
 ///
 /// # Errors
 /// Where the process is gone.
@@ -70,7 +72,9 @@ pub fn limit(pid: u32, resource: Resource, most: Option<u64>) -> io::Result<()> 
 pub fn children(pid: u32) -> io::Result<Vec<u32>> {
     let mut children = Vec::new();
     for entry in fs::read_dir("/proc")? {
-        let Some(candidate) = entry?.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        let Some(candidate) = entry?.file_name().to_str().and_then(|name| name.parse().ok()) else {
+            continue;
+        };
         let Ok(parent) = stat(candidate, PARENT) else { continue };
         if parent == u64::from(pid) {
             children.push(candidate);

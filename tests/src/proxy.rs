@@ -21,7 +21,8 @@ const PIECE_BYTES: usize = 16 << 10;
 const LOOK: Duration = Duration::from_millis(5);
 
 /// What makes no sense may begin like this.
-const BEGINNINGS: [&str; 5] = ["", "\x16\x03\x01", "HTTP/1.1 ", "HTTP/1.1 200 maybe\r\n\r\n{{{", "{\"stage\":"];
+const BEGINNINGS: [&str; 5] =
+    ["", "\x16\x03\x01", "HTTP/1.1 ", "HTTP/1.1 200 maybe\r\n\r\n{{{", "{\"stage\":"];
 
 /// Longest rest of it in bytes.
 const MAX_GARBAGE_BYTES: usize = 200;
@@ -31,7 +32,8 @@ const MAX_GARBAGE_BYTES: usize = 200;
 pub enum Fault {
     /// Nothing.
     None,
-    /// All connections break once so many bytes have passed, in both directions together; then nothing goes wrong any more.
+    /// All connections break once so many bytes have passed, in both directions together; then nothing goes
+    /// wrong any more.
     CutAfter(u64),
     /// The byte that comes after so many is another one.
     FlipAfter(u64),
@@ -39,7 +41,8 @@ pub enum Fault {
     StallAfter(u64),
     /// Each piece comes later by this.
     Delay(Duration),
-    /// All connections break, and whoever connects is answered with something that makes no sense: what, begins with this seed.
+    /// All connections break, and whoever connects is answered with something that makes no sense: what,
+    /// begins with this seed.
     Garbage(u64),
     /// All connections break, and whoever connects gets to another address.
     Elsewhere(SocketAddr),

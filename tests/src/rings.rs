@@ -22,13 +22,15 @@ const UNKNOWN_COMMAND: u32 = 99;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Trip {
-    /// Rings the doorbell by its port, with a command that it does not know: the VMM says so in the control page.
+    /// Rings the doorbell by its port, with a command that it does not know: the VMM says so in the control
+    /// page.
     PortAnswered = 0,
     /// Writes to a port that nothing listens to.
     Port = 1,
     /// Writes to an address that nothing lies at.
     Mmio = 2,
-    /// Rings the doorbell by hypercall, as by port. From CPL 3 it does not get that far: the kernel refuses it.
+    /// Rings the doorbell by hypercall, as by port. From CPL 3 it does not get that far: the kernel refuses
+    /// it.
     HypercallAnswered = 3,
     /// Makes the hypercall for what is no control page: the VMM refuses it, and looks at nothing.
     Hypercall = 4,
@@ -43,8 +45,8 @@ pub enum Level {
     User,
 }
 
-/// What is to be typed at the guest's console: so many of these round trips, less than 2^24. It prints how many units of its TSC they took, as
-/// a line of eight hexadecimal digits.
+/// What is to be typed at the guest's console: so many of these round trips, less than 2^24. It prints how
+/// many units of its TSC they took, as a line of eight hexadecimal digits.
 pub fn order(trip: Trip, count: u32) -> [u8; 4] {
     (count << 8 | u32::from(trip as u8)).to_le_bytes()
 }
@@ -150,7 +152,8 @@ unsafe extern "C" {
 /// Where the file can't be written.
 pub fn kernel(level: Level) -> NamedTempFile {
     let (start, end) = (&raw const rings_start, &raw const rings_end);
-    // SAFETY: both labels lie in the one section above, in this order, and what is between them is never written.
+    // SAFETY: both labels lie in the one section above, in this order, and what is between them is never
+    // written.
     let code = unsafe { slice::from_raw_parts(start, end as usize - start as usize) };
     match level {
         Level::Kernel => elf::kernel(code),

@@ -6,7 +6,8 @@ use fastrand::Rng;
 
 use crate::assets;
 
-/// How many rounds a test has: as many as `VMFORK_ROUNDS` says, or else so many here, and so many in the lab, which is slow.
+/// How many rounds a test has: as many as `VMFORK_ROUNDS` says, or else so many here, and so many in the lab,
+/// which is slow.
 ///
 /// # Panics
 /// Where the variable holds no number.
@@ -14,7 +15,8 @@ pub fn rounds(here: u64, in_lab: u64) -> u64 {
     number("VMFORK_ROUNDS").unwrap_or(if assets::in_lab() { in_lab } else { here })
 }
 
-/// Where things go wrong. A test that fails tells the seed, with which `VMFORK_SEED` has the same happen again.
+/// Where things go wrong. A test that fails tells the seed, with which `VMFORK_SEED` has the same happen
+/// again.
 ///
 /// # Panics
 /// Where the variable holds no number.

@@ -1,11 +1,14 @@
-//! A guest without an operating system that fills all registers that it has, and then looks again and again whether each still holds what it did.
+//! A guest without an operating system that fills all registers that it has, and then looks again and again
+//! whether each still holds what it did.
 //!
-//! It comes to CPL 3 as [`user`](crate::user) does, and from there to CPL 0 by a general protection fault whenever it wants: it executes HLT, and
-//! the gate leads to code of its own. At CPL 0 it writes and reads model-specific registers, debug registers and interrupt controllers; at CPL 3,
-//! where a KVM that emulates guest kernel code runs it natively, the components of XSAVE.
+//! It comes to CPL 3 as [`user`] does, and from there to CPL 0 by a general protection fault
+//! whenever it wants: it executes HLT, and the gate leads to code of its own. At CPL 0 it writes and reads
+//! model-specific registers, debug registers and interrupt controllers; at CPL 3, where a KVM that emulates
+//! guest kernel code runs it natively, the components of XSAVE.
 //!
-//! It prints numbers as lines of eight hexadecimal digits: how many model-specific registers it has found, and how many of them it has changed; then,
-//! with each look, what differs (an index, or one of the marks below), and how much that was.
+//! It prints numbers as lines of eight hexadecimal digits: how many model-specific registers it has found,
+//! and how many of them it has changed; then, with each look, what differs (an index, or one of the marks
+//! below), and how much that was.
 
 use std::{arch::global_asm, slice};
 
@@ -368,7 +371,8 @@ global_asm!(
     "    jmp 3b",
     elf::print_line!("state_line"),
     ".balign 8",
-    "state_ranges:", // first index, and how many: but for what counts time, where the local APIC is, and what SYSRET goes by
+    // First index, and how many: but for what counts time, where the local APIC is, and what SYSRET goes by.
+    "state_ranges:",
     "    .long 0, 0x10",
     "    .long 0x11, 0xa",
     "    .long 0x1c, 0x6c4",
@@ -382,7 +386,8 @@ global_asm!(
     "state_trials:", // values: an address, memory types, what a default type may be, bits
     "    .quad 0x300001, 0x0606060606060606, 0xc06, 0x5000, 1, 2, -1, 0",
     "state_memory:",
-    "    .long 0xfee00080, 0xfee000d0, 0xfee000f0, 0xfee00340, 0xfee00350, 0xfee00360, 0xfee00370, 0xfee003e0, 0",
+    "    .long 0xfee00080, 0xfee000d0, 0xfee000f0, 0xfee00340, 0xfee00350",
+    "    .long 0xfee00360, 0xfee00370, 0xfee003e0, 0",
     "state_ports:",
     "    .word 0x21, 0xa1, 0x4d0, 0x4d1, 0",
     "state_end:",
@@ -403,7 +408,8 @@ unsafe extern "C" {
 /// Where the file can't be written.
 pub fn kernel() -> NamedTempFile {
     let (start, end) = (&raw const state_code, &raw const state_end);
-    // SAFETY: both labels lie in the one section above, in this order, and what is between them is never written.
+    // SAFETY: both labels lie in the one section above, in this order, and what is between them is never
+    // written.
     let code = unsafe { slice::from_raw_parts(start, end as usize - start as usize) };
     elf::kernel(&[user::way_to_user_code(), code].concat())
 }

@@ -1,7 +1,9 @@
-//! A guest without an operating system that runs at CPL 3: at full speed, also on a KVM that emulates guest kernel code.
+//! A guest without an operating system that runs at CPL 3: at full speed, also on a KVM that emulates guest
+//! kernel code.
 //!
-//! At CPL 0 it only opens the page tables to user code and goes to CPL 3 with I/O privilege level 3. There it reads [`Order`]s from the
-//! console, and carries them out. Each thing that a bench wants to time ends with a port write.
+//! At CPL 0 it only opens the page tables to user code and goes to CPL 3 with I/O privilege level 3. There it
+//! reads [`Order`]s from the console, and carries them out. Each thing that a bench wants to time ends with a
+//! port write.
 
 use std::{arch::global_asm, mem::offset_of, slice};
 
@@ -43,15 +45,16 @@ const STAR: u32 = 0xc000_0081;
 /// STAR's upper half: SYSRET loads CS 0x33 and SS 0x2b.
 const SELECTORS: u32 = 0x0023_0010;
 
-/// What the processor goes by to come back to CPL 0 where user code executes HLT: descriptors, and behind them the gates of exceptions, a
-/// stack, and the task state. It can't be SYSCALL: a KVM that emulates guest kernel code may go on at CPL 3 behind it.
+/// What the processor goes by to come back to CPL 0 where user code executes HLT: descriptors, and behind
+/// them the gates of exceptions, a stack, and the task state. It can't be SYSCALL: a KVM that emulates guest
+/// kernel code may go on at CPL 3 behind it.
 const TABLES: u64 = 0x18_0000;
 const GATES: u64 = TABLES + 0x1000;
 const KERNEL_STACK: u64 = TABLES + 0x3000;
 const TASK_STATE: u64 = TABLES + 0x3000;
 
-/// Where the task state says where its bitmap of ports is, and where that is: all of it is zero, so that user code may access all of them also
-/// where a KVM does not go by the I/O privilege level.
+/// Where the task state says where its bitmap of ports is, and where that is: all of it is zero, so that user
+/// code may access all of them also where a KVM does not go by the I/O privilege level.
 const PORTS_OFFSET: u64 = TASK_STATE + 0x66;
 const PORTS: u64 = 0x68;
 
@@ -61,7 +64,8 @@ const PROTECTION_GATE: u64 = GATES + 13 * 16;
 /// A segment of 64-bit kernel code, as CS 0x10.
 const KERNEL_CODE: u64 = 0x00af_9b00_0000_ffff;
 
-/// The lower half of the descriptor of the task state, at 0x38: present, available, to the end of its bitmap and one byte more.
+/// The lower half of the descriptor of the task state, at 0x38: present, available, to the end of its bitmap
+/// and one byte more.
 const TASK_STATE_LOW: u64 = 0x0000_8900_0000_0000 | (TASK_STATE & 0xff_ffff) << 16 | (PORTS + 0x2000);
 
 /// The lower half of a gate, but for the address: present, for interrupts, CS 0x10.
@@ -70,8 +74,9 @@ const GATE_LOW: u64 = 0x0000_8e00_0010_0000;
 /// What a guest is asked to do: dirty memory, fork, and what its children do then.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Order {
-    /// How many children. With none, the VM waits for one more byte, and then does what a child would: where that is [`REWRITE`], it
-    /// writes to memory first. So it can be brought to life again by others than `host-vmm`.
+    /// How many children. With none, the VM waits for one more byte, and then does what a child would: where
+    /// that is [`REWRITE`], it writes to memory first. So it can be brought to life again by others than
+    /// `host-vmm`.
     pub count: u32,
     /// Pages that each VM writes to before it forks.
     pub dirty_pages: u32,
@@ -83,7 +88,8 @@ pub struct Order {
     pub pace_tsc: u64,
     /// Children stand still in the end, instead of switching themselves off.
     pub stay: bool,
-    /// Parent and children print their generation first, as they find it where the control page's header says.
+    /// Parent and children print their generation first, as they find it where the control page's header
+    /// says.
     pub tell_generation: bool,
     /// Flags of the request: where the children are to run.
     pub flags: u32,
@@ -212,7 +218,8 @@ global_asm!(
     "    jne 22f",
     "    cmp dword ptr [rbx + {identity}], {child}",
     "    je 30f",
-    "22: cmp dword ptr [rbx + {identity} + 12], 0", // a parent, or there was no fork: a booted VM waits for its next order
+    // A parent, or there was no fork: a booted VM waits for its next order.
+    "22: cmp dword ptr [rbx + {identity} + 12], 0",
     "    je 10b",
     "    jmp 40f",
     "30: mov ecx, [rbp + 8]", // a child
@@ -314,7 +321,8 @@ unsafe extern "C" {
 /// Machine code that goes on at CPL 3 behind its end, where it stands at the start of a kernel of its own.
 pub(crate) fn way_to_user_code() -> &'static [u8] {
     let (start, end) = (&raw const user_start, &raw const user_code);
-    // SAFETY: both labels lie in the one section above, in this order, and what is between them is never written.
+    // SAFETY: both labels lie in the one section above, in this order, and what is between them is never
+    // written.
     unsafe { slice::from_raw_parts(start, end as usize - start as usize) }
 }
 
@@ -324,6 +332,7 @@ pub(crate) fn way_to_user_code() -> &'static [u8] {
 /// Where the file can't be written.
 pub fn kernel() -> NamedTempFile {
     let (start, end) = (&raw const user_start, &raw const user_end);
-    // SAFETY: both labels lie in the one section above, in this order, and what is between them is never written.
+    // SAFETY: both labels lie in the one section above, in this order, and what is between them is never
+    // written.
     elf::kernel(unsafe { slice::from_raw_parts(start, end as usize - start as usize) })
 }

@@ -182,7 +182,8 @@ impl Vmm {
         let stdin = process.stdin.take();
         let (sender, events) = mpsc::channel();
         thread::spawn(move || {
-            // Opening waits until the other side opens it for writing, or for ever where that never comes: so on this thread.
+            // Opening waits until the other side opens it for writing, or for ever where that never comes: so
+            // on this thread.
             let Ok(fifo) = File::open(fifo) else { return };
             for line in BufReader::new(fifo).lines().map_while(Result::ok) {
                 let event = serde_json::from_str(&line).unwrap_or(Value::Null);
@@ -248,8 +249,13 @@ impl Running {
     /// Waits for the first event, from the start on, from which `pick` makes something.
     ///
     /// # Errors
-    /// Where it does not come in time, or `host-vmm` ends before. The error tells the last lines of the consoles.
-    pub fn wait_for<T>(&mut self, what: &str, mut pick: impl FnMut(&Value) -> Option<T>) -> anyhow::Result<T> {
+    /// Where it does not come in time, or `host-vmm` ends before. The error tells the last lines of the
+    /// consoles.
+    pub fn wait_for<T>(
+        &mut self,
+        what: &str,
+        mut pick: impl FnMut(&Value) -> Option<T>,
+    ) -> anyhow::Result<T> {
         if let Some(found) = self.seen.iter().find_map(&mut pick) {
             return Ok(found);
         }
@@ -269,12 +275,15 @@ impl Running {
                         last_lines(&self.seen)
                     )
                 }
-                Err(RecvTimeoutError::Disconnected) => bail!("host-vmm ended before {what}{}", last_lines(&self.seen)),
+                Err(RecvTimeoutError::Disconnected) => {
+                    bail!("host-vmm ended before {what}{}", last_lines(&self.seen))
+                }
             }
         }
     }
 
-    /// Waits for a console line of some VM that starts with `prefix`, and returns the VM's name and the rest of the line.
+    /// Waits for a console line of some VM that starts with `prefix`, and returns the VM's name and the rest
+    /// of the line.
     ///
     /// # Errors
     /// As [`Running::wait_for`].
@@ -282,7 +291,8 @@ impl Running {
         self.wait_for(&format!("line {prefix:?}"), |event| console_line(event, prefix))
     }
 
-    /// Waits until `count` VMs have each printed a line that starts with `prefix`: name and rest of each, in the order in which they came.
+    /// Waits until `count` VMs have each printed a line that starts with `prefix`: name and rest of each, in
+    /// the order in which they came.
     ///
     /// # Errors
     /// As [`Running::wait_for`].
@@ -301,7 +311,8 @@ impl Running {
     /// As [`Running::wait_for`].
     pub fn node(&mut self, name: &str) -> anyhow::Result<u32> {
         self.wait_for(&format!("VM {name}"), |event| {
-            let pid = (event["event"] == "started" && event["name"] == name).then(|| event["pid"].as_u64())?;
+            let pid =
+                (event["event"] == "started" && event["name"] == name).then(|| event["pid"].as_u64())?;
             u32::try_from(pid?).ok()
         })
     }
@@ -332,8 +343,8 @@ impl Running {
         Ok(String::from_utf8(output.stdout)?)
     }
 
-    /// The ID of the image that is kept, where one is to be: of several forks, that of the last one takes the place of
-    /// the others when it is sealed, which may be after the copies run.
+    /// The ID of the image that is kept, where one is to be: of several forks, that of the last one takes the
+    /// place of the others when it is sealed, which may be after the copies run.
     ///
     /// # Errors
     /// Where there is no such single image within [`PATIENCE`], or `host-vmm` does not answer.
@@ -378,7 +389,10 @@ impl Running {
         let mut latest = began;
         loop {
             if latest.elapsed() >= PATIENCE || began.elapsed() >= IN_ALL {
-                bail!("no end: nothing happens in {PATIENCE:?}, or no end in {IN_ALL:?}{}", last_lines(&self.seen))
+                bail!(
+                    "no end: nothing happens in {PATIENCE:?}, or no end in {IN_ALL:?}{}",
+                    last_lines(&self.seen)
+                )
             }
             match self.events.recv_timeout(LOOK_AROUND) {
                 Ok(event) => {
@@ -388,7 +402,8 @@ impl Running {
                 Err(RecvTimeoutError::Disconnected) => break,
                 Err(RecvTimeoutError::Timeout) => {
                     if self.process.try_wait()?.is_some() {
-                        // It may have been killed before it has opened the way for its events, and somebody waits for that.
+                        // It may have been killed before it has opened the way for its events, and somebody
+                        // waits for that.
                         drop(open(
                             &self.folder.path().join(EVENTS),
                             OFlag::O_WRONLY | OFlag::O_NONBLOCK,

@@ -86,7 +86,8 @@ fn forks_of_one_two_and_eight_make_different_vms() {
     assert_eq!(children.len(), 11);
     for count in [1, 2, 8] {
         let indices = children.iter().filter(|copy| copy["fork"]["count"] == count);
-        let indices: BTreeSet<u64> = indices.map(|copy| copy["fork"]["index"].as_u64().expect("an index")).collect();
+        let indices: BTreeSet<u64> =
+            indices.map(|copy| copy["fork"]["index"].as_u64().expect("an index")).collect();
         assert_eq!(indices, (1..=count).collect());
     }
     let of = |field: &'static str| children.iter().map(move |copy| copy["fork"][field].clone());
@@ -156,23 +157,31 @@ fn an_application_goes_on_counting_on_another_platform() {
         let config = platforms.config("a", &format!("[clone]\nlazy = {lazy}"));
         let mut source = start(guest(&["count-elsewhere"]).option("--mem", "256M").config(&config));
         source.wait_for_line("READY").expect("a guest that is ready");
-        let known: Value = serde_json::from_str(&source.ask(&["platforms", "--json"]).expect("a list")).expect("JSON");
+        let known: Value =
+            serde_json::from_str(&source.ask(&["platforms", "--json"]).expect("a list")).expect("JSON");
         assert_eq!(known["platforms"].as_array().expect("an array").len(), 2, "{known}");
         source.type_line("go on").expect("a console that takes input");
         let (_, count) = source.wait_for_line("COUNT ").expect("a parent that goes on counting");
         let (_, parent) = source.wait_for_line("COPY ").expect("the parent's identity");
         let mut of_clone = |prefix: &str| {
-            let of = |event: &Value| console_line(event, prefix).filter(|(vm, _)| vm == name).map(|(_, line)| line);
+            let of = |event: &Value| {
+                console_line(event, prefix).filter(|(vm, _)| vm == name).map(|(_, line)| line)
+            };
             target.wait_for(prefix, of).expect("a clone that goes on")
         };
         assert_eq!(of_clone("COUNT "), count);
         let [parent, clone]: [Value; 2] =
             [parent, of_clone("COPY ")].map(|line| serde_json::from_str(&line).expect("JSON"));
-        assert_eq!((&clone["fork"]["role"], &clone["fork"]["parent_id"]), (&"child".into(), &parent["fork"]["vm_id"]));
+        assert_eq!(
+            (&clone["fork"]["role"], &clone["fork"]["parent_id"]),
+            (&"child".into(), &parent["fork"]["vm_id"])
+        );
         for what in ["hostname", "uuid", "random"] {
             assert_ne!(clone[what], parent[what], "{what}");
         }
-        let ended = |event: &Value| (event["event"] == "ended" && event["name"] == name).then(|| event["how"].clone());
+        let ended = |event: &Value| {
+            (event["event"] == "ended" && event["name"] == name).then(|| event["how"].clone())
+        };
         assert_eq!(target.wait_for("its end", ended).expect("an end"), "PoweredOff");
         source.type_line("go on").expect("a console that takes input");
         assert_eq!(source.end().expect("an end").code, Some(0));
@@ -215,12 +224,16 @@ fn containers_of_one_guest_are_served_one_after_another() {
     // Copies may not fork, whatever they take themselves for.
     let vmm = guest(&["containers", &CONTAINERS.to_string()]).option("--cpus", "2");
     let ended = run(vmm.option("--limit", "*:generations=1"));
-    let (of_parent, of_copies): (Vec<_>, Vec<_>) = ended.lines("TOLD ").into_iter().partition(|(vm, _)| vm == "vm");
+    let (of_parent, of_copies): (Vec<_>, Vec<_>) =
+        ended.lines("TOLD ").into_iter().partition(|(vm, _)| vm == "vm");
     let of_parent: Vec<String> = of_parent.into_iter().map(|(_, told)| told).collect();
     let children = |container: usize| 1 + container % 2;
     let (while_held, then) = of_parent.split_at_checked(CONTAINERS).expect("each container is told twice");
     let sorted = |told: &[String]| told.iter().cloned().collect::<BTreeSet<_>>();
-    assert_eq!(sorted(while_held), (0..CONTAINERS).map(|container| format!("w{container} DeadlinePassed")).collect());
+    assert_eq!(
+        sorted(while_held),
+        (0..CONTAINERS).map(|container| format!("w{container} DeadlinePassed")).collect()
+    );
     let parent = |container: usize| format!("w{container} parent {}", children(container));
     assert_eq!(sorted(then), (0..CONTAINERS).map(parent).collect());
     assert_eq!(then.len(), CONTAINERS);
@@ -230,8 +243,10 @@ fn containers_of_one_guest_are_served_one_after_another() {
         let (container, told) = told.split_once(' ').expect("a container, and what it is told");
         let number: usize = container.trim_start_matches('w').parse().expect("a container's number");
         let is_its_own = vm.split_once('.').is_some_and(|(vm_type, _)| vm_type == container);
-        let role = if is_its_own { format!("child {}", children(number)) } else { "child of another".to_owned() };
-        // One that had not asked yet asks in the copy too; one that had been told before may print it in both.
+        let role =
+            if is_its_own { format!("child {}", children(number)) } else { "child of another".to_owned() };
+        // One that had not asked yet asks in the copy too; one that had been told before may print it in
+        // both.
         let was_told_before = !is_its_own && told == format!("parent {}", children(number));
         let is_right = told == role || told == "refused Generation" || was_told_before;
         assert!(is_right, "{container} in {vm} is told {told}");
@@ -246,10 +261,15 @@ fn containers_of_one_guest_are_served_one_after_another() {
 fn a_failed_fork_tells_the_guest_and_leaves_it_running() {
     // After all failures, two forks that work; and the second one, of a VM that is a private view by then.
     let times = (STEPS.len() + 2).to_string();
-    let ended = run(guest(&["errors", &times]).option("--inject-fault", &faults::all()).option("--cpus", "2"));
+    let ended =
+        run(guest(&["errors", &times]).option("--inject-fault", &faults::all()).option("--cpus", "2"));
     let codes: Vec<String> = ended.lines("ERROR ").into_iter().map(|(_, code)| code).collect();
     let reports: Vec<&Value> = ended.forks().iter().map(|fork| &fork["why"]).collect();
-    assert_eq!(codes, STEPS.iter().map(|(_, code)| code.number().to_string()).collect::<Vec<_>>(), "{reports:?}");
+    assert_eq!(
+        codes,
+        STEPS.iter().map(|(_, code)| code.number().to_string()).collect::<Vec<_>>(),
+        "{reports:?}"
+    );
     assert_eq!(ended.lines("FORKED ").len(), 6);
     assert_eq!(ended.events.iter().filter(|event| event["event"] == "started").count(), 5);
 }

@@ -60,7 +60,8 @@ fn texts(ended: &Ended, prefix: &str) -> Vec<String> {
 
 /// The one line with this beginning.
 fn text(ended: &Ended, prefix: &str) -> String {
-    let [line] = <[String; 1]>::try_from(texts(ended, prefix)).unwrap_or_else(|lines| panic!("{prefix}: {lines:?}"));
+    let [line] =
+        <[String; 1]>::try_from(texts(ended, prefix)).unwrap_or_else(|lines| panic!("{prefix}: {lines:?}"));
     line
 }
 
@@ -103,14 +104,22 @@ fn a_member_of_the_group_forks_by_ioctl() {
         let ended = run(guest(&[&MEMBER[..], &["forks", &first, &second]].concat()).option("--cpus", cpus));
         let copies = objects(&ended, "COPY ");
         let children: Vec<&Value> = copies.iter().filter(is(Role::Child)).collect();
-        assert_eq!((copies.len(), children.len() as u64), (2 + children.len(), counts.iter().sum()), "{cpus}");
+        assert_eq!(
+            (copies.len(), children.len() as u64),
+            (2 + children.len(), counts.iter().sum()),
+            "{cpus}"
+        );
         for count in counts {
             let indices = children.iter().filter(|copy| copy["count"] == count);
-            let indices: BTreeSet<u64> = indices.map(|copy| copy["index"].as_u64().expect("an index")).collect();
+            let indices: BTreeSet<u64> =
+                indices.map(|copy| copy["index"].as_u64().expect("an index")).collect();
             assert_eq!(indices, (1..=count).collect());
         }
         // The parent is told of all its copies.
-        let told = copies.iter().filter(is(Role::Parent)).flat_map(|copy| copy["copies"].as_array().expect("a list"));
+        let told = copies
+            .iter()
+            .filter(is(Role::Parent))
+            .flat_map(|copy| copy["copies"].as_array().expect("a list"));
         let told: BTreeSet<String> = told.map(Value::to_string).collect();
         assert_eq!(told, children.iter().map(|copy| copy["vm_id"].to_string()).collect());
         assert!(children.iter().all(|copy| copy["listed"] == 0 && copy["generation"] == 1));
@@ -123,10 +132,13 @@ fn a_member_of_the_group_forks_by_ioctl() {
 #[test]
 fn a_childs_clock_is_right_though_its_parents_is_not() {
     let ended = run(guest(&["clock"]));
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("a clock").as_millis();
+    let now =
+        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("a clock").as_millis();
     let told: BTreeMap<String, u128> = texts(&ended, "CLOCK ")
         .iter()
-        .filter_map(|line| line.split_once(' ').map(|(role, ms)| (role.to_owned(), ms.parse().expect("a time"))))
+        .filter_map(|line| {
+            line.split_once(' ').map(|(role, ms)| (role.to_owned(), ms.parse().expect("a time")))
+        })
         .collect();
     let hour = 3600 * 1000;
     assert!(told["child"].abs_diff(now) < hour / 10, "{told:?}, now {now}");
@@ -212,7 +224,8 @@ fn others_may_not_open_it() {
 #[test]
 fn callers_at_once_are_served_one_after_another() {
     for cpus in ["1", "4"] {
-        let vmm = guest(&["at-once", "2", "3", "3"]).option("--cpus", cpus).option("--limit", "*:generations=1");
+        let vmm =
+            guest(&["at-once", "2", "3", "3"]).option("--cpus", cpus).option("--limit", "*:generations=1");
         let ended = run(vmm);
         assert_eq!(text(&ended, "AT-ONCE "), "18");
         assert_eq!(started(&ended), 18);
@@ -272,7 +285,9 @@ fn a_copy_announces_itself() {
         .collect();
     assert_eq!(told["parent"], "[]");
     let child = &told["child"];
-    for part in ["change@/devices/virtual/misc/vmfork", "VMFORK_ROLE=child", "VMFORK_INDEX=1", "VMFORK_NAME=web.1"] {
+    for part in
+        ["change@/devices/virtual/misc/vmfork", "VMFORK_ROLE=child", "VMFORK_INDEX=1", "VMFORK_NAME=web.1"]
+    {
         assert!(child.contains(part), "{part}: {child}");
     }
 }
@@ -285,22 +300,25 @@ fn what_is_wrong_is_refused_and_makes_no_fork() {
         .filter_map(|line| line.split_once(' ').map(|(case, errno)| (case.to_owned(), errno.to_owned())))
         .collect();
     let expected = [
-        ("EINVAL", "size no-size no-children too-many-children flags no-type type unpadded-type copies-nowhere"),
+        (
+            "EINVAL",
+            "size no-size no-children too-many-children flags no-type type unpadded-type copies-nowhere",
+        ),
         ("EINVAL", "short-read status-size map-two-pages map-second-page"),
         ("EPROTONOSUPPORT", "version no-version identity-version"),
         ("ETIMEDOUT", "deadline"),
         ("EBADF", "reader"),
-        (
-            "EFAULT",
-            "fork-at-null fork-at-low fork-at-kernel fork-at-last status-at-null status-at-low status-at-kernel",
-        ),
-        ("EFAULT", "status-at-last identity-at-null identity-at-low identity-at-kernel identity-at-last"),
+        ("EFAULT", "fork-at-null fork-at-low fork-at-kernel fork-at-last"),
+        ("EFAULT", "status-at-null status-at-low status-at-kernel status-at-last"),
+        ("EFAULT", "identity-at-null identity-at-low identity-at-kernel identity-at-last"),
         ("EFAULT", "fork-read-only fork-across copies-low copies-kernel"),
         ("ENOTTY", "other-number other-smaller other-none other-tcgets"),
         ("EACCES", "map-writable map-private-writable map-then-writable"),
     ];
-    let expected = expected.iter().flat_map(|(errno, cases)| cases.split(' ').map(|case| (case, (*errno).to_owned())));
-    let mut expected: BTreeMap<String, String> = expected.map(|(case, errno)| (case.to_owned(), errno)).collect();
+    let expected =
+        expected.iter().flat_map(|(errno, cases)| cases.split(' ').map(|case| (case, (*errno).to_owned())));
+    let mut expected: BTreeMap<String, String> =
+        expected.map(|(case, errno)| (case.to_owned(), errno)).collect();
     expected.insert("by-vmm".to_owned(), format!("ECONNREFUSED {}", ErrorCode::Generation.number()));
     assert_eq!(refused, expected);
     assert_eq!(text(&ended, "FORKS "), "0");
@@ -334,7 +352,8 @@ fn nothing_that_a_process_does_makes_the_kernel_complain() {
 #[test]
 fn a_failed_fork_tells_its_caller_why_and_leaves_the_vm_running() {
     let times = (STEPS.len() + 2).to_string();
-    let ended = run(guest(&["errors", &times]).option("--inject-fault", &faults::all()).option("--cpus", "2"));
+    let ended =
+        run(guest(&["errors", &times]).option("--inject-fault", &faults::all()).option("--cpus", "2"));
     let expected = STEPS.iter().map(|(_, code)| format!("ECONNREFUSED {}", code.number()));
     assert_eq!(texts(&ended, "ERROR "), expected.collect::<Vec<_>>());
     assert_eq!(texts(&ended, "FORKED ").len(), 6);
@@ -360,7 +379,12 @@ fn vmfork_goes_by_the_device_where_it_may() {
         .map(|(vm, _)| vm)
         .collect();
     roles.sort_unstable();
-    assert_eq!(roles, ["vm", "web.1", "web.2"].map(|name| name.replace("web", "worker")), "{:?}", ended.lines(""));
+    assert_eq!(
+        roles,
+        ["vm", "web.1", "web.2"].map(|name| name.replace("web", "worker")),
+        "{:?}",
+        ended.lines("")
+    );
 
     // Others are told what they lack.
     let ended = vmfork(&STRANGER, &["detect"]);
@@ -401,7 +425,8 @@ fn vmfork_watches_forks() {
 /// Runs where QEMU is, and not in the lab: `cargo xtask test` sees to that.
 #[test]
 fn where_no_host_vmm_is_it_refuses_to_be_loaded() {
-    const COMMAND_LINE: &str = "console=ttyS0 panic=-1 vmfork.module=off vmfork.start=/usr/bin/kmod-guest,load";
+    const COMMAND_LINE: &str =
+        "console=ttyS0 panic=-1 vmfork.module=off vmfork.start=/usr/bin/kmod-guest,load";
     let output = Command::new("qemu-system-x86_64")
         .args(["-accel", "tcg", "-m", "512", "-display", "none", "-serial", "stdio", "-no-reboot"])
         .arg("-kernel")

@@ -1,13 +1,14 @@
 //! How a guest finds the VMM: CPUID leaves that need no privilege to read.
 //!
-//! KVM keeps 0x4000_0000 to 0x4000_00ff for itself; leaves from 0x4000_0100 up are a VMM's own (kernel documentation,
-//! virt/kvm/x86/cpuid.rst, and the hypervisor convention of a new signature every 0x100 leaves).
+//! KVM keeps 0x4000_0000 to 0x4000_00ff for itself; leaves from 0x4000_0100 up are a VMM's own (kernel
+//! documentation, virt/kvm/x86/cpuid.rst, and the hypervisor convention of a new signature every 0x100
+//! leaves).
 
 /// Leaf with the signature: EAX is the highest leaf of the range, EBX, ECX and EDX hold [`SIGNATURE`].
 pub const LEAF_SIGNATURE: u32 = 0x4000_0100;
 
-/// Leaf with the interface: EAX is the ABI version, EBX and ECX the low and high half of the control page's guest-physical
-/// address, EDX the doorbell port.
+/// Leaf with the interface: EAX is the ABI version, EBX and ECX the low and high half of the control page's
+/// guest-physical address, EDX the doorbell port.
 pub const LEAF_INTERFACE: u32 = 0x4000_0101;
 
 /// What EBX, ECX and EDX of [`LEAF_SIGNATURE`] spell.
@@ -40,8 +41,9 @@ pub struct Interface {
 impl Interface {
     /// The two leaves, in order, that announce this interface.
     pub fn to_leaves(self) -> [Registers; 2] {
-        let word =
-            |at: usize| u32::from_le_bytes([SIGNATURE[at], SIGNATURE[at + 1], SIGNATURE[at + 2], SIGNATURE[at + 3]]);
+        let word = |at: usize| {
+            u32::from_le_bytes([SIGNATURE[at], SIGNATURE[at + 1], SIGNATURE[at + 2], SIGNATURE[at + 3]])
+        };
         let [b0, b1, b2, b3, b4, b5, b6, b7] = self.control_page_gpa.to_le_bytes();
         [
             Registers { eax: LEAF_INTERFACE, ebx: word(0), ecx: word(4), edx: word(8) },

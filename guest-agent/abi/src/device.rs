@@ -1,20 +1,27 @@
-//! What the kernel module offers to processes: the device [`PATH`], its ioctls, and what can be read and mapped of it.
+//! What the kernel module offers to processes: the device [`PATH`], its ioctls, and what can be read and
+//! mapped of it.
 //!
-//! - [`FORK`], [`STATUS`] and [`IDENTITY`] each take one of the structs here. It begins with its own size and [`VERSION`], by which the module
-//!   refuses programs that were built for another one.
-//! - A file that was opened for reading alone serves for all but [`FORK`]. So a group that may read the device is told of forks, and one that may
-//!   write it makes them.
-//! - `read` gives one [`Notice`] for each fork that this VM has come out of since the file was opened, as parent or as child, or the latest
-//!   where there were several; `poll` tells that there is one (`POLLIN`). A shorter buffer is refused (`EINVAL`), and a file that does not wait is
-//!   told `EAGAIN` where there is none.
-//! - `mmap` gives one page, read-only, at offset 0: [`Generation`](crate::Generation); `ENODEV` where the VMM has none, `EACCES` for writing.
-//! - [`FORK`] is made while the module has stopped all CPUs: in a copy, nothing else runs on any of them before
-//!   the kernel's random generator has the copy's seed. Its clock is set, and its uevent sent, right after that.
-//! - While an operator forks the VM, a [`FORK`] waits for that, and is made then in the original VM: for a second at most, or until its deadline.
+//! - [`FORK`], [`STATUS`] and [`IDENTITY`] each take one of the structs here. It begins with its own size and
+//!   [`VERSION`], by which the module refuses programs that were built for another one.
+//! - A file that was opened for reading alone serves for all but [`FORK`]. So a group that may read the
+//!   device is told of forks, and one that may write it makes them.
+//! - `read` gives one [`Notice`] for each fork that this VM has come out of since the file was opened, as
+//!   parent or as child, or the latest where there were several; `poll` tells that there is one (`POLLIN`). A
+//!   shorter buffer is refused (`EINVAL`), and a file that does not wait is told `EAGAIN` where there is
+//!   none.
+//! - `mmap` gives one page, read-only, at offset 0: [`Generation`](crate::Generation); `ENODEV` where the VMM
+//!   has none, `EACCES` for writing.
+//! - [`FORK`] is made while the module has stopped all CPUs: in a copy, nothing else runs on any of them
+//!   before the kernel's random generator has the copy's seed. Its clock is set, and its uevent sent, right
+//!   after that.
+//! - While an operator forks the VM, a [`FORK`] waits for that, and is made then in the original VM: for a
+//!   second at most, or until its deadline.
 //!
-//! The module keeps the seed of an [`Identity`](crate::Identity) to itself: wherever one stands here, its seed is zero.
+//! The module keeps the seed of an [`Identity`](crate::Identity) to itself: wherever one stands here, its
+//! seed is zero.
 //!
-//! What ioctls answer, beside the usual `EFAULT` for memory that is not the caller's and `ENOTTY` for other numbers:
+//! What ioctls answer, beside the usual `EFAULT` for memory that is not the caller's and `ENOTTY` for other
+//! numbers:
 //!
 //! | errno | meaning |
 //! |---|---|
@@ -23,9 +30,9 @@
 //! | `EINTR` | a signal came while the caller waited for its turn; no fork was asked for |
 //! | `ETIMEDOUT` | the deadline passed while the caller waited; no fork was asked for |
 //! | `EBADF` | the file was not opened for writing |
-//! | `ESTALE` | this VM is a copy that somebody else's fork made before the request was served, which is its parent's to make |
+//! | `ESTALE` | this VM is a copy by another fork, made before this one, which its parent makes |
 //! | `ECONNREFUSED` | the VMM refused or failed, and [`ForkArguments::error`] says why |
-//! | `EPROTO` | the VMM's answer makes no sense; its role, where there is one, tells whether the fork was made |
+//! | `EPROTO` | the VMM's answer makes no sense; its role, if any, tells whether the fork was made |
 //! | `ENOLINK` | the VMM did not answer |
 //! | `EUCLEAN` | the fork was made, but this child has not its own time |
 
@@ -37,7 +44,8 @@ pub const PATH: &str = "/dev/vmfork";
 /// Version of the device's interface.
 pub const VERSION: u32 = 1;
 
-/// Type of the ioctls' numbers. Linux's list of such types (Documentation/userspace-api/ioctl/ioctl-number.rst) has no other user of it.
+/// Type of the ioctls' numbers. Linux's list of such types
+/// (Documentation/userspace-api/ioctl/ioctl-number.rst) has no other user of it.
 pub const IOCTL_TYPE: u8 = 0xd6;
 
 /// Forks the VM: [`ForkArguments`].
@@ -68,11 +76,13 @@ part! {
         8 count: u32,
         /// [`flags`](crate::flags).
         12 flags: u32,
-        /// Until when the caller waits for its turn, in nanoseconds of CLOCK_MONOTONIC outside of all time namespaces; zero where it waits for ever.
+        /// Until when the caller waits for its turn, in nanoseconds of CLOCK_MONOTONIC outside of all time
+        /// namespaces; zero where it waits for ever.
         16 deadline_ns: u64,
         /// The kind of worker, NUL-padded, as [`is_vm_type`](crate::is_vm_type) allows.
         24 vm_type: [u8; VM_TYPE_BYTES],
-        /// Address of the array of [`ListedCopy`](crate::ListedCopy)s that a parent is told; may be zero where `copies_room` is.
+        /// Address of the array of [`ListedCopy`](crate::ListedCopy)s that a parent is told; may be zero
+        /// where `copies_room` is.
         56 copies_address: u64,
         /// How many fit there. Those with the lowest indices are told.
         64 copies_room: u32,
@@ -82,7 +92,8 @@ part! {
         72 error: u32,
         /// Zero.
         76 reserved: u32,
-        /// The [`Identity`](crate::Identity) of the VM that this has returned in, without its seed; zero where no fork was made.
+        /// The [`Identity`](crate::Identity) of the VM that this has returned in, without its seed; zero
+        /// where no fork was made.
         80 identity: [u8; crate::Identity::BYTES],
     }
 }
@@ -106,7 +117,8 @@ part! {
         28 forking: u32,
         /// Guest-physical address of the control page.
         32 control_page_gpa: u64,
-        /// How many forks the VM has come out of since the module was loaded, as parent or as child, as far as the module has seen.
+        /// How many forks the VM has come out of since the module was loaded, as parent or as child, as far
+        /// as the module has seen.
         40 forks: u64,
         /// Zero.
         48 reserved: [u8; 16],
@@ -122,7 +134,8 @@ part! {
         0 bytes: u32,
         /// [`VERSION`].
         4 version: u32,
-        /// How many forks the VM has come out of, as in [`StatusArguments::forks`]. More than one above the last one read: some went by unread.
+        /// How many forks the VM has come out of, as in [`StatusArguments::forks`]. More than one above the
+        /// last one read: some went by unread.
         8 forks: u64,
         /// The VM's [`Identity`](crate::Identity), without its seed.
         16 identity: [u8; crate::Identity::BYTES],

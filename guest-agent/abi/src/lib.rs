@@ -1,13 +1,14 @@
 //! The binary interface between a guest and its VMM, defined once for both sides.
 //!
-//! A guest finds the VMM by [`cpuid`], writes a [`Request`] into the **control page**, rings the **doorbell** (a port write
-//! from user space, or a hypercall from ring 0), and reads the [`Response`] and its [`Identity`] when the doorbell's
-//! instruction completes. By then there are several VMs: the parent, and every copy, each with a page of its own. The parent's has a
-//! [`CopyList`] too.
+//! A guest finds the VMM by [`cpuid`], writes a [`Request`] into the **control page**, rings the **doorbell**
+//! (a port write from user space, or a hypercall from ring 0), and reads the [`Response`] and its
+//! [`Identity`] when the doorbell's instruction completes. By then there are several VMs: the parent, and
+//! every copy, each with a page of its own. The parent's has a [`CopyList`] too.
 //!
-//! An operator can fork a VM too. Its guest is not told: nothing in the parent's page changes, whatever the guest is about to do with it. In a
-//! copy's page [`Request`] and [`Response`] stand as the parent had them at that instant, and the [`Identity`] is the copy's own: a child's,
-//! with another ID. A ring that comes while such a fork is under way is refused ([`ErrorCode::Busy`]), and so is one for a request that names
+//! An operator can fork a VM too. Its guest is not told: nothing in the parent's page changes, whatever the
+//! guest is about to do with it. In a copy's page [`Request`] and [`Response`] stand as the parent had them
+//! at that instant, and the [`Identity`] is the copy's own: a child's, with another ID. A ring that comes
+//! while such a fork is under way is refused ([`ErrorCode::Busy`]), and so is one for a request that names
 //! another VM than the one that rings: its parent's, in the operator's copy ([`ErrorCode::Copied`]).
 //!
 //! There is one request at a time, so callers in a guest take turns, from before they write the request until
@@ -17,11 +18,12 @@
 //! it takes no answer to another's request for its own; and whoever finds another VM's ID in the [`Identity`]
 //! than before its ring is in a copy, whatever the response is.
 //!
-//! In every copy, whoever has asked for it, another [`Generation`] stands before the copy runs, and in the parent the same one as before. It has
-//! a page of its own, which a kernel can show to all processes: the control page has the seed too, which is for few to see.
+//! In every copy, whoever has asked for it, another [`Generation`] stands before the copy runs, and in the
+//! parent the same one as before. It has a page of its own, which a kernel can show to all processes: the
+//! control page has the seed too, which is for few to see.
 //!
-//! The page is little-endian. Each part is a `#[repr(C)]` struct without padding; [`PAGE`] gives the parts' offsets. Either side
-//! copies a part out of the page once, as bytes, and looks only at the copy.
+//! The page is little-endian. Each part is a `#[repr(C)]` struct without padding; [`PAGE`] gives the parts'
+//! offsets. Either side copies a part out of the page once, as bytes, and looks only at the copy.
 #![no_std]
 #![forbid(unsafe_code)]
 
@@ -34,7 +36,8 @@ mod part;
 mod status;
 
 pub use page::{
-    CopyList, Generation, Header, Identity, Layout, ListedCopy, PAGE, PAGE_BYTES, Part, REGION_BYTES, Request, Response,
+    CopyList, Generation, Header, Identity, Layout, ListedCopy, PAGE, PAGE_BYTES, Part, REGION_BYTES,
+    Request, Response,
 };
 pub use status::{ErrorCode, Location, Role, Status};
 
@@ -76,7 +79,8 @@ pub fn pad_text<const N: usize>(text: &str) -> Option<[u8; N]> {
     Some(field)
 }
 
-/// Whether `name` can be a VM type: 1 to [`VM_TYPE_BYTES`] of `a-z`, `0-9` and `-`, first and last no `-`. It becomes part of host names.
+/// Whether `name` can be a VM type: 1 to [`VM_TYPE_BYTES`] of `a-z`, `0-9` and `-`, first and last no `-`. It
+/// becomes part of host names.
 pub fn is_vm_type(name: &str) -> bool {
     let bytes = name.as_bytes();
     (1..=VM_TYPE_BYTES).contains(&bytes.len())

@@ -5,8 +5,8 @@ use crate::{MAX_CHILDREN, NAME_BYTES, PLATFORM_BYTES, VM_TYPE_BYTES, part::part}
 /// Size of the control page in bytes.
 pub const PAGE_BYTES: usize = 4096;
 
-/// What a VMM shows from the page's address on, in bytes: the page, the pages behind it that a long list of copies reaches into, and the page of
-/// the [`Generation`].
+/// What a VMM shows from the page's address on, in bytes: the page, the pages behind it that a long list of
+/// copies reaches into, and the page of the [`Generation`].
 pub const REGION_BYTES: usize = PAGE.generation.offset + PAGE_BYTES;
 
 /// Offset in bytes and size in bytes of a part of the control page.
@@ -29,11 +29,11 @@ pub struct Layout {
     pub response: Part,
     /// [`Identity`], written by the VMM.
     pub identity: Part,
-    /// [`CopyList`] and its [`ListedCopy`]s, written by the VMM. Where there are many, they reach beyond the page. A guest finds them by the
-    /// header, which says whether there are any.
+    /// [`CopyList`] and its [`ListedCopy`]s, written by the VMM. Where there are many, they reach beyond the
+    /// page. A guest finds them by the header, which says whether there are any.
     pub copies: Part,
-    /// [`Generation`], written by the VMM, on a page of its own, which a kernel can let every process read. A guest finds it by the header, which
-    /// says whether there is one.
+    /// [`Generation`], written by the VMM, on a page of its own, which a kernel can let every process read. A
+    /// guest finds it by the header, which says whether there is one.
     pub generation: Part,
 }
 
@@ -44,7 +44,10 @@ pub const PAGE: Layout = Layout {
     response: Part { offset: 192, bytes: Response::BYTES },
     identity: Part { offset: 256, bytes: Identity::BYTES },
     copies: COPIES,
-    generation: Part { offset: (COPIES.offset + COPIES.bytes).next_multiple_of(PAGE_BYTES), bytes: Generation::BYTES },
+    generation: Part {
+        offset: (COPIES.offset + COPIES.bytes).next_multiple_of(PAGE_BYTES),
+        bytes: Generation::BYTES,
+    },
 };
 
 const COPIES: Part = Part { offset: 768, bytes: CopyList::at(MAX_CHILDREN as usize) };
@@ -58,11 +61,14 @@ part! {
         8 abi_version: u32,
         /// [`PAGE_BYTES`].
         12 page_bytes: u32,
-        /// Offset in bytes of the [`CopyList`] from the page's first byte, a multiple of 8; zero where this VMM lists no copies.
+        /// Offset in bytes of the [`CopyList`] from the page's first byte, a multiple of 8; zero where this
+        /// VMM lists no copies.
         16 copies_offset: u32,
-        /// Size in bytes of the list with as many [`ListedCopy`]s as there can be; zero where this VMM lists no copies.
+        /// Size in bytes of the list with as many [`ListedCopy`]s as there can be; zero where this VMM lists
+        /// no copies.
         20 copies_bytes: u32,
-        /// Offset in bytes of the [`Generation`] from the page's first byte, a multiple of [`PAGE_BYTES`]; zero where this VMM has none.
+        /// Offset in bytes of the [`Generation`] from the page's first byte, a multiple of [`PAGE_BYTES`];
+        /// zero where this VMM has none.
         24 generation_offset: u32,
         /// Zero.
         28 reserved: [u8; 36],
@@ -74,14 +80,15 @@ part! {
     Request (128) {
         /// Number of this request, chosen by the guest: differs from the last one. The response repeats it.
         0 seq: u64,
-        /// How many children, from 1 to [`MAX_CHILDREN`](crate::MAX_CHILDREN).
+        /// How many children, from 1 to [`MAX_CHILDREN`].
         8 count: u32,
         /// [`flags`](crate::flags); zero where the VMM is to choose where the copies run.
         12 flags: u32,
         /// The kind of worker, NUL-padded, as [`is_vm_type`](crate::is_vm_type) allows.
         16 vm_type: [u8; VM_TYPE_BYTES],
-        /// ID of the VM that is to be forked, as its [`Identity`] had it when somebody asked for this: in a copy that came about since then,
-        /// the request is refused ([`ErrorCode::Copied`](crate::ErrorCode::Copied)). Zero where any copy may make it.
+        /// ID of the VM that is to be forked, as its [`Identity`] had it when somebody asked for this: in a
+        /// copy that came about since then, the request is refused
+        /// ([`ErrorCode::Copied`](crate::ErrorCode::Copied)). Zero where any copy may make it.
         48 asker: [u8; 16],
         /// Zero.
         64 reserved: [u8; 64],
@@ -91,8 +98,9 @@ part! {
 part! {
     /// How the VMM answered.
     Response (64) {
-        /// Number of the request that this answers. A request whose number it is not was not looked at: another vCPU's fork was under
-        /// way ([`ErrorCode::Busy`](crate::ErrorCode::Busy)). A fork that an operator asks for answers none.
+        /// Number of the request that this answers. A request whose number it is not was not looked at:
+        /// another vCPU's fork was under way ([`ErrorCode::Busy`](crate::ErrorCode::Busy)). A fork that an
+        /// operator asks for answers none.
         0 seq: u64,
         /// A [`Status`](crate::Status).
         8 status: u32,
@@ -110,7 +118,8 @@ part! {
         0 role: u32,
         /// Which child of its fork this is, from 1 to `count`; 0 in a parent and in a booted VM.
         4 index: u32,
-        /// How many children the latest fork made that this VM has asked for, or comes from; 0 in a booted VM.
+        /// How many children the latest fork made that this VM has asked for, or comes from; 0 in a booted
+        /// VM.
         8 count: u32,
         /// How many forks lie between this VM and a booted one.
         12 generation: u32,
@@ -118,10 +127,12 @@ part! {
         16 vm_id: [u8; 16],
         /// ID of the VM that this one is a copy of; zero in a booted VM.
         32 parent_id: [u8; 16],
-        /// Random bytes that no other VM was given, fresh in every copy, and after every fork that this VM has asked for.
+        /// Random bytes that no other VM was given, fresh in every copy, and after every fork that this VM
+        /// has asked for.
         48 seed: [u8; 64],
-        /// Wall-clock time in nanoseconds since 1970 (UTC): in a copy when its clocks began to go on from the capture, else when
-        /// this VM's vCPUs were last started after a launch or a fork that it has asked for.
+        /// Wall-clock time in nanoseconds since 1970 (UTC): in a copy when its clocks began to go on from the
+        /// capture, else when this VM's vCPUs were last started after a launch or a fork that it has asked
+        /// for.
         112 wall_clock_ns: u64,
         /// Name of this VM on its platform, such as `web.2`, NUL-padded.
         120 name: [u8; NAME_BYTES],
@@ -133,7 +144,8 @@ part! {
 }
 
 part! {
-    /// Which copies the latest fork made, in the parent's page. As many [`ListedCopy`]s follow it, lowest index first.
+    /// Which copies the latest fork made, in the parent's page. As many [`ListedCopy`]s follow it, lowest
+    /// index first.
     CopyList (64) {
         /// Number of the request that these copies come from.
         0 seq: u64,
@@ -161,8 +173,9 @@ part! {
 }
 
 part! {
-    /// How many forks lie between this VM and a booted one, for processes to look at without a system call. It changes in every copy before the
-    /// copy runs, whoever asked for the fork, and never in a parent. In a VM that has moved to a VMM without it, its bytes are all ones.
+    /// How many forks lie between this VM and a booted one, for processes to look at without a system call.
+    /// It changes in every copy before the copy runs, whoever asked for the fork, and never in a parent. In a
+    /// VM that has moved to a VMM without it, its bytes are all ones.
     Generation (64) {
         /// As in [`Identity`].
         0 generation: u64,
@@ -197,7 +210,8 @@ mod tests {
 
     #[test]
     fn parts_survive_the_page() {
-        let request = Request { seq: 7, count: 4, vm_type: crate::pad_text("web").unwrap(), ..Default::default() };
+        let request =
+            Request { seq: 7, count: 4, vm_type: crate::pad_text("web").unwrap(), ..Default::default() };
         assert_eq!(Request::from_bytes(&request.to_bytes()), request);
         assert_eq!(request.to_bytes()[0], 7);
         assert_eq!(&request.to_bytes()[16..20], b"web\0");

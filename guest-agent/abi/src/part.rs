@@ -8,7 +8,8 @@ pub(crate) trait Field: Sized {
     fn get(bytes: &[u8]) -> Self;
 }
 
-/// Copies as many bytes as both have. Unlike `copy_from_slice` it can't panic, for which the kernel module has no use.
+/// Copies as many bytes as both have. Unlike `copy_from_slice` it can't panic, for which the kernel module
+/// has no use.
 fn copy(from: &[u8], to: &mut [u8]) {
     to.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
 }
@@ -42,7 +43,11 @@ impl<const N: usize> Field for [u8; N] {
 
 /// Declares a part: the struct, its offsets checked at compile time, and its way to bytes and back.
 macro_rules! part {
-    ($(#[$about:meta])* $name:ident ($bytes:literal) { $($(#[$doc:meta])* $at:literal $field:ident: $kind:ty,)+ }) => {
+    (
+        $(#[$about:meta])* $name:ident ($bytes:literal) {
+            $($(#[$doc:meta])* $at:literal $field:ident: $kind:ty,)+
+        }
+    ) => {
         $(#[$about])*
         #[derive(Debug, Clone, Copy, PartialEq, Eq)]
         #[repr(C)]
@@ -61,13 +66,19 @@ macro_rules! part {
             /// The part as it stands in the page.
             pub fn to_bytes(&self) -> [u8; $bytes] {
                 let mut bytes = [0; $bytes];
-                $($crate::part::Field::put(&self.$field, &mut bytes[$at..$at + core::mem::size_of::<$kind>()]);)+
+                $($crate::part::Field::put(
+                    &self.$field,
+                    &mut bytes[$at..$at + core::mem::size_of::<$kind>()],
+                );)+
                 bytes
             }
 
-            /// The part that these bytes of the page hold. Every bit pattern is one: the fields are not checked.
+            /// The part that these bytes of the page hold. Every bit pattern is one: the fields are not
+            /// checked.
             pub fn from_bytes(bytes: &[u8; $bytes]) -> Self {
-                Self { $($field: $crate::part::Field::get(&bytes[$at..$at + core::mem::size_of::<$kind>()]),)+ }
+                Self {
+                    $($field: $crate::part::Field::get(&bytes[$at..$at + core::mem::size_of::<$kind>()]),)+
+                }
             }
         }
 

@@ -1,7 +1,11 @@
 //! The numbers in the control page that have names.
 
 macro_rules! numbered {
-    ($(#[$about:meta])* $name:ident { $($(#[$doc:meta])* $variant:ident = $number:literal, $text:literal;)+ }) => {
+    (
+        $(#[$about:meta])* $name:ident {
+            $($(#[$doc:meta])* $variant:ident = $number:literal, $text:literal;)+
+        }
+    ) => {
         $(#[$about])*
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
         #[repr(u32)]
@@ -122,7 +126,9 @@ mod tests {
         assert!(Role::ALL.iter().all(|&role| Role::from_number(role.number()) == Some(role)));
         assert!(Status::ALL.iter().all(|&status| Status::from_number(status.number()) == Some(status)));
         assert!(ErrorCode::ALL.iter().all(|&code| ErrorCode::from_number(code.number()) == Some(code)));
-        assert!(Location::ALL.iter().all(|&location| Location::from_number(location.number()) == Some(location)));
+        assert!(
+            Location::ALL.iter().all(|&location| Location::from_number(location.number()) == Some(location))
+        );
         assert_eq!(Role::from_number(99), None);
         assert_eq!(Location::from_number(0), None);
     }

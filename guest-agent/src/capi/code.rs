@@ -89,7 +89,9 @@ pub(super) fn fork_code(error: &ForkError) -> c_int {
         | ForkError::Device { role: None, .. }
         | ForkError::Raise { .. } => EACCESS,
         ForkError::NotAnswered { .. } | ForkError::Silent => ENOANSWER,
-        ForkError::Refused(code) => c_int::try_from(code.number()).map_or(EPROTOCOL, |number| REFUSED - number),
+        ForkError::Refused(code) => {
+            c_int::try_from(code.number()).map_or(EPROTOCOL, |number| REFUSED - number)
+        }
         ForkError::Copied => ECOPIED,
         ForkError::DeadlinePassed => EDEADLINE,
         ForkError::Interrupted => EINTERRUPTED,

@@ -46,7 +46,8 @@ extern "C" fn vmfork_detect() -> c_int {
 ///
 /// # Safety
 ///
-/// `vm_type` is NULL or a NUL-terminated string, and `out` is NULL or points to memory for one `vmfork_fork_t`.
+/// `vm_type` is NULL or a NUL-terminated string, and `out` is NULL or points to memory for one
+/// `vmfork_fork_t`.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn vmfork_fork(vm_type: *const c_char, count: u32, out: *mut CFork) -> c_int {
     // SAFETY: the caller promises the same.
@@ -59,7 +60,12 @@ unsafe extern "C" fn vmfork_fork(vm_type: *const c_char, count: u32, out: *mut C
 ///
 /// As for [`vmfork_fork`].
 #[unsafe(no_mangle)]
-unsafe extern "C" fn vmfork_fork_within(vm_type: *const c_char, count: u32, timeout_ms: u64, out: *mut CFork) -> c_int {
+unsafe extern "C" fn vmfork_fork_within(
+    vm_type: *const c_char,
+    count: u32,
+    timeout_ms: u64,
+    out: *mut CFork,
+) -> c_int {
     // SAFETY: the caller promises the same.
     unsafe { fork(vm_type, count, Some(Duration::from_millis(timeout_ms)), out) }
 }
@@ -73,9 +79,11 @@ unsafe fn fork(vm_type: *const c_char, count: u32, timeout: Option<Duration>, ou
     if vm_type.is_null() || out.is_null() {
         return EINVAL;
     }
-    // SAFETY: it is not NULL, so by the caller's promise it is a NUL-terminated string, which outlives this call.
+    // SAFETY: it is not NULL, so by the caller's promise it is a NUL-terminated string, which outlives this
+    // call.
     let vm_type = unsafe { CStr::from_ptr(vm_type) };
-    let Some(request) = vm_type.to_str().ok().and_then(|vm_type| ForkRequest::new(vm_type, count).ok()) else {
+    let Some(request) = vm_type.to_str().ok().and_then(|vm_type| ForkRequest::new(vm_type, count).ok())
+    else {
         return EINVAL;
     };
     match crate::fork(&timeout.map_or(request, |timeout| request.with_timeout(timeout))) {
@@ -166,7 +174,8 @@ impl From<&ForkCopy> for CCopy {
     }
 }
 
-/// `text` in a field of `N` bytes with at least one NUL behind it; a longer one, which the page can't hold, is cut off.
+/// `text` in a field of `N` bytes with at least one NUL behind it; a longer one, which the page can't hold,
+/// is cut off.
 fn terminated<const N: usize>(text: &str) -> [u8; N] {
     let mut field = [0; N];
     for (to, from) in field.iter_mut().take(N.saturating_sub(1)).zip(text.bytes()) {
@@ -182,7 +191,9 @@ mod tests {
     use std::mem::offset_of;
     use std::process::{Command, Stdio};
 
-    use super::code::{EACCESS, ECHILD, ECOPIED, EDEADLINE, EINTERRUPTED, ENOANSWER, ENOVMM, EPARENT, EVERSION};
+    use super::code::{
+        EACCESS, ECHILD, ECOPIED, EDEADLINE, EINTERRUPTED, ENOANSWER, ENOVMM, EPARENT, EVERSION,
+    };
     use super::*;
     use crate::outcome::tests::{child, copies, of, with_copies};
     use crate::{ErrorCode, ForkError, Location, Role};
@@ -190,8 +201,9 @@ mod tests {
     /// A C program whose compilation checks the header against this module.
     fn assertions() -> String {
         let mut source = String::from("#include \"vmfork.h\"\n#include <stddef.h>\n");
-        let mut equal =
-            |c: &str, rust: &dyn Display| writeln!(source, "_Static_assert({c} == {rust}, \"{c}\");").unwrap();
+        let mut equal = |c: &str, rust: &dyn Display| {
+            writeln!(source, "_Static_assert({c} == {rust}, \"{c}\");").unwrap()
+        };
         equal("sizeof(struct vmfork_fork_t)", &size_of::<CFork>());
         for (field, offset) in [
             ("role", offset_of!(CFork, role)),

@@ -8,10 +8,10 @@ use vmfork_abi::device;
 
 use super::CommandError;
 
-const RAW_IO: &str = "run this as root or with CAP_SYS_RAWIO, which is not enough under kernel lockdown (Secure Boot); \
-                      with the kernel module, a member of its device's group needs neither";
-const CLAIMED: &str = "go by the device: the kernel module has claimed the control page, and this kernel keeps it from \
-                       /dev/mem (CONFIG_STRICT_DEVMEM)";
+const RAW_IO: &str = "run this as root or with CAP_SYS_RAWIO, which is not enough under kernel lockdown \
+                      (Secure Boot); with the kernel module, a member of its device's group needs neither";
+const CLAIMED: &str = "go by the device: the kernel module has claimed the control page, and this kernel \
+                       keeps it from /dev/mem (CONFIG_STRICT_DEVMEM)";
 
 /// What the caller can do about `error`, where there is something.
 pub(crate) fn advice(error: &CommandError) -> Option<&'static str> {
@@ -51,8 +51,8 @@ fn about_fork(error: &ForkError) -> Option<&'static str> {
         ForkError::Port { .. } => "the kernel must be built with CONFIG_X86_IOPL_IOPERM",
         ForkError::Privilege(_) => "run this as root or with the capabilities named",
         ForkError::Lock(LockError::Mount { .. }) => {
-            "the kernel must be Linux 5.2 or newer with CONFIG_DEVTMPFS, and a container must allow fsopen, fsconfig \
-             and fsmount"
+            "the kernel must be Linux 5.2 or newer with CONFIG_DEVTMPFS, and a container must allow fsopen, \
+             fsconfig and fsmount"
         }
         ForkError::OpenRandom { .. } => "mount devtmpfs on /dev",
         _ => return None,

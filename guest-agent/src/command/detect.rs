@@ -1,4 +1,5 @@
-//! `vmfork detect`: whether a fork would work from here, and by which route. Each is followed step by step up to the first that fails.
+//! `vmfork detect`: whether a fork would work from here, and by which route. Each is followed step by step up
+//! to the first that fails.
 
 use std::process::ExitCode;
 
@@ -53,7 +54,8 @@ struct Followed {
 }
 
 pub(crate) fn run(json: bool, via: Option<Via>) -> Result<ExitCode, CommandError> {
-    let routes = Via::ALL.into_iter().filter(|&route| via.is_none_or(|via| via == route)).map(Followed::of).collect();
+    let routes =
+        Via::ALL.into_iter().filter(|&route| via.is_none_or(|via| via == route)).map(Followed::of).collect();
     let report = Report::of(via, Vmm::detect().ok(), routes, open(via).map(|vmm| vmm.via()));
     if json {
         print_json(&report)?
@@ -82,7 +84,12 @@ impl Followed {
             CommandError::Open(error) => chain(error),
             error => chain(error),
         };
-        Looked { route: self.via, works: error.is_none(), error: error.map(what), advice: error.and_then(advice) }
+        Looked {
+            route: self.via,
+            works: error.is_none(),
+            error: error.map(what),
+            advice: error.and_then(advice),
+        }
     }
 }
 
@@ -134,7 +141,9 @@ fn parts_of_doorbell(end: &Result<(), CommandError>) -> (Option<bool>, Option<bo
         Ok(()) => (Some(true), Some(true)),
         Err(CommandError::Fork(ForkError::Port { .. })) => (Some(true), Some(false)),
         Err(CommandError::Fork(_)) => (Some(true), Some(true)),
-        Err(CommandError::Open(OpenError::OpenMemory { .. } | OpenError::MapPage { .. })) => (Some(false), None),
+        Err(CommandError::Open(OpenError::OpenMemory { .. } | OpenError::MapPage { .. })) => {
+            (Some(false), None)
+        }
         Err(CommandError::Open(OpenError::Header { .. }) | CommandError::Status(_)) => (Some(true), None),
         Err(_) => (None, None),
     }
@@ -150,7 +159,8 @@ fn reason(asked: Option<Via>, taken: Via, device: Option<&Result<(), CommandErro
 }
 
 fn print_lines(report: &Report) -> Result<(), CommandError> {
-    if let (Some(version), Some(gpa), Some(port)) = (report.abi_version, report.control_page_gpa, report.doorbell_port)
+    if let (Some(version), Some(gpa), Some(port)) =
+        (report.abi_version, report.control_page_gpa, report.doorbell_port)
     {
         print(&format!("VMM: ABI version {version}, control page at {gpa:#x}, doorbell at port {port:#x}"))?;
     }
@@ -203,10 +213,14 @@ mod tests {
 
     #[test]
     fn without_a_module_the_doorbell_is_taken_and_the_report_says_why() {
-        let report = Report::of(None, None, vec![no_device(), followed(Via::Doorbell, Ok(()))], Ok(Via::Doorbell));
+        let report =
+            Report::of(None, None, vec![no_device(), followed(Via::Doorbell, Ok(()))], Ok(Via::Doorbell));
         assert!(report.works && report.error.is_none());
         assert_eq!((report.dev_mem, report.ioperm), (Some(true), Some(true)));
-        assert_eq!((report.route, report.reason.as_deref()), (Some(Via::Doorbell), Some("there is no /dev/vmfork")));
+        assert_eq!(
+            (report.route, report.reason.as_deref()),
+            (Some(Via::Doorbell), Some("there is no /dev/vmfork"))
+        );
         let [device, doorbell] = report.routes.as_slice() else { panic!("two routes: {report:?}") };
         let error = "there is no /dev/vmfork: No such file or directory (os error 2)";
         assert_eq!((device.works, device.error.as_deref(), doorbell.works), (false, Some(error), true));
@@ -215,7 +229,8 @@ mod tests {
     #[test]
     fn with_a_module_the_device_is_taken_whatever_the_doorbell_lacks() {
         let privilege = ForkError::Port { port: 0x560, source: refused(libc::EPERM) };
-        let routes = vec![followed(Via::Device, Ok(())), followed(Via::Doorbell, Err(CommandError::Fork(privilege)))];
+        let routes =
+            vec![followed(Via::Device, Ok(())), followed(Via::Doorbell, Err(CommandError::Fork(privilege)))];
         let report = Report::of(None, None, routes, Ok(Via::Device));
         assert!(report.works && report.error.is_none() && report.advice.is_none());
         assert_eq!((report.dev_mem, report.ioperm), (Some(true), Some(false)));
@@ -240,10 +255,13 @@ mod tests {
 
     #[test]
     fn a_route_that_is_asked_for_is_the_only_one() {
-        let routes = vec![followed(Via::Doorbell, Err(CommandError::Open(OpenError::Detect(DetectError::NoVmm))))];
-        let report = Report::of(Some(Via::Doorbell), None, routes, Err(OpenError::Detect(DetectError::NoVmm)));
+        let routes =
+            vec![followed(Via::Doorbell, Err(CommandError::Open(OpenError::Detect(DetectError::NoVmm))))];
+        let report =
+            Report::of(Some(Via::Doorbell), None, routes, Err(OpenError::Detect(DetectError::NoVmm)));
         assert_eq!((report.works, report.routes.len(), report.dev_mem), (false, 1, None));
-        let report = Report::of(Some(Via::Device), None, vec![followed(Via::Device, Ok(()))], Ok(Via::Device));
+        let report =
+            Report::of(Some(Via::Device), None, vec![followed(Via::Device, Ok(()))], Ok(Via::Device));
         assert_eq!((report.reason.as_deref(), report.dev_mem), (Some("it was asked for"), None));
     }
 }

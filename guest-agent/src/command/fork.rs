@@ -50,7 +50,8 @@ pub(crate) fn run(arguments: &ForkArguments, via: Option<Via>) -> Result<ExitCod
     Ok(ExitCode::from(exit_status(fork.role)))
 }
 
-/// Waits until the caller's terminals have sent what was written to them: what is still to be sent, every copy would send.
+/// Waits until the caller's terminals have sent what was written to them: what is still to be sent, every
+/// copy would send.
 fn drain_terminals() -> io::Result<()> {
     if io::stdout().is_terminal() {
         termios::tcdrain(io::stdout())?;
@@ -108,10 +109,12 @@ mod tests {
     #[test]
     fn an_incomplete_child_prints_that_it_is_one() {
         let source = IdentityError::MixSeed { source: std::io::Error::from_raw_os_error(libc::EPERM) };
-        let json = serde_json::to_string(&Failure::from(&ForkError::Identity { role: Role::Child, source })).unwrap();
+        let json = serde_json::to_string(&Failure::from(&ForkError::Identity { role: Role::Child, source }))
+            .unwrap();
         let expected = concat!(
             r#"{"role":"child","error":"this child is incomplete: "#,
-            r#"the random seed can't be mixed into the kernel's pool: Operation not permitted (os error 1)","code":null}"#
+            r#"the random seed can't be mixed into the kernel's pool: "#,
+            r#"Operation not permitted (os error 1)","code":null}"#
         );
         assert_eq!(json, expected);
     }

@@ -24,8 +24,9 @@ pub(crate) struct DeviceFile {
 impl DeviceFile {
     /// Opens [`PATH`], for reading alone where it may not be written.
     pub(crate) fn open() -> io::Result<Self> {
-        let open =
-            |may_fork| OpenOptions::new().read(true).write(may_fork).open(PATH).map(|device| Self { device, may_fork });
+        let open = |may_fork| {
+            OpenOptions::new().read(true).write(may_fork).open(PATH).map(|device| Self { device, may_fork })
+        };
         match open(true) {
             Err(error) if error.kind() == ErrorKind::PermissionDenied => open(false),
             result => result,
@@ -37,11 +38,13 @@ impl DeviceFile {
         self.may_fork
     }
 
-    /// Asks for [`FORK`], with room for these copies, and has `arguments` be the answer, also where there is an error.
+    /// Asks for [`FORK`], with room for these copies, and has `arguments` be the answer, also where there is
+    /// an error.
     pub(crate) fn fork(&self, arguments: &mut ForkArguments, copies: &mut [CopyBytes]) -> nix::Result<()> {
         (arguments.bytes, arguments.version) = head(ForkArguments::BYTES);
         (arguments.copies_address, arguments.copies_room) = room(copies);
-        // SAFETY: the kernel reads and writes one such struct, and writes copies where the room for them is, which is borrowed for that.
+        // SAFETY: the kernel reads and writes one such struct, and writes copies where the room for them is,
+        // which is borrowed for that.
         unsafe { fork(self.device.as_raw_fd(), arguments) }.map(drop)
     }
 
@@ -66,7 +69,10 @@ impl DeviceFile {
 }
 
 /// Size and version, with which every argument and notice of so many bytes begins.
-#[allow(clippy::cast_possible_truncation, reason = "checked where the requests are numbered: at most 14 bits")]
+#[allow(
+    clippy::cast_possible_truncation,
+    reason = "checked where the requests are numbered: at most 14 bits"
+)]
 pub(crate) const fn head(bytes: usize) -> (u32, u32) {
     (bytes as u32, VERSION)
 }

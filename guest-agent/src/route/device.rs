@@ -1,5 +1,5 @@
-//! By the kernel module's device: the module takes callers one after another, asks the VMM, and makes a child whole before the ioctl returns in
-//! it. [`Device::fork`] has the order.
+//! By the kernel module's device: the module takes callers one after another, asks the VMM, and makes a child
+//! whole before the ioctl returns in it. [`Device::fork`] has the order.
 
 use std::io;
 
@@ -23,8 +23,8 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// [`OpenError::NoDevice`], [`OpenError::DeviceForbidden`], [`OpenError::OpenDevice`], [`OpenError::DeviceVersion`] or
-    /// [`OpenError::AskDevice`].
+    /// [`OpenError::NoDevice`], [`OpenError::DeviceForbidden`], [`OpenError::OpenDevice`],
+    /// [`OpenError::DeviceVersion`] or [`OpenError::AskDevice`].
     pub(crate) fn open() -> Result<Self, OpenError> {
         let device = Self { file: DeviceFile::open().map_err(OpenError::of_device)? };
         device.file.identity().map_err(unanswered)?;
@@ -98,7 +98,8 @@ fn status(ask: impl Fn(&mut [CopyBytes]) -> nix::Result<StatusArguments>) -> nix
     }
 }
 
-/// What has come out of a fork that was `asked` for, by the module's answer: vmfork_abi::device has the table.
+/// What has come out of a fork that was `asked` for, by the module's answer: vmfork_abi::device has the
+/// table.
 fn outcome(asked: nix::Result<()>, answer: &ForkArguments, copies: &[CopyBytes]) -> Result<Fork, ForkError> {
     let account = account(&answer.identity, answer.listed, copies);
     let Err(errno) = asked else { return which(&account) };
@@ -129,7 +130,8 @@ fn refusal(error: u32) -> ForkError {
     }
 }
 
-/// What the module says of this VM, of whose copies it `listed` so many. A list that is no parent's is of an older fork.
+/// What the module says of this VM, of whose copies it `listed` so many. A list that is no parent's is of an
+/// older fork.
 fn account(identity: &[u8; Identity::BYTES], listed: u32, copies: &[CopyBytes]) -> Account {
     let account = Account { identity: Identity::from_bytes(identity), ..Account::default() };
     if account.side() != Some(Role::Parent) {
@@ -142,7 +144,11 @@ fn account(identity: &[u8; Identity::BYTES], listed: u32, copies: &[CopyBytes]) 
 /// Gives a child its host name, which the module leaves as it was. A caller that may not does without.
 fn set_hostname(fork: &Fork) -> Result<(), ForkError> {
     match identity::set_hostname(&fork.name) {
-        Err(IdentityError::SetHostname { source, .. }) if source.kind() == io::ErrorKind::PermissionDenied => Ok(()),
+        Err(IdentityError::SetHostname { source, .. })
+            if source.kind() == io::ErrorKind::PermissionDenied =>
+        {
+            Ok(())
+        }
         set => set.map_err(|source| ForkError::Identity { role: fork.role, source }),
     }
 }
@@ -202,7 +208,10 @@ mod tests {
         let nobody = Identity { vm_id: [0; 16], ..child() };
         let answer = ForkArguments { identity: nobody.to_bytes(), ..ForkArguments::default() };
         let error = outcome(Ok(()), &answer, &[]).unwrap_err();
-        assert!(matches!(error, ForkError::Outcome { role: Some(Role::Child), source: OutcomeError::NoId }), "{error}");
+        assert!(
+            matches!(error, ForkError::Outcome { role: Some(Role::Child), source: OutcomeError::NoId }),
+            "{error}"
+        );
         let booted = outcome(Ok(()), &ForkArguments::default(), &[]).unwrap_err();
         assert!(matches!(booted, ForkError::Outcome { role: None, .. }), "{booted}");
     }
@@ -231,7 +240,10 @@ mod tests {
         }
         for unknown in [0, 999, u32::MAX] {
             let error = refused(unknown);
-            assert!(matches!(error, ForkError::UnknownAnswer { status: 2, error } if error == unknown), "{error}");
+            assert!(
+                matches!(error, ForkError::UnknownAnswer { status: 2, error } if error == unknown),
+                "{error}"
+            );
         }
     }
 
@@ -245,7 +257,10 @@ mod tests {
         );
         let error = answered(Errno::EPROTO, parent());
         assert!(
-            matches!(error, ForkError::Outcome { role: Some(Role::Parent), source: OutcomeError::NotAccepted }),
+            matches!(
+                error,
+                ForkError::Outcome { role: Some(Role::Parent), source: OutcomeError::NotAccepted }
+            ),
             "{error}"
         );
     }
@@ -253,7 +268,10 @@ mod tests {
     #[test]
     fn a_child_without_its_own_time_is_incomplete() {
         let error = answered(Errno::EUCLEAN, child());
-        assert_eq!((error.role(), error.to_string()), (Some(Role::Child), "this child is incomplete".to_owned()));
+        assert_eq!(
+            (error.role(), error.to_string()),
+            (Some(Role::Child), "this child is incomplete".to_owned())
+        );
     }
 
     #[test]
@@ -261,7 +279,11 @@ mod tests {
         for errno in [Errno::EINVAL, Errno::EFAULT, Errno::EIO] {
             let error = answered(errno, Identity::default());
             assert!(matches!(error, ForkError::Device { role: None, .. }), "{error}");
-            assert_eq!(answered(errno, child()).role(), Some(Role::Child), "a child is never taken for no fork");
+            assert_eq!(
+                answered(errno, child()).role(),
+                Some(Role::Child),
+                "a child is never taken for no fork"
+            );
         }
     }
 

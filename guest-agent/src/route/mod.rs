@@ -1,4 +1,5 @@
-//! How a request reaches the VMM, and how its answer comes back: a file for each route, and which of them is taken.
+//! How a request reaches the VMM, and how its answer comes back: a file for each route, and which of them is
+//! taken.
 
 mod device;
 pub(crate) mod doorbell;
@@ -55,7 +56,10 @@ impl FromStr for Via {
     type Err = UnknownVia;
 
     fn from_str(name: &str) -> Result<Self, UnknownVia> {
-        Self::ALL.into_iter().find(|via| via.name() == name).ok_or_else(|| UnknownVia { name: name.to_owned() })
+        Self::ALL
+            .into_iter()
+            .find(|via| via.name() == name)
+            .ok_or_else(|| UnknownVia { name: name.to_owned() })
     }
 }
 
@@ -107,9 +111,9 @@ impl Account {
     }
 }
 
-/// The device where there is one for the caller, else the doorbell. Whoever may use neither is told what keeps it from the device, if there
-/// is one. A device that is open to the caller and does not serve it is an error: by the doorbell, callers would not wait for those that the
-/// module serves.
+/// The device where there is one for the caller, else the doorbell. Whoever may use neither is told what
+/// keeps it from the device, if there is one. A device that is open to the caller and does not serve it is an
+/// error: by the doorbell, callers would not wait for those that the module serves.
 fn choose<R>(open: impl Fn(Via) -> Result<R, OpenError>) -> Result<R, OpenError> {
     match open(Via::Device) {
         Err(OpenError::NoDevice { .. }) => open(Via::Doorbell),
@@ -130,7 +134,10 @@ mod tests {
     }
 
     /// What is chosen where opening the routes gives these errors, or none.
-    fn chosen(device: fn() -> Option<OpenError>, doorbell: fn() -> Option<OpenError>) -> Result<Via, OpenError> {
+    fn chosen(
+        device: fn() -> Option<OpenError>,
+        doorbell: fn() -> Option<OpenError>,
+    ) -> Result<Via, OpenError> {
         choose(|via| {
             let error = if via == Via::Device { device() } else { doorbell() };
             error.map_or(Ok(via), Err)

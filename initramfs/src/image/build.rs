@@ -39,7 +39,8 @@ pub struct Manifest {
 }
 
 impl ImageBuilder {
-    /// Writes the image `dir/name.cpio` with its manifest `dir/name.json`, if it isn't there from the same inputs.
+    /// Writes the image `dir/name.cpio` with its manifest `dir/name.json`, if it isn't there from the same
+    /// inputs.
     ///
     /// # Errors
     ///
@@ -89,7 +90,8 @@ impl ImageBuilder {
         let mut hashes = BTreeMap::new();
         for (path, entry) in &self.entries {
             if let Content::File { path: host, origin: None } = &entry.content {
-                let hash = hash::of_file(host).map_err(|source| Error::Read { path: host.clone(), source })?;
+                let hash =
+                    hash::of_file(host).map_err(|source| Error::Read { path: host.clone(), source })?;
                 hashes.insert(path.clone(), hash);
             }
         }
@@ -102,7 +104,9 @@ impl ImageBuilder {
             let content = match &entry.content {
                 Content::Directory => "directory".into(),
                 Content::Bytes(bytes) => format!("bytes {}", hash::of_bytes(bytes)),
-                Content::File { origin, .. } => format!("file {:?}", origin.as_ref().or(file_hashes.get(path))),
+                Content::File { origin, .. } => {
+                    format!("file {:?}", origin.as_ref().or(file_hashes.get(path)))
+                }
                 Content::Symlink(target) => format!("symlink {target:?}"),
                 Content::CharDevice { major, minor } => format!("device {major}:{minor}"),
             };
@@ -131,7 +135,8 @@ impl Entry {
                 header.set_mode_file_type(ModeFileType::Char).rdev_major(major).rdev_minor(minor)
             }
         };
-        let size = u32::try_from(bytes.len()).map_err(|_| Error::TooLarge { path: path.into(), bytes: bytes.len() })?;
+        let size = u32::try_from(bytes.len())
+            .map_err(|_| Error::TooLarge { path: path.into(), bytes: bytes.len() })?;
         let mut writer = header.write(out, size);
         writer.write_all(bytes)?;
         writer.finish()?;
@@ -179,7 +184,13 @@ mod tests {
             reader.read_to_string(&mut content).unwrap();
             let entry = reader.entry();
             assert_eq!((entry.uid(), entry.gid(), entry.mtime()), (0, 0, 0));
-            listing.push(format!("{} {} {:o} {}", entry.ino(), entry.name(), entry.mode(), content.trim_end()));
+            listing.push(format!(
+                "{} {} {:o} {}",
+                entry.ino(),
+                entry.name(),
+                entry.mode(),
+                content.trim_end()
+            ));
             rest = reader.finish().unwrap();
         }
         assert_eq!(
@@ -214,7 +225,8 @@ mod tests {
         let archives = [1, 1_000_000_000].map(|age| {
             let root = tempfile::tempdir().unwrap();
             fs::create_dir_all(root.path().join("lib/x86_64-linux-gnu")).unwrap();
-            std::os::unix::fs::symlink("libz.so.1.2", root.path().join("lib/x86_64-linux-gnu/libz.so.1")).unwrap();
+            std::os::unix::fs::symlink("libz.so.1.2", root.path().join("lib/x86_64-linux-gnu/libz.so.1"))
+                .unwrap();
             let file = fs::File::create(root.path().join("lib/x86_64-linux-gnu/libz.so.1.2")).unwrap();
             file.set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(age)).unwrap();
             fs::write(root.path().join("lib/dropped"), "").unwrap();

@@ -1,7 +1,8 @@
 //! Guest images: a set of files, and the archive that is written from it.
 //!
-//! The archive is an uncompressed cpio of the kernel's format (newc): it unpacks fastest, which counts where the guest's
-//! CPU is emulated. Entries are sorted; owners, times and inode numbers are fixed. So equal inputs give equal bytes.
+//! The archive is an uncompressed cpio of the kernel's format (newc): it unpacks fastest, which counts where
+//! the guest's CPU is emulated. Entries are sorted; owners, times and inode numbers are fixed. So equal
+//! inputs give equal bytes.
 
 mod build;
 mod path;
@@ -117,7 +118,8 @@ impl ImageBuilder {
         self.insert(&normalise(path), permissions, Content::CharDevice { major, minor })
     }
 
-    /// Adds those files of `deb`, with the directories above them, whose paths in the image (`usr/bin/env`) `keep` wants.
+    /// Adds those files of `deb`, with the directories above them, whose paths in the image (`usr/bin/env`)
+    /// `keep` wants.
     ///
     /// # Errors
     ///
@@ -151,7 +153,13 @@ impl ImageBuilder {
     }
 
     /// Adds what `keep` wants of the files in `inner`, a directory below `root`.
-    fn tree(&mut self, root: &Path, inner: &str, origin: &str, keep: &impl Fn(&str) -> bool) -> Result<(), Error> {
+    fn tree(
+        &mut self,
+        root: &Path,
+        inner: &str,
+        origin: &str,
+        keep: &impl Fn(&str) -> bool,
+    ) -> Result<(), Error> {
         let dir = root.join(inner);
         let failed = |path: &Path| {
             let path = path.to_owned();
@@ -176,7 +184,11 @@ impl ImageBuilder {
                 self.insert(&path, 0o777, Content::Symlink(target));
             } else {
                 let origin = Some(format!("{origin}/{inner}"));
-                self.insert(&path, metadata.permissions().mode() & 0o7777, Content::File { path: host, origin });
+                self.insert(
+                    &path,
+                    metadata.permissions().mode() & 0o7777,
+                    Content::File { path: host, origin },
+                );
             }
         }
         Ok(())

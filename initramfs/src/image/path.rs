@@ -10,8 +10,8 @@ pub(crate) fn normalise(path: &str) -> String {
     if merged { format!("usr/{}", parts.join("/")) } else { parts.join("/") }
 }
 
-/// What a link of a package has to point to in the image. A relative target would lead elsewhere from a link that
-/// [`normalise`] moves one level down, so there it is made absolute.
+/// What a link of a package has to point to in the image. A relative target would lead elsewhere from a link
+/// that [`normalise`] moves one level down, so there it is made absolute.
 pub(crate) fn link_target(link: &str, target: &str) -> String {
     let moved = normalise(link) != link;
     if !moved || target.starts_with('/') {

@@ -71,11 +71,13 @@ impl Config {
         self
     }
 
-    /// Makes sure that each of these options is the same in `made`, which is the kernel's whole configuration.
+    /// Makes sure that each of these options is the same in `made`, which is the kernel's whole
+    /// configuration.
     pub(super) fn check(&self, made: &Self) -> Result<(), Error> {
         let difference = |(option, asked): (&String, &String)| {
             let found = made.0.get(option).map_or("n", String::as_str);
-            let difference = || Difference { option: option.clone(), asked: asked.clone(), found: found.to_owned() };
+            let difference =
+                || Difference { option: option.clone(), asked: asked.clone(), found: found.to_owned() };
             (found != asked).then(difference)
         };
         let differences: Vec<_> = self.0.iter().filter_map(difference).collect();
@@ -100,7 +102,8 @@ impl fmt::Display for Config {
 mod tests {
     use super::*;
 
-    const FRAGMENT: &str = "# For guests.\nCONFIG_SMP=y\n\nCONFIG_NR_CPUS=16\n# CONFIG_MODVERSIONS is not set\n";
+    const FRAGMENT: &str =
+        "# For guests.\nCONFIG_SMP=y\n\nCONFIG_NR_CPUS=16\n# CONFIG_MODVERSIONS is not set\n";
 
     #[test]
     fn fragments_are_read_and_written() {
@@ -112,7 +115,10 @@ mod tests {
     #[test]
     fn later_fragments_win() {
         let both = Config::parse(FRAGMENT).unwrap().with(Config::parse("# CONFIG_SMP is not set").unwrap());
-        assert_eq!(both.to_string(), "# CONFIG_MODVERSIONS is not set\nCONFIG_NR_CPUS=16\n# CONFIG_SMP is not set\n");
+        assert_eq!(
+            both.to_string(),
+            "# CONFIG_MODVERSIONS is not set\nCONFIG_NR_CPUS=16\n# CONFIG_SMP is not set\n"
+        );
     }
 
     #[test]
@@ -121,6 +127,9 @@ mod tests {
         asked.check(&Config::parse("CONFIG_SMP=y\nCONFIG_NR_CPUS=16\nCONFIG_OTHER=y\n").unwrap()).unwrap();
         let made = Config::parse("CONFIG_NR_CPUS=8\nCONFIG_SMP=y\nCONFIG_MODVERSIONS=y\n").unwrap();
         let message = asked.check(&made).unwrap_err().to_string();
-        assert!(message.ends_with(": CONFIG_MODVERSIONS is y, not n, CONFIG_NR_CPUS is 8, not 16"), "{message}");
+        assert!(
+            message.ends_with(": CONFIG_MODVERSIONS is y, not n, CONFIG_NR_CPUS is 8, not 16"),
+            "{message}"
+        );
     }
 }

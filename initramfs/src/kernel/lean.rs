@@ -1,6 +1,8 @@
-//! The lean guest kernel, with support for modules in Rust: built from Debian's sources with Debian's compilers.
+//! The lean guest kernel, with support for modules in Rust: built from Debian's sources with Debian's
+//! compilers.
 //!
-//! A build takes minutes, so the cache keeps it, below `kernels/KEY`, where KEY stands for all that decides what is built:
+//! A build takes minutes, so the cache keeps it, below `kernels/KEY`, where KEY stands for all that decides
+//! what is built:
 //!
 //! - `kernel.json`: what it was built from. It is written last: without it, nothing else there counts.
 //! - `vmlinuz`: the kernel.
@@ -260,7 +262,8 @@ impl Recipe {
     pub fn verify(&self, kernel: &Lean, module: Option<(&Path, &Sources)>) -> Result<(), Error> {
         let kernels = self.kernels();
         let _lock = cache::lock(&kernels).map_err(in_cache(&kernels))?;
-        let second = tempfile::Builder::new().prefix("again-").tempdir_in(&kernels).map_err(in_cache(&kernels))?;
+        let second =
+            tempfile::Builder::new().prefix("again-").tempdir_in(&kernels).map_err(in_cache(&kernels))?;
         let mut pairs = vec![(kernel.vmlinuz.clone(), self.build(second.path())?.vmlinuz)];
         if let Some((module, sources)) = module {
             tree::prune(&tree_in(second.path()))?;
@@ -316,13 +319,19 @@ impl Recipe {
     fn build_module(&self, kernel: &Path, dir: &Path, sources: &Sources) -> Result<PathBuf, Error> {
         sources.write(dir)?;
         let bindgen = tools::bindgen(&self.cache)?;
-        let make = Make { tree: &tree_in(kernel), log: &dir.join("build.log"), tools: &self.tools, bindgen: &bindgen };
+        let make = Make {
+            tree: &tree_in(kernel),
+            log: &dir.join("build.log"),
+            tools: &self.tools,
+            bindgen: &bindgen,
+        };
         make.run(&[&format!("M={}", dir.display()), "modules"], Some(dir))?;
         Ok(dir.join(format!("{NAME}.ko")))
     }
 }
 
-/// Removes what builds have left in `kernels` that did not come to their end. Who calls it holds the lock, so that none is under way.
+/// Removes what builds have left in `kernels` that did not come to their end. Who calls it holds the lock, so
+/// that none is under way.
 fn remove_unfinished(kernels: &Path) -> io::Result<()> {
     for entry in fs::read_dir(kernels)? {
         let path = entry?.path();
@@ -355,16 +364,21 @@ mod tests {
         fs::write(kernels.path().join("complete").join(DESCRIPTION), "{}").unwrap();
         fs::write(kernels.path().join("lock"), "").unwrap();
         remove_unfinished(kernels.path()).unwrap();
-        let mut left: Vec<_> = fs::read_dir(kernels.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        let mut left: Vec<_> =
+            fs::read_dir(kernels.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         left.sort();
         assert_eq!(left, ["complete", "lock"]);
     }
 
     #[test]
     fn debug_kernel_checks_more_and_has_vmgenid_as_a_module() {
-        let [lean, debug] = [Variant::Lean, Variant::Debug].map(|variant| variant.config().unwrap().to_string());
+        let [lean, debug] =
+            [Variant::Lean, Variant::Debug].map(|variant| variant.config().unwrap().to_string());
         for option in ["CONFIG_RUST=y", "CONFIG_STRICT_DEVMEM=y", "# CONFIG_MODVERSIONS is not set"] {
-            assert!(lean.lines().any(|line| line == option) && debug.lines().any(|line| line == option), "{option}");
+            assert!(
+                lean.lines().any(|line| line == option) && debug.lines().any(|line| line == option),
+                "{option}"
+            );
         }
         assert!(lean.contains("CONFIG_VMGENID=y\n") && debug.contains("CONFIG_VMGENID=m\n"));
         assert!(!lean.contains("CONFIG_PROVE_LOCKING") && debug.contains("CONFIG_PROVE_LOCKING=y\n"));

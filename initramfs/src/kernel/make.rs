@@ -55,8 +55,10 @@ impl Make<'_> {
     pub(super) fn run(&self, goals: &[&str], elsewhere: Option<&Path>) -> Result<(), Error> {
         let failed = |source| Error::Start { tree: self.tree.into(), source };
         let log = File::options().create(true).append(true).open(self.log).map_err(failed)?;
-        let places = || [Some(self.tree), elsewhere].into_iter().flatten().map(|dir| format!("{}/=", dir.display()));
-        let flags = |option: &str| places().map(|place| format!("{option}={place}")).collect::<Vec<_>>().join(" ");
+        let places =
+            || [Some(self.tree), elsewhere].into_iter().flatten().map(|dir| format!("{}/=", dir.display()));
+        let flags =
+            |option: &str| places().map(|place| format!("{option}={place}")).collect::<Vec<_>>().join(" ");
         let jobs = thread::available_parallelism().map_or(1, usize::from);
         let mut make = Command::new("make");
         make.arg("-C")

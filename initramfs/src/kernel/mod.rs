@@ -1,4 +1,5 @@
-//! Guest kernels: Debian's own, pinned here and nowhere else, and [`lean`], one that is built from Debian's sources.
+//! Guest kernels: Debian's own, pinned here and nowhere else, and [`lean`], one that is built from Debian's
+//! sources.
 
 mod config;
 pub mod lean;
@@ -64,7 +65,8 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    /// Downloads and unpacks the pinned kernel, or the current one where the mirror has dropped the pinned one.
+    /// Downloads and unpacks the pinned kernel, or the current one where the mirror has dropped the pinned
+    /// one.
     ///
     /// # Errors
     ///
@@ -97,7 +99,8 @@ impl Kernel {
     }
 }
 
-/// Decides which kernel package to take; `offered` gives the versions of a package that the mirror has, the best first.
+/// Decides which kernel package to take; `offered` gives the versions of a package that the mirror has, the
+/// best first.
 ///
 /// The pinned one keeps the pinned hash; for any other, the hash is the one that the archive signed.
 fn choose<E>(pin: &Pin, offered: impl Fn(&str) -> Result<Vec<Record>, E>) -> Result<Option<Record>, E> {
@@ -113,7 +116,10 @@ fn choose<E>(pin: &Pin, offered: impl Fn(&str) -> Result<Vec<Record>, E>) -> Res
 
 /// The kernel package in the dependencies of [`CURRENT`].
 fn kernel_package(depends: &str) -> Option<&str> {
-    depends.split(',').filter_map(|item| item.split_whitespace().next()).find(|name| name.starts_with("linux-image-"))
+    depends
+        .split(',')
+        .filter_map(|item| item.split_whitespace().next())
+        .find(|name| name.starts_with("linux-image-"))
 }
 
 /// Finds kernel and modules in an unpacked package.

@@ -47,7 +47,8 @@ pub struct Sources {
 }
 
 impl Sources {
-    /// Reads the module in `dir`, and in `abi` what goes into its subdirectory of that name; nothing where there is no module.
+    /// Reads the module in `dir`, and in `abi` what goes into its subdirectory of that name; nothing where
+    /// there is no module.
     ///
     /// # Errors
     ///
@@ -73,14 +74,16 @@ impl Sources {
     pub(super) fn write(&self, dir: &Path) -> Result<(), Error> {
         for (inner, bytes) in &self.files {
             let path = dir.join(inner);
-            let written = fs::create_dir_all(path.parent().unwrap_or(dir)).and_then(|()| fs::write(&path, bytes));
+            let written =
+                fs::create_dir_all(path.parent().unwrap_or(dir)).and_then(|()| fs::write(&path, bytes));
             written.map_err(|source| Error::Write { path, source })?;
         }
         Ok(())
     }
 }
 
-/// Enters what is a source of `dir` and the directories below it; `inner`, which is empty or ends in a slash, is before its path.
+/// Enters what is a source of `dir` and the directories below it; `inner`, which is empty or ends in a slash,
+/// is before its path.
 fn read_below(dir: &Path, inner: &str, files: &mut BTreeMap<String, Vec<u8>>) -> Result<(), Error> {
     let failed = |path: &Path| {
         let path = path.to_owned();
@@ -116,7 +119,8 @@ mod tests {
         fs::create_dir_all(module.join("abi")).unwrap();
         fs::create_dir(&abi).unwrap();
         assert!(Sources::read(&module, &abi).unwrap().is_none());
-        let built = ["vmfork.o", "vmfork.mod.c", ".vmfork.o.cmd", ".tmp.c", "abi/old.rs", "bindings_generated.rs"];
+        let built =
+            ["vmfork.o", "vmfork.mod.c", ".vmfork.o.cmd", ".tmp.c", "abi/old.rs", "bindings_generated.rs"];
         for name in ["Kbuild", "vmfork.rs", "shim.c", "README.md"].into_iter().chain(built) {
             fs::write(module.join(name), name).unwrap();
         }

@@ -10,9 +10,11 @@ use std::process::Command;
 use crate::cache;
 
 /// Packages that are needed whatever release of Debian this is.
-const PLAIN: [&str; 9] = ["gcc", "libc6-dev", "make", "bc", "flex", "bison", "libelf-dev", "xz-utils", "perl"];
+const PLAIN: [&str; 9] =
+    ["gcc", "libc6-dev", "make", "bc", "flex", "bison", "libelf-dev", "xz-utils", "perl"];
 
-/// Compiler and sources of Rust's core library, the better ones first. Debian 12 has a new enough compiler for browsers only.
+/// Compiler and sources of Rust's core library, the better ones first. Debian 12 has a new enough compiler
+/// for browsers only.
 const RUST: [[&str; 2]; 2] = [["rustc-web", "rust-web-src"], ["rustc", "rust-src"]];
 
 /// Versions of LLVM, whose library bindgen loads, the best tried one first.
@@ -106,20 +108,25 @@ impl Tools {
     ///
     /// # Errors
     ///
-    /// [`Error::Missing`] where packages are not installed, another where they can't be asked for their versions.
+    /// [`Error::Missing`] where packages are not installed, another where they can't be asked for their
+    /// versions.
     pub fn find(compiler: Compiler) -> Result<Self, Error> {
         let installed = installed()?;
         let Chosen { rust, llvm } = Chosen::new(|package| installed.contains_key(package), is_offered);
         let libclang = libclang(llvm);
         let needed = PLAIN.into_iter().chain(rust).chain([libclang.as_str()]).map(str::to_owned);
-        let missing = needed.chain(compiler.packages(llvm)).filter(|package| !installed.contains_key(package));
+        let missing =
+            needed.chain(compiler.packages(llvm)).filter(|package| !installed.contains_key(package));
         let packages: Vec<String> = missing.collect();
         if !packages.is_empty() {
             return Err(Error::Missing { packages });
         }
         let version = |package: &str| installed.get(package).cloned().unwrap_or_default();
-        let mut versions: BTreeMap<_, _> =
-            rust.into_iter().chain([libclang.as_str()]).map(|name| (name.to_owned(), version(name))).collect();
+        let mut versions: BTreeMap<_, _> = rust
+            .into_iter()
+            .chain([libclang.as_str()])
+            .map(|name| (name.to_owned(), version(name)))
+            .collect();
         // The package gcc only depends on the compiler.
         for program in compiler.programs(llvm).iter().map(String::as_str).chain([RUSTC]) {
             versions.insert(program.into(), first_line(Command::new(program).arg("--version"))?);
@@ -152,7 +159,9 @@ impl Chosen {
         let installed = LLVM.into_iter().find(|llvm| is_installed(&libclang(llvm)));
         Self {
             rust: if best.into_iter().all(can_be_had) { best } else { fallback },
-            llvm: installed.or_else(|| LLVM.into_iter().find(|llvm| can_be_had(&libclang(llvm)))).unwrap_or(LLVM[0]),
+            llvm: installed
+                .or_else(|| LLVM.into_iter().find(|llvm| can_be_had(&libclang(llvm))))
+                .unwrap_or(LLVM[0]),
         }
     }
 }
@@ -176,7 +185,8 @@ pub(super) fn bindgen(cache: &Path) -> Result<PathBuf, Error> {
     }
     let new = tempfile::tempdir_in(cache).map_err(failed)?;
     let root = new.path().join("root");
-    // The workspace's own settings make static programs, which can't load libclang. Cargo finds them from directories below it.
+    // The workspace's own settings make static programs, which can't load libclang. Cargo finds them from
+    // directories below it.
     let elsewhere = tempfile::tempdir().map_err(failed)?;
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo
@@ -202,7 +212,9 @@ fn installed() -> Result<BTreeMap<String, String>, Error> {
     let mut query = Command::new("dpkg-query");
     query.args(["--show", "--showformat", "${db:Status-Abbrev}|${Package}|${Version}\\n"]);
     query.args(PLAIN).args(RUST.as_flattened());
-    query.args(LLVM.into_iter().flat_map(|llvm| [vec![libclang(llvm)], Compiler::Clang.packages(llvm)].concat()));
+    query.args(
+        LLVM.into_iter().flat_map(|llvm| [vec![libclang(llvm)], Compiler::Clang.packages(llvm)].concat()),
+    );
     // It ends with an error where one of them is not known, and tells of the others.
     let output = query.output().map_err(|source| Error::Start { program: "dpkg-query".into(), source })?;
     Ok(parse_installed(&String::from_utf8_lossy(&output.stdout)))
@@ -243,7 +255,8 @@ mod tests {
     use super::*;
 
     fn chosen(installed: &[&str], offered: &[&str]) -> ([&'static str; 2], &'static str) {
-        let chosen = Chosen::new(|package| installed.contains(&package), |package| offered.contains(&package));
+        let chosen =
+            Chosen::new(|package| installed.contains(&package), |package| offered.contains(&package));
         (chosen.rust, chosen.llvm)
     }
 

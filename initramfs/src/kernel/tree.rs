@@ -5,7 +5,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Directories of which a build reads nothing but `Makefile` and `Kconfig`, which are everywhere. They are two thirds of all.
+/// Directories of which a build reads nothing but `Makefile` and `Kconfig`, which are everywhere. They are
+/// two thirds of all.
 const UNREAD: [&str; 33] = [
     "arch/alpha",
     "arch/arc",
@@ -149,7 +150,8 @@ mod tests {
 
     fn listing(root: &Path) -> Vec<String> {
         let output = Command::new("find").arg(root).args(["-type", "f", "-printf", "%P\n"]).output().unwrap();
-        let mut files: Vec<_> = String::from_utf8(output.stdout).unwrap().lines().map(str::to_owned).collect();
+        let mut files: Vec<_> =
+            String::from_utf8(output.stdout).unwrap().lines().map(str::to_owned).collect();
         files.sort();
         files
     }
@@ -157,11 +159,16 @@ mod tests {
     #[test]
     fn makefiles_are_unpacked_and_unread_sources_are_not() {
         let dir = tempfile::tempdir().unwrap();
-        let taken = ["Documentation/Kconfig", "arch/arm/crypto/Kconfig", "drivers/gpu/Makefile", "drivers/net/tun.c"];
+        let taken =
+            ["Documentation/Kconfig", "arch/arm/crypto/Kconfig", "drivers/gpu/Makefile", "drivers/net/tun.c"];
         let left_out = ["Documentation/rust/index.rst", "arch/arm/kernel/setup.c", "drivers/gpu/drm/drm.h"];
-        write(&dir.path().join("linux-1"), &[taken, [left_out[0], left_out[1], left_out[2], "kernel/fork.c"]].concat());
+        write(
+            &dir.path().join("linux-1"),
+            &[taken, [left_out[0], left_out[1], left_out[2], "kernel/fork.c"]].concat(),
+        );
         let tarball = dir.path().join("linux.tar");
-        let tar = Command::new("tar").arg("-C").arg(dir.path()).arg("-cf").arg(&tarball).arg("linux-1").status();
+        let tar =
+            Command::new("tar").arg("-C").arg(dir.path()).arg("-cf").arg(&tarball).arg("linux-1").status();
         assert!(tar.unwrap().success());
         let tree = dir.path().join("tree");
         fs::create_dir(&tree).unwrap();

@@ -1,7 +1,7 @@
 //! apt with private state: it needs no root, and neither reads nor changes what is installed on the host.
 //!
-//! The host's package sources, keyrings and download settings (`Acquire::*`: proxies and the like) are used as they are.
-//! Everything else of the host's configuration is left out, above all its hooks.
+//! The host's package sources, keyrings and download settings (`Acquire::*`: proxies and the like) are used
+//! as they are. Everything else of the host's configuration is left out, above all its hooks.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -36,7 +36,9 @@ const ASSUMED_INSTALLED: [&str; 15] = [
 #[derive(Debug, thiserror::Error)]
 pub enum AptError {
     /// A program of apt could not be started.
-    #[error("can't run {program}: packages come by way of apt, so this needs Debian or one of its derivatives")]
+    #[error(
+        "can't run {program}: packages come by way of apt, so this needs Debian or one of its derivatives"
+    )]
     Start {
         /// The program.
         program: &'static str,
@@ -123,7 +125,8 @@ impl Apt {
         }
     }
 
-    /// Runs `task`, and once more with new package lists if it fails with old ones: the mirror may have moved on.
+    /// Runs `task`, and once more with new package lists if it fails with old ones: the mirror may have moved
+    /// on.
     fn with_lists<T>(&self, task: impl Fn(&Self) -> Result<T, AptError>) -> Result<T, AptError> {
         let new = self.ensure_lists()?;
         match task(self) {
@@ -137,7 +140,10 @@ impl Apt {
 
     /// Fetches package lists if there are none or they are old; says whether it did.
     fn ensure_lists(&self) -> Result<bool, AptError> {
-        let age = fs::metadata(self.stamp()).and_then(|metadata| metadata.modified()).ok().map(|time| time.elapsed());
+        let age = fs::metadata(self.stamp())
+            .and_then(|metadata| metadata.modified())
+            .ok()
+            .map(|time| time.elapsed());
         match age {
             Some(Ok(age)) if age < LISTS_AGE => Ok(false),
             // Old lists are better than none: what they name may still be there.
@@ -225,11 +231,15 @@ fn download_settings(dump: &str) -> String {
         .collect()
 }
 
-/// A status file of dpkg in which [`ASSUMED_INSTALLED`] are installed, each newer than anything that others ask for.
+/// A status file of dpkg in which [`ASSUMED_INSTALLED`] are installed, each newer than anything that others
+/// ask for.
 fn assumed_status() -> String {
     ASSUMED_INSTALLED
         .map(|package| {
-            format!("Package: {package}\nStatus: install ok installed\nArchitecture: amd64\nMulti-Arch: foreign\nVersion: 999:1\n\n")
+            format!(
+                "Package: {package}\nStatus: install ok installed\nArchitecture: amd64\n\
+                 Multi-Arch: foreign\nVersion: 999:1\n\n"
+            )
         })
         .concat()
 }
@@ -277,12 +287,16 @@ mod tests {
             Inst zlib1g (1:1.2.13.dfsg-1 Debian:12.15/oldstable [amd64])\n\
             Conf libc6 (2.36-9+deb12u14 Debian:12.15/oldstable [amd64])\n";
         let expected = [("libc6", "2.36-9+deb12u14"), ("zlib1g", "1:1.2.13.dfsg-1")];
-        assert_eq!(parse_plan(plan), expected.map(|(package, version)| (package.to_owned(), version.to_owned())));
+        assert_eq!(
+            parse_plan(plan),
+            expected.map(|(package, version)| (package.to_owned(), version.to_owned()))
+        );
     }
 
     #[test]
     fn records_are_read() {
-        let output = "Package: zlib1g\nArchitecture: amd64\nVersion: 1:1.2.13.dfsg-1\nDepends: libc6 (>= 2.14)\n\
+        let output = "Package: zlib1g\nArchitecture: amd64\nVersion: 1:1.2.13.dfsg-1\n\
+            Depends: libc6 (>= 2.14)\n\
             Description: compression library\n runtime\nSHA256: d7dd\n\n\
             Package: zlib1g\nArchitecture: amd64\nVersion: 1:1.2.11\nSHA256: 00ff\n\n";
         let records = parse_records(output);

@@ -1,7 +1,7 @@
 //! Debian packages: resolved, downloaded, checked and unpacked into a cache.
 //!
-//! What was once resolved stays as it is: a cached run needs neither network nor apt. Removing the cache directory is
-//! how to get newer packages.
+//! What was once resolved stays as it is: a cached run needs neither network nor apt. Removing the cache
+//! directory is how to get newer packages.
 
 mod apt;
 
@@ -44,7 +44,10 @@ pub enum Error {
     #[error("the host's Debian mirror has no package {0}")]
     Unknown(String),
     /// A package file is not what it should be.
-    #[error("{} has the SHA-256 {found}, but should have {expected}: remove it and try again", path.display())]
+    #[error(
+        "{} has the SHA-256 {found}, but should have {expected}: remove it and try again",
+        path.display()
+    )]
     Hash {
         /// The package file.
         path: PathBuf,
@@ -169,7 +172,8 @@ impl Packages {
         self.check(record)
     }
 
-    /// What `find` found earlier under the same `key`, if all of it is still in the cache; otherwise what it finds now.
+    /// What `find` found earlier under the same `key`, if all of it is still in the cache; otherwise what it
+    /// finds now.
     pub(crate) fn remembered<E: From<Error>>(
         &self,
         key: &str,

@@ -1,7 +1,9 @@
-//! The images of this project. A caller adds its own files, such as the `vmfork` program, before it builds one.
+//! The images of this project. A caller adds its own files, such as the `vmfork` program, before it builds
+//! one.
 //!
-//! Every guest starts with `init.sh`, which mounts the usual file systems and runs `start.sh`, which runs the program
-//! that the kernel's command line names: `vmfork.start=/usr/bin/python3,/root/app.py`; a shell by default.
+//! Every guest starts with `init.sh`, which mounts the usual file systems and runs `start.sh`, which runs the
+//! program that the kernel's command line names: `vmfork.start=/usr/bin/python3,/root/app.py`; a shell by
+//! default.
 
 mod python;
 
@@ -27,8 +29,8 @@ guest:x:1000:
 other:x:1001:
 ";
 
-/// A guest with busybox and nothing else. `/init` loads the kernel module where the image has one for the kernel that is booted; the word
-/// `vmfork.module=off` on the kernel's command line keeps it from that.
+/// A guest with busybox and nothing else. `/init` loads the kernel module where the image has one for the
+/// kernel that is booted; the word `vmfork.module=off` on the kernel's command line keeps it from that.
 ///
 /// # Errors
 ///
@@ -36,7 +38,11 @@ other:x:1001:
 pub fn minimal(packages: &Packages) -> Result<ImageBuilder, Error> {
     let mut image = base(packages)?;
     image.bytes("/etc/group", 0o644, GROUPS).bytes("/etc/passwd", 0o644, USERS);
-    image.bytes("/init", 0o755, include_str!("init.sh")).bytes("/etc/guest/start", 0o755, include_str!("start.sh"));
+    image.bytes("/init", 0o755, include_str!("init.sh")).bytes(
+        "/etc/guest/start",
+        0o755,
+        include_str!("start.sh"),
+    );
     Ok(image)
 }
 
@@ -73,7 +79,9 @@ pub fn base(packages: &Packages) -> Result<ImageBuilder, Error> {
 fn add_applets(image: &mut ImageBuilder, busybox: &Path) -> Result<(), Error> {
     let output = Command::new(busybox).arg("--list-full").output();
     let output = output.map_err(|source| Error::Read { path: busybox.into(), source })?;
-    for applet in String::from_utf8_lossy(&output.stdout).lines().filter(|applet| !applet.ends_with("/busybox")) {
+    for applet in
+        String::from_utf8_lossy(&output.stdout).lines().filter(|applet| !applet.ends_with("/busybox"))
+    {
         image.symlink(applet, "/bin/busybox");
     }
     Ok(())

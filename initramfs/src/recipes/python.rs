@@ -12,8 +12,9 @@ const PACKAGES: [&str; 2] = ["base-files", "python3"];
 /// Where Debian keeps those texts.
 const LICENSES: &str = "usr/share/common-licenses";
 
-/// Files and directories of Python's library that serve development, graphics or the network, which this guest lacks.
-/// The codecs are those of East Asian encodings; without OpenSSL, `hashlib` uses Python's own code.
+/// Files and directories of Python's library that serve development, graphics or the network, which this
+/// guest lacks. The codecs are those of East Asian encodings; without OpenSSL, `hashlib` uses Python's own
+/// code.
 const DROPPED: [&str; 17] = [
     "__pycache__",
     "_codecs_",
@@ -70,9 +71,12 @@ fn keep(path: &str) -> bool {
     }
 }
 
-/// Whether [`DROPPED`] names a part of a path: whole, or by its beginning where the entry ends in punctuation.
+/// Whether [`DROPPED`] names a part of a path: whole, or by its beginning where the entry ends in
+/// punctuation.
 fn is_dropped(part: &str) -> bool {
-    DROPPED.iter().any(|name| if name.ends_with(['.', '-', '_']) { part.starts_with(name) } else { part == *name })
+    DROPPED
+        .iter()
+        .any(|name| if name.ends_with(['.', '-', '_']) { part.starts_with(name) } else { part == *name })
 }
 
 #[cfg(test)]

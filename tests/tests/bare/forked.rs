@@ -37,10 +37,12 @@ fn counting() -> Script {
     Script::new().forever(Script::new().count(COUNTER, STRETCH).print(COUNTER))
 }
 
-/// Checks that a VM has counted on from where it began, and says where that was. The fork, and the end, may have come in the middle of a line.
+/// Checks that a VM has counted on from where it began, and says where that was. The fork, and the end, may
+/// have come in the middle of a line.
 fn check_counted(ended: &Ended, name: &str) -> u32 {
     let lines = ended.lines("").into_iter().filter(|(vm, line)| vm == name && line.len() == 8);
-    let numbers: Vec<u32> = lines.map(|(_, line)| u32::from_str_radix(&line, 16).expect("a number")).collect();
+    let numbers: Vec<u32> =
+        lines.map(|(_, line)| u32::from_str_radix(&line, 16).expect("a number")).collect();
     let began = numbers.first().expect("something printed") / STRETCH;
     let expected: Vec<u32> = (began..).map(|stretch| stretch * STRETCH).take(numbers.len()).collect();
     assert_eq!(numbers, expected, "{name}");
@@ -125,7 +127,10 @@ fn a_guest_that_counts_goes_on_counting_in_parent_and_copies() {
         assert_eq!(copy["index"], index);
         let vm = listed["vms"].as_array().expect("an array").iter().find(|vm| vm["id"] == copy["id"]);
         let vm = vm.expect("it runs when that is told");
-        assert_eq!((&vm["state"], &vm["type"], &vm["generation"]), (&json!("running"), &json!("vm"), &json!(1)));
+        assert_eq!(
+            (&vm["state"], &vm["type"], &vm["generation"]),
+            (&json!("running"), &json!("vm"), &json!(1))
+        );
     }
     let copies = ["vm.1", "vm.2", "vm.3"];
     let farthest = copies.map(|name| counts_beyond(&mut running, name, 2 * STRETCH)).into_iter().max();
@@ -137,7 +142,10 @@ fn a_guest_that_counts_goes_on_counting_in_parent_and_copies() {
     }
     assert_eq!(codes(&ended), [0, 0]);
     for (fork, count) in ordered(&ended).iter().zip([2, 1]) {
-        assert_eq!((&fork["parent"]["name"], &fork["count"], &fork["seq"]), (&json!("vm"), &json!(count), &json!(0)));
+        assert_eq!(
+            (&fork["parent"]["name"], &fork["count"], &fork["seq"]),
+            (&json!("vm"), &json!(count), &json!(0))
+        );
         assert!(fork["steps"].as_array().expect("an array").len() > STEPS.len(), "{fork}");
     }
 }
@@ -152,7 +160,8 @@ fn guests_that_stand_still_are_forked_and_so_are_copies() {
         parent = copies[0]["name"].as_str().expect("a name").to_owned();
         assert_eq!(parent, format!("vm.{generation}"));
     }
-    let generations: Vec<_> = vms(&running, 5).iter().map(|vm| vm["generation"].as_u64().expect("one")).collect();
+    let generations: Vec<_> =
+        vms(&running, 5).iter().map(|vm| vm["generation"].as_u64().expect("one")).collect();
     assert_eq!(generations, [0, 1, 2, 3, 4]);
     let table = running.ask(&["fork", &parent]).expect("a table");
     let lines: Vec<&str> = table.lines().collect();
@@ -167,7 +176,9 @@ fn a_guest_in_user_space_goes_on_there() {
     running.wait_for_line("00000001").expect("a guest that takes orders");
     // It looks for orders, and so does its copy, to which nobody gives any.
     assert_eq!(told(&fork(&running, &[]).expect("a copy")), [["vm.1", "", "local"]]);
-    running.type_bytes(&Order { count: 1, ..Order::default() }.to_bytes()).expect("a guest that takes orders");
+    running
+        .type_bytes(&Order { count: 1, ..Order::default() }.to_bytes())
+        .expect("a guest that takes orders");
     let forked = running.wait_for("its fork", |event| {
         let is_asked_for = event["event"] == "forked" && event["asked_by"] == "guest";
         is_asked_for.then(|| (event["parent"]["name"].clone(), event["seq"].clone(), event["code"].clone()))
@@ -179,14 +190,17 @@ fn a_guest_in_user_space_goes_on_there() {
     assert!(["vm", "vm.1"].iter().all(|name| ended.how(name).is_some_and(Value::is_null)), "they went on");
 }
 
-/// A guest that forks, and waits before it looks at the answer; then it writes a request, and waits before it rings. Parent and copies print
-/// what they were told each time. Copies of an operator do not wait, and children of their own switch themselves off.
+/// A guest that forks, and waits before it looks at the answer; then it writes a request, and waits before it
+/// rings. Parent and copies print what they were told each time. Copies of an operator do not wait, and
+/// children of their own switch themselves off.
 fn asking() -> Script {
     let is_child = |script: Script, then| script.only_if(control(ROLE), Role::Child.number(), then);
     let wait = |script: Script| script.wait_for_input_or(control(ROLE), Role::Child.number());
     let ring = |script: Script| is_child(script.ring(), Script::new().off());
     let tell = |script| {
-        [ANSWERED, STATUS, ROLE, INDEX].into_iter().fold(script, |script: Script, at| script.print(control(at)))
+        [ANSWERED, STATUS, ROLE, INDEX]
+            .into_iter()
+            .fold(script, |script: Script, at| script.print(control(at)))
     };
     let first = tell(wait(ring(Script::new().request(5, "web", 1)).print(control(STATUS))));
     tell(ring(wait(first.request(6, "web", 1)))).hang()
@@ -259,7 +273,10 @@ fn an_operator_can_not_pass_the_limits_of_the_guest() {
     assert!(refused.contains("fork-children of the type vm is limited to 2"), "{refused}");
     fork(&running, &["--count", "2"]).expect("copies");
     let refused = refusal(fork(&running, &["--count", "2"]));
-    assert!(refused.contains("children of the type vm is limited to 3, and this fork would make it 4"), "{refused}");
+    assert!(
+        refused.contains("children of the type vm is limited to 3, and this fork would make it 4"),
+        "{refused}"
+    );
     let refused = running.ask(&["fork", "vm.1"]).expect_err("too deep").to_string();
     assert!(refused.contains("the VM vm.1 was not forked") && refused.contains("generations"), "{refused}");
     fork(&running, &[]).expect("one more copy");
@@ -289,7 +306,10 @@ fn an_operator_can_not_fork_a_vm_more_often_than_its_guest_may() {
         connection.ask_for::<Value>(Method::POST, "/v1/vms/vm/fork", wish).err()
     });
     let refused = refused.expect("a refusal").to_string();
-    assert!(refused.contains("rate of the type vm") && refused.ends_with("try again in a second"), "{refused}");
+    assert!(
+        refused.contains("rate of the type vm") && refused.ends_with("try again in a second"),
+        "{refused}"
+    );
 }
 
 #[test]
@@ -315,7 +335,8 @@ fn a_failure_at_any_step_leaves_the_parent_and_nothing_else() {
 #[test]
 fn what_can_not_be_forked_is_told() {
     let child = Script::new().off();
-    let script = Script::new().request(1, "web", 1).ring().only_if(control(ROLE), Role::Child.number(), child);
+    let script =
+        Script::new().request(1, "web", 1).ring().only_if(control(ROLE), Role::Child.number(), child);
     let (mut running, _kernel) = start(&script.hang(), &[]);
     running.wait_for("an end", |event| (event["event"] == "ended").then_some(())).expect("a child that ends");
     let refused = |command: &[&str]| running.ask(command).expect_err("a refusal").to_string();
@@ -378,7 +399,8 @@ fn copies_go_to_the_platform_that_the_operator_names() {
     let of_platform = platforms.ask("a", &alice.with_file_name("b"), &["fork", "vm"]);
     assert!(of_platform.expect_err("a refusal").to_string().contains("is no operator"));
     drop(other);
-    let farthest = ["vm.1", "vm.2", "vm.3"].map(|name| counts_beyond(&mut target, name, STRETCH)).into_iter().max();
+    let farthest =
+        ["vm.1", "vm.2", "vm.3"].map(|name| counts_beyond(&mut target, name, STRETCH)).into_iter().max();
     counts_beyond(&mut source, "vm", farthest.expect("clones"));
     let (source, target) = (stop(source, 4), stop(target, 0));
     assert_eq!(codes(&source), [0; 4]);
@@ -430,7 +452,8 @@ fn a_third_platform_orders_a_clone_where_it_may() {
             let refused = third.ask(&["clone", "--vm", named, "--from", "a", "--to", "b"]);
             assert!(refused.expect_err("a refusal").to_string().contains(why));
         }
-        let farthest = ["vm.1", "vm.2"].map(|name| counts_beyond(&mut target, name, STRETCH)).into_iter().max();
+        let farthest =
+            ["vm.1", "vm.2"].map(|name| counts_beyond(&mut target, name, STRETCH)).into_iter().max();
         counts_beyond(&mut source, "vm", farthest.expect("clones"));
         vms(&target, 3);
         vms(&third, 0);
@@ -443,7 +466,8 @@ fn a_third_platform_orders_a_clone_where_it_may() {
 #[test]
 fn where_the_named_platform_takes_none_there_is_no_fork() {
     let platforms = Platforms::new(&["a", "b", "c"]);
-    let full = Vmm::serve(&platforms.config("b", "limits = [\"vm:memory=32M\"]")).start().expect("a platform");
+    let full =
+        Vmm::serve(&platforms.config("b", "limits = [\"vm:memory=32M\"]")).start().expect("a platform");
     let other = Vmm::serve(&platforms.config("c", "")).start().expect("a platform");
     let kernel = counting().to_kernel();
     let source = Vmm::kernel(kernel.path()).option("--mem", "64M").config(&platforms.config("a", ""));
@@ -451,7 +475,10 @@ fn where_the_named_platform_takes_none_there_is_no_fork() {
     know_each_other(&source, 3);
     vms(&source, 1);
     let refused = source.ask(&["clone", "--vm", "vm", "--to", "b"]).expect_err("a refusal").to_string();
-    assert!(refused.contains("the VM vm was not forked") && refused.contains("memory of the type vm"), "{refused}");
+    assert!(
+        refused.contains("the VM vm was not forked") && refused.contains("memory of the type vm"),
+        "{refused}"
+    );
     for (platform, count) in [(&full, 0), (&other, 0), (&source, 1)] {
         vms(platform, count);
     }
@@ -459,7 +486,8 @@ fn where_the_named_platform_takes_none_there_is_no_fork() {
     vms(&other, 1);
 }
 
-/// A guest that forks so many times, once it is told to, and prints each time what came of it. Each copy, whoever has asked for it, switches itself off.
+/// A guest that forks so many times, once it is told to, and prints each time what came of it. Each copy,
+/// whoever has asked for it, switches itself off.
 fn forking(forks: u64) -> Script {
     let wait = keep_id().wait_for_input_or(control(ROLE), Role::Child.number());
     let script = (1..=forks).fold(wait, |script, seq| {
@@ -471,7 +499,8 @@ fn forking(forks: u64) -> Script {
     script.off()
 }
 
-/// Asks for forks until so many were made, or the VM has ended: the IDs of the copies, and how often it was refused as busy.
+/// Asks for forks until so many were made, or the VM has ended: the IDs of the copies, and how often it was
+/// refused as busy.
 fn hammer(platform: &Endpoint, most: usize) -> (Vec<Value>, usize) {
     let mut connection = Connection::open(platform).expect("a connection");
     let (mut made, mut refused) = (Vec::new(), 0);
@@ -514,9 +543,13 @@ fn guest_and_operators_fork_at_once_and_nothing_is_lost() {
     let told: Vec<bool> = told.collect();
     assert_eq!(told.len(), usize::try_from(FORKS).expect("small"));
     let guests = told.into_iter().filter(|&forked| forked).count();
-    println!("the guest: {guests} made of {FORKS}; operators: {} made, {refused} refused as busy", made.len());
+    println!(
+        "the guest: {guests} made of {FORKS}; operators: {} made, {refused} refused as busy",
+        made.len()
+    );
     let made_by = |asker: &str| {
-        let is_made = |fork: &&&Value| fork["parent"]["name"] == "vm" && fork["asked_by"] == asker && fork["code"] == 0;
+        let is_made =
+            |fork: &&&Value| fork["parent"]["name"] == "vm" && fork["asked_by"] == asker && fork["code"] == 0;
         ended.forks().iter().filter(is_made).count()
     };
     assert!(guests > 0 && !made.is_empty());

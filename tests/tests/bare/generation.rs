@@ -30,7 +30,8 @@ fn user_code_finds_another_generation_in_each_copy_and_none_in_a_parent() {
     // Two children, each of which says so as a child and as a parent, and has two children itself.
     let mut lines = running.wait_for_lines("", 2 + 2 * 2 + 4).expect("all generations");
     lines.sort();
-    let generations = |copies: &[(String, String)]| copies.iter().map(|(_, line)| line.clone()).collect::<Vec<_>>();
+    let generations =
+        |copies: &[(String, String)]| copies.iter().map(|(_, line)| line.clone()).collect::<Vec<_>>();
     let (booted, copies): (Vec<_>, Vec<_>) = lines.into_iter().partition(|(name, _)| name == "vm");
     // The other one has said that it was ready.
     assert_eq!(generations(&booted), ["00000000", "00000001"]);
@@ -45,8 +46,8 @@ fn user_code_finds_another_generation_in_each_copy_and_none_in_a_parent() {
     assert_eq!((once, twice), (2, 4));
 }
 
-/// A guest that spoils the page, and forks, and then waits until it is another one than the booted one, or for input; in the end it prints
-/// what it finds.
+/// A guest that spoils the page, and forks, and then waits until it is another one than the booted one, or
+/// for input; in the end it prints what it finds.
 fn looker() -> Script {
     let generation = control(PAGE.generation.offset);
     let spoilt = Script::new().fill(generation, 0xff).request(1, "web", 1).ring();

@@ -46,7 +46,8 @@ fn mappings(pid: u32) -> BTreeMap<String, usize> {
     mapped
 }
 
-/// Waits until both are equal and stay so for a moment. What a clone's source has left behind is gone after a lease.
+/// Waits until both are equal and stay so for a moment. What a clone's source has left behind is gone after a
+/// lease.
 pub(super) fn become_equal<T: PartialEq + std::fmt::Debug>(first: impl Fn() -> T, second: impl Fn() -> T) {
     let deadline = Instant::now() + 2 * LEASE;
     let mut equal = 0;
@@ -93,7 +94,8 @@ fn a_failure_at_any_step_leaves_nothing_behind() {
     become_equal(|| running.nodes().expect("processes"), || vec![node]);
     running.signal(Signal::SIGTERM).expect("a signal");
     let ended = running.end().expect("host-vmm ends");
-    let expected = (1..).zip(STEPS).flat_map(|(mark, (_, code))| [Status::Failed.number(), code.number(), mark]);
+    let expected =
+        (1..).zip(STEPS).flat_map(|(mark, (_, code))| [Status::Failed.number(), code.number(), mark]);
     assert_eq!(printed(&ended, "vm"), expected.collect::<Vec<_>>());
     assert!(ended.events.iter().all(|event| event["event"] != "started" || event["name"] == "vm"));
     assert_eq!(ended.code, Some(143));
@@ -108,7 +110,8 @@ fn nodes_that_are_killed_take_nothing_with_them() {
     running.wait_for_lines("0000000", 4).expect("all VMs");
     for name in ["web.2", "vm"] {
         end(running.node(name).expect("a node")).expect("a node to kill");
-        let gone = |event: &serde_json::Value| (event["event"] == "ended" && event["name"] == name).then_some(());
+        let gone =
+            |event: &serde_json::Value| (event["event"] == "ended" && event["name"] == name).then_some(());
         running.wait_for("its end", gone).expect("an end");
     }
     // A process that has ended is there until the zygote has taken note.
@@ -129,7 +132,8 @@ fn nodes_do_not_outlive_their_platform() {
     let nodes: Vec<u32> = ["vm", "web.1", "web.2"].map(|name| running.node(name).expect("a node")).into();
     running.signal(Signal::SIGKILL).expect("a signal");
     let deadline = Instant::now() + PATIENCE;
-    // Some process adopts them, and waits for them in its own time: a node that has ended has no memory any more.
+    // Some process adopts them, and waits for them in its own time: a node that has ended has no memory any
+    // more.
     while nodes.iter().any(|node| process::private_kib(*node).is_ok_and(|kib| kib > 0)) {
         assert!(Instant::now() < deadline, "a node lives on");
         thread::sleep(Duration::from_millis(10));
@@ -139,9 +143,11 @@ fn nodes_do_not_outlive_their_platform() {
 #[test]
 fn a_parent_goes_on_whose_children_hang_and_nothing_is_left_of_them() {
     let script = |seq| Script::new().wait_for_input().request(seq, "web", 2).ring().print(control(STATUS));
-    let forked = |fork: Script| fork.print(control(ERROR)).only_if(control(ROLE), CHILD, Script::new().hang());
+    let forked =
+        |fork: Script| fork.print(control(ERROR)).only_if(control(ROLE), CHILD, Script::new().hang());
     let kernel = super::join(forked(script(1)), forked(script(2)).off()).to_kernel();
-    let vmm = Vmm::kernel(kernel.path()).option("--mem", "64M").option("--ready", "1").option("--max-pause", "1");
+    let vmm =
+        Vmm::kernel(kernel.path()).option("--mem", "64M").option("--ready", "1").option("--max-pause", "1");
     let mut running = vmm.start().expect("host-vmm starts");
     let node = running.node("vm").expect("a node");
     // The next fork is announced, a shell stands by for it, and one more is there.
@@ -212,8 +218,8 @@ pub(super) fn taken(running: &Running, node: u32) -> Taken {
     (nodes, descriptors(running.pid()), descriptors(node), mappings(node))
 }
 
-/// What is taken once nothing happens any more after forks: the next one is announced, with its file for what is written to, a shell stands
-/// by for it, and `ready` more are there.
+/// What is taken once nothing happens any more after forks: the next one is announced, with its file for what
+/// is written to, a shell stands by for it, and `ready` more are there.
 pub(super) fn at_rest(running: &Running, node: u32, ready: usize) -> Taken {
     let deadline = Instant::now() + PATIENCE;
     let (mut last, mut equal) = (taken(running, node), 0);
@@ -230,7 +236,8 @@ pub(super) fn at_rest(running: &Running, node: u32, ready: usize) -> Taken {
 
 #[test]
 fn thousands_of_forks_leave_nothing_behind() {
-    let forks = env::var("VMFORK_TEST_FORKS").map_or(FORKS, |forks| forks.parse().expect("a number of forks"));
+    let forks =
+        env::var("VMFORK_TEST_FORKS").map_or(FORKS, |forks| forks.parse().expect("a number of forks"));
     let forks = if assets::in_lab() { forks / 20 } else { forks };
     let (mut running, _kernel) = start_forker("2");
     let node = running.node("vm").expect("a node");
@@ -253,7 +260,8 @@ fn thousands_of_forks_leave_nothing_behind() {
 fn what_a_fork_has_copied_is_not_the_parents_own_any_more() {
     let (mut running, _kernel) = start_forker("1");
     let private_bytes = |running: &Running| {
-        let vms: Value = serde_json::from_str(&running.ask(&["ps", "--json"]).expect("a list")).expect("JSON");
+        let vms: Value =
+            serde_json::from_str(&running.ask(&["ps", "--json"]).expect("a list")).expect("JSON");
         let vms = vms["vms"].as_array().expect("an array");
         let vm = vms.iter().find(|vm| vm["name"] == "vm").expect("the parent");
         vm["memory"]["private_bytes"].as_u64().expect("a size")
@@ -296,7 +304,9 @@ fn whoever_is_killed_in_the_middle_of_a_fork_the_parent_goes_on() {
     assert_eq!(carry_out(&mut running, order, |_| {})["code"], 0);
     become_equal(|| taken(&running, node), || before.clone());
     // And then the parent itself.
-    running.type_bytes(&Order { count: 8, ..Order::default() }.to_bytes()).expect("a guest that takes orders");
+    running
+        .type_bytes(&Order { count: 8, ..Order::default() }.to_bytes())
+        .expect("a guest that takes orders");
     thread::sleep(Duration::from_millis(1));
     end(node).expect("a node to kill");
     let host_vmm = running.pid();

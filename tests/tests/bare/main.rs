@@ -66,7 +66,8 @@ fn a_fork_tells_each_side_who_it_is() {
     assert_eq!(ended.code, Some(0));
 }
 
-/// Prints what the control page lists of a copy: index, location, and as much of platform and ID as four bytes hold.
+/// Prints what the control page lists of a copy: index, location, and as much of platform and ID as four
+/// bytes hold.
 fn listed(index: u32) -> Script {
     let number = usize::try_from(index - 1).expect("a copy's number");
     let print = |script: Script, at| script.print(control(PAGE.copies.offset + CopyList::at(number) + at));
@@ -104,7 +105,8 @@ fn a_parent_finds_its_copies_in_a_list_that_reaches_beyond_its_page() {
 fn a_child_forks_again_and_so_does_its_child() {
     let data = 0x40_0000;
     let fork_of = |seq, vm_type| Script::new().request(seq, vm_type, 1).ring();
-    let third = join(fork_of(1, "c"), Script::new().print(control(GENERATION)).print(data).print(data + 4096));
+    let third =
+        join(fork_of(1, "c"), Script::new().print(control(GENERATION)).print(data).print(data + 4096));
     let in_child = join(
         Script::new().store(data + 4096, 0xc41d),
         fork_of(1, "b").only_if(control(ROLE), Role::Child.number(), third),
@@ -132,8 +134,10 @@ fn bad_requests_have_their_errors_and_the_vm_goes_on() {
     script = expect(script.request(2, "web", 1025).ring(), ErrorCode::InvalidCount);
     script = expect(script.request(3, "no/slash", 1).ring(), ErrorCode::InvalidType);
     script = expect(script.request(4, "", 1).ring(), ErrorCode::InvalidType);
-    script =
-        expect(script.request(5, "web", 1).store(control(PAGE.request.offset + 12), 4).ring(), ErrorCode::InvalidFlags);
+    script = expect(
+        script.request(5, "web", 1).store(control(PAGE.request.offset + 12), 4).ring(),
+        ErrorCode::InvalidFlags,
+    );
     script = expect(script.request(6, "web", 1).out(DOORBELL, 0, 4), ErrorCode::UnknownCommand);
     script = expect(script.request(7, "web", 1).out(DOORBELL, 1, 1), ErrorCode::UnknownCommand);
     script = expect(script.request(8, "web", 1).out(DOORBELL, 1, 2), ErrorCode::UnknownCommand);
@@ -197,18 +201,23 @@ fn generations_and_forks_a_second_can_be_limited() {
     });
     let kernel = script.off().to_kernel();
     let vmm = Vmm::kernel(kernel.path()).option("--mem", "64M").option("--limit", "*:generations=1");
-    let ended = vmm.option("--limit", "vm:rate=1").start().expect("host-vmm starts").end().expect("host-vmm ends");
+    let ended =
+        vmm.option("--limit", "vm:rate=1").start().expect("host-vmm starts").end().expect("host-vmm ends");
     assert_eq!(printed(&ended, "web.1"), [Status::Failed.number(), ErrorCode::Generation.number()]);
     let of_parent = ended.forks().into_iter().filter(|fork| fork["parent"]["generation"] == 0);
     let number = |fork: &Value, field: &str| fork[field].as_u64().expect("a number");
     let (made, refused): (Vec<_>, Vec<_>) = of_parent.partition(|fork| number(fork, "code") == 0);
     assert!(
-        !refused.is_empty() && refused.iter().all(|fork| number(fork, "code") == u64::from(ErrorCode::Rate.number())),
+        !refused.is_empty()
+            && refused.iter().all(|fork| number(fork, "code") == u64::from(ErrorCode::Rate.number())),
         "{refused:?}"
     );
     // The platform has counted each between its ring and its answer.
     let answered_ns = |fork: &Value| number(fork, "rung_ns") + number(fork, "pause_ns");
-    assert!(made.is_sorted_by(|one, next| answered_ns(next) >= number(one, "rung_ns") + SECOND_NS), "{made:?}");
+    assert!(
+        made.is_sorted_by(|one, next| answered_ns(next) >= number(one, "rung_ns") + SECOND_NS),
+        "{made:?}"
+    );
     assert_eq!(ended.code, Some(0));
 }
 
@@ -230,7 +239,8 @@ fn the_hypercall_is_a_doorbell_too() {
         .print(control(ERROR))
         .hypercall(CONTROL_PAGE, 1, 1);
     let ended = run(&join(script, answer().off()));
-    // The first three are not for the control page: nobody has looked at the request. The fourth has an unknown command.
+    // The first three are not for the control page: nobody has looked at the request. The fourth has an
+    // unknown command.
     let before = [invalid, invalid, invalid, 0, answered, ErrorCode::UnknownCommand.number()];
     let forked = Status::Forked.number();
     let parent = [&before[..], &[answered, forked, 0, Role::Parent.number(), 0]].concat();
@@ -318,7 +328,8 @@ fn an_image_outlives_its_parent() {
     other.wait_for("an end", two).expect("an end");
     assert_eq!(other.ask(&["image", "load", path]).expect("an image").trim(), id);
     assert_eq!(other.ask(&["spawn", "--image", id]).expect("a copy"), "web.2\n");
-    let ran = |event: &serde_json::Value| (event["event"] == "ended" && event["name"] == "web.2").then_some(());
+    let ran =
+        |event: &serde_json::Value| (event["event"] == "ended" && event["name"] == "web.2").then_some(());
     other.wait_for("its end", ran).expect("its end");
     other.signal(nix::sys::signal::Signal::SIGTERM).expect("a signal");
     assert_eq!(printed(&other.end().expect("an end"), "web.2"), [0xda7a, 1, 1]);
@@ -378,7 +389,8 @@ fn a_thousand_children_of_one_fork() {
     // Making a VM takes 20 ms in the lab.
     let count = if assets::in_lab() { 200 } else { 1000 };
     let ended = run(&Script::new().request(1, "web", count).ring().print(control(INDEX)).off());
-    let mut indices: Vec<u32> = (1..=count).flat_map(|number| printed(&ended, &format!("web.{number}"))).collect();
+    let mut indices: Vec<u32> =
+        (1..=count).flat_map(|number| printed(&ended, &format!("web.{number}"))).collect();
     indices.sort_unstable();
     assert_eq!(indices, (1..=count).collect::<Vec<_>>());
     assert_eq!(ended.code, Some(0));

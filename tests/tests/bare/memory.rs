@@ -30,8 +30,9 @@ fn copies_do_not_see_each_others_writes() {
     }
     let ended = run(&script.off());
     for (vm, name) in [(0u32, "vm"), (1, "web.1"), (2, "web.2")] {
-        let expected = (0..u32::try_from(PAGES).expect("small"))
-            .map(|number| if number % 3 == vm { 0x2000_0000 + 0x0100_0000 * vm } else { 0x1000_0000 + number });
+        let expected = (0..u32::try_from(PAGES).expect("small")).map(|number| {
+            if number % 3 == vm { 0x2000_0000 + 0x0100_0000 * vm } else { 0x1000_0000 + number }
+        });
         assert_eq!(printed(&ended, name), expected.collect::<Vec<_>>(), "{name}");
     }
 }
@@ -101,14 +102,16 @@ fn eight_generations_of_random_writes_are_as_a_model_says() {
     assert_eq!(ended.code, Some(0));
 }
 
-/// 9 MiB that a parent has written to are copied to the image of its second fork, of which it goes on as a view; and so once more.
+/// 9 MiB that a parent has written to are copied to the image of its second fork, of which it goes on as a
+/// view; and so once more.
 #[test]
 fn a_parent_goes_on_right_after_much_was_copied() {
     const PAGES: u32 = 2304;
     let page = |number: u32| 0x40_0000 + u64::from(number) * 4096;
     let shown = [0, 1, 500, 1151, 1152, 2303];
     let print = |script: Script| shown.iter().fold(script, |script, number| script.print(page(*number)));
-    let in_child = |script: Script| script.only_if(control(ROLE), Role::Child.number(), print(Script::new()).off());
+    let in_child =
+        |script: Script| script.only_if(control(ROLE), Role::Child.number(), print(Script::new()).off());
     let mut script = in_child(Script::new().request(1, "first", 1).ring());
     for number in 0..PAGES {
         script = script.store(page(number), number + 1);

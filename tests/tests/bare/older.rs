@@ -52,7 +52,8 @@ fn images_of_earlier_formats_load_and_their_copies_run_and_fork_again() {
     vms(&target, clones);
 }
 
-/// The image that a platform has loaded; none where this host is another one than that on which it was written.
+/// The image that a platform has loaded; none where this host is another one than that on which it was
+/// written.
 fn load(platform: &Running, image: &[u8]) -> Option<String> {
     let mut file = tempfile::NamedTempFile::new().expect("a file");
     file.write_all(&zstd::stream::decode_all(image).expect("the image")).expect("a file");
@@ -61,7 +62,8 @@ fn load(platform: &Running, image: &[u8]) -> Option<String> {
         Err(refused) => {
             // The file is right.
             assert!(refused.to_string().contains("this platform can't run the VM: "), "{refused:#}");
-            let told = writeln!(io::stderr(), "SKIPPED: copies of a guest that was shown another CPU: {refused:#}");
+            let told =
+                writeln!(io::stderr(), "SKIPPED: copies of a guest that was shown another CPU: {refused:#}");
             told.expect("standard error");
             None
         }

@@ -51,7 +51,10 @@ fn vms_are_stopped_one_by_one_and_their_logs_stay() {
     assert_eq!(running.ask(&["logs", &first]).expect("a log"), child);
     assert_eq!(running.log("web.1").expect("a log"), child);
     for unknown in ["web.3", "web", "00000000", "../vm"] {
-        assert!(running.ask(&["stop", unknown]).is_err() && running.ask(&["logs", unknown]).is_err(), "{unknown}");
+        assert!(
+            running.ask(&["stop", unknown]).is_err() && running.ask(&["logs", unknown]).is_err(),
+            "{unknown}"
+        );
     }
     running.ask(&["stop", "web.2"]).expect("a stopped VM");
     // With the last VM, the platform comes to its end, and tells those that wait before that.
@@ -76,13 +79,15 @@ fn an_operator_asks_from_elsewhere_and_is_no_platform() {
     let platforms = Platforms::with_certificates(&["a", "b"]);
     let alice = platforms.operator("alice");
     let kernel = stayers();
-    let vmm = Vmm::kernel(kernel.path()).option("--mem", "64M").config(&platforms.config("a", "keep = [\"web\"]"));
+    let vmm =
+        Vmm::kernel(kernel.path()).option("--mem", "64M").config(&platforms.config("a", "keep = [\"web\"]"));
     let mut running = vmm.start().expect("host-vmm starts");
     running.wait_for_lines("0000000", 6).expect("all VMs");
     let ask = |command: &[&str]| platforms.ask("a", &alice, command);
     assert_eq!(names(&ask(&["ps", "--json"]).expect("a list")), ["vm", "web.1", "web.2"]);
     assert!(ask(&["tree"]).expect("a tree").contains("web.2"));
-    let images: Value = serde_json::from_str(&ask(&["image", "ls", "--json"]).expect("images")).expect("JSON");
+    let images: Value =
+        serde_json::from_str(&ask(&["image", "ls", "--json"]).expect("images")).expect("JSON");
     let image = images[0]["id"].as_str().expect("an ID");
     assert_eq!(ask(&["spawn", "--image", image]).expect("a copy"), "web.3\n");
     let (log, stopped) = thread::scope(|scope| {
@@ -111,7 +116,8 @@ fn what_somebody_may_ask_depends_on_who_he_is() {
     let alice = platforms.operator("alice");
     let folder = alice.parent().expect("a folder");
     let kernel = stayers();
-    let vmm = Vmm::kernel(kernel.path()).option("--mem", "64M").config(&platforms.config("a", "keep = [\"web\"]"));
+    let vmm =
+        Vmm::kernel(kernel.path()).option("--mem", "64M").config(&platforms.config("a", "keep = [\"web\"]"));
     let mut running = vmm.start().expect("host-vmm starts");
     running.wait_for_lines("0000000", 6).expect("all VMs");
     let image = &running.kept_image().expect("an image");
@@ -125,11 +131,9 @@ fn what_somebody_may_ask_depends_on_who_he_is() {
     assert!(matches!(open("b", "alice"), Err(Error::Tls { .. })), "it is not the platform b");
     let mut connection = open("a", "alice").expect("a connection");
     let mut of_platform = open("a", "b").expect("a connection");
-    let refusal = |connection: &mut Connection, method: Method, path: &str, content: &Value| match connection.ask(
-        method,
-        path,
-        Content::json(content).expect("JSON"),
-    ) {
+    let refusal = |connection: &mut Connection, method: Method, path: &str, content: &Value| match connection
+        .ask(method, path, Content::json(content).expect("JSON"))
+    {
         Err(Error::Refused { status, .. }) => status.as_u16(),
         other => panic!("{path}: {other:?}"),
     };
@@ -154,7 +158,8 @@ fn what_somebody_may_ask_depends_on_who_he_is() {
     let clone = format!("/v1/clones/{}", uuid::Uuid::from_u128(1));
     let slots = json!([{ "id": uuid::Uuid::from_u128(2), "index": 1 }]);
     for source in ["b", "alice"] {
-        let order = Content::json(&json!({ "source": source, "slots": slots, "total": 1 })).expect("an order");
+        let order =
+            Content::json(&json!({ "source": source, "slots": slots, "total": 1 })).expect("an order");
         match connection.ask(Method::PUT, &clone, order) {
             Err(Error::Refused { status, .. }) => assert_eq!(status, 403),
             other => panic!("{other:?}"),
@@ -162,9 +167,12 @@ fn what_somebody_may_ask_depends_on_who_he_is() {
     }
     let version: Value = connection.ask_for(Method::GET, "/v1/version", Content::none()).expect("versions");
     assert_eq!((&version["api"], &version["capsules"]["oldest"]), (&1.into(), &1.into()));
-    let api: Value = connection.ask_for(Method::GET, "/v1/openapi.json", Content::none()).expect("a description");
+    let api: Value =
+        connection.ask_for(Method::GET, "/v1/openapi.json", Content::none()).expect("a description");
     assert!(api["paths"]["/v1/vms/{id}"]["delete"].is_object());
-    for (path, status) in [("/v1/vms/web.9", 404), ("/v1/vms/web.2/log?from=x", 400), ("/v1/vms/web.2/log?to=1", 400)] {
+    for (path, status) in
+        [("/v1/vms/web.9", 404), ("/v1/vms/web.2/log?from=x", 400), ("/v1/vms/web.2/log?to=1", 400)]
+    {
         match connection.ask(Method::GET, path, Content::none()) {
             Err(Error::Refused { status: found, .. }) => assert_eq!(found, status, "{path}"),
             other => panic!("{path}: {other:?}"),

@@ -9,8 +9,8 @@ use vmfork_tests::{
 
 /// What a child writes to: 4 MiB.
 const PAGES: u32 = 1024;
-/// What a shell then has, at the least: more than anything else that a child does (28 KiB). It is not all that
-/// a child writes to, for no child is recorded for more than 200 ms.
+/// What a shell then has, at the least: more than anything else that a child does (28 KiB). It is not all
+/// that a child writes to, for no child is recorded for more than 200 ms.
 const BYTES: u64 = 256 << 10;
 
 /// How much of guests' memory a process has for itself, in bytes.
@@ -21,7 +21,9 @@ fn private_bytes(pid: u32) -> u64 {
     for line in maps.lines() {
         match line.split_once(':') {
             // The first line of a mapping has its name, and those that follow begin with words.
-            Some((word, value)) if word.chars().all(|letter| letter.is_ascii_alphabetic() || letter == '_') => {
+            Some((word, value))
+                if word.chars().all(|letter| letter.is_ascii_alphabetic() || letter == '_') =>
+            {
                 if is_guests && word == "Private_Dirty" {
                     bytes += value.trim().trim_end_matches(" kB").parse::<u64>().expect("a size") << 10;
                 }
@@ -32,11 +34,13 @@ fn private_bytes(pid: u32) -> u64 {
     bytes
 }
 
-/// Has copies write to much, one after another, up to `most` of them: how many it takes until a shell has as much of their memory.
+/// Has copies write to much, one after another, up to `most` of them: how many it takes until a shell has as
+/// much of their memory.
 fn copies_until_ready(options: &[&str], most: usize) -> Option<usize> {
     let kernel = user::kernel();
     let vmm = Vmm::kernel(kernel.path()).option("--mem", "64M").option("--ready", "1");
-    let mut running = options.iter().fold(vmm, |vmm, option| vmm.flag(option)).start().expect("host-vmm starts");
+    let mut running =
+        options.iter().fold(vmm, |vmm, option| vmm.flag(option)).start().expect("host-vmm starts");
     running.wait_for_line("00000001").expect("a guest that takes orders");
     let mut vms = BTreeSet::from([running.node("vm").expect("a node")]);
     (0..most).find(|_| {
@@ -58,7 +62,8 @@ fn copies_until_ready(options: &[&str], most: usize) -> Option<usize> {
     })
 }
 
-/// Where the machine has much else to do, a child may not be recorded to its end, and another one is after 64 forks.
+/// Where the machine has much else to do, a child may not be recorded to its end, and another one is after 64
+/// forks.
 #[test]
 fn a_shell_that_stands_by_has_what_copies_write_to() {
     assert!(copies_until_ready(&[], 150).is_some());

@@ -22,7 +22,8 @@ const RAM_BYTES: usize = 64 << 20;
 /// Where the guests have the number that they print.
 const DATA: usize = 0x80_0000;
 
-/// Waits for a byte and forks into two children. All of them print their index and the number, and stand still.
+/// Waits for a byte and forks into two children. All of them print their index and the number, and stand
+/// still.
 fn guest() -> Script {
     let script = Script::new().store(DATA as u64, 0xda7a).wait_for_input().request(1, "web", 2).ring();
     script.print(control(INDEX)).print(DATA as u64).hang()
@@ -35,11 +36,13 @@ fn start(options: &[(&str, &str)]) -> (Running, tempfile::NamedTempFile) {
     (vmm.start().expect("host-vmm starts"), kernel)
 }
 
-/// The memory files with this name that a node has open: what a guest could get at that has broken out into it.
+/// The memory files with this name that a node has open: what a guest could get at that has broken out into
+/// it.
 fn files(pid: u32, name: &str) -> Vec<PathBuf> {
     let open = fs::read_dir(format!("/proc/{pid}/fd")).expect("the node's descriptors");
     let paths = open.map(|entry| entry.expect("a descriptor").path());
-    let is_it = |path: &PathBuf| fs::read_link(path).is_ok_and(|target| target.to_string_lossy().contains(name));
+    let is_it =
+        |path: &PathBuf| fs::read_link(path).is_ok_and(|target| target.to_string_lossy().contains(name));
     paths.filter(is_it).collect()
 }
 
@@ -47,8 +50,10 @@ fn files(pid: u32, name: &str) -> Vec<PathBuf> {
 fn mapped(pid: u32, name: &str) -> Vec<PathBuf> {
     let maps = fs::read_to_string(format!("/proc/{pid}/maps")).expect("the node's mappings");
     let of_it = maps.lines().filter(|line| line.contains(name));
-    let inodes: Vec<u64> = of_it.filter_map(|line| line.split_ascii_whitespace().nth(4)?.parse().ok()).collect();
-    let is_mapped = |path: &PathBuf| fs::metadata(path).is_ok_and(|metadata| inodes.contains(&metadata.ino()));
+    let inodes: Vec<u64> =
+        of_it.filter_map(|line| line.split_ascii_whitespace().nth(4)?.parse().ok()).collect();
+    let is_mapped =
+        |path: &PathBuf| fs::metadata(path).is_ok_and(|metadata| inodes.contains(&metadata.ino()));
     files(pid, name).into_iter().filter(is_mapped).collect()
 }
 
@@ -110,7 +115,8 @@ fn soon_after_a_fork_the_kernel_lets_nobody_write_to_its_image() {
     assert_eq!(running.ask(&["spawn", "--image", &image]).expect("a copy"), "web.3\n");
     running.wait_for_lines("0000da7a", 4).expect("the copy");
     wait_until(&running, &["ps", "--json"], |vms| are_sealed(vms, 4));
-    let shown: Value = serde_json::from_str(&running.ask(&["image", "show", &image]).expect("it")).expect("JSON");
+    let shown: Value =
+        serde_json::from_str(&running.ask(&["image", "show", &image]).expect("it")).expect("JSON");
     assert_eq!(shown["sealed"], true);
     let child = running.node("web.1").expect("a node");
     for pid in [node, child] {
@@ -134,7 +140,8 @@ fn the_image_of_a_parent_that_was_killed_is_sealed_too() {
     let mapping = map(&ram(node)).expect("a writable mapping");
     running.type_bytes(b"!").expect("a guest that waits");
     running.wait_for_lines("0000da7a", 3).expect("parent and children");
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(node.cast_signed()), Signal::SIGKILL).expect("a node to kill");
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(node.cast_signed()), Signal::SIGKILL)
+        .expect("a node to kill");
     let vms = wait_until(&running, &["ps", "--json"], |vms| sealed(vms).len() == 2);
     assert!(sealed(&vms).iter().all(|(_, sealed)| sealed == false), "{vms}");
     drop(mapping);
@@ -151,7 +158,9 @@ fn a_family_whose_image_could_still_be_changed_is_ended_and_told_why() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = |name: &str| folder.path().join(name).to_str().expect("a path").to_owned();
     let (good, bad) = (path("good"), path("bad"));
-    honest.ask(&["image", "save", image(&honest)["id"].as_str().expect("an ID"), &good]).expect("a saved image");
+    honest
+        .ask(&["image", "save", image(&honest)["id"].as_str().expect("an ID"), &good])
+        .expect("a saved image");
     drop(honest);
 
     let (mut running, _kernel) = start(&[]);
@@ -170,9 +179,11 @@ fn a_family_whose_image_could_still_be_changed_is_ended_and_told_why() {
     for (name, sealed) in sealed(&vms) {
         assert_eq!(sealed, name == "web.1", "{name}");
     }
-    let images: Value = serde_json::from_str(&running.ask(&["image", "ls", "--json"]).expect("images")).expect("JSON");
+    let images: Value =
+        serde_json::from_str(&running.ask(&["image", "ls", "--json"]).expect("images")).expect("JSON");
     let images = images.as_array().expect("an array");
-    let unsealed = images.iter().find(|image| image["sealed"] == false).expect("it is there, and not for use");
+    let unsealed =
+        images.iter().find(|image| image["sealed"] == false).expect("it is there, and not for use");
     let unsealed = unsealed["id"].as_str().expect("an ID");
     // Each waits until it is decided.
     let uses = [vec!["spawn", "--image", unsealed], vec!["image", "save", unsealed, &bad]];

@@ -15,7 +15,8 @@ use vmm::kvm::Host;
 
 use super::clones::{know_each_other, vms};
 
-/// MSR_KVM_SYSTEM_TIME_NEW (kernel documentation, virt/kvm/x86/msr.rst), and its bit that switches the clock on.
+/// MSR_KVM_SYSTEM_TIME_NEW (kernel documentation, virt/kvm/x86/msr.rst), and its bit that switches the clock
+/// on.
 const SYSTEM_TIME: u32 = 0x4b56_4d01;
 const ENABLED: u64 = 1;
 
@@ -30,8 +31,9 @@ const MARK: u32 = 0xc10c_c10c;
 /// Looks at the clocks between two reports.
 const LOOKS: usize = 20;
 
-/// How far TSC and kvmclock may be apart in a copy from where they are in its parent: what reading them one after another leaves where the host's clock
-/// is another one, and a part of the time that has passed for clocks whose rates differ.
+/// How far TSC and kvmclock may be apart in a copy from where they are in its parent: what reading them one
+/// after another leaves where the host's clock is another one, and a part of the time that has passed for
+/// clocks whose rates differ.
 const TOLERANCE_NS: i128 = 2_000_000;
 const TOLERANCE_PARTS: i128 = 2000;
 
@@ -41,7 +43,8 @@ const PAUSE: Duration = Duration::from_secs(1);
 /// How long an image lies still before copies of it are spawned.
 const REST: Duration = Duration::from_secs(2);
 
-/// How much longer a report may have been under way to the test at one time than at another, at the least of many.
+/// How much longer a report may have been under way to the test at one time than at another, at the least of
+/// many.
 const UNDER_WAY: Duration = Duration::from_millis(100);
 
 /// What a guest tells of its clocks.
@@ -105,7 +108,8 @@ fn ahead_ns(report: Report, khz: u32) -> i128 {
     i128::from(report.clock_ns) - i128::from(report.tsc) * 1_000_000 / i128::from(khz)
 }
 
-/// The least time in nanoseconds that reports have been under way, with what the guest's TSC is behind the host's clock.
+/// The least time in nanoseconds that reports have been under way, with what the guest's TSC is behind the
+/// host's clock.
 fn behind_ns(reports: &[Report], khz: u32) -> i128 {
     let tsc_ns = |report: &Report| i128::from(report.tsc) * 1_000_000 / i128::from(khz);
     reports.iter().map(|report| i128::from(report.told_ns) - tsc_ns(report)).min().expect("a report")
@@ -164,8 +168,12 @@ fn no_clock_goes_back_and_all_keep_their_relation() {
     // For a copy no time passes while it lies still, where its TSC can be set.
     if model.tsc_shift {
         let spawned = reports["vm.6"][0];
-        let beside = reports["vm"].iter().find(|report| report.told_ns >= spawned.told_ns).expect("a later report");
+        let beside =
+            reports["vm"].iter().find(|report| report.told_ns >= spawned.told_ns).expect("a later report");
         let missed_ns = u128::from(beside.clock_ns.saturating_sub(spawned.clock_ns));
-        assert!(missed_ns >= REST.as_nanos() / 2, "it has counted the time of its rest: {spawned:?}, {beside:?}");
+        assert!(
+            missed_ns >= REST.as_nanos() / 2,
+            "it has counted the time of its rest: {spawned:?}, {beside:?}"
+        );
     }
 }

@@ -6,26 +6,39 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
+use cargo_metadata::{Metadata, MetadataCommand};
 use serde::Deserialize;
 
-/// Where the workspace is, and where cargo builds it.
-#[derive(Debug, Deserialize)]
+/// Directories of the workspace, and of what cargo builds.
+#[derive(Debug)]
 pub(crate) struct Workspace {
-    #[serde(rename = "workspace_root")]
     pub(crate) root: PathBuf,
-    #[serde(rename = "target_directory")]
     pub(crate) target: PathBuf,
 }
 
-/// Programs that were built, by their names.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Executables(Vec<(String, PathBuf)>);
+/// Programs that were built.
+#[derive(Debug)]
+pub(crate) struct Executables(Vec<Executable>);
+
+#[derive(Debug)]
+struct Executable {
+    name: String,
+    path: PathBuf,
+    /// True if it runs tests.
+    is_test: bool,
+}
 
 /// One line of cargo's messages; only those about finished targets have these fields.
 #[derive(Deserialize)]
 struct Message {
     target: Option<Target>,
+    profile: Option<Profile>,
     executable: Option<PathBuf>,
+}
+
+#[derive(Deserialize)]
+struct Profile {
+    test: bool,
 }
 
 #[derive(Deserialize)]
@@ -36,8 +49,8 @@ struct Target {
 impl Workspace {
     /// Asks cargo.
     pub(crate) fn find() -> Result<Self> {
-        let output = output(&["metadata", "--no-deps", "--format-version=1"])?;
-        serde_json::from_slice(&output).context("can't read what `cargo metadata` printed")
+        let metadata = metadata(&["--no-deps"])?;
+        Ok(Self { root: metadata.workspace_root.into(), target: metadata.target_directory.into() })
     }
 }
 
@@ -53,35 +66,61 @@ impl Executables {
         Self::build(&["test", "--no-run", "--release", "--package=vmfork-tests", "--test=*"])
     }
 
+    /// The test programs of all other packages.
+    pub(crate) fn unit_tests() -> Result<Self> {
+        Self::build(&["test", "--no-run", "--release", "--workspace", "--exclude=vmfork-tests", "--tests"])
+    }
+
+    /// One of the programs that run tests.
+    pub(crate) fn first_test(&self) -> Option<&Path> {
+        self.0.iter().find(|program| program.is_test).map(|program| program.path.as_path())
+    }
+
     fn build(arguments: &[&str]) -> Result<Self> {
-        let output = output(&[arguments, &["--message-format=json-render-diagnostics"]].concat())?;
-        Ok(Self::in_messages(&String::from_utf8_lossy(&output)))
+        Ok(Self::in_messages(&text(&[arguments, &["--message-format=json-render-diagnostics"]].concat())?))
     }
 
     fn in_messages(messages: &str) -> Self {
         let messages = messages.lines().filter_map(|line| serde_json::from_str::<Message>(line).ok());
-        Self(messages.filter_map(|message| Some((message.target?.name, message.executable?))).collect())
+        let executable = |message: Message| {
+            let (name, is_test) = (message.target?.name, message.profile?.test);
+            Some(Executable { name, path: message.executable?, is_test })
+        };
+        Self(messages.filter_map(executable).collect())
     }
 
-    /// Where the program `name` is.
+    /// Path of the program `name`.
     pub(crate) fn path(&self, name: &str) -> Result<PathBuf> {
-        let found = self.0.iter().find(|(known, _)| known == name);
-        found.map(|(_, path)| path.clone()).with_context(|| format!("cargo has built no program {name}"))
+        let found = self.0.iter().find(|program| program.name == name);
+        found
+            .map(|program| program.path.clone())
+            .with_context(|| format!("cargo has built no program {name}"))
     }
 }
 
 /// Runs cargo with its output shown.
 pub(crate) fn run(arguments: &[&str]) -> Result<()> {
-    run_with(arguments, None)
+    run_with(arguments, &[])
 }
 
-/// Runs cargo with its output shown, and with a variable in its environment that names a file.
-pub(crate) fn run_with(arguments: &[&str], variable: Option<(&str, &Path)>) -> Result<()> {
-    let status = command(arguments).envs(variable).status().context("can't run cargo")?;
+/// Runs cargo with its output shown, and with more variables in its environment.
+pub(crate) fn run_with(arguments: &[&str], variables: &[(&str, &OsStr)]) -> Result<()> {
+    let status = command(arguments).envs(variables.iter().copied()).status().context("can't run cargo")?;
     if !status.success() {
         bail!("`cargo {}` failed: {status}", arguments.join(" "));
     }
     Ok(())
+}
+
+/// Description of the workspace, as `cargo metadata` prints it.
+pub(crate) fn metadata(arguments: &[&str]) -> Result<Metadata> {
+    let text = text(&[&["metadata", "--format-version=1"], arguments].concat())?;
+    MetadataCommand::parse(text).context("can't read what `cargo metadata` printed")
+}
+
+/// Runs cargo with its messages shown, and returns what it prints.
+pub(crate) fn text(arguments: &[&str]) -> Result<String> {
+    Ok(String::from_utf8_lossy(&output(arguments)?).into_owned())
 }
 
 /// Runs cargo with its messages shown, and returns its standard output.
@@ -93,7 +132,8 @@ fn output(arguments: &[&str]) -> Result<Vec<u8>> {
     Ok(output.stdout)
 }
 
-fn command(arguments: &[&str]) -> Command {
+/// A cargo that knows nothing of this package.
+pub(crate) fn command(arguments: &[&str]) -> Command {
     let cargo = env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo"));
     let mut command = Command::new(cargo);
     command.args(arguments);
@@ -126,13 +166,15 @@ mod tests {
     #[test]
     fn executables_are_found_in_messages() {
         let messages = r#"
-{"reason":"compiler-artifact","target":{"name":"vmfork","kind":["lib"]},"executable":null}
-{"reason":"compiler-artifact","target":{"name":"vmfork","kind":["bin"]},"executable":"/target/release/vmfork"}
+{"target":{"name":"vmfork","kind":["lib"]},"profile":{"test":false},"executable":null}
+{"target":{"name":"vmfork","kind":["bin"]},"profile":{"test":false},"executable":"/target/release/vmfork"}
+{"target":{"name":"bare","kind":["test"]},"profile":{"test":true},"executable":"/bare"}
 {"reason":"build-finished","success":true}
 not json
 "#;
         let executables = Executables::in_messages(messages);
         assert_eq!(executables.path("vmfork").unwrap(), PathBuf::from("/target/release/vmfork"));
         assert!(executables.path("demo").is_err());
+        assert_eq!(executables.first_test(), Some(Path::new("/bare")));
     }
 }

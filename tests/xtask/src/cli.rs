@@ -22,14 +22,23 @@ pub(crate) enum Task {
     /// What fails does not keep the rest from being run. The last line counts the parts that passed, failed
     /// and were skipped. With CI=true in the environment, what is skipped counts as failed.
     Test(Test),
+    /// Check style: arrows between crates and modules, columns, lengths, licences, dependencies
+    ///
+    /// It takes seconds. Each failure says where, what, and what to do.
+    Tidy,
+    /// Run what takes long: faults by the thousand, forks by the ten thousand
+    ///
+    /// These are end-to-end tests with more of what they do; `cargo xtask test` runs each with less of it.
+    Soak(Soak),
     /// Measure what forks take on this machine's /dev/kvm, beside the floor that it sets
     ///
     /// Table, JSON and plots go to target/bench.
     Bench(Bench),
     /// Run a command in the lab: a machine, emulated by QEMU, that has a complete /dev/kvm
     ///
-    /// There, host-vmm, vmfork, demo and bench are on PATH, and kernel and images in $VMFORK_ASSETS. Standard output and error
-    /// both come back as standard output; the exit code comes back too. 124 is a time-out, 130 an interrupt.
+    /// There, host-vmm, vmfork, demo and bench are on PATH, and kernel and images in $VMFORK_ASSETS. Standard
+    /// output and error both come back as standard output; the exit code comes back too. 124 is a time-out,
+    /// 130 an interrupt.
     Lab(Lab),
     /// Build the guest images, and print their paths
     Image,
@@ -43,7 +52,7 @@ pub(crate) enum Task {
 pub(crate) struct Demo {
     #[command(flatten)]
     pub(crate) limit: Limit,
-    /// Which kernel the guest boots: Debian's, or the lean one with the kernel module
+    /// Kernel that the guest boots: Debian's, or the lean one with the kernel module
     #[arg(long, value_enum, default_value_t)]
     pub(crate) kernel: Which,
     /// Passed on to the demo: --json, for example
@@ -88,15 +97,34 @@ pub(crate) struct Test {
     /// Test the kernel module with the debug kernel, which checks locks, memory and the like while it runs
     #[arg(long)]
     pub(crate) debug_kernel: bool,
-    /// Run only tests whose names contain this
-    pub(crate) filter: Option<String>,
+    /// Run only this part, or the end-to-end tests whose names contain this; may be given again
+    #[arg(long, value_name = "PART_OR_TEST")]
+    pub(crate) only: Vec<String>,
+    /// List the parts, and run nothing
+    #[arg(long)]
+    pub(crate) list: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Soak {
+    /// Names of those to run
+    #[arg(value_name = "NAME", required_unless_present = "list")]
+    pub(crate) names: Vec<String>,
+    /// List them with their numbers, and run nothing
+    #[arg(long)]
+    pub(crate) list: bool,
+    /// Number of rounds or forks, in place of the number in the list
+    #[arg(long)]
+    pub(crate) number: Option<u32>,
+    #[command(flatten)]
+    pub(crate) limit: Limit,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct Lab {
     #[command(flatten)]
     pub(crate) limit: Limit,
-    /// With "lean", $VMFORK_ASSETS has the lean kernel beside Debian's, and images have the kernel module
+    /// Kernel in $VMFORK_ASSETS; with "lean", there is that one beside Debian's, and images have the module
     #[arg(long, value_enum, default_value_t)]
     pub(crate) kernel: Which,
     /// Put a file of this machine into the lab; may be given again
@@ -109,7 +137,7 @@ pub(crate) struct Lab {
 
 #[derive(Debug, Clone, Copy, Args)]
 pub(crate) struct Limit {
-    /// How many seconds one run of the lab may take
+    /// Seconds that one run of the lab may take
     #[arg(long, value_name = "SECONDS", default_value_t = 20 * 60)]
     timeout: u64,
 }
@@ -140,7 +168,9 @@ mod tests {
 
     #[test]
     fn demo_gets_its_arguments() {
-        let Task::Demo(demo) = Cli::parse_from(["xtask", "demo", "--json", "--mem", "1G"]).task else { panic!() };
+        let Task::Demo(demo) = Cli::parse_from(["xtask", "demo", "--json", "--mem", "1G"]).task else {
+            panic!()
+        };
         assert_eq!(demo.arguments, ["--json", "--mem", "1G"]);
         assert_eq!(demo.kernel, Which::Debian);
         let line = ["xtask", "demo", "--kernel", "lean", "--json"];
@@ -149,10 +179,12 @@ mod tests {
     }
 
     #[test]
-    fn tests_take_rounds_and_a_filter() {
-        let line = ["xtask", "test", "--rounds", "100", "--debug-kernel", "killed"];
+    fn tests_take_rounds_and_what_to_run() {
+        let line =
+            ["xtask", "test", "--rounds", "100", "--debug-kernel", "--only", "killed", "--only", "clippy"];
         let Task::Test(test) = Cli::parse_from(line).task else { panic!() };
-        assert_eq!((test.rounds, test.debug_kernel, test.filter.as_deref()), (Some(100), true, Some("killed")));
+        assert_eq!((test.rounds, test.debug_kernel), (Some(100), true));
+        assert_eq!(test.only, ["killed", "clippy"]);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! `cargo xtask demo`.
 
+use std::io::stdout;
 use std::process::Command;
 
 use anyhow::{Context, Result};
@@ -30,10 +31,13 @@ pub(crate) fn run(steps: &mut Steps, arguments: &cli::Demo) -> Result<u8> {
             Ok(exit_code(status.with_context(|| format!("can't run {}", demo.display()))?))
         });
     }
-    eprintln!("xtask: this machine's KVM can't run Linux guests (`host-vmm check` says why): the demo runs in the lab");
+    eprintln!(
+        "xtask: this machine's KVM can't run Linux guests (`host-vmm check` says why): \
+         the demo runs in the lab"
+    );
     steps.quiet("setup of the lab", setup::qemu)?;
     let command = [&["demo".to_owned()], arguments_of_demo.as_slice()].concat();
     let mut job = Job { command, files: Vec::new(), limit: arguments.limit.duration() };
     job.add_program("demo", &programs)?;
-    steps.run("demo in the lab", || job.run(&workspace, &assets))
+    steps.run("demo in the lab", || job.run(&workspace, &assets, stdout()))
 }

@@ -1,4 +1,4 @@
-//! What the demo and the tests work with: kernel, guest images, programs.
+//! Assets that the demo and the tests work with: kernel, guest images, programs.
 
 use std::fs::{self, Permissions};
 use std::io;
@@ -7,14 +7,13 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
-use initramfs::image::ImageBuilder;
+use initramfs::image::{self, ImageBuilder};
 use initramfs::kernel::{Kernel as DebianKernel, module};
 use initramfs::packages::Packages;
 use initramfs::recipes;
 
 use crate::cargo::{Executables, Workspace};
 use crate::kernel::Kernel;
-use crate::lab;
 use crate::steps::Steps;
 
 /// Everything that was built, and where it is.
@@ -38,7 +37,8 @@ pub(crate) fn command(steps: &mut Steps) -> Result<u8> {
 }
 
 impl Assets {
-    /// Builds what is missing or no longer as its inputs are; `lean` is the kernel that guests can boot beside Debian's, if any.
+    /// Builds what is missing or no longer as its inputs are; `lean` is the kernel that guests can boot
+    /// beside Debian's, if any.
     pub(crate) fn build(
         steps: &mut Steps,
         workspace: &Workspace,
@@ -70,7 +70,8 @@ impl Assets {
 
         let guest = workspace.target.join("guest");
         let vmfork = strip(&programs.path("vmfork")?, &guest)?;
-        let [test_guest, kmod_guest] = ["test-guest", "kmod-guest"].map(|name| strip(&programs.path(name)?, &guest));
+        let [test_guest, kmod_guest] =
+            ["test-guest", "kmod-guest"].map(|name| strip(&programs.path(name)?, &guest));
         let mut minimal = recipes::minimal(&packages)?;
         add_module(&mut minimal, lean);
         minimal.file("/usr/bin/vmfork", 0o755, &vmfork).file("/usr/bin/test-guest", 0o755, &test_guest?);
@@ -80,9 +81,17 @@ impl Assets {
         add_module(&mut python, lean);
         add_demo(&mut python, &workspace.root.join("tests/demo"))?;
         python.file("/usr/bin/vmfork", 0o755, &vmfork).build(&dir, "python")?;
-        let lab = lab::image(&packages, &kernel)?.build(&workspace.target.join("lab"), "lab")?.path;
+        let lab = lab_image(&packages, &kernel)?.build(&workspace.target.join("lab"), "lab")?.path;
         Ok((Self { dir, lab }, kernel.notice()))
     }
+}
+
+/// The lab's own image.
+fn lab_image(packages: &Packages, kernel: &DebianKernel) -> Result<ImageBuilder, image::Error> {
+    let mut image = recipes::base(packages)?;
+    image.bytes("/init", 0o755, include_str!("lab/init.sh"));
+    image.modules(kernel, &["kvm-amd"])?;
+    Ok(image)
 }
 
 /// Puts a kernel into `dir`, with a line that says what it is.
@@ -113,14 +122,17 @@ fn add_module(image: &mut ImageBuilder, lean: Option<&Kernel>) {
 /// Adds the demo's application: the Python files in `dir`.
 fn add_demo(image: &mut ImageBuilder, dir: &Path) -> Result<()> {
     for path in files_in(dir)? {
-        if let Some(name) = path.file_name().and_then(|name| name.to_str()).filter(|name| name.ends_with(".py")) {
+        if let Some(name) =
+            path.file_name().and_then(|name| name.to_str()).filter(|name| name.ends_with(".py"))
+        {
             image.file(&format!("/usr/share/vmfork-demo/{name}"), 0o644, &path);
         }
     }
     Ok(())
 }
 
-/// Makes `to` hold the same texts as guests have. Links to texts, which stand for "the newest version", are left out.
+/// Makes `to` hold the same texts as guests have. Links to texts, which stand for "the newest version", are
+/// left out.
 fn copy_licenses(from: &Path, to: &Path) -> Result<()> {
     for path in files_in(from)?.into_iter().filter(|path| !path.is_symlink()) {
         let name = path.file_name().unwrap_or_default();
@@ -130,12 +142,13 @@ fn copy_licenses(from: &Path, to: &Path) -> Result<()> {
 }
 
 fn files_in(dir: &Path) -> Result<Vec<PathBuf>> {
-    let entries =
-        fs::read_dir(dir).and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect::<io::Result<_>>());
+    let entries = fs::read_dir(dir)
+        .and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect::<io::Result<_>>());
     entries.with_context(|| format!("can't read {}", dir.display()))
 }
 
-/// Writes a copy of `program` without symbols and line tables to `dir`: they are four fifths of what guests would load.
+/// Writes a copy of `program` without symbols and line tables to `dir`: they are four fifths of what guests
+/// would load.
 fn strip(program: &Path, dir: &Path) -> Result<PathBuf> {
     fs::create_dir_all(dir).with_context(|| format!("can't create {}", dir.display()))?;
     let stripped = dir.join(program.file_name().unwrap_or_default());

@@ -33,7 +33,10 @@ pub(crate) fn command(steps: &mut Steps, arguments: &cli::Kernel) -> Result<u8> 
     println!("{}", kernel.lean.vmlinuz.display());
     match &kernel.module {
         Some(module) => println!("{}", module.display()),
-        None => eprintln!("xtask: there is no module to build: no {}", module_dir(&workspace).join("Kbuild").display()),
+        None => eprintln!(
+            "xtask: there is no module to build: no {}",
+            module_dir(&workspace).join("Kbuild").display()
+        ),
     }
     Ok(0)
 }
@@ -48,8 +51,8 @@ pub(crate) fn wanted(steps: &mut Steps, workspace: &Workspace, which: Which) -> 
     Builder::new(steps, workspace, variant)?.build(steps).map(Some)
 }
 
-/// The same for tests, which count as skipped where this machine lacks what it takes, and it can't be
-/// installed.
+/// [Kernel and module](wanted) for tests, which count as skipped where this machine lacks what it takes, and
+/// it can't be installed.
 pub(crate) fn for_tests(steps: &mut Steps, workspace: &Workspace, debug: bool) -> Option<Kernel> {
     let variant = if debug { Variant::Debug } else { Variant::Lean };
     let name = "tests of the kernel module";

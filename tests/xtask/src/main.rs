@@ -1,7 +1,8 @@
 //! `cargo xtask`: the demo, every test, and the lab.
 //!
-//! Programs run on this machine's KVM where `host-vmm check` finds it usable. Elsewhere the same programs run in the
-//! **lab**: QEMU, whose software CPU has AMD's virtualisation, booting Debian's kernel with a /dev/kvm of its own.
+//! Programs run on this machine's KVM where `host-vmm check` finds it usable. Elsewhere the same programs run
+//! in the **lab**: QEMU, whose software CPU has AMD's virtualisation, booting Debian's kernel with a /dev/kvm
+//! of its own.
 //!
 //! What it makes is below cargo's target directory:
 //!
@@ -19,8 +20,10 @@ mod kernel;
 mod lab;
 mod probe;
 mod setup;
+mod soak;
 mod steps;
 mod test;
+mod tidy;
 
 use std::process::ExitCode;
 
@@ -44,7 +47,9 @@ fn run(task: Task) -> Result<u8> {
     let mut steps = Steps::default();
     match task {
         Task::Demo(arguments) => demo::run(&mut steps, &arguments),
+        Task::Tidy => tidy::command(&mut steps),
         Task::Test(arguments) => test::run(&mut steps, &arguments),
+        Task::Soak(arguments) => soak::run(&mut steps, &arguments),
         Task::Bench(arguments) => bench::run(&mut steps, &arguments),
         Task::Lab(arguments) => lab::command(&mut steps, &arguments),
         Task::Image => images::command(&mut steps),

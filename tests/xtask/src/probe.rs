@@ -1,4 +1,4 @@
-//! Where guests can run: on this machine's KVM, or in the lab.
+//! Places where guests can run: on this machine's KVM, or in the lab.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -6,13 +6,13 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 
-/// What is needed of the answer of `host-vmm check --json`.
+/// Part of the answer of `host-vmm check --json`.
 #[derive(Debug, Deserialize)]
 struct Check {
     usable: bool,
 }
 
-/// Whether `host_vmm` can run Linux guests on this machine.
+/// True if `host_vmm` can run Linux guests on this machine.
 pub(crate) fn is_kvm_usable(host_vmm: &Path) -> Result<bool> {
     let line = format!("{} check --json", host_vmm.display());
     let output = Command::new(host_vmm).args(["check", "--json"]).stderr(Stdio::inherit()).output();

@@ -11,6 +11,7 @@ use initramfs::kernel::tools::{self, Compiler, Tools};
 use initramfs::packages::Packages;
 
 use crate::cargo::Workspace;
+use crate::steps::Steps;
 
 /// Debian's package of QEMU, and the program in it that is the lab.
 const QEMU_PACKAGE: &str = "qemu-system-x86";
@@ -25,7 +26,8 @@ pub(crate) fn run() -> Result<()> {
     for program in ["apt-get", "apt-cache", "apt-config", "dpkg-deb"] {
         if !is_installed(program) {
             bail!(
-                "{program} is not installed: guest images are built from Debian's packages, so this needs Debian or one of its derivatives"
+                "{program} is not installed: guest images are built from Debian's packages, so this needs \
+                 Debian or one of its derivatives"
             );
         }
     }
@@ -79,8 +81,14 @@ fn find_or_install(compiler: Compiler) -> Result<Tools> {
     Ok(Tools::find(compiler)?)
 }
 
-/// The etcd for tests: this machine's own, or else Debian's, which is unpacked and not installed: an installed one is a service that runs.
-pub(crate) fn etcd(workspace: &Workspace) -> Result<PathBuf> {
+/// [`etcd`] as a step; without one, the tests that need one are skipped.
+pub(crate) fn etcd_for_tests(steps: &mut Steps, workspace: &Workspace) -> Option<PathBuf> {
+    steps.parts_if_possible("tests with an etcd", |steps| steps.quiet("setup of etcd", || etcd(workspace)))
+}
+
+/// The etcd for tests: this machine's own, or else Debian's, which is unpacked and not installed: an
+/// installed one is a service that runs.
+fn etcd(workspace: &Workspace) -> Result<PathBuf> {
     if let Some(own) = find(ETCD) {
         return Ok(own);
     }
@@ -94,7 +102,7 @@ pub(crate) fn etcd(workspace: &Workspace) -> Result<PathBuf> {
     Ok(program)
 }
 
-/// Why /dev/kvm can't be used at all, if so.
+/// Error by which /dev/kvm can't be used at all, if so.
 pub(crate) fn kvm_error() -> Option<std::io::Error> {
     File::options().read(true).write(true).open("/dev/kvm").err()
 }
@@ -103,13 +111,13 @@ fn is_installed(program: &str) -> bool {
     find(program).is_some()
 }
 
-/// Where a program is that is installed.
+/// Path of a program that is installed.
 fn find(program: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     env::split_paths(&path).map(|dir| dir.join(program)).find(|path| path.is_file())
 }
 
-/// Whether packages can be installed.
+/// True if packages can be installed.
 pub(crate) fn is_root() -> Result<bool> {
     Ok(fs::metadata("/proc/self").context("can't read /proc/self")?.uid() == 0)
 }

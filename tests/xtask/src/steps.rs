@@ -19,7 +19,7 @@ pub(crate) struct Steps {
 struct Step {
     name: &'static str,
     outcome: Outcome,
-    /// How long it took; `None` of one that was not begun.
+    /// Time that it took; `None` of one that was not begun.
     time: Option<Duration>,
 }
 
@@ -58,11 +58,15 @@ impl Steps {
     }
 
     /// Makes steps, up to the first that fails, without which others go on.
-    pub(crate) fn parts<T>(&mut self, name: &'static str, steps: impl FnOnce(&mut Self) -> Result<T>) -> Option<T> {
+    pub(crate) fn parts<T>(
+        &mut self,
+        name: &'static str,
+        steps: impl FnOnce(&mut Self) -> Result<T>,
+    ) -> Option<T> {
         self.parts_or(Outcome::Failed, name, steps)
     }
 
-    /// The same with steps for which a machine may lack something: where they fail, they count as skipped.
+    /// [Steps](Self::parts) for which a machine may lack something: where they fail, they count as skipped.
     pub(crate) fn parts_if_possible<T>(
         &mut self,
         name: &'static str,
@@ -200,18 +204,28 @@ mod tests {
     #[test]
     fn what_a_machine_lacks_is_skipped_which_may_be_allowed_or_not() {
         let mut steps = Steps::default();
-        assert_eq!(steps.parts_if_possible("tests with it", |steps| steps.run("setup of it", fail::<()>)), None);
-        assert_eq!(steps.parts_if_possible("tests with that", |steps| steps.run("setup of that", || Ok(3))), Some(3));
+        assert_eq!(
+            steps.parts_if_possible("tests with it", |steps| steps.run("setup of it", fail::<()>)),
+            None
+        );
+        assert_eq!(
+            steps.parts_if_possible("tests with that", |steps| steps.run("setup of that", || Ok(3))),
+            Some(3)
+        );
         steps.skip("tests", "nothing to test");
         let (passed, skipped) = (Outcome::Passed, Outcome::Skipped);
-        assert_eq!(outcomes(&steps), [("setup of it", skipped), ("setup of that", passed), ("tests", skipped)]);
+        assert_eq!(
+            outcomes(&steps),
+            [("setup of it", skipped), ("setup of that", passed), ("tests", skipped)]
+        );
         assert_eq!((steps.exit_code(false), steps.exit_code(true)), (0, 1));
         assert_eq!((Steps::default().exit_code(false), Steps::default().exit_code(true)), (0, 0));
     }
 
     #[test]
     fn the_summary_names_each_step_and_counts_them_in_its_last_line() {
-        let step = |name, outcome, time: Option<u64>| Step { name, outcome, time: time.map(Duration::from_millis) };
+        let step =
+            |name, outcome, time: Option<u64>| Step { name, outcome, time: time.map(Duration::from_millis) };
         let steps = Steps {
             done: vec![
                 step("setup", Outcome::Passed, Some(120)),

@@ -3,8 +3,8 @@
 use std::sync::atomic::{Ordering, fence};
 
 use vmfork_abi::{
-    ABI_VERSION, CopyList, ErrorCode, Header, Identity, ListedCopy, MAGIC, MAX_CHILDREN, PAGE, PAGE_BYTES, Request,
-    Response, Role, Status,
+    ABI_VERSION, CopyList, ErrorCode, Header, Identity, ListedCopy, MAGIC, MAX_CHILDREN, PAGE, PAGE_BYTES,
+    Request, Response, Role, Status,
 };
 
 use crate::raw::SharedMemory;
@@ -64,14 +64,15 @@ impl ControlPage {
         Ok(page)
     }
 
-    /// How many bytes have to be mapped to see all that it has to say: a list of copies may reach beyond the page.
+    /// How many bytes have to be mapped to see all that it has to say: a list of copies may reach beyond the
+    /// page.
     pub(crate) fn needed_bytes(&self) -> usize {
         let Header { copies_offset, copies_bytes, .. } = self.header();
         (copies_offset as usize).saturating_add(copies_bytes as usize).max(PAGE_BYTES)
     }
 
-    /// Who this VM is, and how it came out of its latest fork, unchecked. Where an operator forks the VM meanwhile, this begins in the one and
-    /// ends in its copy: the copy starts again.
+    /// Who this VM is, and how it came out of its latest fork, unchecked. Where an operator forks the VM
+    /// meanwhile, this begins in the one and ends in its copy: the copy starts again.
     pub(crate) fn account(&self) -> Account {
         loop {
             let identity = self.identity();
@@ -83,8 +84,8 @@ impl ControlPage {
         }
     }
 
-    /// How many copies are listed, and the copies; `None` where there is no list. Where it is, is asked anew each time: since this page was
-    /// mapped, this VM may have gone to a VMM that has none, or another.
+    /// How many copies are listed, and the copies; `None` where there is no list. Where it is, is asked anew
+    /// each time: since this page was mapped, this VM may have gone to a VMM that has none, or another.
     fn copies(&self) -> Option<(u32, Vec<ListedCopy>)> {
         let offset = Some(self.header().copies_offset as usize).filter(|&offset| offset != 0)?;
         let list = CopyList::from_bytes(&self.page.read_at(offset)?);
@@ -102,7 +103,8 @@ impl ControlPage {
         Identity::from_bytes(&self.page.read::<{ PAGE.identity.offset }, _>())
     }
 
-    /// Writes the request of the VM `asker`, rings by `ring`, and reads the answer: what the page says of the VM that this has returned in.
+    /// Writes the request of the VM `asker`, rings by `ring`, and reads the answer: what the page says of the
+    /// VM that this has returned in.
     ///
     /// The request's number is made of `nonce`, random bits, by which the answer to this request is told from
     /// the answer to any other: also of one that was made meanwhile, by a program that does not wait for its
@@ -145,7 +147,10 @@ impl ControlPage {
 /// 52 bits, as many as go through every reader of JSON: events and traces have it too.
 fn new_seq(nonce: u64, last_request: u64, last_response: u64) -> u64 {
     let seq = (nonce >> 12).max(1);
-    [seq, seq + 1, seq + 2].into_iter().find(|&seq| seq != last_request && seq != last_response).unwrap_or(seq)
+    [seq, seq + 1, seq + 2]
+        .into_iter()
+        .find(|&seq| seq != last_request && seq != last_response)
+        .unwrap_or(seq)
 }
 
 /// Passes if `response` says that request `seq` was served.
@@ -197,7 +202,8 @@ mod tests {
         };
         let identity = Identity { role: Role::Parent.number(), ..child() };
         file.write_all_at(&identity.to_bytes(), PAGE.identity.offset as u64).unwrap();
-        file.write_all_at(&CopyList { seq: 1, count, ..CopyList::default() }.to_bytes(), offset as u64).unwrap();
+        file.write_all_at(&CopyList { seq: 1, count, ..CopyList::default() }.to_bytes(), offset as u64)
+            .unwrap();
         for (number, copy) in copies().iter().enumerate() {
             file.write_all_at(&copy.to_bytes(), (offset + CopyList::at(number)) as u64).unwrap();
         }
@@ -336,7 +342,10 @@ mod tests {
         let silent = asked(&control, || ());
         assert!(matches!(silent, ForkError::NotAnswered { seq: SEQ, last: 0 }), "{silent}");
         let other = asked(&control, || answer(&control, 7, Status::Forked.number(), 0));
-        assert!(matches!(other, ForkError::NotAnswered { seq, last } if seq == SEQ + 1 && last == SEQ + 8), "{other}");
+        assert!(
+            matches!(other, ForkError::NotAnswered { seq, last } if seq == SEQ + 1 && last == SEQ + 8),
+            "{other}"
+        );
     }
 
     #[test]

@@ -83,7 +83,8 @@ impl Devtmpfs {
     }
 }
 
-/// The right to fork this VM, given up on drop. A copy of the VM holds it in its own kernel, and gives it up there.
+/// The right to fork this VM, given up on drop. A copy of the VM holds it in its own kernel, and gives it up
+/// there.
 #[derive(Debug)]
 pub(crate) struct ForkLock {
     _locked: Flock<File>,

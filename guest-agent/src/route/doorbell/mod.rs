@@ -28,8 +28,8 @@ use crate::raw::{DoorbellPort, Raised, Scheduling, SharedMemory};
 use crate::route::Account;
 use crate::{Fork, ForkError, ForkRequest, OpenError, Vmm, identity};
 
-/// How often, and after what time, a request is made again that is refused since an operator forks this VM. For most of that time the VM stands
-/// still.
+/// How often, and after what time, a request is made again that is refused since an operator forks this VM.
+/// For most of that time the VM stands still.
 const TRIES: u32 = 100;
 const PAUSE: Duration = Duration::from_millis(10);
 
@@ -42,7 +42,8 @@ pub(crate) struct Doorbell {
     devtmpfs: OnceLock<Devtmpfs>,
 }
 
-/// What the steps around the doorbell use, made before it so that a lack of it fails while there is only one VM.
+/// What the steps around the doorbell use, made before it so that a lack of it fails while there is only one
+/// VM.
 struct Tools {
     port: DoorbellPort,
     pool: RandomPool,
@@ -53,7 +54,8 @@ struct Tools {
 }
 
 impl Doorbell {
-    /// Finds the VMM by CPUID, maps the control page, and checks that it is one: CAP_SYS_RAWIO, and no kernel lockdown.
+    /// Finds the VMM by CPUID, maps the control page, and checks that it is one: CAP_SYS_RAWIO, and no kernel
+    /// lockdown.
     ///
     /// # Errors
     ///
@@ -68,7 +70,8 @@ impl Doorbell {
             .open("/dev/mem")
             .map_err(|source| OpenError::OpenMemory { source })?;
         let map = |bytes| {
-            let memory = SharedMemory::map(&memory, gpa, bytes).map_err(|source| OpenError::MapPage { gpa, source })?;
+            let memory = SharedMemory::map(&memory, gpa, bytes)
+                .map_err(|source| OpenError::MapPage { gpa, source })?;
             ControlPage::new(memory).map_err(|source| OpenError::Header { gpa, source })
         };
         // The page says how much there is behind it.
@@ -120,7 +123,8 @@ impl Doorbell {
     /// Makes what the rest of the fork uses, and waits for its turn.
     fn prepare(&self, deadline: Option<Instant>) -> Result<Tools, ForkError> {
         let port = self.interface.doorbell_port;
-        let port = DoorbellPort::acquire(self.interface).map_err(|source| ForkError::Port { port, source })?;
+        let port =
+            DoorbellPort::acquire(self.interface).map_err(|source| ForkError::Port { port, source })?;
         privilege::check().map_err(ForkError::Privilege)?;
         let pool = RandomPool::open().map_err(|source| ForkError::OpenRandom { source })?;
         let asker = self.page.identity().vm_id;

@@ -51,7 +51,8 @@ impl RandomPool {
     /// EPERM without CAP_SYS_ADMIN.
     pub(crate) fn mix(&self, seed: &[u8; 64]) -> io::Result<()> {
         let input = PoolInput { entropy_bits: 512, buffer_bytes: 64, seed: *seed };
-        // SAFETY: the kernel reads the two counts and `buffer_bytes` bytes behind them, which is the whole struct.
+        // SAFETY: the kernel reads the two counts and `buffer_bytes` bytes behind them, which is the whole
+        // struct.
         unsafe { add_entropy(self.device.as_raw_fd(), &raw const input)? };
         Ok(())
     }

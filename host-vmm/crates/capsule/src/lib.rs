@@ -7,7 +7,7 @@
 //!                            platform, the state, and what the memory is
 //! ```
 //!
-//! In a [`file`](mod@file) the three stand in this order. Between platforms, header and description go first, and then those chunks that are missing.
+//! In a [`mod@file`] the three stand in this order. Between platforms, header and description go first, and then those chunks that are missing.
 
 #![forbid(unsafe_code)]
 

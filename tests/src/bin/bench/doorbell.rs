@@ -1,6 +1,8 @@
-//! Round trips from a guest to its VMM, by port, by hypercall and by MMIO: under `host-vmm`, and in a loop that does nothing else.
+//! Round trips from a guest to its VMM, by port, by hypercall and by MMIO: under `host-vmm`, and in a loop
+//! that does nothing else.
 //!
-//! Each guest makes many in a row. Under `host-vmm` it takes the time by its TSC, so that nobody else's is in it.
+//! Each guest makes many in a row. Under `host-vmm` it takes the time by its TSC, so that nobody else's is in
+//! it.
 
 use std::{
     arch::x86_64::{__cpuid, _rdtsc},
@@ -29,7 +31,8 @@ use crate::{
     stats::Samples,
 };
 
-/// Round trips that are made in a row: for less time than a scheduler gives, so that most are made without a break.
+/// Round trips that are made in a row: for less time than a scheduler gives, so that most are made without a
+/// break.
 const TRIPS: u32 = 200;
 
 /// How long the TSC is held against the clock.
@@ -58,14 +61,15 @@ pub(crate) fn measure(kvm: &Kvm, repeats: usize, samples: &mut Samples, progress
     let hypercalls = assets::probe().hypercall;
     if !hypercalls {
         eprintln!(
-            "bench: hypercalls are left out: on this machine's KVM one from guest kernel code does not come back \
-             (`host-vmm check`), and user code may make none"
+            "bench: hypercalls are left out: on this machine's KVM one from guest kernel code does not \
+             come back (`host-vmm check`), and user code may make none"
         );
     }
     let ticks_per_ns = ticks_per_ns()?;
     let image = Image::new(16 << 20)?;
     let floors = USER_FLOOR.into_iter().chain(hypercalls.then_some(KERNEL_FLOOR));
-    let mut floors = floors.map(|(name, way)| Ok((name, Floor::new(kvm, &image, way)?))).collect::<Result<Vec<_>>>()?;
+    let mut floors =
+        floors.map(|(name, way)| Ok((name, Floor::new(kvm, &image, way)?))).collect::<Result<Vec<_>>>()?;
     let mut guests = vec![(Guest::start(Level::User)?, &USER[..])];
     if hypercalls {
         guests.push((Guest::start(Level::Kernel)?, &KERNEL[..]));
@@ -94,7 +98,8 @@ pub(crate) fn measure(kvm: &Kvm, repeats: usize, samples: &mut Samples, progress
 /// How fast the TSC is: that of guests, which nobody has told otherwise, too.
 fn ticks_per_ns() -> Result<f64> {
     let now = || {
-        // SAFETY: the instruction is there on every x86-64, and Linux does not forbid it to anybody who has not asked for that.
+        // SAFETY: the instruction is there on every x86-64, and Linux does not forbid it to anybody who has
+        // not asked for that.
         (Instant::now(), unsafe { _rdtsc() })
     };
     let (began, from) = now();
@@ -104,7 +109,8 @@ fn ticks_per_ns() -> Result<f64> {
     Ok(ticks / ((ended - began).as_secs_f64() * 1e9))
 }
 
-/// A guest under `host-vmm`. While nobody has asked for anything, its process is stopped: its waiting is a loop.
+/// A guest under `host-vmm`. While nobody has asked for anything, its process is stopped: its waiting is a
+/// loop.
 #[derive(Debug)]
 struct Guest {
     running: Running,
@@ -133,9 +139,13 @@ impl Guest {
             }
         };
         kill(self.node, Signal::SIGSTOP)?;
-        let ticks = u32::from_str_radix(&line, 16).with_context(|| format!("{line} is no number of ticks"))?;
+        let ticks =
+            u32::from_str_radix(&line, 16).with_context(|| format!("{line} is no number of ticks"))?;
         let (took_ns, waited_ns) = (f64::from(ticks) / ticks_per_ns, began.elapsed().as_secs_f64() * 1e9);
-        ensure!(took_ns <= waited_ns, "the guest's TSC says {took_ns} ns, of {waited_ns} ns that it can have taken");
+        ensure!(
+            took_ns <= waited_ns,
+            "the guest's TSC says {took_ns} ns, of {waited_ns} ns that it can have taken"
+        );
         Ok(took_ns)
     }
 
@@ -162,7 +172,11 @@ impl Floor {
             Way::Mmio => (3, &[0x89, 0x07, 0xeb, 0xfc]), // mov [rdi], eax; jmp
             Way::Hypercall => {
                 let args = [1 << doorbell::HYPERCALL, 0, 0, 0];
-                shell.vm.enable_cap(&kvm_enable_cap { cap: Cap::ExitHypercall as u32, args, ..Default::default() })?;
+                shell.vm.enable_cap(&kvm_enable_cap {
+                    cap: Cap::ExitHypercall as u32,
+                    args,
+                    ..Default::default()
+                })?;
                 // mov rax, r8; vmcall or vmmcall; jmp
                 let intel: &[u8] = &[0x4c, 0x89, 0xc0, 0x0f, 0x01, 0xc1, 0xeb, 0xf8];
                 (0, if is_amd() { &[0x4c, 0x89, 0xc0, 0x0f, 0x01, 0xd9, 0xeb, 0xf8] } else { intel })
@@ -172,7 +186,16 @@ impl Floor {
         shell.vcpu.set_sregs(&long_mode(shell.fresh, level))?;
         let (rdx, rcx) = if way == Way::Hypercall { (0, 1) } else { (IDLE_PORT.into(), 0) };
         let (rip, rbx, rdi, r8) = (CODE as u64, CONTROL, IDLE_ADDRESS, doorbell::HYPERCALL);
-        shell.vcpu.set_regs(&kvm_regs { rip, rbx, rcx, rdx, rdi, r8, rflags: 0x3002, ..Default::default() })?;
+        shell.vcpu.set_regs(&kvm_regs {
+            rip,
+            rbx,
+            rcx,
+            rdx,
+            rdi,
+            r8,
+            rflags: 0x3002,
+            ..Default::default()
+        })?;
         Ok(Self { shell, way })
     }
 
@@ -180,7 +203,8 @@ impl Floor {
         let started = Instant::now();
         for _ in 0..count {
             match (self.way, self.shell.vcpu.run()?) {
-                (Way::Port, VcpuExit::IoOut(IDLE_PORT, _)) | (Way::Mmio, VcpuExit::MmioWrite(IDLE_ADDRESS, _)) => {}
+                (Way::Port, VcpuExit::IoOut(IDLE_PORT, _))
+                | (Way::Mmio, VcpuExit::MmioWrite(IDLE_ADDRESS, _)) => {}
                 (Way::Hypercall, VcpuExit::Hypercall(call)) => *call.ret = 0,
                 (_, other) => bail!("the floor's guest did {other:?}"),
             }

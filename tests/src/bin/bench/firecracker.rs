@@ -1,7 +1,7 @@
 //! The same guest, restored by Firecracker from a snapshot of it.
 //!
-//! The guest loops until it gets a byte on its console, and then answers by a line. So the time until its first output is that until it
-//! runs, whoever has brought it to life.
+//! The guest loops until it gets a byte on its console, and then answers by a line. So the time until its
+//! first output is that until it runs, whoever has brought it to life.
 
 use std::{
     fs,
@@ -37,7 +37,8 @@ pub(crate) struct Snapshot {
 impl Snapshot {
     /// Boots the guest in Firecracker, has it write to memory as `order` says, and takes a snapshot.
     pub(crate) fn new(program: &Path, order: Order) -> Result<Self> {
-        let snapshot = Self { program: program.to_owned(), folder: TempDir::with_prefix("bench-firecracker-")? };
+        let snapshot =
+            Self { program: program.to_owned(), folder: TempDir::with_prefix("bench-firecracker-")? };
         let kernel = user::kernel();
         let mut process = Process::start(&snapshot)?;
         process.put("/machine-config", &json!({ "vcpu_count": 1, "mem_size_mib": 512 }))?;
@@ -47,7 +48,8 @@ impl Snapshot {
         process.stdin.write_all(&Order { count: 0, ..order }.to_bytes())?;
         thread::sleep(SETTLE);
         process.request("PATCH", "/vm", &json!({ "state": "Paused" }))?;
-        let files = json!({ "snapshot_path": snapshot.path("state"), "mem_file_path": snapshot.path("memory") });
+        let files =
+            json!({ "snapshot_path": snapshot.path("state"), "mem_file_path": snapshot.path("memory") });
         process.put("/snapshot/create", &files)?;
         Ok(snapshot)
     }
@@ -107,12 +109,14 @@ impl Process {
         self.request("PUT", path, body)
     }
 
-    /// Sends a request and waits for its answer: by hand, since what an HTTP library takes would be counted against Firecracker.
+    /// Sends a request and waits for its answer: by hand, since what an HTTP library takes would be counted
+    /// against Firecracker.
     fn request(&mut self, method: &str, path: &str, body: &Value) -> Result<()> {
         let body = body.to_string();
         let length = body.len();
-        let head =
-            format!("{method} {path} HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n");
+        let head = format!(
+            "{method} {path} HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
+        );
         self.api.write_all((head + &body).as_bytes())?;
         let mut answer = vec![0; 64 << 10];
         let length = self.api.read(&mut answer)?;

@@ -1,7 +1,8 @@
 //! The floor: the raw system calls of a child's launch, straight down, in a shell that stands ready.
 //!
-//! Map the image, write the registers, run to the first port write. Whatever a fork does beyond that is its own cost. Here too are the
-//! floors of the other figures: a VM from nothing, many of them at once, and a plain copy of memory.
+//! Map the image, write the registers, run to the first port write. Whatever a fork does beyond that is its
+//! own cost. Here too are the floors of the other figures: a VM from nothing, many of them at once, and a
+//! plain copy of memory.
 
 use std::{
     io::{self, Read, Write},
@@ -131,8 +132,8 @@ impl Image {
     }
 }
 
-/// A VM that stands ready to become a copy of an image, as near to its first run as a VM can be: made in the order that costs no
-/// waiting (memory slots before the interrupt controllers, no PIT).
+/// A VM that stands ready to become a copy of an image, as near to its first run as a VM can be: made in the
+/// order that costs no waiting (memory slots before the interrupt controllers, no PIT).
 #[derive(Debug)]
 pub(crate) struct Shell {
     pub(crate) vcpu: VcpuFd,
@@ -164,8 +165,13 @@ impl Shell {
             // What lies below the gap is enough here.
             let memory_size = (range.bytes as u64).min(3 << 30);
             let userspace_addr = range.start.as_ptr() as u64;
-            let region =
-                kvm_userspace_memory_region { slot, flags: 0, guest_phys_addr: gpa, memory_size, userspace_addr };
+            let region = kvm_userspace_memory_region {
+                slot,
+                flags: 0,
+                guest_phys_addr: gpa,
+                memory_size,
+                userspace_addr,
+            };
             // SAFETY: the range stays this value's own for as long as the VM lives.
             unsafe { vm.set_user_memory_region(region) }?;
         }
@@ -209,7 +215,14 @@ impl Shell {
     fn begin(&self, at: usize, pages: u64) -> Result<()> {
         self.vcpu.set_sregs(&long_mode(self.fresh, 3))?;
         let (rip, rcx, rdi) = (at as u64, pages, DATA as u64);
-        Ok(self.vcpu.set_regs(&kvm_regs { rip, rcx, rdi, rsi: CONTROL, rflags: 0x3002, ..Default::default() })?)
+        Ok(self.vcpu.set_regs(&kvm_regs {
+            rip,
+            rcx,
+            rdi,
+            rsi: CONTROL,
+            rflags: 0x3002,
+            ..Default::default()
+        })?)
     }
 
     /// Runs on, to the next port write.
@@ -271,7 +284,8 @@ pub(crate) fn child(kvm: &Kvm, image: &Image, addresses: Addresses) -> Result<(D
     Ok((made, started.elapsed()))
 }
 
-/// What memcpy takes for so many bytes, on all processors: into memory that nobody has used before, and into memory that is there.
+/// What memcpy takes for so many bytes, on all processors: into memory that nobody has used before, and into
+/// memory that is there.
 pub(crate) fn copy(bytes: usize) -> Result<(Duration, Duration)> {
     let (source, mut target) = (vec![1u8; bytes], vec![0u8; bytes]);
     let share = bytes.div_ceil(thread::available_parallelism()?.get());
@@ -294,7 +308,8 @@ pub(crate) fn keep_no_memory() {
     assert_eq!(done, 1, "glibc's allocator");
 }
 
-/// `count` VMs from one image, each in a process of its own, from nothing: until all have run, and how long it takes to end them.
+/// `count` VMs from one image, each in a process of its own, from nothing: until all have run, and how long
+/// it takes to end them.
 ///
 /// To be called in a process with one thread.
 pub(crate) fn many(count: usize, mem_bytes: usize) -> Result<(Duration, Duration)> {

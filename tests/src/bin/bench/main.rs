@@ -1,7 +1,8 @@
 //! The bench: what a fork takes, beside the floor that the machine sets, in one run.
 //!
-//! Everything runs on this host's /dev/kvm with a bare guest at CPL 3, which a KVM that emulates guest kernel code runs at full speed too.
-//! Figures that are compared are measured in turn. Times are those of VM exits, taken by the process that runs the vCPU.
+//! Everything runs on this host's /dev/kvm with a bare guest at CPL 3, which a KVM that emulates guest kernel
+//! code runs at full speed too. Figures that are compared are measured in turn. Times are those of VM exits,
+//! taken by the process that runs the vCPU.
 
 use std::{
     fs,
@@ -29,7 +30,8 @@ mod table;
 
 use measure::Bench;
 
-/// How long everything is left alone between two forks: the pool refills, the parent gets ready, what was left is cleared away.
+/// How long everything is left alone between two forks: the pool refills, the parent gets ready, what was
+/// left is cleared away.
 const REST: Duration = Duration::from_millis(45);
 
 /// Measures forks, and the floor that the machine sets.
@@ -96,11 +98,13 @@ fn run(cli: &Cli) -> Result<()> {
 
 /// Runs `floor::many` in a process of its own, which has one thread.
 fn floor_many(count: usize) -> Result<(Duration, Duration)> {
-    let output = Command::new(std::env::current_exe()?).arg("--floor-many").arg(count.to_string()).output()?;
+    let output =
+        Command::new(std::env::current_exe()?).arg("--floor-many").arg(count.to_string()).output()?;
     ensure!(output.status.success(), "the floor failed: {}", String::from_utf8_lossy(&output.stderr));
     let text = String::from_utf8(output.stdout)?;
     let mut seconds = text.split_whitespace().map(|word| word.parse().map(Duration::from_secs_f64));
-    let mut next = || seconds.next().context("the floor printed no time")?.context("the floor printed no number");
+    let mut next =
+        || seconds.next().context("the floor printed no time")?.context("the floor printed no number");
     Ok((next()?, next()?))
 }
 

@@ -68,10 +68,13 @@ impl Bench {
         Ok(Self { quick, firecracker, progress, kvm, samples: Samples::default() })
     }
 
-    /// Measures one group, or everything; what takes long and is no main figure, only where it need not be quick.
+    /// Measures one group, or everything; what takes long and is no main figure, only where it need not be
+    /// quick.
     pub(crate) fn run(&mut self, only: Option<Group>) -> Result<()> {
         for group in Group::value_variants() {
-            if only.map_or(!self.quick || !matches!(group, Group::Vcpus | Group::Clones), |only| only == *group) {
+            if only
+                .map_or(!self.quick || !matches!(group, Group::Vcpus | Group::Clones), |only| only == *group)
+            {
                 self.measure(*group)?;
             }
         }
@@ -152,7 +155,11 @@ impl Bench {
             for &mib in written {
                 for way in Way::ALL {
                     let took = switch(&self.kvm, way, &image, mib << 20)?;
-                    self.samples.add(&format!("switch.{}.{mib}m", way.name()), "us", took.as_secs_f64() * 1e6);
+                    self.samples.add(
+                        &format!("switch.{}.{mib}m", way.name()),
+                        "us",
+                        took.as_secs_f64() * 1e6,
+                    );
                 }
             }
             self.progress.step();
@@ -195,7 +202,8 @@ impl Bench {
         end_all([session])
     }
 
-    /// A parent that has written to more and more memory since it is a private view; in turn with a plain copy of as much.
+    /// A parent that has written to more and more memory since it is a private view; in turn with a plain
+    /// copy of as much.
     fn dirty_sets(&mut self) -> Result<()> {
         let sets: &[u32] = if self.quick { &[0, 64] } else { &[0, 1, 16, 64, 256, 512] };
         for &mib in sets {
@@ -234,8 +242,11 @@ impl Bench {
         let mut sessions: Vec<(&str, Session)> = sessions.into_iter().collect::<Result<_>>()?;
         let repeats = self.repeats(200, 8);
         self.progress.begin("16 MiB rewritten by a child", repeats);
-        let firecracker =
-            self.firecracker.clone().map(|program| firecracker::Snapshot::new(&program, order)).transpose()?;
+        let firecracker = self
+            .firecracker
+            .clone()
+            .map(|program| firecracker::Snapshot::new(&program, order))
+            .transpose()?;
         for _ in 0..repeats {
             for (name, session) in &mut sessions {
                 let outcome = session.carry_out(order)?;
@@ -278,7 +289,8 @@ impl Bench {
 
     /// More than one vCPU.
     fn vcpus(&mut self) -> Result<()> {
-        let sessions = [1, 2, 4].map(|cpus| Ok((cpus, Session::start(&Shape { cpus, ..Shape::new("512M", 1) })?)));
+        let sessions =
+            [1, 2, 4].map(|cpus| Ok((cpus, Session::start(&Shape { cpus, ..Shape::new("512M", 1) })?)));
         let mut sessions: Vec<(u8, Session)> = sessions.into_iter().collect::<Result<_>>()?;
         let repeats = self.repeats(200, 20);
         self.progress.begin("one child, by vCPUs", repeats);
@@ -362,7 +374,8 @@ impl Bench {
             let used_mib = before_mib - available_mib()?;
             let count = session.count()?;
             ensure!(count == usize::try_from(THOUSAND)? + 1, "only {count} VMs are left");
-            let last_ns = outcome.children.iter().map(|child| child.latency_ns()).max().context("no children")?;
+            let last_ns =
+                outcome.children.iter().map(|child| child.latency_ns()).max().context("no children")?;
             self.samples.add("fork.thousand", "s", std::time::Duration::from_nanos(last_ns).as_secs_f64());
             self.samples.add("fork.thousand.mib", "MiB", used_mib / f64::from(THOUSAND));
             self.samples.add("fork.thousand.end", "s", session.end()?.as_secs_f64());

@@ -9,9 +9,19 @@ use crate::stats::Figure;
 
 /// A plot: its file, its title, what the figures' names begin with, and what stands on the axis below.
 const PLOTS: &[(&str, &str, &str, &str)] = &[
-    ("memory.svg", "Doorbell to a child's first exit, by memory size", "fork.child.", "MiB of memory, all resident"),
+    (
+        "memory.svg",
+        "Doorbell to a child's first exit, by memory size",
+        "fork.child.",
+        "MiB of memory, all resident",
+    ),
     ("pause.svg", "The parent's pause, by memory size", "fork.pause.", "MiB of memory, all resident"),
-    ("dirty.svg", "Doorbell to a child's first exit, by what the parent has dirtied", "fork.dirty.", "MiB dirty"),
+    (
+        "dirty.svg",
+        "Doorbell to a child's first exit, by what the parent has dirtied",
+        "fork.dirty.",
+        "MiB dirty",
+    ),
     ("generation.svg", "Doorbell to a child's first exit, by generation", "fork.gen", "generation"),
     ("children.svg", "Doorbell to the last child's first exit", "fork.last.of", "children"),
 ];
@@ -19,11 +29,13 @@ const PLOTS: &[(&str, &str, &str, &str)] = &[
 /// Draws all plots for which there are figures.
 pub(crate) fn draw(figures: &[Figure], folder: &Path) -> Result<()> {
     for (file, title, prefix, axis) in PLOTS {
-        let points = figures.iter().filter_map(|figure| Some((number(figure.name.strip_prefix(prefix)?)?, figure)));
+        let points =
+            figures.iter().filter_map(|figure| Some((number(figure.name.strip_prefix(prefix)?)?, figure)));
         let mut points: Vec<(f64, &Figure)> = points.collect();
         points.sort_by(|(one, _), (other, _)| one.total_cmp(other));
         if points.len() > 1 {
-            plot(&folder.join(file), title, axis, &points).map_err(|error| anyhow!("can't draw {file}: {error}"))?;
+            plot(&folder.join(file), title, axis, &points)
+                .map_err(|error| anyhow!("can't draw {file}: {error}"))?;
         }
     }
     Ok(())

@@ -96,7 +96,8 @@ impl Session {
         Ok(Self { running, node, _kernel: kernel })
     }
 
-    /// Gives an order, waits until it is carried out and all children have ended, or, where they are to stay, run.
+    /// Gives an order, waits until it is carried out and all children have ended, or, where they are to stay,
+    /// run.
     pub(crate) fn carry_out(&mut self, order: Order) -> Result<Outcome> {
         let expected = usize::try_from(order.count * (order.depth + 1))?;
         kill(self.node, Signal::SIGCONT)?;

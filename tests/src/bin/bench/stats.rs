@@ -50,7 +50,15 @@ fn figure(name: &str, unit: &'static str, values: &[f64]) -> Figure {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     let at = |percent: usize| sorted[rank(percent, sorted.len())];
-    Figure { name: name.to_owned(), unit, n: sorted.len(), p50: at(50), p90: at(90), p99: at(99), max: at(100) }
+    Figure {
+        name: name.to_owned(),
+        unit,
+        n: sorted.len(),
+        p50: at(50),
+        p90: at(90),
+        p99: at(99),
+        max: at(100),
+    }
 }
 
 /// Index of the smallest sorted value that so many percent of `n` values do not exceed.

@@ -1,4 +1,5 @@
-//! Ways in which a VM whose memory is a file of its own can go on as a private view of that file, in a straight line.
+//! Ways in which a VM whose memory is a file of its own can go on as a private view of that file, in a
+//! straight line.
 //!
 //! What they take decides the pause of a booted VM at its first fork. `host-vmm` has it go on in a spare VM.
 
@@ -34,7 +35,8 @@ impl Way {
     }
 }
 
-/// A VM of so much memory, of which it has written to so much, is switched: the time from its last exit to its next.
+/// A VM of so much memory, of which it has written to so much, is switched: the time from its last exit to
+/// its next.
 pub(crate) fn switch(kvm: &Kvm, way: Way, image: &Image, written_bytes: usize) -> Result<Duration> {
     let mut parent = Shell::new(kvm, image.bytes, Addresses::Empty)?;
     parent.write(image, written_bytes)?;

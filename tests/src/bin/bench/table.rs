@@ -45,7 +45,8 @@ pub(crate) fn table(figures: &[Figure]) -> String {
     for Figure { name, unit, n, p50, p90, p99, max } in figures {
         let digits = if matches!(*unit, "us" | "ns") { 0 } else { 2 };
         line(format_args!(
-            "{name:<26} {unit:>5} {p50:>10.digits$} {p90:>10.digits$} {p99:>10.digits$} {max:>10.digits$} {n:>10}"
+            "{name:<26} {unit:>5} {p50:>10.digits$} {p90:>10.digits$} {p99:>10.digits$} \
+             {max:>10.digits$} {n:>10}"
         ));
     }
     line(format_args!(""));

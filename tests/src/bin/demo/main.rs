@@ -1,4 +1,5 @@
-//! The demo: a real application in a Debian guest warms up, forks its VM, and each child answers from the warm state.
+//! The demo: a real application in a Debian guest warms up, forks its VM, and each child answers from the
+//! warm state.
 
 use std::{
     collections::BTreeMap,
@@ -122,7 +123,8 @@ fn run(cli: &Cli) -> anyhow::Result<Figures> {
     })
 }
 
-/// Waits for an answer of each child, checks it, and looks how much memory the child has of its own at that moment.
+/// Waits for an answer of each child, checks it, and looks how much memory the child has of its own at that
+/// moment.
 fn wait_for_answers(running: &mut Running, count: u32) -> anyhow::Result<Vec<(u64, String, u64, Value)>> {
     let texts = expected::read_texts(&assets::path("licenses"))?;
     let mut answers = BTreeMap::new();

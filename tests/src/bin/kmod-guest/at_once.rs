@@ -97,7 +97,8 @@ extern "C" fn nothing(_: libc_int) {}
 #[allow(non_camel_case_types, reason = "as C calls it")]
 type libc_int = nix::libc::c_int;
 
-/// Each thread forks, while another one sends them signals whose handlers do nothing, and do not restart system calls.
+/// Each thread forks, while another one sends them signals whose handlers do nothing, and do not restart
+/// system calls.
 pub(crate) fn signals(threads: usize, times: u32) -> anyhow::Result<()> {
     let action = SigAction::new(SigHandler::Handler(nothing), SaFlags::empty(), SigSet::empty());
     // SAFETY: the handler does nothing.

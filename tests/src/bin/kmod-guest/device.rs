@@ -23,8 +23,8 @@ pub(crate) fn open() -> io::Result<File> {
 
 /// Makes an ioctl, and returns the kernel's answer.
 pub(crate) fn control(fd: RawFd, number: u32, argument: *mut u8) -> nix::Result<()> {
-    // SAFETY: the argument is either memory of the size that the number says, or the test's business is that it is not: the kernel checks each
-    // address, and the callers hand in none that belongs to anything else.
+    // SAFETY: the argument is either memory of the size that the number says, or the test's business is that
+    // it is not: the kernel checks each address, and the callers hand in none that belongs to anything else.
     let result = unsafe { libc::ioctl(fd, libc::c_ulong::from(number), argument) };
     Errno::result(result).map(drop)
 }
@@ -80,7 +80,11 @@ pub(crate) fn fork(file: &File, arguments: ForkArguments) -> Result<Forked, Refu
 
 /// Asks for the state.
 pub(crate) fn status(file: &File) -> nix::Result<StatusArguments> {
-    let asked = StatusArguments { bytes: size(StatusArguments::BYTES), version: device::VERSION, ..Default::default() };
+    let asked = StatusArguments {
+        bytes: size(StatusArguments::BYTES),
+        version: device::VERSION,
+        ..Default::default()
+    };
     let mut bytes = asked.to_bytes();
     control(file.as_raw_fd(), device::STATUS, bytes.as_mut_ptr())?;
     Ok(StatusArguments::from_bytes(&bytes))

@@ -144,7 +144,8 @@ fn place(rng: &mut Rng, number: u32, memory: &mut [u8]) -> *mut u8 {
         let at = rng.usize(..bytes.len());
         bytes[at] = rng.u8(..);
     }
-    // Copies must not be told to any memory but the fuzzer's: an address that was changed is the kernel's or low.
+    // Copies must not be told to any memory but the fuzzer's: an address that was changed is the kernel's or
+    // low.
     guard(number, &mut bytes, memory);
     let offset = [0, 1, 8, 4001][rng.usize(..4)];
     memory[offset..offset + bytes.len()].copy_from_slice(&bytes);
@@ -162,7 +163,9 @@ fn arguments(rng: &mut Rng, number: u32, copies: u64) -> Vec<u8> {
                 .to_bytes()
                 .to_vec()
         }
-        IDENTITY => Notice { bytes: size(Notice::BYTES), version: VERSION, ..Default::default() }.to_bytes().to_vec(),
+        IDENTITY => {
+            Notice { bytes: size(Notice::BYTES), version: VERSION, ..Default::default() }.to_bytes().to_vec()
+        }
         _ => ForkArguments {
             bytes: size(ForkArguments::BYTES),
             version: VERSION,

@@ -1,5 +1,5 @@
-//! What the tests of the kernel module run in Linux guests. Each command tells on the console, in lines that start with a word in capitals,
-//! what the test then checks.
+//! What the tests of the kernel module run in Linux guests. Each command tells on the console, in lines that
+//! start with a word in capitals, what the test then checks.
 
 mod at_once;
 mod device;
@@ -95,7 +95,10 @@ enum Command {
 fn main() -> anyhow::Result<()> {
     let Cli { mode, uid, gid, command } = Cli::parse();
     if let Some(mode) = mode {
-        fs::set_permissions(vmfork_abi::device::PATH, Permissions::from_mode(u32::from_str_radix(&mode, 8)?))?;
+        fs::set_permissions(
+            vmfork_abi::device::PATH,
+            Permissions::from_mode(u32::from_str_radix(&mode, 8)?),
+        )?;
     }
     if let Some(gid) = gid.map(Gid::from_raw) {
         setgroups(&[gid])?;

@@ -54,7 +54,10 @@ pub(crate) fn run(rounds: u32) -> anyhow::Result<()> {
     unsafe { munmap(page, 4096) }?;
     println!("UNLOAD unused {:?}", unload_soon());
     println!("UNLOAD again {:?}", unload());
-    ensure!(device::open().is_err_and(|error| error.kind() == io::ErrorKind::NotFound), "the device is still there");
+    ensure!(
+        device::open().is_err_and(|error| error.kind() == io::ErrorKind::NotFound),
+        "the device is still there"
+    );
     println!("LOAD {:?}", load());
     println!("LOAD again {:?}", load());
 
@@ -80,7 +83,8 @@ pub(crate) fn run(rounds: u32) -> anyhow::Result<()> {
     }
     println!("RELOADED {reloaded} {}", opened.load(Ordering::SeqCst));
     drain()?;
-    let forked = device::fork(&device::open()?, device::fork_arguments(1)).map_err(|refused| anyhow!("{refused:?}"))?;
+    let forked = device::fork(&device::open()?, device::fork_arguments(1))
+        .map_err(|refused| anyhow!("{refused:?}"))?;
     println!("FORKED {}", if is_child(&forked.identity) { "child" } else { "parent" });
     complaints()
 }

@@ -125,7 +125,8 @@ pub(crate) fn run() -> anyhow::Result<()> {
     complaints()
 }
 
-/// Waits for a fork that somebody else asks for, in one thread by poll and in one by read, and prints the role that each is told, and the uevents.
+/// Waits for a fork that somebody else asks for, in one thread by poll and in one by read, and prints the
+/// role that each is told, and the uevents.
 pub(crate) fn others() -> anyhow::Result<()> {
     let socket = uevent_socket()?;
     let waiting = thread::spawn(wait);

@@ -71,7 +71,10 @@ fn forks(file: &File) {
         ("deadline", ForkArguments { deadline_ns: 1, ..good }),
     ];
     for (case, arguments) in cases {
-        println!("REFUSED {case} {}", name(device::fork(file, arguments).map(drop).map_err(|refused| refused.errno)));
+        println!(
+            "REFUSED {case} {}",
+            name(device::fork(file, arguments).map(drop).map_err(|refused| refused.errno))
+        );
     }
     // Refused by the VMM, which says so in its own words.
     let wild = ForkArguments { vm_type: pad_text("forbidden").unwrap_or_default(), ..good };
@@ -84,7 +87,9 @@ fn forks(file: &File) {
 fn addresses(file: &File) -> anyhow::Result<()> {
     let fd = file.as_raw_fd();
     let at = |address: usize| ptr::without_provenance_mut::<u8>(address);
-    for (case, address) in [("null", 0), ("low", 8), ("kernel", 0xffff_8000_0000_0000), ("last", usize::MAX - 7)] {
+    for (case, address) in
+        [("null", 0), ("low", 8), ("kernel", 0xffff_8000_0000_0000), ("last", usize::MAX - 7)]
+    {
         for (what, number) in [("fork", abi::FORK), ("status", abi::STATUS), ("identity", abi::IDENTITY)] {
             println!("REFUSED {what}-at-{case} {}", name(device::control(fd, number, at(address))));
         }
@@ -108,7 +113,8 @@ fn addresses(file: &File) -> anyhow::Result<()> {
     println!("REFUSED fork-across {}", name(device::control(fd, abi::FORK, across.as_ptr())));
     // Copies that can't be told.
     for (case, copies_address) in [("nowhere", 0), ("low", 8), ("kernel", 0xffff_8000_0000_0000)] {
-        let mut bytes = ForkArguments { copies_room: 4, copies_address, ..device::fork_arguments(4) }.to_bytes();
+        let mut bytes =
+            ForkArguments { copies_room: 4, copies_address, ..device::fork_arguments(4) }.to_bytes();
         println!("REFUSED copies-{case} {}", name(device::control(fd, abi::FORK, bytes.as_mut_ptr())));
     }
     Ok(())
@@ -118,13 +124,23 @@ fn addresses(file: &File) -> anyhow::Result<()> {
 fn numbers(file: &File) {
     let mut bytes = [0; 8192];
     let smaller = abi::FORK - (8 << 16);
-    for (case, number) in [("number", abi::FORK + 100), ("smaller", smaller), ("none", 0), ("tcgets", 0x5401)] {
-        println!("REFUSED other-{case} {}", name(device::control(file.as_raw_fd(), number, bytes.as_mut_ptr())));
+    for (case, number) in [("number", abi::FORK + 100), ("smaller", smaller), ("none", 0), ("tcgets", 0x5401)]
+    {
+        println!(
+            "REFUSED other-{case} {}",
+            name(device::control(file.as_raw_fd(), number, bytes.as_mut_ptr()))
+        );
     }
     let mut old = StatusArguments { bytes: 16, version: abi::VERSION, ..Default::default() }.to_bytes();
-    println!("REFUSED status-size {}", name(device::control(file.as_raw_fd(), abi::STATUS, old.as_mut_ptr())));
+    println!(
+        "REFUSED status-size {}",
+        name(device::control(file.as_raw_fd(), abi::STATUS, old.as_mut_ptr()))
+    );
     let mut old = Notice { bytes: size(Notice::BYTES), version: 9, ..Default::default() }.to_bytes();
-    println!("REFUSED identity-version {}", name(device::control(file.as_raw_fd(), abi::IDENTITY, old.as_mut_ptr())));
+    println!(
+        "REFUSED identity-version {}",
+        name(device::control(file.as_raw_fd(), abi::IDENTITY, old.as_mut_ptr()))
+    );
 }
 
 fn mappings(file: &File) -> anyhow::Result<()> {

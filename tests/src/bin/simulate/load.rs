@@ -77,12 +77,14 @@ pub(crate) fn leave(load: &mut Load, config: VmShape, copies: u32, on_source: bo
     press(load);
 }
 
-/// Lets something wait where there are more VMs than processors, or where less than a tenth of the memory is left.
+/// Lets something wait where there are more VMs than processors, or where less than a tenth of the memory is
+/// left.
 fn press(load: &mut Load) {
     let part = |part: u64, whole: u64| u32::try_from(part * 1000 / whole.max(1)).unwrap_or(1000);
     load.cpu_pressure_permille = part(load.vms.saturating_sub(load.processors).into(), load.vms.into());
     let tenth = load.memory_bytes / 10;
-    load.memory_pressure_permille = part(tenth.saturating_sub(load.memory_available_bytes) >> 10, tenth >> 10);
+    load.memory_pressure_permille =
+        part(tenth.saturating_sub(load.memory_available_bytes) >> 10, tenth >> 10);
 }
 
 #[cfg(test)]
@@ -108,8 +110,12 @@ mod tests {
 
     #[test]
     fn pressure_comes_with_the_last_memory_and_without_processors() {
-        let mut load =
-            Load { processors: 2, memory_bytes: 10 << 30, memory_available_bytes: 2 << 30, ..Load::default() };
+        let mut load = Load {
+            processors: 2,
+            memory_bytes: 10 << 30,
+            memory_available_bytes: 2 << 30,
+            ..Load::default()
+        };
         let pressure = |load: &Load| (load.cpu_pressure_permille, load.memory_pressure_permille);
         enter(&mut load, SHAPES[2], 2, true, &[]);
         assert_eq!(pressure(&load), (0, 0));

@@ -1,9 +1,10 @@
 //! The simulation: placement of copies over a cluster, by the code that places real ones.
 //!
-//! Platforms of three sizes are filled to three quarters by the policy itself, with views of the cluster that are always true. Then forks
-//! arrive at a few platforms at random, as often as copies end, and are placed by what their platform knows of the others: all of it, or what it
-//! was told at most a second ago, or five. Meanwhile others place copies too. A platform that has become full lets copies bounce, and says so;
-//! they are placed again then, a few times at most.
+//! Platforms of three sizes are filled to three quarters by the policy itself, with views of the cluster that
+//! are always true. Then forks arrive at a few platforms at random, as often as copies end, and are placed by
+//! what their platform knows of the others: all of it, or what it was told at most a second ago, or five.
+//! Meanwhile others place copies too. A platform that has become full lets copies bounce, and says so; they
+//! are placed again then, a few times at most.
 
 use std::{
     io::{IsTerminal, stderr},
@@ -30,10 +31,12 @@ const VIEW_AGES: [Duration; 3] = [Duration::ZERO, Duration::from_secs(1), Durati
 #[command(name = "simulate")]
 struct Cli {
     /// How many platforms there are.
-    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    #[arg(long, value_name = "N", default_value_t = 1000)]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=10_000))]
     platforms: u32,
     /// How many forks there are once the cluster is filled; each makes 1 to 8 copies.
-    #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 10_000)]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
     forks: u32,
     /// Chance begins with this number: the same one gives the same forks.
     #[arg(long, value_name = "NUMBER", default_value_t = 1)]

@@ -32,7 +32,12 @@ impl Balance {
     /// The mean of what was added.
     pub(crate) fn mean(self) -> Self {
         let of = f64::from(self.samples.max(1));
-        Self { mean: self.mean / of, max_to_mean: self.max_to_mean / of, deviation: self.deviation / of, ..self }
+        Self {
+            mean: self.mean / of,
+            max_to_mean: self.max_to_mean / of,
+            deviation: self.deviation / of,
+            ..self
+        }
     }
 }
 
@@ -84,8 +89,9 @@ pub(crate) fn table(outcomes: &[Outcome]) -> String {
 fn row(outcome: &Outcome) -> String {
     let Outcome { policy, view_age_ms, placed, refused, bounced, lost, decisions_per_second, .. } = outcome;
     let balances = [outcome.vms, outcome.nodes_percent, outcome.memory_percent];
-    let balances = balances
-        .map(|Balance { mean, max_to_mean, deviation, .. }| format!("{mean:>10.1}{max_to_mean:>9.2}{deviation:>7.2}"));
+    let balances = balances.map(|Balance { mean, max_to_mean, deviation, .. }| {
+        format!("{mean:>10.1}{max_to_mean:>9.2}{deviation:>7.2}")
+    });
     format!(
         "{policy:<13}{:>7}{placed:>9}{refused:>9}{bounced:>9}{lost:>7}{}{decisions_per_second:>9.0}",
         view_age_ms / 1000,
@@ -125,7 +131,8 @@ mod tests {
         let text = table(&[outcome]);
         let widths: Vec<usize> = text.lines().map(str::len).collect();
         assert_eq!((widths.len(), widths[0]), (2, widths[1]), "{text}");
-        let row = "least-loaded       5        9        2        3      1      12.5     1.25   3.75      12.5     1.25";
+        let row = "least-loaded       5        9        2        3      1      \
+                   12.5     1.25   3.75      12.5     1.25";
         assert!(text.contains(row), "{text}");
     }
 }

@@ -71,7 +71,11 @@ pub(crate) fn simulate(setup: &Setup, mut step: impl FnMut()) -> Result<Outcome>
             let loads = world.members.iter().map(|member| &member.load);
             vms.add(loads.clone().map(|load| f64::from(load.vms)));
             nodes.add(loads.clone().map(|load| 100.0 * f64::from(load.vms) / f64::from(load.max_vms)));
-            memory.add(loads.map(|load| 100.0 - 100.0 * load.memory_available_bytes as f64 / load.memory_bytes as f64));
+            memory.add(
+                loads.map(|load| {
+                    100.0 - 100.0 * load.memory_available_bytes as f64 / load.memory_bytes as f64
+                }),
+            );
         }
         step();
     }
@@ -168,12 +172,16 @@ impl World {
         };
         let nodes: u32 = used.iter().map(|at| members[*at].load.max_vms).sum();
         let name = |at: &usize| members[*at].name.clone();
-        let pinned = if setup.policy == Policy::Pinned { pinned.iter().map(name).collect() } else { Vec::new() };
+        let pinned =
+            if setup.policy == Policy::Pinned { pinned.iter().map(name).collect() } else { Vec::new() };
         let rule = Rule { policy: setup.policy, pinned, ..Rule::default() };
         Ok(Self {
             rules: Rules::new(BTreeMap::from([("*".to_owned(), rule)]))?,
             by_name: members.iter().map(|member| member.name.clone()).zip(0..).collect(),
-            sources: sources.iter().map(|&at| Source { at, view: Vec::new(), refresh_at: Duration::ZERO }).collect(),
+            sources: sources
+                .iter()
+                .map(|&at| Source { at, view: Vec::new(), refresh_at: Duration::ZERO })
+                .collect(),
             wanted_vms: nodes * FULL_PERCENT / 100,
             rng,
             now: Duration::ZERO,
@@ -223,7 +231,8 @@ impl World {
             for (known, member) in view.iter_mut().zip(&self.members) {
                 known.load.clone_from(&member.load);
             }
-            // It was refreshed in time, several times perhaps, and the last time is as long ago as it would be.
+            // It was refreshed in time, several times perhaps, and the last time is as long ago as it would
+            // be.
             while *refresh_at <= self.now {
                 *refresh_at += age;
             }
@@ -234,7 +243,9 @@ impl World {
     /// Lets time pass, and copies end.
     fn go_on(&mut self, pause: Duration) {
         self.now += pause;
-        while let Some(Reverse((_, group))) = self.ends.peek().filter(|Reverse((end, _))| *end <= self.now).copied() {
+        while let Some(Reverse((_, group))) =
+            self.ends.peek().filter(|Reverse((end, _))| *end <= self.now).copied()
+        {
             self.ends.pop();
             let Group { at, config, on_source, copies } = &mut self.groups[group];
             load::leave(&mut self.members[*at].load, *config, *copies, *on_source);
@@ -242,7 +253,8 @@ impl World {
         }
     }
 
-    /// A fork on a source: its copies are placed by what that knows; those that bounce are placed again, by what it knows then.
+    /// A fork on a source: its copies are placed by what that knows; those that bounce are placed again, by
+    /// what it knows then.
     fn fork(&mut self, source: usize, count: u32) -> Result<()> {
         self.forks += 1;
         let kind = self.rng.usize(..SHAPES.len());
@@ -260,7 +272,8 @@ impl World {
                 self.tally.refused += u64::from(wish.count);
                 return Ok(());
             };
-            let bounced = shares.iter().map(|share| self.launch(source, &wish, share)).collect::<Result<Vec<u32>>>()?;
+            let bounced =
+                shares.iter().map(|share| self.launch(source, &wish, share)).collect::<Result<Vec<u32>>>()?;
             wish.count = bounced.iter().sum();
             self.tally.bounced += u64::from(wish.count);
             if wish.count == 0 {
@@ -282,8 +295,9 @@ impl World {
         decision.ok().map(|decision| decision.shares)
     }
 
-    /// Launches one platform's share as far as it has room, and gives how many copies bounce. The source counts on all of it, unless it is
-    /// told otherwise: a platform that has not enough room says what it has.
+    /// Launches one platform's share as far as it has room, and gives how many copies bounce. The source
+    /// counts on all of it, unless it is told otherwise: a platform that has not enough room says what it
+    /// has.
     fn launch(&mut self, source: usize, wish: &Wish, share: &Share) -> Result<u32> {
         let at = *self.by_name.get(&share.platform).context("a platform was chosen that there is not")?;
         let Source { at: source_at, view, .. } = &mut self.sources[source];
@@ -342,7 +356,10 @@ mod tests {
     #[test]
     fn the_same_seed_gives_the_same_forks() {
         let unmeasured = || Outcome { decisions_per_second: 0.0, ..outcome(Policy::LeastLoaded, 1) };
-        assert_eq!(serde_json::to_string(&unmeasured()).unwrap(), serde_json::to_string(&unmeasured()).unwrap());
+        assert_eq!(
+            serde_json::to_string(&unmeasured()).unwrap(),
+            serde_json::to_string(&unmeasured()).unwrap()
+        );
     }
 
     #[test]

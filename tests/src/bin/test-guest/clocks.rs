@@ -32,7 +32,8 @@ const READINGS: usize = 50;
 const REST: Duration = Duration::from_micros(500);
 
 /// What the kernel says of clocks that it does not trust.
-const COMPLAINTS: [&str; 5] = ["nstable", "skew", "clocksource: timekeeping watchdog", "went backwards", "time warp"];
+const COMPLAINTS: [&str; 5] =
+    ["nstable", "skew", "clocksource: timekeeping watchdog", "went backwards", "time warp"];
 
 /// Clocks that must not go back on whatever vCPU they are read, and what they have shown at most.
 #[derive(Debug, Default)]
@@ -83,7 +84,8 @@ impl Reading {
         Ok(Self { tsc, raw_ns, monotonic_ns: clock(ClockId::CLOCK_MONOTONIC)? })
     }
 
-    /// What is between this and an earlier one: by the TSC, which counts so often in a nanosecond, and by the clock, in nanoseconds.
+    /// What is between this and an earlier one: by the TSC, which counts so often in a nanosecond, and by the
+    /// clock, in nanoseconds.
     fn since(self, earlier: Self, frequency: f64) -> (f64, f64) {
         #[allow(clippy::cast_precision_loss, reason = "differences of some seconds are exact")]
         let (cycles, ns) = (
@@ -127,7 +129,8 @@ pub(crate) fn run(forks: u32) -> anyhow::Result<()> {
         let after = Reading::now()?;
         // Long enough for each vCPU to look at all clocks.
         thread::sleep(Duration::from_millis(20));
-        let complaints: Vec<String> = complaints()?.into_iter().filter(|line| !at_boot.contains(line)).collect();
+        let complaints: Vec<String> =
+            complaints()?.into_iter().filter(|line| !at_boot.contains(line)).collect();
         let told = json!({
             "child": fork.role == Role::Child,
             "fork": number,
@@ -163,7 +166,8 @@ fn clock(clock: ClockId) -> anyhow::Result<u64> {
     Ok(u64::try_from(Duration::from(clock_gettime(clock)?).as_nanos())?)
 }
 
-/// The TSC of the vCPU on which this runs, once all that comes before is done, and before anything that comes behind.
+/// The TSC of the vCPU on which this runs, once all that comes before is done, and before anything that comes
+/// behind.
 fn tsc() -> u64 {
     // SAFETY: each 64-bit processor has the instruction, and it has no effect but on the order of others.
     unsafe { _mm_lfence() };

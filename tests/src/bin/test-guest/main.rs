@@ -1,5 +1,5 @@
-//! What the end-to-end tests run in Linux guests. Each command tells on the console, in lines that start with a word in capitals, what the
-//! test then checks.
+//! What the end-to-end tests run in Linux guests. Each command tells on the console, in lines that start with
+//! a word in capitals, what the test then checks.
 
 use std::{
     arch::asm,
@@ -53,7 +53,8 @@ enum Command {
     Hello,
     /// Print the kernel's log.
     KernelLog,
-    /// Fork so often, while a thread on each vCPU looks whether a clock goes back; each copy prints its clocks.
+    /// Fork so often, while a thread on each vCPU looks whether a clock goes back; each copy prints its
+    /// clocks.
     Clocks { forks: u32 },
     /// Make the kernel panic.
     Panic,
@@ -232,7 +233,8 @@ fn memory(mib: usize, children: u32) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Counts in a thread. Each copy prints how far that was when it was to fork, and how far it is a while later.
+/// Counts in a thread. Each copy prints how far that was when it was to fork, and how far it is a while
+/// later.
 fn count_elsewhere() -> anyhow::Result<()> {
     let counter = Arc::new(AtomicU64::new(0));
     let count = || counter.load(Ordering::Relaxed);
@@ -270,7 +272,11 @@ fn nested(depth: u32) -> anyhow::Result<()> {
         let start = usize::try_from(generation)? * share * PAGE;
         write_pages(&mut memory[start..start + share * PAGE], u64::from(generation));
         let fork = fork("gen", 1)?;
-        ensure!(fork.generation == generation + u32::from(fork.role == Role::Child), "generation {}", fork.generation);
+        ensure!(
+            fork.generation == generation + u32::from(fork.role == Role::Child),
+            "generation {}",
+            fork.generation
+        );
         if fork.role == Role::Parent {
             break;
         }
@@ -338,7 +344,8 @@ fn cpu_count() -> anyhow::Result<usize> {
     Ok(processors.lines().filter(|line| line.starts_with("processor")).count())
 }
 
-/// A request that is as it should be stands in the control page all the time, so that every ring asks for a fork.
+/// A request that is as it should be stands in the control page all the time, so that every ring asks for a
+/// fork.
 fn ring_at_once(rings: u32) -> anyhow::Result<()> {
     let page = ControlPage::map()?;
     let vm_type = vmfork_abi::pad_text("wild").context("a type")?;
@@ -431,7 +438,8 @@ fn fork_from_containers(containers: u32) -> anyhow::Result<()> {
     fs::write("/proc/sys/kernel/printk", "1")?;
     // As vmfork-abi says of programs that use the page themselves. This guest's /dev is the kernel's
     // devtmpfs.
-    let turn = Flock::lock(fs::File::open("/dev/mem")?, FlockArg::LockExclusive).map_err(|(_, errno)| errno)?;
+    let turn =
+        Flock::lock(fs::File::open("/dev/mem")?, FlockArg::LockExclusive).map_err(|(_, errno)| errno)?;
     start_containers(containers, Some(50))?;
     drop(turn);
     start_containers(containers, None)

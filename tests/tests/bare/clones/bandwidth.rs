@@ -23,7 +23,8 @@ const BYTES_PER_SECOND: u64 = 4 << 20;
 const MEMORY_BYTES: u64 = 8 << 20;
 const PAGE_BYTES: u64 = 4096;
 
-/// What may come at once: what was not used of 50 ms, and the chunk that is the next one, with some that are nearly empty.
+/// What may come at once: what was not used of 50 ms, and the chunk that is the next one, with some that are
+/// nearly empty.
 const BURST_BYTES: u64 = BYTES_PER_SECOND / 20 + CHUNK_BYTES + (64 << 10);
 
 /// Heads of records and requests, and what platforms tell of themselves meanwhile.
@@ -32,7 +33,8 @@ const OTHER_BYTES: u64 = 256 << 10;
 /// Where a guest's memory is that it writes to.
 const DATA: u64 = 0x100_0000;
 
-/// A guest that has written to its memory, and forks into a clone once it is told to. That reads what it has, the last page first.
+/// A guest that has written to its memory, and forks into a clone once it is told to. That reads what it has,
+/// the last page first.
 fn with_memory() -> Script {
     let pages = || (0..MEMORY_BYTES / PAGE_BYTES).map(|page| DATA + page * PAGE_BYTES);
     let script = pages().fold(Script::new(), |script, page| script.store(page, 1)).print(DATA);
@@ -56,7 +58,8 @@ struct Paced {
 }
 
 impl Paced {
-    /// Starts both, the one with a guest that says when it takes orders; its configuration says so of clones too.
+    /// Starts both, the one with a guest that says when it takes orders; its configuration says so of clones
+    /// too.
     fn start(kernel: NamedTempFile, clone: &str) -> Self {
         let platforms = Platforms::new(&["a", "b"]);
         let ways = ["a", "b"].map(|name| Proxy::start(platforms.address(name)).expect("a proxy"));
@@ -64,8 +67,11 @@ impl Paced {
         let target = Vmm::serve(&config).start().expect("a platform");
         let config = format!("[clone]\nbandwidth = {BYTES_PER_SECOND}\n{clone}");
         let config = platforms.config_by_way("a", Some(("b", ways[1].address())), &config);
-        let mut source =
-            Vmm::kernel(kernel.path()).option("--mem", "64M").config(&config).start().expect("host-vmm starts");
+        let mut source = Vmm::kernel(kernel.path())
+            .option("--mem", "64M")
+            .config(&config)
+            .start()
+            .expect("host-vmm starts");
         source.wait_for_line("00000001").expect("a guest that takes orders");
         know_each_other(&source, 2);
         know_each_other(&target, 2);
@@ -79,7 +85,8 @@ impl Paced {
         assert_eq!(source.wait_for("a report", code).expect("a report"), 0);
     }
 
-    /// Has the guest fork into a clone, and sees to it that no more passes meanwhile than may, until the clone has all of its memory.
+    /// Has the guest fork into a clone, and sees to it that no more passes meanwhile than may, until the
+    /// clone has all of its memory.
     fn clone_within_bandwidth(self, order: &[u8]) {
         let Self { ways, mut source, target, _kernel } = self;
         ways.iter().for_each(|way| way.set(Fault::None));

@@ -62,7 +62,10 @@ fn nobody_has_a_platform_make_more_memory_than_its_budget_and_what_is_given_back
     // Of a lazy clone it is not known how much there is, and it may be 64 MiB.
     let is_refused = |result: anyhow::Result<String>| {
         let why = result.expect_err("there is no room for that").to_string();
-        assert!(why.contains("bytes of memory for an image do not fit") && why.contains("image_memory"), "{why}");
+        assert!(
+            why.contains("bytes of memory for an image do not fit") && why.contains("image_memory"),
+            "{why}"
+        );
     };
     is_refused(source.ask(&["clone", "--image", &image, "--to", "b", "--lazy"]));
     is_refused(source.ask(&["clone", "--image", &image, "--to", "c"]));

@@ -39,7 +39,8 @@ fn copies_are_spread_over_all_platforms() {
     let mut source = source.config(&platforms.config("a", spread)).start().expect("host-vmm starts");
     know_each_other(&source, NAMES.len());
     source.type_bytes(b"!").expect("a guest that waits");
-    let own = source.wait_for_lines("", share + 1).expect("the parent goes on, and its share of the copies runs");
+    let own =
+        source.wait_for_lines("", share + 1).expect("the parent goes on, and its share of the copies runs");
     assert_eq!(numbers(&own, "vm"), [0]);
     let mut lines = own;
     let mut ids: BTreeSet<String> = vms(&source, share + 1).iter().map(|vm| vm["id"].to_string()).collect();
@@ -48,7 +49,8 @@ fn copies_are_spread_over_all_platforms() {
         ids.extend(vms(target, share).iter().map(|vm| vm["id"].to_string()));
     }
     let copies = lines.iter().filter(|(name, _)| name != "vm");
-    let mut indices: Vec<u32> = copies.map(|(_, line)| u32::from_str_radix(line, 16).expect("a number")).collect();
+    let mut indices: Vec<u32> =
+        copies.map(|(_, line)| u32::from_str_radix(line, 16).expect("a number")).collect();
     indices.sort_unstable();
     assert_eq!(indices, (1..=count).collect::<Vec<_>>());
     assert_eq!(ids.len(), indices.len() + 1, "an ID stands for two VMs");
@@ -67,7 +69,8 @@ fn a_platform_with_a_certificate_of_another_ca_gets_no_copies() {
     let kernel = forker(1, flags::REMOTE).to_kernel();
     let source = Vmm::kernel(kernel.path()).option("--mem", "64M");
     // It is not forgotten while another one takes its place.
-    let mut source = source.config(&platforms.config("a", "lease_seconds = 60")).start().expect("host-vmm starts");
+    let mut source =
+        source.config(&platforms.config("a", "lease_seconds = 60")).start().expect("host-vmm starts");
     know_each_other(&source, 2);
     drop(target);
     let others = platforms.with_own_ca();

@@ -28,14 +28,16 @@ pub(super) fn is_cut_off(running: &Running, is: bool) {
     wait_until(running, &["platforms", "--json"], |known| known["partitioned"] == is);
 }
 
-/// Waits until a platform has heard from its etcd since a moment. One that is not cut off may be about to be: it is a
-/// member until its lease is over, though it has lost etcd and not found it again yet.
+/// Waits until a platform has heard from its etcd since a moment. One that is not cut off may be about to be:
+/// it is a member until its lease is over, though it has lost etcd and not found it again yet.
 fn has_heard_since(running: &Running, moment: Instant) {
     let asked = Cell::new(moment.elapsed());
     wait_until(running, &["platforms", "--json"], |known| {
-        let others = known["platforms"].as_array().and_then(|platforms| platforms.get(1..)).unwrap_or_default();
-        let is_recent =
-            |other: &Value| other["age_ms"].as_u64().is_some_and(|ms| Duration::from_millis(ms) < asked.get());
+        let others =
+            known["platforms"].as_array().and_then(|platforms| platforms.get(1..)).unwrap_or_default();
+        let is_recent = |other: &Value| {
+            other["age_ms"].as_u64().is_some_and(|ms| Duration::from_millis(ms) < asked.get())
+        };
         let has_heard = !others.is_empty() && others.iter().all(is_recent);
         asked.set(moment.elapsed());
         has_heard
@@ -108,7 +110,8 @@ fn a_platform_that_is_cut_off_keeps_its_vms_and_gets_no_new_ones() {
     assert_eq!(fork_again(&mut source, 2), [FORKED, NO_PLACE]);
     let images = wait_until(&source, &["image", "ls", "--json"], |images| images[0]["id"].is_string());
     let image = images[0]["id"].as_str().expect("an ID");
-    let refused = source.ask(&["clone", "--image", image, "--to", "b"]).expect_err("a platform that is cut off");
+    let refused =
+        source.ask(&["clone", "--image", image, "--to", "b"]).expect_err("a platform that is cut off");
     assert!(refused.to_string().contains("cut off from its cluster"), "{refused:#}");
     assert_eq!(vms(&target, 1)[0]["id"], clone[0]["id"]);
     way.set(Fault::None);
@@ -122,8 +125,9 @@ fn a_platform_that_is_cut_off_keeps_its_vms_and_gets_no_new_ones() {
 fn who_has_ended_is_gone_at_once() {
     let Some(etcd) = Etcd::start() else { return };
     let platforms = Platforms::new(&["a", "b"]);
-    let config =
-        |name| platforms.config_by_etcd(name, etcd.address(), "").replace("lease_seconds = 3", "lease_seconds = 60");
+    let config = |name| {
+        platforms.config_by_etcd(name, etcd.address(), "").replace("lease_seconds = 3", "lease_seconds = 60")
+    };
     let stays = Vmm::serve(&config("b")).start().expect("a platform");
     let ends: [fn(&Running); 2] = [
         |running| drop(running.ask(&["stop", "vm"]).expect("a VM that is there")),

@@ -29,8 +29,9 @@ use super::{
 /// What goes wrong on a way, and a name for it.
 type Faults<'f> = [(&'f str, &'f dyn Fn(&mut Rng) -> Fault)];
 
-/// Has a VM fork into copies on two platforms, and each of these faults be there for a while on the way to the first of them, from before a fork
-/// or at any moment of it. The second has room for its share alone: where the first takes none, there is no fork.
+/// Has a VM fork into copies on two platforms, and each of these faults be there for a while on the way to
+/// the first of them, from before a fork or at any moment of it. The second has room for its share alone:
+/// where the first takes none, there is no fork.
 fn on_a_way_with(platforms: &Platforms, faults: &Faults<'_>) {
     /// How long it goes wrong at most.
     const LONGEST: Duration = Duration::from_millis(50);
@@ -120,7 +121,8 @@ fn wherever_the_way_stalls_and_comes_back_there_is_one_clone() {
     }
 }
 
-/// Where a way stalls, in thousandths of what passes for a clone: most of that is memory, and the last of it is what lets the clone run.
+/// Where a way stalls, in thousandths of what passes for a clone: most of that is memory, and the last of it
+/// is what lets the clone run.
 const STALLS: [u64; 6] = [0, 300, 600, 900, 970, 990];
 
 #[test]
@@ -138,7 +140,8 @@ fn where_answers_come_later_than_anybody_waits_for_them_there_is_one_clone() {
 
 /// Makes a clone on a way that stalls for a long time, and says whether that was so.
 fn has_one_clone_stalled(at_permille: u64) -> bool {
-    /// Longer than a source waits for an answer, which is 10 s, and shorter than its target waits for it, which is 20 s.
+    /// Longer than a source waits for an answer, which is 10 s, and shorter than its target waits for it,
+    /// which is 20 s.
     const STALL: Duration = Duration::from_secs(11);
     let cloned = Cloned::start(LONG_LEASE, "");
     cloned.forget();

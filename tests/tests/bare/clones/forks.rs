@@ -28,7 +28,8 @@ pub(super) const TARGETS: [&str; 2] = ["b", "c"];
 pub(super) const AS_TARGET: &str = "ready = 0\nlabels = { role = \"target\" }";
 
 /// How a platform is set up that sends its copies there. Of ready shells that nobody takes, one stays.
-pub(super) const TO_TARGETS: &str = "ready = 1\n[placement.\"*\"]\npolicy = \"spread\"\nlabels = { role = \"target\" }";
+pub(super) const TO_TARGETS: &str =
+    "ready = 1\n[placement.\"*\"]\npolicy = \"spread\"\nlabels = { role = \"target\" }";
 
 /// The same, and it forgets none of them meanwhile.
 pub(super) fn to_targets() -> String {
@@ -60,7 +61,8 @@ pub(super) struct Forks {
 }
 
 impl Forks {
-    /// Those of a VM that `start` starts on a platform, which comes to know so many. Of each fork's copies, each prints its index and ends.
+    /// Those of a VM that `start` starts on a platform, which comes to know so many. Of each fork's copies,
+    /// each prints its index and ends.
     pub(super) fn start(platforms: usize, start: impl FnOnce(Vmm) -> Running) -> Self {
         let kernel = user::kernel();
         let mut source = start(Vmm::kernel(kernel.path()).option("--mem", "64M"));
@@ -77,7 +79,18 @@ impl Forks {
         }
         let usual = begun.elapsed() / u32::try_from(QUIET).expect("small");
         let before = at_rest(&source, node, 1);
-        Self { source, node, id, order, before, usual, told, last: QUIET, failed: BTreeSet::new(), _kernel: kernel }
+        Self {
+            source,
+            node,
+            id,
+            order,
+            before,
+            usual,
+            told,
+            last: QUIET,
+            failed: BTreeSet::new(),
+            _kernel: kernel,
+        }
     }
 
     /// Has it fork once more, and gives how long it stood still for that.
@@ -100,7 +113,8 @@ impl Forks {
         if chance.bool() { self.usual.mul_f64(1.5 * chance.f64()) } else { Duration::ZERO }
     }
 
-    /// Has it fork a last time, now that nothing goes wrong, and ends it. Nothing of all of its forks is left.
+    /// Has it fork a last time, now that nothing goes wrong, and ends it. Nothing of all of its forks is
+    /// left.
     pub(super) fn end(mut self) -> Forked {
         println!("{} of {} forks failed; one takes {:?}", self.failed.len(), self.last - QUIET, self.usual);
         self.again(|| {});
@@ -121,8 +135,8 @@ pub(super) struct Forked {
 }
 
 impl Forked {
-    /// Looks at all copies on platforms that have ended. Of each fork all run or none, as its parent was told; but for those that were killed
-    /// with a platform, by the fork's number.
+    /// Looks at all copies on platforms that have ended. Of each fork all run or none, as its parent was
+    /// told; but for those that were killed with a platform, by the fork's number.
     pub(super) fn agree_with(&self, ended: &[Ended], killed: &BTreeMap<u64, &str>) {
         let copies = launched(ended);
         let mut by_fork: BTreeMap<u64, usize> = BTreeMap::new();
@@ -155,7 +169,12 @@ impl Forked {
 }
 
 /// Has a VM fork, and gives the report of that. What else was told meanwhile is added to `told`.
-pub(super) fn carry_out(source: &mut Running, order: Order, told: &mut Vec<Value>, meanwhile: impl FnOnce()) -> Value {
+pub(super) fn carry_out(
+    source: &mut Running,
+    order: Order,
+    told: &mut Vec<Value>,
+    meanwhile: impl FnOnce(),
+) -> Value {
     source.type_bytes(&order.to_bytes()).expect("a guest that takes orders");
     meanwhile();
     next_fork(source, told)
@@ -247,7 +266,8 @@ impl Rest {
         Self(last.0, last.1)
     }
 
-    /// Waits until so many VMs are there, and nothing more is taken than then. What its connections took may be gone.
+    /// Waits until so many VMs are there, and nothing more is taken than then. What its connections took may
+    /// be gone.
     pub(super) fn comes_again(&self, target: &Running, count: usize) {
         vms(target, count);
         let surplus = || {

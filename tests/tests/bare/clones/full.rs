@@ -1,4 +1,5 @@
-//! Targets that have no more room: for what they write to files, to disks as to memory, and for what they allocate.
+//! Targets that have no more room: for what they write to files, to disks as to memory, and for what they
+//! allocate.
 
 use std::{collections::BTreeMap, thread, time::Duration};
 
@@ -32,14 +33,14 @@ impl Lack {
         if chance.bool() { Self::Files(bytes) } else { Self::Memory(bytes) }
     }
 
-    /// Has a process get no more, and those that it starts meanwhile; with all that have come from it, or without.
+    /// Has a process get no more, and those that it starts meanwhile; with all that have come from it, or
+    /// without.
     fn begin(self, pid: u32, with_others: bool) {
         // It may have ended.
         drop(match self {
             Self::Files(bytes) => process::limit(pid, Resource::Fsize, Some(bytes)),
-            Self::Memory(bytes) => {
-                process::address_space(pid).and_then(|taken| process::limit(pid, Resource::As, Some(taken + bytes)))
-            }
+            Self::Memory(bytes) => process::address_space(pid)
+                .and_then(|taken| process::limit(pid, Resource::As, Some(taken + bytes))),
         });
         if with_others {
             others(pid).for_each(|other| self.begin(other, true));

@@ -77,7 +77,9 @@ fn what_a_killed_source_has_begun_is_undone_after_its_lease() {
     // One target has all, and waits for the other, which has a part.
     way.set(Fault::StallAfter(bytes / 2));
     source.type_bytes(b"!").expect("a guest that waits");
-    wait_until(&targets[0], &["ps", "--json"], |list| list["vms"].as_array().is_some_and(|vms| vms.len() == 2));
+    wait_until(&targets[0], &["ps", "--json"], |list| {
+        list["vms"].as_array().is_some_and(|vms| vms.len() == 2)
+    });
     let deadline = Instant::now() + PATIENCE;
     while way.passed() <= bytes / 2 {
         assert!(Instant::now() < deadline, "nothing passes");
@@ -120,7 +122,8 @@ fn whenever_a_source_is_killed_its_copies_run_once_or_never_and_nobody_elses_are
     let (copies, mut count) = (launched(&ended), 0);
     assert!(copies.values().all(|copy| copy.has_said), "a copy is lost");
     for source in &killed {
-        let own = source.events.iter().find(|event| event["event"] == "started").expect("a VM")["id"].to_string();
+        let own =
+            source.events.iter().find(|event| event["event"] == "started").expect("a VM")["id"].to_string();
         let run = copies.values().filter(|copy| copy.parent == own).count();
         count += run;
         let failed = source.forks().iter().any(|fork| fork["code"] != 0);

@@ -71,11 +71,13 @@ pub(super) fn know_each_other(running: &Running, count: usize) {
 fn forker(count: u32, flags: u32) -> Script {
     let fork = Script::new().store(DATA, 0xda7a).wait_for_input().request(1, "web", count);
     let fork = fork.store(control(FLAGS), flags).ring();
-    let answer = Script::new().print(control(STATUS)).print(control(ERROR)).print(control(ROLE)).print(control(INDEX));
+    let answer =
+        Script::new().print(control(STATUS)).print(control(ERROR)).print(control(ROLE)).print(control(INDEX));
     join(fork, answer.print(DATA))
 }
 
-/// A guest that forks each time it is told to, so many times. Parent and copies print how it went and their index; copies then stand still.
+/// A guest that forks each time it is told to, so many times. Parent and copies print how it went and their
+/// index; copies then stand still.
 fn forks_when_told(times: u64, count: u32, flags: u32) -> Script {
     (1..=times).fold(Script::new(), |script, seq| then_fork_when_told(script, seq, count, flags))
 }
@@ -135,7 +137,8 @@ fn clones_run_on_another_platform_and_the_parent_goes_on() {
     let lines = target.wait_for_lines("", 10).expect("the clones run");
     for index in 1..=2 {
         let of = |line: &&(String, String)| line.0 == format!("web.{index}");
-        let numbers = lines.iter().filter(of).map(|(_, line)| u32::from_str_radix(line, 16).expect("a number"));
+        let numbers =
+            lines.iter().filter(of).map(|(_, line)| u32::from_str_radix(line, 16).expect("a number"));
         assert_eq!(numbers.collect::<Vec<_>>(), [forked, 0, Role::Child.number(), index, 0xda7a]);
     }
     source.signal(Signal::SIGTERM).expect("a signal");
@@ -167,7 +170,8 @@ fn a_parent_is_told_where_its_copies_are_in_the_end() {
         know_each_other(&source, 2);
         source.type_bytes(b"!").expect("a guest that waits");
         let is_away = location == Location::Remote;
-        let mut lines = source.wait_for_lines("", if is_away { 12 } else { 14 }).expect("the parent and its copies");
+        let mut lines =
+            source.wait_for_lines("", if is_away { 12 } else { 14 }).expect("the parent and its copies");
         if is_away {
             lines.extend(target.wait_for_lines("", 2).expect("the clone"));
         }
@@ -205,12 +209,15 @@ fn without_another_platform_the_fork_fails_and_the_parent_goes_on() {
 /// Pages of a guest's memory, far apart, each with a number of its own.
 const FAR_APART: [(u64, u32); 4] = [(0x40_0000, 0xda7a), (0x80_0000, 1), (0x120_1000, 2), (0x3ff_f000, 3)];
 
-/// A guest that forks into one copy, which prints what it has in its memory, and then writes to it and prints that.
+/// A guest that forks into one copy, which prints what it has in its memory, and then writes to it and prints
+/// that.
 fn one_with_much_memory(flags: u32) -> Script {
     let fork = FAR_APART.iter().fold(Script::new(), |script, (at, value)| script.store(*at, *value));
     let fork = fork.wait_for_input().request(1, "web", 1).store(control(FLAGS), flags).ring();
     let print = |script: Script| FAR_APART.iter().fold(script, |script, (at, _)| script.print(*at));
-    let write = |script: Script| FAR_APART.iter().fold(script, |script, (at, value)| script.store(*at, value + 0x1000));
+    let write = |script: Script| {
+        FAR_APART.iter().fold(script, |script, (at, value)| script.store(*at, value + 0x1000))
+    };
     // A page that nobody has ever written to.
     let child = print(write(print(Script::new()))).print(0x300_0000);
     join(fork, Script::new().print(control(STATUS)).only_if(control(ROLE), Role::Child.number(), child))
@@ -253,7 +260,8 @@ fn platforms_with_certificates_clone_lazily_and_what_has_come_is_an_image() {
     let mut target = Vmm::serve(&platforms.config("b", "")).start().expect("a platform");
     let kernel = one_with_much_memory(flags::REMOTE).to_kernel();
     let source = Vmm::kernel(kernel.path()).option("--mem", "64M");
-    let mut source = source.config(&platforms.config("a", "[clone]\nlazy = true")).start().expect("host-vmm starts");
+    let mut source =
+        source.config(&platforms.config("a", "[clone]\nlazy = true")).start().expect("host-vmm starts");
     know_each_other(&source, 2);
     know_each_other(&target, 2);
     source.type_bytes(b"!").expect("a guest that waits");
@@ -267,7 +275,8 @@ fn platforms_with_certificates_clone_lazily_and_what_has_come_is_an_image() {
     target.ask(&["spawn", "--image", image]).expect("a copy of what has come");
     let lines = target.wait_for_lines("", 2 * expected.len()).expect("the copy runs");
     assert_eq!(numbers(&lines, "web.2"), expected);
-    let vms = wait_until(&target, &["ps", "--json"], |vms| vms["vms"].as_array().is_some_and(|vms| vms.len() == 2));
+    let vms =
+        wait_until(&target, &["ps", "--json"], |vms| vms["vms"].as_array().is_some_and(|vms| vms.len() == 2));
     for vm in vms["vms"].as_array().expect("an array") {
         assert_eq!((&vm["state"], &vm["missing_bytes"]), (&"running".into(), &Value::Null));
     }
@@ -276,11 +285,13 @@ fn platforms_with_certificates_clone_lazily_and_what_has_come_is_an_image() {
 #[test]
 fn a_guest_goes_on_where_others_are_shown_another_cpu() {
     let platforms = Platforms::new(&["a", "b"]);
-    let profile = Command::new(assets::path("bin/host-vmm")).arg("cpu-profile").output().expect("host-vmm cpu-profile");
+    let profile =
+        Command::new(assets::path("bin/host-vmm")).arg("cpu-profile").output().expect("host-vmm cpu-profile");
     let mut profile: Value = serde_json::from_slice(&profile.stdout).expect("JSON");
     let features = profile["features"].as_array_mut().expect("an array");
     let before = features.len();
-    features.retain(|feature| !["umip", "3dnowprefetch", "lahf_lm"].contains(&feature.as_str().expect("a name")));
+    features
+        .retain(|feature| !["umip", "3dnowprefetch", "lahf_lm"].contains(&feature.as_str().expect("a name")));
     assert_ne!(features.len(), before, "this host has none of what is to be hidden");
     let file = tempfile::NamedTempFile::new().expect("a file");
     fs::write(file.path(), profile.to_string()).expect("a file");
@@ -307,7 +318,8 @@ fn a_lazy_clone_ends_where_its_source_is_gone() {
     let mut target = Vmm::serve(&config).start().expect("a platform");
     let kernel = one_with_much_memory(flags::REMOTE).to_kernel();
     let source = Vmm::kernel(kernel.path()).option("--mem", "64M");
-    let mut source = source.config(&platforms.config("a", "[clone]\nlazy = true")).start().expect("host-vmm starts");
+    let mut source =
+        source.config(&platforms.config("a", "[clone]\nlazy = true")).start().expect("host-vmm starts");
     know_each_other(&source, 2);
     know_each_other(&target, 2);
     // Nothing of what it asks for comes.
@@ -320,7 +332,8 @@ fn a_lazy_clone_ends_where_its_source_is_gone() {
     source.signal(Signal::SIGKILL).expect("a signal");
     way.set(Fault::CutAfter(0));
     drop(way);
-    let ended = |event: &Value| (event["event"] == "ended" && event["name"] == "web.1").then(|| event["how"].clone());
+    let ended =
+        |event: &Value| (event["event"] == "ended" && event["name"] == "web.1").then(|| event["how"].clone());
     let how = target.wait_for("its end", ended).expect("the clone ends");
     assert!(how["SourceLost"].is_string(), "{how}");
     wait_until(&target, &["ps", "--json"], |vms| vms["vms"].as_array().is_some_and(Vec::is_empty));
@@ -343,12 +356,14 @@ impl Cloned {
     fn start(source: &str, target: &str) -> Self {
         let platforms = Platforms::new(&["a", "b"]);
         let way = Proxy::start(platforms.address("b")).expect("a proxy");
-        let config = platforms.config_by_way("a", Some(("b", way.address())), &format!("keep = [\"web\"]\n{source}"));
+        let config =
+            platforms.config_by_way("a", Some(("b", way.address())), &format!("keep = [\"web\"]\n{source}"));
         let target = Vmm::serve(&platforms.config("b", target)).start().expect("a platform");
         let (source, image, kernel) = source_with_image(&config);
         know_each_other(&source, 2);
         way.set(Fault::None);
-        let mut cloned = Self { way, source, target, image, bytes: 0, _kernel: kernel, _platforms: platforms };
+        let mut cloned =
+            Self { way, source, target, image, bytes: 0, _kernel: kernel, _platforms: platforms };
         cloned.again().expect("a clone");
         cloned.bytes = cloned.way.passed();
         cloned
@@ -412,7 +427,8 @@ fn whatever_is_changed_on_the_way_no_clone_is_another_one() {
     cloned.again().expect("a clone, when nothing is changed");
     // What was said to run runs; what was not may run all the same, where only the answer was lost.
     let all_run = |vms: &Vec<Value>| vms.iter().all(|vm| vm["state"] == "running");
-    let vms = wait_until(&cloned.target, &["ps", "--json"], |list| list["vms"].as_array().is_some_and(all_run));
+    let vms =
+        wait_until(&cloned.target, &["ps", "--json"], |list| list["vms"].as_array().is_some_and(all_run));
     let vms = vms["vms"].as_array().expect("an array").len();
     assert!((clones + 1..=rounds + 2).contains(&(vms as u64)), "{clones} clones, {vms} VMs");
     let expected = what_a_copy_has();
@@ -436,7 +452,8 @@ fn a_platform_keeps_a_shell_for_clones_of_a_shape_that_has_come_before() {
     vms(&target, 0);
     // What nobody needs any more is let go of at once.
     thread::sleep(Duration::from_secs(1));
-    let known =
-        wait_until(&target, &["platforms", "--json"], |known| known["platforms"][0]["load"]["ready"][0]["shells"] == 1);
+    let known = wait_until(&target, &["platforms", "--json"], |known| {
+        known["platforms"][0]["load"]["ready"][0]["shells"] == 1
+    });
     assert_eq!(known["platforms"][0]["load"]["ready"][0]["config"]["ram_bytes"], 64 << 20);
 }

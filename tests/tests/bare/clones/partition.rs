@@ -35,7 +35,8 @@ const ETCD: [&str; 3] = ["etcd-1", "etcd-2", "etcd-3"];
 /// How a platform is set up that sends copies to all.
 const SPREAD: &str = "[placement.\"*\"]\npolicy = \"spread\"";
 
-/// How soon all others have forgotten a platform whose lease is 3 s: etcd looks for leases that have ended now and then.
+/// How soon all others have forgotten a platform whose lease is 3 s: etcd looks for leases that have ended
+/// now and then.
 const FORGOTTEN: Duration = Duration::from_secs(8);
 
 /// Platforms, and an etcd, that share nothing but a network.
@@ -74,7 +75,8 @@ fn ids(running: &Running, count: usize) -> BTreeSet<String> {
 fn a_platform_whose_cable_is_pulled_keeps_its_vms_gets_no_new_ones_and_comes_back() {
     let Some(site) = Site::start(&PLATFORMS, &ETCD[..1]) else { return };
     let kernel = then_fork_when_told(forks_when_told(1, 3, 0), 2, 2, flags::REMOTE);
-    let kernel = (3..=4).fold(kernel, |script, seq| then_fork_when_told(script, seq, 2, flags::REMOTE)).to_kernel();
+    let kernel =
+        (3..=4).fold(kernel, |script, seq| then_fork_when_told(script, seq, 2, flags::REMOTE)).to_kernel();
     let mut a = site.run("a", Vmm::kernel(kernel.path()).option("--mem", "64M"), SPREAD);
     // A VM that has nothing to do with the others.
     let kernel = forks_when_told(1, 1, flags::LOCAL).to_kernel();
@@ -103,7 +105,11 @@ fn a_platform_whose_cable_is_pulled_keeps_its_vms_gets_no_new_ones_and_comes_bac
     for other in [&a, &c] {
         wait_until(other, &["platforms", "--json"], |known| !names(known).contains(&"b"));
     }
-    assert!(pulled.elapsed() < FORGOTTEN, "a platform with a lease of 3 s was there for {:?}", pulled.elapsed());
+    assert!(
+        pulled.elapsed() < FORGOTTEN,
+        "a platform with a lease of 3 s was there for {:?}",
+        pulled.elapsed()
+    );
     is_cut_off(&b, true);
     assert_eq!(fork_again(&mut a, 3), [FORKED; 3]);
     assert!(ids(&c, 4).is_superset(&of_c));
@@ -167,7 +173,8 @@ fn copies_that_can_not_be_sent_where_they_should_go_are_sent_elsewhere_and_nothi
         source
     });
     sources.iter().for_each(|source| know_each_other(source, 5));
-    let memory_files = || descriptors(b.pid()).into_iter().filter(|(name, _)| name.contains("memfd")).collect();
+    let memory_files =
+        || descriptors(b.pid()).into_iter().filter(|(name, _)| name.contains("memfd")).collect();
     let before: Vec<_> = memory_files();
     let order = Order { count: 1, dirty_pages: 1024, rewrite_pages: 1, ..Order::default() };
     for source in &mut sources {

@@ -9,7 +9,9 @@ use vmfork_tests::{
     vmm::{Running, Vmm},
 };
 
-use super::{FORKED, INDEX, NO_PLACE, ROLE, describes_itself, fork_again, know_each_other, then_fork_when_told, vms};
+use super::{
+    FORKED, INDEX, NO_PLACE, ROLE, describes_itself, fork_again, know_each_other, then_fork_when_told, vms,
+};
 
 /// Longest text that anybody is told of what a peer has said, in bytes: a reason, and what is said around it.
 const MOST_BYTES: usize = 4096 + 200;
@@ -29,7 +31,9 @@ fn assert_decent(text: &str) {
 fn assert_reports(running: &mut Running, count: usize) {
     let mut reports = Vec::new();
     let all = |event: &Value| {
-        reports.extend((event["event"] == "forked").then(|| event["why"].as_str().unwrap_or_default().to_owned()));
+        reports.extend(
+            (event["event"] == "forked").then(|| event["why"].as_str().unwrap_or_default().to_owned()),
+        );
         (reports.len() == count).then_some(())
     };
     running.wait_for("all reports", all).expect("all reports");
@@ -45,12 +49,14 @@ fn whatever_a_peer_says_the_vm_goes_on() {
     let answers = answers.into_iter().chain([Answer::Undoes(long(70_000))]);
     let forks = answers.clone().count();
     // It forks elsewhere, and at last here.
-    let away =
-        (1..=forks as u64 + 1).fold(Script::new(), |script, seq| then_fork_when_told(script, seq, 1, flags::REMOTE));
+    let away = (1..=forks as u64 + 1)
+        .fold(Script::new(), |script, seq| then_fork_when_told(script, seq, 1, flags::REMOTE));
     let here = away.wait_for_input().request(99, "web", 1).store(control(super::FLAGS), 0).ring();
-    let script = here.only_if(control(ROLE), Role::Child.number(), Script::new().print(control(INDEX)).hang());
+    let script =
+        here.only_if(control(ROLE), Role::Child.number(), Script::new().print(control(INDEX)).hang());
     let kernel = script.hang().to_kernel();
-    let source = Vmm::kernel(kernel.path()).option("--mem", "64M").config(&platforms.config("a", super::LONG_LEASE));
+    let source =
+        Vmm::kernel(kernel.path()).option("--mem", "64M").config(&platforms.config("a", super::LONG_LEASE));
     let mut source = source.start().expect("host-vmm starts");
     let peer = Peer::start("b", platforms.address("b"), &describes_itself(&source, "a"));
     know_each_other(&source, 2);

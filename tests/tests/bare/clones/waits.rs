@@ -28,8 +28,8 @@ use vmfork_tests::{
 use vmm::memory::Budget;
 
 use super::{
-    super::left_behind::become_equal, describes_itself, fork_again, know_each_other, source, source_with_image,
-    wait_until,
+    super::left_behind::become_equal, describes_itself, fork_again, know_each_other, source,
+    source_with_image, wait_until,
 };
 
 /// A parent that stands still for a second at most, where nobody forgets a platform meanwhile.
@@ -76,12 +76,14 @@ fn a_parent_goes_on_whatever_a_platform_keeps_it_waiting_with_and_nothing_is_lef
         // What the next fork will come with is announced again.
         become_equal(|| taken(&source), || before.clone());
         assert_eq!(wait_until(&source, &["ps", "--json"], |_| true)["vms"].as_array().map(Vec::len), Some(1));
-        let told =
-            source.ask(&["clone", "--vm", "vm", "--to", "b", "--count", "2"]).expect_err("no copies").to_string();
+        let told = source
+            .ask(&["clone", "--vm", "vm", "--to", "b", "--count", "2"])
+            .expect_err("no copies")
+            .to_string();
         assert!(told.contains("within 1s") && told.contains("max_pause_seconds"), "{told}");
         become_equal(|| taken(&source), || before.clone());
-        // Each was ordered once, unless the parent gave up before that on a busy machine, and each order was called off
-        // once; nobody asks for anything any more.
+        // Each was ordered once, unless the parent gave up before that on a busy machine, and each order was
+        // called off once; nobody asks for anything any more.
         let ordered = || peer.asked("PUT", "") - peer.asked("PUT", "/capsule");
         become_equal(ordered, || peer.asked("DELETE", ""));
         assert!(ordered() <= 2);
@@ -153,7 +155,8 @@ fn a_commit_is_answered_again_whatever_others_have_asked_for_meanwhile() {
     let link = Connections::default().link(Endpoint::Socket(target.socket()), PATIENCE);
     let settings = source::Settings { connections: 1, bandwidth: None, lazy: false };
     let is_wanted: source::IsWanted = Arc::new(|| Wanted::Yes);
-    let sent = source::send(link, id, &order, &parcel, &settings, &Arc::default(), is_wanted).expect("a clone");
+    let sent =
+        source::send(link, id, &order, &parcel, &settings, &Arc::default(), is_wanted).expect("a clone");
     let vms = sent.commit().expect("copies that run");
 
     let mut asker = Asker::of(&target);
@@ -167,7 +170,10 @@ fn a_commit_is_answered_again_whatever_others_have_asked_for_meanwhile() {
     }
     // All that may be forgotten is.
     become_equal(|| asker_forgets(&target, others[0]), || true);
-    assert_eq!(asker.ask(Method::POST, id, "/commit", &json!(null)).expect("the same"), Stage::Committed { vms });
+    assert_eq!(
+        asker.ask(Method::POST, id, "/commit", &json!(null)).expect("the same"),
+        Stage::Committed { vms }
+    );
 }
 
 /// Whether a target does not know a clone any more.

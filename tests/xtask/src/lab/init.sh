@@ -1,6 +1,6 @@
 #!/bin/sh
-# First process of the lab. The kernel's console is the first serial port. The command has the second as its terminal;
-# the third tells when it can take input, and how it ended.
+# First process of the lab. The kernel's console is the first serial port. The command has the second as its
+# terminal; the third tells when it can take input, and how it ended.
 mount -t devtmpfs dev /dev
 mkdir /dev/pts /dev/shm
 mount -a

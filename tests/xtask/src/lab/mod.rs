@@ -1,22 +1,20 @@
 //! The lab: a machine, emulated by QEMU, whose CPU has AMD's virtualisation with nested paging.
 //!
-//! It boots Debian's kernel with an initramfs of two parts: the lab's own image, which changes as rarely as the kernel,
-//! and one made for the run, with the programs, the assets and the command. Nothing is mounted, and there is no network.
+//! It boots Debian's kernel with an initramfs of two parts: the lab's own image, which changes as rarely as
+//! the kernel, and one made for the run, with the programs, the assets and the command. Nothing is mounted,
+//! and there is no network.
 
 mod qemu;
 mod streams;
 
 use std::env;
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use initramfs::image::{self, ImageBuilder};
-use initramfs::kernel::Kernel;
-use initramfs::packages::Packages;
-use initramfs::recipes;
+use initramfs::image::ImageBuilder;
 
 use crate::cargo::{Executables, Workspace};
 use crate::cli;
@@ -27,10 +25,10 @@ use crate::steps::Steps;
 
 pub(crate) use self::qemu::INTERRUPTED;
 
-/// Where the lab has what `VMFORK_ASSETS` names.
+/// Directory in the lab that `VMFORK_ASSETS` names.
 const ASSETS: &str = "/lab/assets";
 
-/// Where the lab has programs; on its PATH.
+/// Directory of programs in the lab, on its PATH.
 const BIN: &str = "/lab/bin";
 
 /// Variables of this machine's environment that the command in the lab gets too.
@@ -43,7 +41,7 @@ pub(crate) struct Job {
     pub(crate) command: Vec<String>,
     /// Files of this machine, and where the lab has them.
     pub(crate) files: Vec<(PathBuf, String)>,
-    /// How long it may take.
+    /// Time that it may take.
     pub(crate) limit: Duration,
 }
 
@@ -54,20 +52,15 @@ pub(crate) fn command(steps: &mut Steps, arguments: &cli::Lab) -> Result<u8> {
     let programs = steps.run("build", Executables::programs)?;
     let lean = kernel::wanted(steps, &workspace, arguments.kernel)?;
     let assets = Assets::build(steps, &workspace, &programs, lean.as_ref())?;
-    let mut job =
-        Job { command: arguments.command.clone(), files: arguments.files.clone(), limit: arguments.limit.duration() };
+    let mut job = Job {
+        command: arguments.command.clone(),
+        files: arguments.files.clone(),
+        limit: arguments.limit.duration(),
+    };
     for program in ["demo", "bench"] {
         job.add_program(program, &programs)?;
     }
-    steps.run("lab", || job.run(&workspace, &assets))
-}
-
-/// The lab's own image.
-pub(crate) fn image(packages: &Packages, kernel: &Kernel) -> Result<ImageBuilder, image::Error> {
-    let mut image = recipes::base(packages)?;
-    image.bytes("/init", 0o755, include_str!("init.sh"));
-    image.modules(kernel, &["kvm-amd"])?;
-    Ok(image)
+    steps.run("lab", || job.run(&workspace, &assets, io::stdout()))
 }
 
 impl Job {
@@ -77,14 +70,21 @@ impl Job {
         Ok(())
     }
 
-    /// Runs it in a lab of its own, and returns its exit code.
-    pub(crate) fn run(&self, workspace: &Workspace, assets: &Assets) -> Result<u8> {
+    /// Runs it in a lab of its own with its output shown, and returns its exit code.
+    pub(crate) fn run(
+        &self,
+        workspace: &Workspace,
+        assets: &Assets,
+        output: impl Write + Send + 'static,
+    ) -> Result<u8> {
         let dir = workspace.target.join("lab");
-        let mut initrd = tempfile::tempfile_in(&dir).with_context(|| format!("can't write in {}", dir.display()))?;
-        let mut base = fs::File::open(&assets.lab).with_context(|| format!("can't read {}", assets.lab.display()))?;
+        let mut initrd =
+            tempfile::tempfile_in(&dir).with_context(|| format!("can't write in {}", dir.display()))?;
+        let mut base =
+            fs::File::open(&assets.lab).with_context(|| format!("can't read {}", assets.lab.display()))?;
         io::copy(&mut base, &mut initrd).context("can't copy the lab's image")?;
         self.payload(&assets.dir)?.write(&mut initrd)?;
-        qemu::run(&assets.dir.join("vmlinuz"), &initrd, &dir, self.limit)
+        qemu::run(&assets.dir.join("vmlinuz"), &initrd, &dir, self.limit, output)
     }
 
     /// The part of the initramfs that is made for this run.

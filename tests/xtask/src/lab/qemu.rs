@@ -1,7 +1,7 @@
 //! The process that is the lab.
 
 use std::fs::{self, File};
-use std::io::{Read, Seek};
+use std::io::{Read, Seek, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -26,31 +26,35 @@ const TIMED_OUT: u8 = 124;
 /// Exit code of a run that was interrupted, as shells have it.
 pub(crate) const INTERRUPTED: u8 = 130;
 
-/// How long QEMU may take to end before it is killed.
+/// Time that QEMU has to end before it is killed.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// How many lines of the console are shown when the lab fails, or the command in it. What KVM says of a guest that it can't enter takes 70.
+/// Number of lines of the console that are shown when the lab fails, or the command in it. What KVM says of a
+/// guest that it can't enter takes 70.
 const CONSOLE_LINES: usize = 100;
 
-/// Words of lines that are always on the console: KVM says that a Linux guest has looked for performance counters, and the kernel that it ends.
+/// Words of lines that are always on the console: KVM says that a Linux guest has looked for performance
+/// counters, and the kernel that it ends.
 const EXPECTED_LINES: [&str; 2] = ["Unhandled WRMSR(0xc0010007)", "reboot: Power down"];
 
 /// The kernel's command line. The emulated TSC is as steady as this machine's, but doesn't say so: without
 /// `tsc=reliable`, the kernel would take every time from an emulated HPET.
 ///
-/// Its timer ticks all the time, instead of being set for each event. QEMU's processor thread changes the word of its pending
-/// interrupts when a nested guest is entered and left, and takes no lock for that: an interrupt of this very moment is forgotten.
-/// It stays in the local APIC, but nothing wakes the processor for it until another one comes. Where it was that of the only timer,
-/// which is set once the last event has come, the lab stood still for ever.
-const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable nohz=off highres=off \
-    random.trust_cpu=on";
+/// Its timer ticks all the time, instead of being set for each event. QEMU's processor thread changes the
+/// word of its pending interrupts when a nested guest is entered and left, and takes no lock for that: an
+/// interrupt of this very moment is forgotten. It stays in the local APIC, but nothing wakes the processor
+/// for it until another one comes. Where it was that of the only timer, which is set once the last event has
+/// come, the lab stood still for ever.
+const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable nohz=off \
+    highres=off random.trust_cpu=on";
 
-/// The machine. EPYC-Rome with `svm` is an AMD CPU with nested paging. It has no XSAVE, since QEMU does not let a nested
-/// hypervisor see a guest's XSETBV: the guest's kernel would warn that sizes contradict each other, and lose AVX state.
+/// The machine. EPYC-Rome with `svm` is an AMD CPU with nested paging. It has no XSAVE, since QEMU does not
+/// let a nested hypervisor see a guest's XSETBV: the guest's kernel would warn that sizes contradict each
+/// other, and lose AVX state.
 ///
-/// It has one processor. QEMU 7.2, which Debian 12 has, now and then goes on executing what was there before one processor
-/// changed code that another one runs, as Linux does when the first VM starts or the last one ends: with two processors,
-/// about one guest in thirty stood still, or took the lab with it.
+/// It has one processor. QEMU 7.2, which Debian 12 has, now and then goes on executing what was there before
+/// one processor changed code that another one runs, as Linux does when the first VM starts or the last one
+/// ends: with two processors, about one guest in thirty stood still, or took the lab with it.
 const MACHINE: &str = "-machine q35 -accel tcg -smp 1 -m 4096 \
     -cpu EPYC-Rome,+svm,+npt,-xsave,-xsaveopt,-xsavec,-xgetbv1,-xsaves,-avx,-avx2,-f16c,-fma \
     -nodefaults -no-user-config -no-reboot -display none";
@@ -58,25 +62,32 @@ const MACHINE: &str = "-machine q35 -accel tcg -smp 1 -m 4096 \
 /// QEMU says on every start what of this CPU it doesn't emulate, a line each with these words.
 const EXPECTED_MESSAGE: &str = "TCG doesn't support requested feature";
 
-/// How a run ended.
+/// End of a run.
 enum End {
     ByItself,
     Interrupted,
     TimedOut,
 }
 
-/// What the lab writes into files.
+/// Files that the lab writes.
 struct Records {
-    /// What the command's progress is: see [`exit_code`].
+    /// Progress of the command: see [`exit_code`].
     status: File,
-    /// What QEMU has to say.
+    /// Messages of QEMU.
     messages: File,
     /// The kernel's console. It stays there when the lab fails.
     console: PathBuf,
 }
 
-/// Boots `kernel` with `initrd`, and returns the exit code of the command in it. `dir` is for the console's log.
-pub(super) fn run(kernel: &Path, initrd: &File, dir: &Path, limit: Duration) -> Result<u8> {
+/// Boots `kernel` with `initrd`, and returns the exit code of the command in it, whose output goes to
+/// `output`. `dir` is for the console's log.
+pub(super) fn run(
+    kernel: &Path,
+    initrd: &File,
+    dir: &Path,
+    limit: Duration,
+    output: impl Write + Send + 'static,
+) -> Result<u8> {
     let file = || tempfile::tempfile_in(dir).with_context(|| format!("can't write in {}", dir.display()));
     let console = dir.join(format!("console-{}.log", process::id()));
     let mut records = Records { status: file()?, messages: file()?, console };
@@ -86,7 +97,7 @@ pub(super) fn run(kernel: &Path, initrd: &File, dir: &Path, limit: Duration) -> 
         signal_hook::flag::register(signal, Arc::clone(&interrupted)).context("can't handle signals")?;
     }
     let mut qemu = spawn(kernel, initrd, &records)?;
-    let output = qemu.stdout.take().map(streams::show);
+    let output = qemu.stdout.take().map(|pipe| streams::show(pipe, output));
     let end = wait(&mut qemu, &records.status, limit, &interrupted)?;
     if let Some(Ok(result)) = output.map(JoinHandle::join) {
         result.context("can't show the lab's output")?;
@@ -99,12 +110,15 @@ pub(super) fn run(kernel: &Path, initrd: &File, dir: &Path, limit: Duration) -> 
             return Ok(TIMED_OUT);
         }
     };
-    let Some(code) = code else { bail!("the lab ended before the command in it did. {}", records.last_words()?) };
+    let Some(code) = code else {
+        bail!("the lab ended before the command in it did. {}", records.last_words()?)
+    };
     if code != 0 {
         // Most commands fail for reasons of their own.
         records.console_end().iter().for_each(|line| eprintln!("xtask: the lab's kernel: {line}"));
     }
-    fs::remove_file(&records.console).with_context(|| format!("can't remove {}", records.console.display()))?;
+    fs::remove_file(&records.console)
+        .with_context(|| format!("can't remove {}", records.console.display()))?;
     Ok(code)
 }
 
@@ -181,7 +195,7 @@ fn terminate(qemu: &mut Child) -> Result<()> {
 }
 
 impl Records {
-    /// What may explain a failure.
+    /// Messages that may explain a failure.
     fn last_words(&mut self) -> Result<String> {
         let messages = text(&mut self.messages)?;
         let messages = messages.lines().filter(|line| !line.contains(EXPECTED_MESSAGE));
@@ -191,11 +205,12 @@ impl Records {
         Ok(messages.chain(console).collect::<Vec<_>>().join("\n"))
     }
 
-    /// What the kernel has said of late that it does not always say.
+    /// The last lines of the console, but those that are always there.
     fn console_end(&self) -> Vec<String> {
         let console = fs::read(&self.console).unwrap_or_default();
         let console = String::from_utf8_lossy(&console);
-        let lines = console.lines().filter(|line| !EXPECTED_LINES.iter().any(|expected| line.contains(expected)));
+        let lines =
+            console.lines().filter(|line| !EXPECTED_LINES.iter().any(|expected| line.contains(expected)));
         let mut last: Vec<_> = lines.rev().take(CONSOLE_LINES).map(str::to_owned).collect();
         last.reverse();
         last

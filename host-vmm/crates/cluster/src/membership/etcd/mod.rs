@@ -5,7 +5,7 @@
 //! ```
 //!
 //! A platform writes its entry only where there is none, or its own. So two platforms can't have one name; and one whose entry is gone, or
-//! another's, learns it when it writes the next time, or earlier by its watch. A [session](session) with a server goes on until something is
+//! another's, learns it when it writes the next time, or earlier by its watch. A [session] with a server goes on until something is
 //! wrong; then there is another one, with the next server.
 
 use std::{
