@@ -29,9 +29,8 @@ use hyper::Method;
 use nix::sys::signal::{SigSet, Signal};
 use platform::{
     Platform, Settings,
-    clone::source,
     config::{PlatformConfig, Sending},
-    others::Cluster,
+    others::{Cluster, SendSettings},
     server::{self, Network, Server},
 };
 use vmm::{
@@ -155,7 +154,7 @@ fn join(
     })?;
     let Sending { lazy, connections: at_once, bandwidth, orders } = config.sending;
     let bandwidth = Some(bandwidth).filter(|bandwidth| *bandwidth > 0);
-    let sending = source::Settings { connections: at_once, bandwidth, lazy };
+    let sending = SendSettings { connections: at_once, bandwidth, lazy };
     let (name, recent) = (config.name.clone(), Mutex::default());
     Ok(Cluster { name, directory, own, credentials, rules, recent, sending, orders, connections })
 }

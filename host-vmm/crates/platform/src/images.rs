@@ -33,6 +33,9 @@ use super::{
 /// Stands for all types in `--keep`.
 const ALL_TYPES: &str = "*";
 
+/// Longest wait of an operator for an image that is not sealed yet.
+const SEALED_WITHIN: Duration = Duration::from_secs(30);
+
 /// Bytes of a block that `stat` counts.
 const BLOCK_BYTES: u64 = 512;
 
@@ -320,6 +323,18 @@ fn push(
 }
 
 impl Platform {
+    /// The image whose ID begins so, once it is sealed.
+    ///
+    /// # Errors
+    /// [`Error::NoImage`] or [`Error::Ambiguous`]; [`Error::NotSealed`] where it is not sealed within 30 s.
+    pub(super) fn sealed_image(&self, id: &str) -> Result<Arc<Image>, Error> {
+        let image = self.images.find(id)?;
+        match image.seal().wait(SEALED_WITHIN) {
+            Ok(()) => Ok(image),
+            Err(why) => Err(Error::NotSealed { image: image.id(), why }),
+        }
+    }
+
     /// Keeps the image of a fork that is certain, once it is sealed: `state` is what its copies have, taken before they ran.
     pub(super) fn keep(&self, keeping: Keeping, state: Vec<u8>, seal: &Arc<Seal>) -> Result<(), Error> {
         let Keeping { vm_type, original, config, seq, files, learned, is_foreign } = keeping;

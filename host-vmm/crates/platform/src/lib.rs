@@ -14,8 +14,9 @@
 //! - [`config`]: how a platform of a cluster is set up.
 //! - [`server`]: the API.
 //!
-//! Its modules use each other in a circle, which runs through [`Platform`]: each adds methods to it, and reaches
-//! into what others have there. It ends where they are services of their own.
+//! Six of them use each other in a circle: a node's fork is served by `node_server`, which hands it to `fork`, whose copies
+//! `launcher` makes nodes of again, for `images` and [`clone`] too; and all have methods on [`Platform`]. The circle ends
+//! where launcher and fork are services that know no [`Platform`].
 
 #![forbid(unsafe_code)]
 

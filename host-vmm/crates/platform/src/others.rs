@@ -4,7 +4,7 @@ use std::{
     borrow::Cow,
     fmt,
     sync::{Arc, Mutex},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use api::client::{Connections, Endpoint, Link};
@@ -18,7 +18,8 @@ use cluster::{
 };
 use serde::Deserialize;
 
-use super::clone::{self, source};
+/// How long another platform has for each answer.
+pub const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Why a platform can't be asked.
 #[derive(Debug, thiserror::Error)]
@@ -57,6 +58,17 @@ pub enum Orders {
     Platforms,
 }
 
+/// How a clone is sent.
+#[derive(Debug, Clone)]
+pub struct SendSettings {
+    /// Connections for its memory, where it is not lazy.
+    pub connections: usize,
+    /// Most bytes of memory that are sent within a second, on all of them together.
+    pub bandwidth: Option<u64>,
+    /// Whether the copies of guests' forks run before all of their memory has come.
+    pub lazy: bool,
+}
+
 /// A platform's place among others.
 pub struct Cluster {
     /// The platform's own name.
@@ -72,7 +84,7 @@ pub struct Cluster {
     /// What has gone there of late.
     pub recent: Mutex<Recent>,
     /// How they are sent.
-    pub sending: source::Settings,
+    pub sending: SendSettings,
     /// Who may order clones over the network.
     pub orders: Orders,
     /// Connections to the others.
@@ -100,7 +112,7 @@ impl Cluster {
         match (found.next(), found.next()) {
             (Some(member), None) => {
                 let endpoint = Endpoint::of_platform(&member.name, member.address, self.credentials.as_ref());
-                Ok(self.connections.link(endpoint, clone::PATIENCE))
+                Ok(self.connections.link(endpoint, PATIENCE))
             }
             (None, _) => {
                 let known: Vec<&str> = members(&view).map(|member| member.name.as_str()).collect();

@@ -28,13 +28,10 @@ use types::ExitReason;
 use uuid::Uuid;
 use vmm::memory::{self, SealRetry};
 
-use super::{Error, Platform, images::Image};
+use super::{Error, Platform};
 
 /// Delay of the first attempt after a fork: its children come first, and its parent has to leave its old memory behind.
 const HEAD_START: Duration = Duration::from_millis(5);
-
-/// Longest wait of an operator for an image that is not sealed yet.
-const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Most files of one VM's forks that may wait to be sealed, since each is a descriptor of this process. Those of a VM
 /// that lets go of its old memory are sealed within milliseconds.
@@ -417,18 +414,6 @@ impl Platform {
             }
             let vms = self.registry.end_sharing(&seal, &ExitReason::Unsealed(why.as_str().into()));
             tracing::error!(vms = vms.join(", "), why, "VMs are ended, for the image that they share could be changed");
-        }
-    }
-
-    /// The image whose ID begins so, once it is sealed.
-    ///
-    /// # Errors
-    /// [`Error::NoImage`] or [`Error::Ambiguous`]; [`Error::NotSealed`] where it is not sealed within 30 s.
-    pub(super) fn sealed_image(&self, id: &str) -> Result<Arc<Image>, Error> {
-        let image = self.images.find(id)?;
-        match image.seal().wait(PATIENCE) {
-            Ok(()) => Ok(image),
-            Err(why) => Err(Error::NotSealed { image: image.id(), why }),
         }
     }
 }

@@ -11,9 +11,12 @@ use std::{
 use api::client::{Connection, Connections, Content, Endpoint, Error};
 use capsule::{Digests, Parcel, file};
 use hyper::Method;
-use platform::clone::{
-    Order, PATIENCE, Stage,
-    source::{self, Wanted},
+use platform::{
+    clone::{
+        Order, Stage,
+        source::{self, Wanted},
+    },
+    others::{PATIENCE, SendSettings},
 };
 use serde_json::{Value, json};
 use types::CopySpec;
@@ -153,7 +156,7 @@ fn a_commit_is_answered_again_whatever_others_have_asked_for_meanwhile() {
     let (id, slots) = (Uuid::new_v4(), vec![CopySpec { id: Uuid::new_v4(), index: 1 }]);
     let order = Order { source: "north".into(), slots, total: 1, lazy: false };
     let link = Connections::default().link(Endpoint::Socket(target.socket()), PATIENCE);
-    let settings = source::Settings { connections: 1, bandwidth: None, lazy: false };
+    let settings = SendSettings { connections: 1, bandwidth: None, lazy: false };
     let is_wanted: source::IsWanted = Arc::new(|| Wanted::Yes);
     let sent =
         source::send(link, id, &order, &parcel, &settings, &Arc::default(), is_wanted).expect("a clone");

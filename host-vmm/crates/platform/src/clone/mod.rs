@@ -56,9 +56,6 @@ pub use target::{Clones, Error};
 /// How long a target waits for its source, once it has begun.
 pub const LEASE: Duration = Duration::from_secs(20);
 
-/// How long another platform has for each answer.
-pub const PATIENCE: Duration = Duration::from_secs(10);
-
 /// How long a source tries to commit: the lease, and time for a target that notices its end late.
 const COMMIT_LIMIT: Duration = LEASE.saturating_mul(2);
 

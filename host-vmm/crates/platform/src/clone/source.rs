@@ -22,7 +22,7 @@ use uuid::Uuid;
 use vmm::memory::WorkingSet;
 
 use super::{COMMIT_LIMIT, LEASE, Missing, Order, Stage, pace::Pace, supply::Supply};
-use crate::launcher::LAUNCH_TIMEOUT;
+use crate::{launcher::LAUNCH_TIMEOUT, others::SendSettings};
 
 /// How long the source waits before it tries again to reach its target, at first and at most.
 const FIRST_DELAY: Duration = Duration::from_millis(20);
@@ -68,17 +68,6 @@ pub enum Error {
          more, has not decided, does not name all of them, or has forgotten the clone; `host-vmm ps` tells it there"
     )]
     Unknown(#[source] Option<client::Error>),
-}
-
-/// How a clone is sent.
-#[derive(Debug, Clone)]
-pub struct Settings {
-    /// Connections for its memory, where it is not lazy.
-    pub connections: usize,
-    /// Most bytes of memory that are sent within a second, on all of them together.
-    pub bandwidth: Option<u64>,
-    /// Whether the copies of guests' forks run before all of their memory has come.
-    pub lazy: bool,
 }
 
 /// What is told of a clone while it is sent.
@@ -255,7 +244,7 @@ pub fn send(
     id: Uuid,
     order: &Order,
     parcel: &Arc<Parcel>,
-    settings: &Settings,
+    settings: &SendSettings,
     progress: &Arc<Progress>,
     is_wanted: IsWanted,
 ) -> Result<Prepared, Error> {
@@ -445,7 +434,7 @@ fn send_memory(
     target: &Target,
     parcel: &Arc<Parcel>,
     wanted: Vec<Range<u32>>,
-    settings: &Settings,
+    settings: &SendSettings,
     progress: &Arc<Progress>,
 ) -> Result<(), Error> {
     let count = parcel.chunks();
