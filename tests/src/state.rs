@@ -80,6 +80,14 @@ global_asm!(
     "    mov [0x310018], rax",
     "    xsetbv",
     "    mov byte ptr [0x310038], 1",
+    "    mov eax, 7",
+    "    xor ecx, ecx",
+    "    cpuid",
+    "    bt ecx, 3",
+    "    jnc 8f",
+    "    mov rax, cr4", // as Linux does where there are protection keys
+    "    or eax, 0x400000", // PKE
+    "    mov cr4, rax",
     "8:  mov esi, 2", // where components are: here, for at CPL 3 CPUID may be a fault later
     "9:  mov eax, 0xd",
     "    mov ecx, esi",
@@ -209,6 +217,12 @@ global_asm!(
     "    jnz 33b",
     "    mov rax, [0x310018]",
     "    mov [0x400200], rax",
+    "    bt eax, 9", // PKRU: key 0, which all pages have, allows all
+    "    jnc 34f",
+    "    mov eax, [9 * 8 + 0x311004]",
+    "    and byte ptr [rax + 0x400000], 0xfc",
+    "    mov dword ptr [rax + 0x400004], 0", // nothing is there, and nothing stays there
+    "34:",
     "    lea rax, [rip + state_look]", // a fault from here on is HLT at CPL 3
     "    mov [0x310000], rax",
     "    lea rcx, [rip + state_load]",
