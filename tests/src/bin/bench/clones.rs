@@ -1,4 +1,5 @@
-//! Clones between two platforms of this host, over loopback addresses and mutual TLS; and what the same TLS moves by itself.
+//! Clones between two platforms of this host, over loopback addresses and mutual TLS; and what the same TLS
+//! moves by itself.
 
 use std::{
     fs::File,
@@ -64,8 +65,8 @@ pub(crate) struct Pair {
 }
 
 impl Pair {
-    /// Starts both. With `lazy`, copies of forks run before all of their memory has come. With `counted`, bytes are counted on their way,
-    /// which is a detour.
+    /// Starts both. With `lazy`, copies of forks run before all of their memory has come. With `counted`,
+    /// bytes are counted on their way, which is a detour.
     pub(crate) fn start(mem: &str, lazy: bool, counted: bool) -> Result<Self> {
         let platforms = Platforms::with_certificates(&["a", "b"]);
         let way = Proxy::start(platforms.address("b"))?;
@@ -103,7 +104,8 @@ impl Pair {
         }
     }
 
-    /// From the doorbell to the first exit of a clone on the other platform, in nanoseconds. Returns when all of its memory is there.
+    /// From the doorbell to the first exit of a clone on the other platform, in nanoseconds. Returns when all
+    /// of its memory is there.
     pub(crate) fn fork_away(&mut self) -> Result<u64> {
         let order = Order { count: 1, flags: flags::REMOTE, ..Order::default() };
         let rung_ns = self.fork(order)?["rung_ns"].as_u64().context("a report without its time")?;
@@ -126,7 +128,8 @@ impl Pair {
         self.target.ask(&["image", "rm", image]).map(drop)
     }
 
-    /// Forks on the source's own platform, after the guest has written to so many pages, and gives the ID of the image.
+    /// Forks on the source's own platform, after the guest has written to so many pages, and gives the ID of
+    /// the image.
     pub(crate) fn make_image(&mut self, dirty_pages: u32) -> Result<String> {
         self.fork(Order { count: 1, dirty_pages, flags: flags::LOCAL, ..Order::default() })?;
         let seq = |images: &Value| images.as_array().is_some_and(|images| !images.is_empty());
@@ -176,8 +179,9 @@ fn wait(platform: &Running, command: &[&str], is_right: impl Fn(&Value) -> bool)
     }
 }
 
-/// What TLS alone moves from one memory to another: from one that is filled into a new one, as a clone does, or, with `cached`, from and to a
-/// buffer that stays in the processor's cache; on as many connections as a clone has.
+/// What TLS alone moves from one memory to another: from one that is filled into a new one, as a clone does,
+/// or, with `cached`, from and to a buffer that stays in the processor's cache; on as many connections as a
+/// clone has.
 pub(crate) fn tls(memory: &File, cached: bool) -> Result<Moved> {
     let bytes = memory.metadata()?.len();
     let platforms = Platforms::with_certificates(&["a", "b"]);

@@ -74,14 +74,9 @@ pub(super) const CIRCLES: &[Circle] = &[
         why: "`Device` owns a part of each, and hands itself to all of them",
     },
     Circle {
-        of: "host-vmm",
-        modules: &["api", "cli", "cluster", "fork", "platform", "wire"],
-        why: "`Platform` does what its crates and services will do once it is split",
-    },
-    Circle {
-        of: "host-vmm",
-        modules: &["arch", "kvm", "memory"],
-        why: "`arch` takes the types of registers from `kvm`, until the crate vmm has them below both",
+        of: "platform",
+        modules: &["clone", "fork", "images", "launcher", "node_server", "registry"],
+        why: "they do their work on `Platform`, which has a part of each, until each is a service of its own",
     },
     Circle {
         of: "vmfork",
