@@ -56,6 +56,7 @@ pub(super) fn run(host: &Arc<Host>, spawn: &Spawn, link: NodeLink, console: File
     };
     let Ready { machine, vcpus, faults, head_start, launch } = ready;
     let engine = Arc::new(Engine::new(Arc::clone(&machine), Arc::clone(&link), replies, spawn.max_pause, faults));
+    machine.devices.run();
     let companion = companion.begin(Arc::clone(&machine), Arc::clone(&engine), launch);
     let end = machine::run(&machine, vcpus, head_start, |vcpu, call| {
         let served = match call {
