@@ -2,7 +2,7 @@
 //!
 //! Linux (5.18 and later, where it has the driver) reseeds its random generator then, in copies that its guest has not asked for, too.
 
-use std::{io, sync::Arc};
+use std::sync::Arc;
 
 use base::random;
 
@@ -50,6 +50,7 @@ impl GenerationId {
     }
 }
 
+/// No access to it has an exit, and nothing changes it, so that it needs no seat.
 impl Device for GenerationId {
     const NAME: &'static str = "generation-id";
     const VERSION: u32 = 1;
@@ -63,6 +64,6 @@ impl Device for GenerationId {
 /// Draws an ID: random bytes that, unlike the VM's ID, its guest's kernel alone is told.
 fn draw() -> Result<[u8; GENERATION_ID_BYTES], Error> {
     let mut id = [0; GENERATION_ID_BYTES];
-    random::fill(&mut id).map_err(|error: io::Error| Error::Random(error))?;
+    random::fill(&mut id).map_err(Error::Random)?;
     Ok(id)
 }

@@ -73,7 +73,7 @@ pub enum Error {
 pub struct Devices {
     bus: Bus,
     serial: Arc<Seat<Serial>>,
-    generation_id: Seat<GenerationId>,
+    generation_id: GenerationId,
 }
 
 /// State of all devices.
@@ -120,7 +120,7 @@ impl From<DevicesState> for OlderDevicesState {
 #[must_use]
 pub struct PausedDevices<'d> {
     serial: Paused<'d, Serial>,
-    generation_id: Paused<'d, GenerationId>,
+    generation_id: &'d GenerationId,
 }
 
 impl PausedDevices<'_> {
@@ -167,18 +167,17 @@ impl Devices {
         let serial = Arc::new(Seat::new(serial));
         let mut bus = address_map(ram_bytes)?;
         bus.attach(Range::ports(SERIAL_PORT, 8), "serial", Arc::clone(&serial) as _)?;
-        Ok(Self { bus, serial, generation_id: Seat::new(generation_id) })
+        Ok(Self { bus, serial, generation_id })
     }
 
     /// Lets the devices run, before the first vCPU does.
     pub fn run(&self) {
         self.serial.run();
-        self.generation_id.run();
     }
 
     /// Pauses the devices, until the result is dropped. All vCPUs have stopped.
     pub fn pause(&self) -> PausedDevices<'_> {
-        PausedDevices { serial: self.serial.pause(), generation_id: self.generation_id.pause() }
+        PausedDevices { serial: self.serial.pause(), generation_id: &self.generation_id }
     }
 
     /// Serves a read. Where there is no device, all bits read as one.
@@ -191,9 +190,9 @@ impl Devices {
         self.bus.write(space, address, data)
     }
 
-    /// Whether the guest knows of a VM generation ID.
+    /// Whether the guest knows of a VM generation ID. Waits for no fork, unlike the other questions.
     pub fn has_generation_id(&self) -> bool {
-        self.generation_id.access().is_known()
+        self.generation_id.is_known()
     }
 
     /// Whether the guest has written to its console since it was booted, or copied.
