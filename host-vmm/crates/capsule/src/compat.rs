@@ -21,7 +21,7 @@ use vmm::{
         xstate,
     },
     devices,
-    kvm::{Model, VcpuState},
+    kvm::{HostModel, VcpuState},
     machine::MachineState,
 };
 
@@ -162,7 +162,7 @@ pub struct Offer {
 
 impl Offer {
     /// That of a host of this model.
-    pub fn of(model: &Model) -> Self {
+    pub fn of(model: &HostModel) -> Self {
         let shape = Shape { vcpus: 1, tsc_deadline_timer: model.tsc_deadline_timer };
         Self {
             leaves: leaf::leaves(&cpuid::for_vcpu(&model.cpuid, shape, VcpuId(0))),

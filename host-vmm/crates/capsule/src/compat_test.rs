@@ -14,8 +14,8 @@ use crate::codec;
 
 const ARCH_CAPABILITIES: u64 = 0b1010_1011;
 
-fn model(cpuid: Vec<CpuidEntry>, msrs: Vec<u32>) -> Model {
-    Model {
+fn model(cpuid: Vec<CpuidEntry>, msrs: Vec<u32>) -> HostModel {
+    HostModel {
         shown: cpuid.clone(),
         cpuid,
         msrs,
@@ -32,11 +32,11 @@ fn model(cpuid: Vec<CpuidEntry>, msrs: Vec<u32>) -> Model {
 }
 
 /// A host that has everything.
-fn rich() -> Model {
+fn rich() -> HostModel {
     model(entries(&everything()), vec![0x10, ARCH_CAPABILITIES_MSR])
 }
 
-fn any_model() -> impl Strategy<Value = Model> {
+fn any_model() -> impl Strategy<Value = HostModel> {
     let unknown = any::<[u32; 4]>().prop_map(|registers| Leaf { function: 0x14, index: 0, registers });
     let msrs = proptest::collection::btree_set(any::<u32>(), 0..20);
     let machine = (any::<u64>(), any::<bool>(), 1..6_000_000u32, any::<bool>(), 1024..4096usize);
@@ -44,7 +44,7 @@ fn any_model() -> impl Strategy<Value = Model> {
         let (arch_capabilities, tsc_deadline_timer, tsc_khz, tsc_scaling, xsave_words) = machine;
         cpu.push(unknown);
         msrs.insert(ARCH_CAPABILITIES_MSR);
-        Model {
+        HostModel {
             arch_capabilities,
             tsc_deadline_timer,
             tsc_khz: Some(tsc_khz),
@@ -56,7 +56,7 @@ fn any_model() -> impl Strategy<Value = Model> {
 }
 
 /// What a machine needs that is captured on such a host. Its guest uses all registers, and all components of the state.
-fn captured(model: &Model, vcpus: u8) -> Requirements {
+fn captured(model: &HostModel, vcpus: u8) -> Requirements {
     let states: Vec<_> = (0..vcpus)
         .map(|vcpu| {
             let shape = Shape { vcpus, tsc_deadline_timer: model.tsc_deadline_timer };

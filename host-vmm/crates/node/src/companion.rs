@@ -1,7 +1,7 @@
 //! The threads beside the vCPUs: they speak with the platform.
 //!
-//! The first of them is started with the shell, since making a thread takes as long as restoring a vCPU. It waits until the machine may
-//! run, tells the platform so, and starts the others.
+//! The first of them is started with the warm VM, since making a thread takes as long as restoring a vCPU. It
+//! waits until the machine may run, tells the platform so, and starts the others.
 
 use std::{
     io,
@@ -151,7 +151,7 @@ impl Companion {
         let alarm = Arc::new(Alarm::new()?);
         let (link, mut mailbox) = (Arc::clone(link), Mailbox { receiver, alarm: Arc::clone(&alarm) });
         let thread = thread::Builder::new().name("companion".into()).spawn(move || {
-            // A shell that ends without having become anything ends this thread too.
+            // A warm VM that ends without having become anything ends this thread too.
             if let Some(News::Begun { machine, engine, launch }) = mailbox.next(|| {}) {
                 accompany(&machine, &engine, launch, &link, replies, &mut mailbox);
             }
@@ -210,7 +210,7 @@ fn accompany(
     let generation_id = machine.devices.has_generation_id();
     let told = link.send(&ToPlatform::Running { generation_id }, &[]);
     if let Err(error) = listen(machine, engine, link, replies) {
-        machine.gate.end(ExitReason::Broken(Reason::of(format_args!("can't start a thread: {error}"))));
+        machine.vcpu_barrier.end(ExitReason::Broken(Reason::of(format_args!("can't start a thread: {error}"))));
     }
     if let Some(Launch { working_set: Prefetch::Fill(working_set), .. }) = &launch {
         // As important as the guest, which it saves more work than it does.
@@ -220,7 +220,7 @@ fn accompany(
     let told = told.and_then(|()| launch.map_or(Ok(()), |launch| report_launch(machine, launch, link)));
     if let Err(error) = told.and_then(|()| report_forks(engine, link, mailbox)) {
         tracing::debug!(error = chain(&error), "the platform is gone");
-        machine.gate.end(ExitReason::Orphaned);
+        machine.vcpu_barrier.end(ExitReason::Orphaned);
     }
 }
 
@@ -228,7 +228,7 @@ fn accompany(
 /// again and again, to change what is mapped or to look at it, and the guest with them.
 fn prefetch(machine: &Machine, working_set: &WorkingSet) {
     let mapping = Arc::clone(lock(&machine.memory).mapping());
-    if let Err(error) = working_set.fill(&mapping, || machine.gate.ended().is_none()) {
+    if let Err(error) = working_set.prefault(&mapping, || machine.vcpu_barrier.ended().is_none()) {
         tracing::warn!(error = chain(&error), "a working set can't be made ready");
     }
 }
@@ -236,11 +236,11 @@ fn prefetch(machine: &Machine, working_set: &WorkingSet) {
 /// Waits for the first output, the end, or long enough, and tells what was written to until then.
 fn record(machine: &Machine, link: &NodeLink) -> Result<(), link::Error> {
     let began = Instant::now();
-    while !machine.devices.has_output() && machine.gate.ended().is_none() && began.elapsed() < RECORDED {
+    while !machine.devices.has_output() && machine.vcpu_barrier.ended().is_none() && began.elapsed() < RECORDED {
         thread::sleep(RECORD_INTERVAL);
     }
     let mapping = Arc::clone(lock(&machine.memory).mapping());
-    match machine.workshop.page_map.dirty_runs(&mapping) {
+    match machine.handles.page_map.dirty_runs(&mapping) {
         Ok(runs) => link.send(&ToPlatform::Touched(WorkingSet::new(&runs)), &[]),
         Err(error) => {
             tracing::warn!(error = chain(&error), "a working set can't be recorded");
@@ -290,7 +290,7 @@ fn listen(
             Ok(()) => ExitReason::Orphaned,
             Err(error) => ExitReason::Broken(Reason::of(format_args!("can't start a thread: {error}"))),
         };
-        machine.gate.end(end);
+        machine.vcpu_barrier.end(end);
     })?;
     Ok(())
 }
@@ -309,7 +309,7 @@ fn take_messages(
         let connected = match link.receive() {
             Ok((ToNode::Whole, _)) => {
                 if let Err(error) = machine.become_whole() {
-                    machine.gate.end(ExitReason::Broken(Reason::of_error(&error)));
+                    machine.vcpu_barrier.end(ExitReason::Broken(Reason::of_error(&error)));
                 }
                 true
             }

@@ -1,7 +1,7 @@
 //! A node: the process that holds one VM.
 //!
-//! It begins as a shell, a machine without content. On an order from its platform the shell boots, or becomes a copy. When the
-//! platform goes away, so does the node.
+//! It begins as a warm VM, with a machine without content. On an order from its platform the warm VM boots,
+//! or becomes a copy. When the platform goes away, so does the node.
 
 use std::{
     fs::File,
@@ -16,7 +16,7 @@ use types::{ForkStep, VmIdentity};
 use vmm::{
     boot::Payload,
     kvm::{Host, Vcpu},
-    machine::{self, Machine, Shell, Workshop},
+    machine::{self, BlankMachine, HostHandles, Machine},
 };
 
 use super::companion::{Companion, Launch};
@@ -39,28 +39,29 @@ struct Ready {
     launch: Option<Launch>,
 }
 
-/// Runs the node, from the building of its shell to the end of its VM. What goes wrong is told to the platform.
+/// Runs the node, from the building of its warm VM to the end of its VM. What goes wrong is told to the
+/// platform.
 ///
 /// # Errors
 /// Where the platform is gone, or breaks the protocol.
 pub(super) fn run(host: &Arc<Host>, spawn: &Spawn, link: NodeLink, console: File) -> anyhow::Result<()> {
     let link = Arc::new(link);
-    let workshop = confine_with_workshop(host);
+    let handles = confine_with_handles(host);
     let (replies_in, replies) = mpsc::channel();
     let companion = Companion::start(&link, replies_in)?;
-    let ready = match workshop.and_then(|workshop| become_something(&workshop, spawn, &link, console)) {
+    let ready = match handles.and_then(|handles| become_something(&handles, spawn, &link, console)) {
         Ok(ready) => ready,
-        // Nobody has an order for this shell any more.
+        // Nobody has an order for this warm VM any more.
         Err(_) if link.is_closed() => return Ok(()),
         Err(error) => return Ok(link.send(&ToPlatform::Failed(Reason::of(format_args!("{error:#}"))), &[])?),
     };
     let Ready { machine, vcpus, faults, head_start, launch } = ready;
     let engine = Arc::new(Engine::new(Arc::clone(&machine), Arc::clone(&link), replies, spawn.max_pause, faults));
     let companion = companion.begin(Arc::clone(&machine), Arc::clone(&engine), launch);
-    let end = machine::run(&machine, vcpus, head_start, |vcpu, call| {
-        let served = match call {
-            machine::Call::Ring(command) => Some(engine.ring(vcpu, command)),
-            machine::Call::Gate => engine.carry_out(vcpu),
+    let end = machine::run(&machine, vcpus, head_start, |vcpu, request| {
+        let served = match request {
+            machine::ServiceRequest::Doorbell(command) => Some(engine.ring(vcpu, command)),
+            machine::ServiceRequest::Host => engine.carry_out(vcpu),
         };
         if let Some(served) = served {
             companion.report(served);
@@ -74,40 +75,45 @@ pub(super) fn run(host: &Arc<Host>, spawn: &Spawn, link: NodeLink, console: File
 }
 
 /// Opens what the node will need, and confines it: from here on, and with all threads to come.
-fn confine_with_workshop(host: &Arc<Host>) -> anyhow::Result<Arc<Workshop>> {
-    let workshop = Workshop::open(Arc::clone(host))?;
+fn confine_with_handles(host: &Arc<Host>) -> anyhow::Result<Arc<HostHandles>> {
+    let handles = HostHandles::open(Arc::clone(host))?;
     super::sandbox::close().context("can't confine the node")?;
-    Ok(Arc::new(workshop))
+    Ok(Arc::new(handles))
 }
 
-/// Builds the shell, waits for its order, and carries it out.
-fn become_something(workshop: &Arc<Workshop>, spawn: &Spawn, link: &NodeLink, console: File) -> anyhow::Result<Ready> {
-    let mut shell = Shell::build(workshop, spawn.config)?;
+/// Builds the warm VM, waits for its order, and carries it out.
+fn become_something(
+    handles: &Arc<HostHandles>,
+    spawn: &Spawn,
+    link: &NodeLink,
+    console: File,
+) -> anyhow::Result<Ready> {
+    let mut blank = BlankMachine::build(handles, spawn.config)?;
     // Where its order is there already, there is no time for this.
     if !spawn.is_cold && !link.is_readable() {
-        shell.warm_up()?;
-        if let Err(error) = super::rehearsal::rehearse(&shell) {
-            tracing::debug!(error = chain(&error), "a shell did not rehearse its launch, which takes longer now");
+        blank.warm_up()?;
+        if let Err(error) = super::rehearsal::rehearse(&blank) {
+            tracing::debug!(error = chain(&error), "a warm VM did not rehearse its launch, which takes longer now");
         }
     }
     link.send(&ToPlatform::Ready, &[])?;
-    match await_call(link, &mut shell)? {
+    match await_call(link, &mut blank)? {
         Call::Boot { mut payload, identity, prealloc, faults } => {
-            let (machine, vcpus) = shell.boot(&mut payload, prealloc, console)?.name(identity);
+            let (machine, vcpus) = blank.boot(&mut payload, prealloc, console)?.with_identity(identity);
             Signal::to_booted(&machine)?.give(&machine)?;
             Ok(Ready { machine: Arc::new(machine), vcpus, faults, head_start: Duration::ZERO, launch: None })
         }
         Call::Copy { meeting, order } => {
             let faults = match &order {
                 Some(order) if order.lazy => {
-                    let faults = workshop.faults()?;
-                    link.send(&ToPlatform::Faults { start: shell.memory_start() }, &[faults.file().as_fd()])?;
+                    let faults = handles.faults()?;
+                    link.send(&ToPlatform::Faults { start: blank.memory_start() }, &[faults.file().as_fd()])?;
                     Some(faults)
                 }
                 _ => None,
             };
             let order = || order.map_or_else(|| receive_order(link), Ok);
-            let child = Child::from_shell(shell, meeting, console, faults, order, || link.is_closed())?;
+            let child = Child::from_blank(blank, meeting, console, faults, order, || link.is_closed())?;
             let Child { machine, vcpus, seq, working_set, first_vcpu_late, steps, rendezvous } = child;
             let launch = Some(Launch { seq, steps, first_exit: machine.exits.watch(), rendezvous, working_set });
             let head_start = if first_vcpu_late { LATE } else { Duration::ZERO };
@@ -116,7 +122,7 @@ fn become_something(workshop: &Arc<Workshop>, spawn: &Spawn, link: &NodeLink, co
     }
 }
 
-/// What a shell is called to.
+/// What a warm VM is called to.
 enum Call {
     Boot {
         payload: Payload,
@@ -131,8 +137,8 @@ enum Call {
     },
 }
 
-/// Waits until the shell is called: by the platform, or, while it stands by, by a parent.
-fn await_call(link: &NodeLink, shell: &mut Shell) -> anyhow::Result<Call> {
+/// Waits until the warm VM is called: by the platform, or, while it stands by, by a parent.
+fn await_call(link: &NodeLink, blank: &mut BlankMachine) -> anyhow::Result<Call> {
     let mut standby: Option<Standby> = None;
     loop {
         match standby {
@@ -146,9 +152,9 @@ fn await_call(link: &NodeLink, shell: &mut Shell) -> anyhow::Result<Call> {
             ToNode::StandBy { working_set } => {
                 let opened = Standby::open(files)?;
                 if let (Some(lowest), Some(working_set)) = (opened.lowest_layer(), working_set)
-                    && let Err(error) = shell.prepare_memory(lowest, &working_set, || !opened.is_called(link))
+                    && let Err(error) = blank.prepare_memory(lowest, &working_set, || !opened.is_called(link))
                 {
-                    tracing::debug!(error = chain(&error), "a shell's memory is not made ready");
+                    tracing::debug!(error = chain(&error), "a warm VM's memory is not made ready");
                 }
                 standby = Some(opened);
             }
@@ -165,12 +171,12 @@ fn await_call(link: &NodeLink, shell: &mut Shell) -> anyhow::Result<Call> {
                 };
                 return Ok(Call::Copy { meeting: meeting.with_children(order.arrivals), order: Some(order) });
             }
-            other => bail!("the platform says {other:?} to a shell"),
+            other => bail!("the platform says {other:?} to a warm VM"),
         }
     }
 }
 
-/// Waits for the order of a shell that its parent has called already.
+/// Waits for the order of a warm VM that its parent has called already.
 fn receive_order(link: &NodeLink) -> Result<CopyOrder, link::Error> {
     match link.receive()? {
         (ToNode::Copy(order), files) if files.is_empty() => Ok(order),

@@ -1,18 +1,19 @@
-//! A shell does once what it will have to do fast.
+//! A warm VM does once what it will have to do fast.
 //!
-//! The first time that a process uses a page of its heap or stack costs it a page fault: 4 to 10 us each, and 80 us in all between a
-//! child's order and its run (measured). So a shell that has nothing else to do goes through the motions.
+//! The first time that a process uses a page of its heap or stack costs it a page fault: 4 to 10 us each, and
+//! 80 us in all between a child's order and its run (measured). So a warm VM that has nothing else to do goes
+//! through the motions.
 
 use std::{slice, sync::Arc, time::Duration};
 
 use vmm::{
-    machine::Shell,
+    machine::BlankMachine,
     memory::{self, Image, Layer},
 };
 
 use crate::fork::rendezvous::{self, Rendezvous};
 
-/// What can go wrong with it. A shell is as good without it, only slower.
+/// What can go wrong with it. A warm VM is as good without it, only slower.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Error {
     #[error("can't copy a descriptor")]
@@ -26,8 +27,8 @@ pub(super) enum Error {
 }
 
 /// Hands a state over to itself.
-pub(super) fn rehearse(shell: &Shell) -> Result<(), Error> {
-    let Some(state) = shell.fresh_state() else { return Ok(()) };
+pub(super) fn rehearse(blank: &BlankMachine) -> Result<(), Error> {
+    let Some(state) = blank.fresh_state() else { return Ok(()) };
     let file = Arc::new(memory::sealed("vm-rehearsal", &[0; 4096])?);
     let image = Image::new(1, vec![Arc::new(Layer::whole(Arc::clone(&file), 1))])?;
     let parent = Rendezvous::new()?;

@@ -27,7 +27,7 @@ use types::VmShape;
 use vmm::{
     arch::profile::Profile,
     kvm::Host,
-    machine::{Shell, Workshop},
+    machine::{BlankMachine, HostHandles},
 };
 
 use super::{pages::Pages, process::run, rehearsal, sandbox};
@@ -109,10 +109,10 @@ fn open_host(profile: &Profile) -> anyhow::Result<Host> {
 
 /// Does what nodes do until they run, so that it is known which pages that takes.
 fn practise(host: &Arc<Host>) -> anyhow::Result<()> {
-    let workshop = Arc::new(Workshop::open(Arc::clone(host))?);
-    let mut shell = Shell::build(&workshop, VmShape { ram_bytes: PRACTICE_BYTES, vcpus: 1 })?;
-    shell.warm_up()?;
-    Ok(rehearsal::rehearse(&shell)?)
+    let handles = Arc::new(HostHandles::open(Arc::clone(host))?);
+    let mut blank = BlankMachine::build(&handles, VmShape { ram_bytes: PRACTICE_BYTES, vcpus: 1 })?;
+    blank.warm_up()?;
+    Ok(rehearsal::rehearse(&blank)?)
 }
 
 /// What a node has from its start.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  parent    validate -> place -> quiesce -> complete -> capture -> freeze -> hand over -> restore -> launch -> signal -> commit -> thaw
-//!  platform                └─► chooses shells, and gives them their orders
+//!  platform                └─► chooses warm VMs, and gives them their orders
 //!  child                         └─► (awake; one that stands by: woken by the parent) -> hand over -> restore -> launch  -> thaw -> first run
 //! ```
 //!
@@ -29,8 +29,8 @@ use vmfork_abi::ErrorCode;
 use vmm::{
     devices::{self, ControlPageState, Device, PausedDevices},
     kvm::{self, TscRate, Vcpu},
-    machine::{self, FirstExit, GateError, LeftBehind, Machine, MachineState, Stopped, Successor},
-    memory::{self, Changes, Onward},
+    machine::{self, BarrierError, FirstExit, Machine, MachineState, RetiredVm, StoppedVcpus, VmSwitch},
+    memory::{self, Changes, Rebase},
 };
 
 mod child;
@@ -66,7 +66,7 @@ pub enum Error {
     Refused(ErrorCode),
     /// The vCPUs could not be stopped.
     #[error("can't stop the vCPUs")]
-    Quiesce(#[from] GateError),
+    Quiesce(#[from] BarrierError),
     /// A vCPU's state could not be made consistent.
     #[error("can't complete the doorbell's exit")]
     Complete(#[source] kvm::Error),
@@ -85,15 +85,15 @@ pub enum Error {
     /// The children can't be met.
     #[error("can't meet the children")]
     Rendezvous(#[from] rendezvous::Error),
-    /// A shell can't be woken up.
-    #[error("can't have a shell stand by")]
+    /// A warm VM can't be woken up.
+    #[error("can't have a warm VM stand by")]
     Standby(#[from] standby::Error),
     /// It is certain already what becomes of the children.
     #[error("the children run, or were called off")]
     Committed,
     /// The parent can't go on in another VM.
     #[error("can't bring the parent to where it goes on")]
-    Successor(#[from] machine::Error),
+    Switch(#[from] machine::Error),
     /// The copies are not ready in time.
     #[error(
         "the copies were not ready to run within {0:?}, which is as long as a VM may stand still for a fork here: \
@@ -127,14 +127,14 @@ impl Error {
     pub fn code(&self) -> ErrorCode {
         match self {
             Self::Refused(code) | Self::Platform { code, .. } => *code,
-            Self::Busy(_) | Self::Quiesce(GateError::Busy) => ErrorCode::Busy,
-            Self::Quiesce(GateError::Ended) => ErrorCode::NotLaunched,
-            Self::Quiesce(GateError::Timeout(_)) | Self::Complete(_) => ErrorCode::Quiesce,
-            Self::Quiesce(GateError::Save(_)) | Self::Capture(_) | Self::Devices(_) => ErrorCode::Capture,
+            Self::Busy(_) | Self::Quiesce(BarrierError::Busy) => ErrorCode::Busy,
+            Self::Quiesce(BarrierError::Ended) => ErrorCode::NotLaunched,
+            Self::Quiesce(BarrierError::Timeout(_)) | Self::Complete(_) => ErrorCode::Quiesce,
+            Self::Quiesce(BarrierError::Save(_)) | Self::Capture(_) | Self::Devices(_) => ErrorCode::Capture,
             Self::Freeze(_) | Self::Pack(_) => ErrorCode::Freeze,
             Self::Rendezvous(_) | Self::Standby(_) => ErrorCode::Launch,
             Self::Late(_) => ErrorCode::Timeout,
-            Self::Link(_) | Self::Successor(_) | Self::Committed => ErrorCode::Internal,
+            Self::Link(_) | Self::Switch(_) | Self::Committed => ErrorCode::Internal,
             Self::Signal(_) => ErrorCode::Signal,
             Self::Injected(step) => step.code(),
         }
@@ -157,7 +157,7 @@ pub struct Served {
 pub struct Remains {
     count: u32,
     met: Met,
-    left_behind: Option<LeftBehind>,
+    retired: Option<RetiredVm>,
 }
 
 /// Forks one VM.
@@ -207,26 +207,27 @@ impl Engine {
             tracing::warn!(error = chain(&error), "can't get ready for the next fork");
         }
         if lock(&self.machine.memory).own_file().is_some() {
-            self.machine.spare.prepare(&self.machine);
+            self.machine.spare_vm.prepare(&self.machine);
         }
     }
 
     /// Clears away what a fork has left behind.
     pub fn clear_away(&self, remains: Remains) {
-        let Remains { met, left_behind, .. } = remains;
+        let Remains { met, retired, .. } = remains;
         drop(met);
-        if let Some(left_behind) = left_behind {
-            left_behind.clear_away(&self.machine);
+        if let Some(retired) = retired {
+            retired.take_down(&self.machine);
             self.is_clearing.store(false, Ordering::Relaxed);
         }
     }
 
-    /// Where the VM goes on after a fork with these changes. It leaves no more behind while there is something to clear away: a guest that
-    /// forks as fast as it can would take ever more memory.
-    fn onward(&self, changes: &Changes) -> Onward {
-        match changes.onward() {
-            Onward::Prefer if self.is_clearing.load(Ordering::Relaxed) => Onward::Stay,
-            onward => onward,
+    /// Whether the VM is rebased by a fork with these changes. It is not where it need not be, and the VM
+    /// that it has left before is still there: a guest that forks as fast as it can would take ever more
+    /// memory.
+    fn rebase(&self, changes: &Changes) -> Rebase {
+        match changes.rebase() {
+            Rebase::Preferred if self.is_clearing.load(Ordering::Relaxed) => Rebase::No,
+            rebase => rebase,
         }
     }
 
@@ -258,7 +259,7 @@ impl Engine {
         }
         *ordered = Some(count);
         drop(ordered);
-        self.machine.gate.call();
+        self.machine.vcpu_barrier.request_service();
         Ok(())
     }
 
@@ -313,40 +314,40 @@ impl Engine {
             if machine.is_whole() { Ok(order) } else { Err(Error::Refused(ErrorCode::Incomplete)) }
         })?;
         let turn = self.turns.take(asked_by)?;
-        let mut view = lock(&machine.memory);
+        let mut memory = lock(&machine.memory);
         let fault = timeline.fault();
         let (plan, mut children) = timeline.step(ForkStep::Place, || {
             let mut supply = self.supplies.take()?;
-            let plan = view.plan(&supply.delta);
+            let plan = memory.plan(&supply.delta);
             let bell = supply.take_bell(&plan);
             let rendezvous = supply.rendezvous;
             let children = children::place(&self.link, turn.replies(), &order, rendezvous, plan.files(), bell, fault)?;
             Ok((plan, children))
         })?;
-        let stopped = timeline.step(ForkStep::Quiesce, || Ok(machine.gate.stop_others(vcpu.id())?))?;
+        let stopped = timeline.step(ForkStep::Quiesce, || Ok(machine.vcpu_barrier.stop_others(vcpu.id())?))?;
         timeline.step(ForkStep::Complete, || vcpu.complete_exit().map_err(Error::Complete))?;
         let devices = machine.devices.pause();
         let state = timeline.step(ForkStep::Capture, || capture(machine, &order, vcpu, &stopped, &devices))?;
         children.wake()?;
         let files = plan.files().to_vec();
-        let (image, onward) = timeline.step(ForkStep::Freeze, || {
-            let changes = view.changes(&machine.workshop.page_map)?;
-            let onward = self.onward(&changes);
-            if onward != Onward::Stay {
+        let (image, rebase) = timeline.step(ForkStep::Freeze, || {
+            let changes = memory.changes(&machine.handles.page_map)?;
+            let rebase = self.rebase(&changes);
+            if rebase != Rebase::No {
                 // Where there is no spare VM yet, it is being built while memory is copied.
-                machine.spare.prepare(machine);
+                machine.spare_vm.prepare(machine);
             }
-            Ok((view.freeze(plan, changes)?, onward))
+            Ok((memory.freeze(plan, changes)?, rebase))
         })?;
         timeline.step(ForkStep::HandOver, || children.hand_over(&capsule::pack(&state, &image, &files)?))?;
-        let successor = timeline.step(ForkStep::Restore, || {
-            let successor = (onward != Onward::Stay).then(|| Successor::prepare(machine, &state, &image));
-            match successor {
-                Some(Err(error)) if onward == Onward::Prefer => {
+        let switch = timeline.step(ForkStep::Restore, || {
+            let switch = (rebase != Rebase::No).then(|| VmSwitch::prepare(machine, &state, &image));
+            match switch {
+                Some(Err(error)) if rebase == Rebase::Preferred => {
                     tracing::warn!(error = chain(&error), "a VM whose memory was copied keeps it");
                     Ok(None)
                 }
-                successor => Ok(successor.transpose()?),
+                switch => Ok(switch.transpose()?),
             }
         })?;
         timeline.step(ForkStep::Launch, || children.wait(began, self.max_pause))?;
@@ -358,12 +359,12 @@ impl Engine {
         })?;
         let met = timeline.step(ForkStep::Commit, || children.commit())?;
         timeline.step(ForkStep::Thaw, || {
-            let left_behind = successor.map(|successor| successor.take_over(machine, &mut view, vcpu, &stopped));
-            self.is_clearing.fetch_or(left_behind.is_some(), Ordering::Relaxed);
+            let retired = switch.map(|switch| switch.take_over(machine, &mut memory, vcpu, &stopped));
+            self.is_clearing.fetch_or(retired.is_some(), Ordering::Relaxed);
             signal.map_or(Ok(()), |signal| signal.give(machine))?;
             drop((devices, stopped));
             self.forks.store(true, Ordering::Relaxed);
-            Ok(Remains { count: order.count(), met, left_behind })
+            Ok(Remains { count: order.count(), met, retired })
         })
     }
 }
@@ -373,13 +374,13 @@ fn capture(
     machine: &Machine,
     order: &ForkOrder,
     vcpu: &Vcpu,
-    stopped: &Stopped<'_>,
+    stopped: &StoppedVcpus<'_>,
     devices: &PausedDevices<'_>,
 ) -> Result<MachineState, Error> {
     // Before the VM's part: reading a vCPU's run state takes in what is pending.
     let mut vcpus = stopped.states(vcpu.save().map_err(Error::Capture)?)?;
     let (vm, clock_read_at) = machine.vm.get().save().map_err(Error::Capture)?;
-    let host = &machine.workshop.host.model;
+    let host = &machine.handles.host.model;
     kvm::align(&mut vcpus, clock_read_at, TscRate::new(machine.tsc_khz, host.tsc_khz), host.tsc_steady);
     Ok(MachineState {
         config: machine.config,

@@ -1,9 +1,11 @@
-//! A shell that stands by for the next fork of one parent.
+//! A warm VM that stands by for the next fork of one parent.
 //!
-//! An order that goes through the platform wakes up two sleepers, one after the other: it takes longer than all that the parent does
-//! meanwhile (measured: 230 us of 520 us). So where there is time, a parent announces what its next fork will come with, and the platform
-//! passes that on to a shell. When it forks, the parent wakes that shell up itself, by a bell that both have. The shell takes the state,
-//! while the order comes from the platform, which alone decides whether there is a child, and who it is: without its order, no shell runs.
+//! An order that goes through the platform wakes up two sleepers, one after the other: it takes longer than
+//! all that the parent does meanwhile (measured: 230 us of 520 us). So where there is time, a parent
+//! announces what its next fork will come with, and the platform passes that on to a warm VM. When it forks,
+//! the parent wakes that warm VM up itself, by a bell that both have. The warm VM takes the state, while the
+//! order comes from the platform, which alone decides whether there is a child, and who it is: without its
+//! order, no warm VM runs.
 
 use std::{
     fs::File,
@@ -32,7 +34,7 @@ pub enum Error {
     #[error("can't open the rendezvous")]
     Rendezvous(#[from] rendezvous::Error),
     /// The bell failed.
-    #[error("can't {operation} a shell's bell")]
+    #[error("can't {operation} a warm VM's bell")]
     Bell {
         /// What was tried.
         operation: &'static str,
@@ -66,7 +68,7 @@ impl Meeting {
     }
 }
 
-/// The parent's end: it wakes up the shell that stands by for its next fork, if there is one (eventfd).
+/// The parent's end: it wakes up the warm VM that stands by for its next fork, if there is one (eventfd).
 #[derive(Debug)]
 pub(super) struct Bell(EventFd);
 
@@ -89,7 +91,7 @@ impl AsFd for Bell {
     }
 }
 
-/// The shell's end.
+/// The warm VM's end.
 #[derive(Debug)]
 pub struct Standby {
     bell: File,

@@ -66,7 +66,7 @@ impl Supply {
         self.announced.as_ref().is_some_and(|announced| files(&announced.files) == files(plan.files()))
     }
 
-    /// The bell of the shell that stands by for `plan`, if one may.
+    /// The bell of the warm VM that stands by for `plan`, if one may.
     pub(super) fn take_bell(&mut self, plan: &Plan) -> Option<Bell> {
         let is_announced = self.is_announced(plan);
         self.announced.take().filter(|_| is_announced).map(|announced| announced.bell)
@@ -84,7 +84,7 @@ impl Supplies {
         ready.map_or_else(Supply::make, Ok)
     }
 
-    /// Has one there. Where `announces`, a shell is to stand by for the fork that takes it.
+    /// Has one there. Where `announces`, a warm VM is to stand by for the fork that takes it.
     pub(super) fn restock(&self, machine: &Machine, link: &NodeLink, announces: bool) -> Result<(), Error> {
         let stocked = lock(&self.0).take();
         let mut supply = match stocked {
