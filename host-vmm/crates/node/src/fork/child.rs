@@ -12,8 +12,8 @@ use vmm::{
 
 use super::{
     rendezvous::{self, Rendezvous},
-    signal::{self, Signal},
-    standby::Meeting,
+    role_signal::{self, RoleSignal},
+    standby::CopySource,
     timeline::Timeline,
 };
 use crate::wire::{CopyOrder, Prefetch, link};
@@ -35,7 +35,7 @@ pub enum Error {
     Machine(#[from] machine::Error),
     /// The child can't be told who it is.
     #[error("can't signal the child's role")]
-    Signal(#[from] signal::Error),
+    Signal(#[from] role_signal::Error),
 }
 
 /// A child that may run.
@@ -66,13 +66,13 @@ impl Child {
     /// [`Error`]; the parent has been told then.
     pub fn from_blank(
         blank: BlankMachine,
-        meeting: Meeting,
+        copy_source: CopySource,
         console: File,
         faults: Option<Faults>,
         order: impl FnOnce() -> Result<CopyOrder, link::Error>,
         is_alone: impl Fn() -> bool,
     ) -> Result<Self, Error> {
-        let Meeting { rendezvous, files } = meeting;
+        let CopySource { rendezvous, files } = copy_source;
         let mut timeline = Timeline::new(None);
         match meet(&rendezvous, &files, blank, (console, faults), order, is_alone, &mut timeline) {
             Ok((machine, vcpus, CopyOrder { seq, working_set, first_vcpu_late, .. })) => {
@@ -107,7 +107,7 @@ fn meet(
     let (machine, vcpus, signal, order) = timeline.time(ForkStep::Launch, || -> Result<_, Error> {
         let order = order()?;
         let (machine, vcpus) = anonymous.with_identity(order.identity.clone());
-        let signal = Signal::to_child(&machine)?;
+        let signal = RoleSignal::to_child(&machine)?;
         rendezvous.arrive(order.arrivals)?;
         // The platform has kept it off the parent's until now. While the parent takes note, there is time for this.
         threads::use_all_processors();

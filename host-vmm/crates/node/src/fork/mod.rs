@@ -9,10 +9,11 @@
 //! [`Engine::vm_fork`] is the table of contents: a line a step. What a step has done is undone by dropping its result, last
 //! step first, so that a fork that fails anywhere leaves the parent running and nothing behind.
 //!
-//! A guest asks by its doorbell ([`Engine::ring`]), an operator by the platform ([`Engine::order`]). Either way the thread of a vCPU goes
-//! through the steps: of the one that rang, or of one that was called from the guest, between two instructions ([`Engine::carry_out`]).
-//! Only a guest that has asked is told of the fork. One that has not may be about to ring, or about to read the answer to its own
-//! request: its page stays as it is, and its copies find request and response in theirs as it has them, beside who they are.
+//! A guest asks by its doorbell ([`Engine::ring`]), an operator by the platform ([`Engine::order`]). Either
+//! way the thread of a vCPU goes through the steps: of the one that rang, or of one that was requested,
+//! between two instructions ([`Engine::carry_out`]). Only a guest that has asked is told of the fork. One
+//! that has not may be about to ring, or about to read the answer to its own request: its page stays as it
+//! is, and its copies find request and response in theirs as it has them, beside who they are.
 
 use std::{
     collections::VecDeque,
@@ -35,25 +36,25 @@ use vmm::{
 
 mod child;
 mod children;
+mod copy_list;
+mod fork_lock;
+mod prepared;
 pub mod rendezvous;
 mod request;
-mod signal;
+mod role_signal;
 mod standby;
-mod supplies;
 mod timeline;
-mod turn;
-mod whereabouts;
 
 pub use child::Child;
 pub use children::Replies;
-pub use signal::Signal;
-pub use standby::{Meeting, Standby};
+pub use role_signal::RoleSignal;
+pub use standby::{CopySource, Standby};
 
 use crate::wire::{ForkOrder, NodeLink, Report, ToPlatform, link};
-use children::Met;
-use supplies::Supplies;
+use children::CommittedChildren;
+use fork_lock::ForkLock;
+use prepared::PreparedForks;
 use timeline::Timeline;
-use turn::Turns;
 
 /// Descriptors that a VM that forks has room for.
 const DESCRIPTORS: u64 = 256;
@@ -116,7 +117,7 @@ pub enum Error {
     Link(#[from] link::Error),
     /// The roles could not be written.
     #[error("can't signal the roles")]
-    Signal(#[from] signal::Error),
+    Signal(#[from] role_signal::Error),
     /// A failure that was asked for.
     #[error("{0} was made to fail")]
     Injected(ForkStep),
@@ -141,22 +142,22 @@ impl Error {
     }
 }
 
-/// A fork that was made or not, for somebody else to report and to clear up after.
+/// Outcome of a fork that was made or not, for the control thread to report and to clean up after.
 #[derive(Debug)]
-pub struct Served {
+pub struct ForkOutcome {
     /// How it went.
     pub report: Report,
     /// When the VM shows a sign of life again.
     pub first_exit: Arc<FirstExit>,
-    /// What is left of a fork: not cleared away while the guest waits.
-    pub remains: Option<Remains>,
+    /// Cleanup of a fork: not done while the guest waits.
+    pub cleanup: Option<DeferredCleanup>,
 }
 
-/// What a fork leaves behind. To clear it away takes milliseconds where a large VM was left.
+/// Cleanup after a fork, put off until its guest runs. It takes milliseconds where the VM was rebased.
 #[derive(Debug)]
-pub struct Remains {
+pub struct DeferredCleanup {
     count: u32,
-    met: Met,
+    children: CommittedChildren,
     retired: Option<RetiredVm>,
 }
 
@@ -165,16 +166,16 @@ pub struct Remains {
 pub struct Engine {
     machine: Arc<Machine>,
     link: Arc<NodeLink>,
-    supplies: Supplies,
-    turns: Turns,
+    prepared_forks: PreparedForks,
+    fork_lock: ForkLock,
     /// How long the VM may stand still for a fork.
     max_pause: Duration,
     /// The children for which an operator has asked, until a vCPU's thread takes that up.
     ordered: Mutex<Option<u32>>,
     /// Whether the VM is one that forks.
     forks: AtomicBool,
-    /// Whether something is still there that the VM has left behind.
-    is_clearing: AtomicBool,
+    /// Whether the VM that a rebase has left is still there.
+    is_cleaning_up: AtomicBool,
     /// Steps at which the next forks are to fail, one for each.
     faults: Mutex<VecDeque<ForkStep>>,
 }
@@ -189,21 +190,32 @@ impl Engine {
         max_pause: Duration,
         faults: Vec<ForkStep>,
     ) -> Self {
-        let (supplies, turns, faults) = (Supplies::default(), Turns::new(replies), Mutex::new(faults.into()));
+        let (prepared_forks, fork_lock, faults) =
+            (PreparedForks::default(), ForkLock::new(replies), Mutex::new(faults.into()));
         // Copies are made to work, and booted VMs to be copied.
         let forks = AtomicBool::new(lock(&machine.identity).generation == 0);
-        let is_clearing = AtomicBool::new(false);
-        Self { machine, link, supplies, turns, max_pause, ordered: Mutex::default(), forks, is_clearing, faults }
+        let is_cleaning_up = AtomicBool::new(false);
+        Self {
+            machine,
+            link,
+            prepared_forks,
+            fork_lock,
+            max_pause,
+            ordered: Mutex::default(),
+            forks,
+            is_cleaning_up,
+            faults,
+        }
     }
 
     /// Makes what the next fork will use up, where there is time for it. Without it, that fork takes longer.
-    pub fn get_ready(&self) {
+    pub fn prepare_next(&self) {
         // The image of a late generation has a file for each of its layers.
         if let Err(error) = descriptors::make_room(&*self.link, DESCRIPTORS) {
             tracing::warn!(%error, "there is no room for the files of the next fork");
         }
         let forks = self.forks.load(Ordering::Relaxed);
-        if let Err(error) = self.supplies.restock(&self.machine, &self.link, forks) {
+        if let Err(error) = self.prepared_forks.prepare_next(&self.machine, &self.link, forks) {
             tracing::warn!(error = chain(&error), "can't get ready for the next fork");
         }
         if lock(&self.machine.memory).own_file().is_some() {
@@ -211,13 +223,13 @@ impl Engine {
         }
     }
 
-    /// Clears away what a fork has left behind.
-    pub fn clear_away(&self, remains: Remains) {
-        let Remains { met, retired, .. } = remains;
-        drop(met);
+    /// Does the cleanup that a fork has put off.
+    pub fn clean_up(&self, cleanup: DeferredCleanup) {
+        let DeferredCleanup { children, retired, .. } = cleanup;
+        drop(children);
         if let Some(retired) = retired {
             retired.take_down(&self.machine);
-            self.is_clearing.store(false, Ordering::Relaxed);
+            self.is_cleaning_up.store(false, Ordering::Relaxed);
         }
     }
 
@@ -226,14 +238,14 @@ impl Engine {
     /// memory.
     fn rebase(&self, changes: &Changes) -> Rebase {
         match changes.rebase() {
-            Rebase::Preferred if self.is_clearing.load(Ordering::Relaxed) => Rebase::No,
+            Rebase::Preferred if self.is_cleaning_up.load(Ordering::Relaxed) => Rebase::No,
             rebase => rebase,
         }
     }
 
     /// Serves a ring of the doorbell. Called on the thread of the vCPU that rang; when it returns, the vCPU goes on, and finds the
     /// answer in the control page.
-    pub fn ring(&self, vcpu: &mut Vcpu, command: Option<u32>) -> Served {
+    pub fn ring(&self, vcpu: &mut Vcpu, command: Option<u32>) -> ForkOutcome {
         // The request is copied out once; from here on only the copy is looked at.
         let request = self.machine.control_page.request();
         let seq = request.as_ref().map_or(0, |request| request.seq);
@@ -242,18 +254,18 @@ impl Engine {
         self.serve(vcpu, Requester::Guest, seq, check, |outcome| match outcome {
             // Another vCPU has rung before: the page is that one's to answer.
             Ok(_) | Err(Error::Busy(Requester::Guest)) => Ok(()),
-            Err(error) => signal::refuse(&self.machine, seq, error.code()),
+            Err(error) => role_signal::refuse(&self.machine, seq, error.code()),
         })
     }
 
-    /// Takes an operator's order for so many children. Where there is no fork under way, the thread of a vCPU is called to
-    /// [carry it out](Self::carry_out). The platform hears what comes of it.
+    /// Takes an operator's order for so many children. Where there is no fork under way, the thread of a vCPU
+    /// is requested to [carry it out](Self::carry_out). The platform hears what comes of it.
     ///
     /// # Errors
     /// [`link::Error`]: the platform hears nothing any more.
     pub fn order(&self, count: u32) -> Result<(), link::Error> {
         let mut ordered = lock(&self.ordered);
-        let free = if ordered.is_some() { Err(Error::Busy(Requester::Operator)) } else { self.turns.check() };
+        let free = if ordered.is_some() { Err(Error::Busy(Requester::Operator)) } else { self.fork_lock.check() };
         if let Err(error) = free {
             return self.answer(Err(&error));
         }
@@ -264,7 +276,7 @@ impl Engine {
     }
 
     /// Carries out the order of an operator, if there is one. Called on the thread of a vCPU that has left its guest for that.
-    pub fn carry_out(&self, vcpu: &mut Vcpu) -> Option<Served> {
+    pub fn carry_out(&self, vcpu: &mut Vcpu) -> Option<ForkOutcome> {
         let count = lock(&self.ordered).take()?;
         let check = || Ok(ForkOrder::Operator { count });
         Some(self.serve(vcpu, Requester::Operator, 0, check, |outcome| self.answer(outcome.as_ref().map(drop))))
@@ -277,15 +289,16 @@ impl Engine {
         self.link.send(&ToPlatform::Answer { code, why }, &[])
     }
 
-    /// Forks the VM as `check` says, and gives whoever has asked his `answer`. What it gives is for [`Engine::clear_away`] and a report.
+    /// Forks the VM as `check` says, and gives whoever has asked his `answer`. What it gives is for
+    /// [`Engine::clean_up`] and a report.
     fn serve<E: Into<Error>>(
         &self,
         vcpu: &mut Vcpu,
         asked_by: Requester,
         seq: u64,
         check: impl FnOnce() -> Result<ForkOrder, Error>,
-        answer: impl FnOnce(&Result<Remains, Error>) -> Result<(), E>,
-    ) -> Served {
+        answer: impl FnOnce(&Result<DeferredCleanup, Error>) -> Result<(), E>,
+    ) -> ForkOutcome {
         let began_ns = monotonic_ns();
         let mut timeline = Timeline::new(lock(&self.faults).pop_front());
         let outcome = self.vm_fork(vcpu, asked_by, check, &mut timeline);
@@ -293,12 +306,12 @@ impl Engine {
         if let Err(error) = vcpu.tell_paused() {
             tracing::warn!(%error, "can't tell the guest that it was stopped");
         }
-        let (outcome, remains) = match outcome {
-            Ok(remains) => (Ok(remains.count), Some(remains)),
+        let (outcome, cleanup) = match outcome {
+            Ok(cleanup) => (Ok(cleanup.count), Some(cleanup)),
             Err(error) => (Err(error), None),
         };
         let report = timeline.into_report(asked_by, seq, began_ns, answered.and(outcome));
-        Served { report, first_exit: self.machine.exits.watch(), remains }
+        ForkOutcome { report, first_exit: self.machine.exits.watch(), cleanup }
     }
 
     fn vm_fork(
@@ -307,21 +320,22 @@ impl Engine {
         asked_by: Requester,
         check: impl FnOnce() -> Result<ForkOrder, Error>,
         timeline: &mut Timeline,
-    ) -> Result<Remains, Error> {
+    ) -> Result<DeferredCleanup, Error> {
         let (machine, began) = (&self.machine, Instant::now());
         let order = timeline.step(ForkStep::Validate, || {
             let order = check()?;
             if machine.is_whole() { Ok(order) } else { Err(Error::Refused(ErrorCode::Incomplete)) }
         })?;
-        let turn = self.turns.take(asked_by)?;
+        let guard = self.fork_lock.take(asked_by)?;
         let mut memory = lock(&machine.memory);
         let fault = timeline.fault();
         let (plan, mut children) = timeline.step(ForkStep::Place, || {
-            let mut supply = self.supplies.take()?;
-            let plan = memory.plan(&supply.delta);
-            let bell = supply.take_bell(&plan);
-            let rendezvous = supply.rendezvous;
-            let children = children::place(&self.link, turn.replies(), &order, rendezvous, plan.files(), bell, fault)?;
+            let mut prepared = self.prepared_forks.take()?;
+            let plan = memory.plan(&prepared.delta);
+            let wake_event = prepared.take_wake_event(&plan);
+            let rendezvous = prepared.rendezvous;
+            let children =
+                children::place(&self.link, guard.replies(), &order, rendezvous, plan.files(), wake_event, fault)?;
             Ok((plan, children))
         })?;
         let stopped = timeline.step(ForkStep::Quiesce, || Ok(machine.vcpu_barrier.stop_others(vcpu.id())?))?;
@@ -353,18 +367,18 @@ impl Engine {
         timeline.step(ForkStep::Launch, || children.wait(began, self.max_pause))?;
         let signal = timeline.step(ForkStep::Signal, || match &order {
             ForkOrder::Guest { seq, count, .. } => {
-                Ok(Some(Signal::to_parent(machine, *seq, *count, children.whereabouts()?)?))
+                Ok(Some(RoleSignal::to_parent(machine, *seq, *count, children.copy_list()?)?))
             }
             ForkOrder::Operator { .. } => Ok(None),
         })?;
-        let met = timeline.step(ForkStep::Commit, || children.commit())?;
+        let children = timeline.step(ForkStep::Commit, || children.commit())?;
         timeline.step(ForkStep::Thaw, || {
             let retired = switch.map(|switch| switch.take_over(machine, &mut memory, vcpu, &stopped));
-            self.is_clearing.fetch_or(retired.is_some(), Ordering::Relaxed);
+            self.is_cleaning_up.fetch_or(retired.is_some(), Ordering::Relaxed);
             signal.map_or(Ok(()), |signal| signal.give(machine))?;
             drop((devices, stopped));
             self.forks.store(true, Ordering::Relaxed);
-            Ok(Remains { count: order.count(), met, retired })
+            Ok(DeferredCleanup { count: order.count(), children, retired })
         })
     }
 }

@@ -118,7 +118,8 @@ pub enum ToNode {
         /// Steps at which its forks are to fail, one for each fork, in order.
         faults: Vec<ForkStep>,
     },
-    /// Stand by for the next fork of a certain VM. Files: the bell, the rendezvous, then those of the image.
+    /// Stand by for the next fork of a certain VM. Files: the wake event, the rendezvous, then those of the
+    /// image.
     StandBy {
         /// What its copies write to first: to be made ready meanwhile.
         working_set: Option<WorkingSet>,
@@ -170,7 +171,8 @@ pub enum ToPlatform {
     },
     /// The pages that the copy has written to until its first output.
     Touched(WorkingSet),
-    /// What the next fork of this VM will come with. Files: a bell, the rendezvous, then those of the image.
+    /// What the next fork of this VM will come with. Files: a wake event, the rendezvous, then those of the
+    /// image.
     Announce,
     /// Launch copies of this VM. Files: the rendezvous, then those of the image, unless they were announced.
     Fork {
