@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, fs::File, sync::Arc, time::Duration};
 
 use api::Copied;
-use capsule::About;
+use capsule::ImageMetadata;
 use node::fork::rendezvous::{self, Rendezvous};
 use types::{CopySpec, ForkStep, VmIdentity, VmShape, new_id};
 use uuid::Uuid;
@@ -69,25 +69,30 @@ pub(crate) struct Launch<'a> {
     /// What is known of such copies.
     pub(crate) learned: &'a Arc<Learned>,
     /// Whether they were shown another CPU than this platform's guests are.
-    pub(crate) is_foreign: bool,
+    pub(crate) has_foreign_cpu: bool,
     /// Who fills their memory, where it is not there as a whole yet.
     pub(crate) filling: Option<&'a Arc<Filling>>,
 }
 
 impl<'a> Launch<'a> {
     /// Some of the `total` copies of an image, all of whose memory is there. They wait for each other alone.
-    pub(crate) fn of_image(about: &'a About, learned: &'a Arc<Learned>, slots: &'a [CopySpec], total: u32) -> Self {
+    pub(crate) fn of_image(
+        metadata: &'a ImageMetadata,
+        learned: &'a Arc<Learned>,
+        slots: &'a [CopySpec],
+        total: u32,
+    ) -> Self {
         Self {
-            config: about.config,
-            original: &about.original,
-            vm_type: &about.vm_type,
+            config: metadata.config,
+            original: &metadata.original,
+            vm_type: &metadata.vm_type,
             slots,
             total,
             arrivals: u32::try_from(slots.len()).unwrap_or(u32::MAX),
-            seq: about.seq,
+            seq: metadata.seq,
             fault: None,
             learned,
-            is_foreign: false,
+            has_foreign_cpu: false,
             filling: None,
         }
     }

@@ -30,7 +30,7 @@ use std::{
 
 use api::client;
 use base::{sync::lock, text::Reason};
-use capsule::{self, Digests, compat::Offer};
+use capsule::{self, Digests, compat::HostCapabilities};
 use cluster::placement::Unplaceable;
 use node::{
     fork::rendezvous,
@@ -384,7 +384,7 @@ pub struct Platform {
     /// The CPU that its guests are shown, as text.
     cpu_profile: String,
     /// What this host has for VMs that come from others, once somebody wanted to know.
-    offer: OnceLock<Offer>,
+    host_capabilities: OnceLock<HostCapabilities>,
     /// How the first VM ended, once it has.
     root_end: Mutex<Option<ExitReason>>,
 }
@@ -416,7 +416,7 @@ impl Platform {
             supplies: Supplies::default(),
             transfers: Transfers::default(),
             cluster: OnceLock::new(),
-            offer: OnceLock::new(),
+            host_capabilities: OnceLock::new(),
             root_end: Mutex::new(None),
         });
         Pool::fill_in_background(&platform)?;

@@ -98,7 +98,7 @@ pub(super) struct Node {
     /// Who learns from what this one writes to, where it tells.
     teaches: Option<Arc<Learned>>,
     /// Whether it was shown another CPU than this platform's guests are: no shell that stands ready can become a copy of it.
-    is_foreign: bool,
+    has_foreign_cpu: bool,
     /// Who fills its memory, where that is not there as a whole yet.
     filling: Option<Arc<Filling>>,
     /// How it was ended from outside, once it was.
@@ -153,7 +153,7 @@ impl Node {
             unsealed: Unsealed::default(),
             learned: Arc::default(),
             teaches: None,
-            is_foreign: false,
+            has_foreign_cpu: false,
             filling: None,
             forced,
             ordered,
@@ -172,8 +172,8 @@ impl Node {
     }
 
     /// Says whether it was shown another CPU than this platform's guests are, and who fills its memory, where somebody does.
-    pub(super) fn come_from(&mut self, is_foreign: bool, filling: Option<&Arc<Filling>>) {
-        (self.is_foreign, self.filling) = (is_foreign, filling.cloned());
+    pub(super) fn come_from(&mut self, has_foreign_cpu: bool, filling: Option<&Arc<Filling>>) {
+        (self.has_foreign_cpu, self.filling) = (has_foreign_cpu, filling.cloned());
         if let Some(filling) = filling {
             self.platform.registry.depends(self.identity.id, filling);
         }
@@ -300,9 +300,9 @@ impl Node {
         }
         let here = Place { files, rendezvous: None, standby: None };
         let place = self.announced.take_if(|_| announced).map_or(here, Announced::into_place);
-        let Self { identity: vm, config, recent, unsealed, learned, is_foreign, link, process, .. } = self;
-        let (config, is_foreign, process) = (*config, *is_foreign, process.as_ref());
-        let mut original = Original { vm, config, recent, learned, is_foreign, link, process, unsealed };
+        let Self { identity: vm, config, recent, unsealed, learned, has_foreign_cpu, link, process, .. } = self;
+        let (config, has_foreign_cpu, process) = (*config, *has_foreign_cpu, process.as_ref());
+        let mut original = Original { vm, config, recent, learned, has_foreign_cpu, link, process, unsealed };
         let fork = Fork::begin(&self.platform, &mut original, &order, place)?;
         if !fork.has_failed() {
             self.lent = None;
@@ -333,7 +333,7 @@ impl Node {
         let mut fds =
             [PollFd::new(self.link.as_fd(), PollFlags::POLLIN), PollFd::new(process.as_fd(), PollFlags::POLLIN)];
         let lacks_one = self.announced.as_ref().is_some_and(|announced| announced.standby.is_none());
-        let limit = (lacks_one && !self.is_foreign && self.platform.pool.has_standbys()).then_some(LENT_AGAIN);
+        let limit = (lacks_one && !self.has_foreign_cpu && self.platform.pool.has_standbys()).then_some(LENT_AGAIN);
         let fork = self.fork.as_ref().filter(|fork| !fork.is_over()).and_then(|fork| fork.time_left());
         let limit = limit.into_iter().chain(fork).min();
         let limit = limit.and_then(|limit| PollTimeout::try_from(limit).ok()).unwrap_or(PollTimeout::NONE);
@@ -389,7 +389,7 @@ impl Node {
 
     /// A shell that no fork has come of is not replaced at once: whoever asks for too much gets no further ones for it.
     fn take_standby(&mut self) -> Option<Standby> {
-        if self.is_foreign || self.lent.is_some_and(|lent| lent.elapsed() < LENT_AGAIN) {
+        if self.has_foreign_cpu || self.lent.is_some_and(|lent| lent.elapsed() < LENT_AGAIN) {
             return None;
         }
         let standby = self.platform.pool.take_standby(self.config)?;

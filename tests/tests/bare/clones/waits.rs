@@ -9,7 +9,7 @@ use std::{
 };
 
 use api::client::{Connection, Connections, Content, Endpoint, Error};
-use capsule::{Digests, Parcel, file};
+use capsule::{ChunkSource, Digests, file};
 use hyper::Method;
 use platform::clone::{
     Order, PATIENCE, Stage,
@@ -149,14 +149,14 @@ fn a_commit_is_answered_again_whatever_others_have_asked_for_meanwhile() {
     target.ask(&["image", "save", &image, path.to_str().expect("a path")]).expect("a saved image");
     let budget = Budget::of_this_host(None).expect("memory");
     let capsule = file::load(&fs::File::open(&path).expect("the file"), &budget).expect("an image");
-    let parcel = Arc::new(Parcel::of(&capsule, &Digests::default()).expect("a parcel"));
+    let chunk_source = Arc::new(ChunkSource::of(&capsule, &Digests::default()).expect("a parcel"));
     let (id, slots) = (Uuid::new_v4(), vec![CopySpec { id: Uuid::new_v4(), index: 1 }]);
     let order = Order { source: "north".into(), slots, total: 1, lazy: false };
     let link = Connections::default().link(Endpoint::Socket(target.socket()), PATIENCE);
     let settings = source::Settings { connections: 1, bandwidth: None, lazy: false };
     let is_wanted: source::IsWanted = Arc::new(|| Wanted::Yes);
-    let sent =
-        source::send(link, id, &order, &parcel, &settings, &Arc::default(), is_wanted).expect("a clone");
+    let sent = source::send(link, id, &order, &chunk_source, &settings, &Arc::default(), is_wanted)
+        .expect("a clone");
     let vms = sent.commit().expect("copies that run");
 
     let mut asker = Asker::of(&target);

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use api::{Copied, Transfer};
 use base::sync::lock;
-use capsule::About;
+use capsule::ImageMetadata;
 use cluster::{
     member::{Load, MAX_SHAPES, Ready},
     membership::check,
@@ -47,10 +47,10 @@ pub(crate) struct Listed<'t> {
 
 impl Transfers {
     /// Enters the clone with this ID, of copies of an image.
-    pub(crate) fn list(&self, id: Uuid, about: &About, to: &str) -> Listed<'_> {
+    pub(crate) fn list(&self, id: Uuid, metadata: &ImageMetadata, to: &str) -> Listed<'_> {
         let progress = Arc::default();
-        let VmIdentity { id: original, name: original_name, .. } = about.original.clone();
-        let entry = Entry { id, image: about.id, original, original_name, to: to.to_owned(), progress };
+        let VmIdentity { id: original, name: original_name, .. } = metadata.original.clone();
+        let entry = Entry { id, image: metadata.id, original, original_name, to: to.to_owned(), progress };
         let listed = Listed { transfers: self, id, progress: Arc::clone(&entry.progress) };
         lock(&self.0).push(entry);
         listed
@@ -78,7 +78,7 @@ impl Platform {
         let cluster = self.cluster.get().ok_or(Error::Alone)?;
         let link = cluster.find(to).map_err(Error::Cluster)?;
         let (id, (capsule, learned)) = (new_id().map_err(Error::Id)?, image.parts());
-        let listed = self.transfers.list(id, &capsule.about, to);
+        let listed = self.transfers.list(id, &capsule.metadata, to);
         let order = Order { source: self.name().to_owned(), slots: slots(count)?, total: count, lazy };
         let failed = |error| Error::Send { platform: to.to_owned(), source: Box::new(error) };
         let is_wanted: IsWanted = Arc::new(|| Wanted::Yes);
@@ -87,8 +87,8 @@ impl Platform {
             self.supplies.add(id, &supply);
             source::send_lazily(link, id, &order, &supply, learned.of_next_fork().as_ref(), is_wanted)
         } else {
-            let parcel = image.parcel(&self.digests).map_err(Error::Capsule)?;
-            source::send(link, id, &order, &parcel, &cluster.sending, &listed.progress, is_wanted)
+            let chunk_source = image.chunk_source(&self.digests).map_err(Error::Capsule)?;
+            source::send(link, id, &order, &chunk_source, &cluster.sending, &listed.progress, is_wanted)
         };
         let all = |named| match ordered(&order.slots, named) {
             vms if vms.len() == order.slots.len() => Ok(vms),

@@ -16,7 +16,7 @@ use api::{
     client::{self, Connection, Content, GoesOn, Link},
 };
 use base::{sync::lock, text::Reason};
-use capsule::{self, Parcel};
+use capsule::{self, ChunkSource};
 use hyper::{Method, StatusCode, body::Bytes};
 use uuid::Uuid;
 use vmm::memory::WorkingSet;
@@ -254,7 +254,7 @@ pub fn send(
     link: Link,
     id: Uuid,
     order: &Order,
-    parcel: &Arc<Parcel>,
+    chunk_source: &Arc<ChunkSource>,
     settings: &Settings,
     progress: &Arc<Progress>,
     is_wanted: IsWanted,
@@ -262,8 +262,8 @@ pub fn send(
     let mut prepared = Prepared::order(link, id, order, is_wanted)?;
     let target = &prepared.target;
     target.check_wanted()?;
-    let Missing { chunks } = target.describe(parcel.head())?;
-    send_memory(target, parcel, chunks, settings, progress)?;
+    let Missing { chunks } = target.describe(chunk_source.head())?;
+    send_memory(target, chunk_source, chunks, settings, progress)?;
     target.check_wanted()?;
     target.prepare()?;
     prepared.heard = Instant::now();
@@ -414,7 +414,7 @@ impl Drop for Sent {
 
 /// Chunks on their way, made while they are sent.
 struct Pieces {
-    parcel: Arc<Parcel>,
+    chunk_source: Arc<ChunkSource>,
     share: std::vec::IntoIter<u32>,
     pace: Arc<Pace>,
     progress: Arc<Progress>,
@@ -430,12 +430,12 @@ impl Iterator for Pieces {
         if let Err(error) = check_wanted(&self.is_wanted) {
             return Some(Err(error));
         }
-        let bytes = self.parcel.data_bytes(number);
+        let bytes = self.chunk_source.data_bytes(number);
         self.pace.wait(bytes);
         self.progress.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
         let mut record = lock(&self.buffers).pop().unwrap_or_default();
         record.clear();
-        let made = self.parcel.record(number, &mut record);
+        let made = self.chunk_source.record(number, &mut record);
         Some(made.map(|()| Bytes::from_owner(Sent { record, buffers: Arc::clone(&self.buffers) })))
     }
 }
@@ -443,16 +443,16 @@ impl Iterator for Pieces {
 /// Sends chunks on several connections, each its own share.
 fn send_memory(
     target: &Target,
-    parcel: &Arc<Parcel>,
+    chunk_source: &Arc<ChunkSource>,
     wanted: Vec<Range<u32>>,
     settings: &Settings,
     progress: &Arc<Progress>,
 ) -> Result<(), Error> {
-    let count = parcel.chunks();
+    let count = chunk_source.chunks();
     let wanted: Vec<u32> = wanted.into_iter().flat_map(|range| range.start.min(count)..range.end.min(count)).collect();
-    let wanted_bytes: u64 = wanted.iter().map(|chunk| parcel.data_bytes(*chunk)).sum();
+    let wanted_bytes: u64 = wanted.iter().map(|chunk| chunk_source.data_bytes(*chunk)).sum();
     progress.wanted_bytes.store(wanted_bytes, Ordering::Relaxed);
-    progress.spared_bytes.store(parcel.memory_bytes().saturating_sub(wanted_bytes), Ordering::Relaxed);
+    progress.spared_bytes.store(chunk_source.memory_bytes().saturating_sub(wanted_bytes), Ordering::Relaxed);
     if wanted.is_empty() {
         return Ok(());
     }
@@ -466,11 +466,11 @@ fn send_memory(
                 target.insist(LEASE, |connection, path| {
                     // What has come before the connection broke need not come again.
                     if std::mem::replace(&mut again, true) {
-                        let missing = describe(connection, path, iter::once(Ok(parcel.head().clone())))?;
+                        let missing = describe(connection, path, iter::once(Ok(chunk_source.head().clone())))?;
                         rest.retain(|chunk| missing.has(*chunk));
                     }
                     let pieces = Pieces {
-                        parcel: Arc::clone(parcel),
+                        chunk_source: Arc::clone(chunk_source),
                         share: rest.clone().into_iter(),
                         pace: Arc::clone(pace),
                         progress: Arc::clone(progress),

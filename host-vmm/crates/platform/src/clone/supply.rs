@@ -16,7 +16,7 @@ use api::{
 use base::sync::lock;
 use capsule::{
     self, Capsule, Description, Digests, Header, Manifest,
-    chunk_stream::{self, Records},
+    chunk_stream::{self, ChunkDecoder},
 };
 use http_body_util::channel::{Channel, Sender};
 use hyper::{Method, body::Bytes};
@@ -96,9 +96,9 @@ impl Supplier {
         let answer = self.0.insist(LEASE, |connection, path| {
             connection.ask_long(Method::POST, &format!("{path}/chunks"), Content::json(need)?, most)
         })?;
-        let (mut records, mut failure) = (Records::default(), None);
+        let (mut decoder, mut failure) = (ChunkDecoder::default(), None);
         let mut awaited: BTreeSet<u32> = need.chunks.iter().copied().collect();
-        let taken = records.push(&answer, |chunk, data| {
+        let taken = decoder.push(&answer, |chunk, data| {
             if !awaited.remove(&chunk) {
                 return Err(io::Error::other(format!("nobody has asked for the chunk {chunk}")));
             }
@@ -107,7 +107,7 @@ impl Supplier {
                 io::ErrorKind::InvalidData.into()
             })
         });
-        match (failure, taken.and_then(|()| records.finish())) {
+        match (failure, taken.and_then(|()| decoder.finish())) {
             (Some(error), _) => Err(Error::Take(Box::new(error))),
             (None, Ok(())) if !awaited.is_empty() => {
                 let why = format!("{} of the chunks that were asked for did not come", awaited.len());
@@ -121,8 +121,8 @@ impl Supplier {
     ///
     /// # Errors
     /// [`Error::Source`], or [`Error::Answer`].
-    pub fn manifest(&mut self, outline: &Manifest) -> Result<Manifest, Error> {
-        let most = outline.most_bytes();
+    pub fn manifest(&mut self, sparse: &Manifest) -> Result<Manifest, Error> {
+        let most = sparse.most_bytes();
         let answer = self.0.insist(LEASE, |connection, path| {
             connection.set_patience(LOOKED_AT);
             connection.ask_long(Method::GET, &format!("{path}/manifest"), Content::none(), most)
@@ -178,7 +178,7 @@ impl Supply {
     /// # Errors
     /// [`capsule::Error`].
     pub fn of(capsule: &Capsule, target: &str, bandwidth: Option<u64>) -> Result<Self, capsule::Error> {
-        let (description, image) = capsule.outline()?;
+        let (description, image) = capsule.describe_sparse()?;
         let bytes = description.to_bytes()?;
         let header = Header::new(false, 0, &bytes);
         let file_bytes = description.memory.file_bytes();

@@ -81,7 +81,7 @@ pub(crate) struct Original<'a> {
     /// What is known of its copies.
     pub(crate) learned: &'a Arc<Learned>,
     /// Whether it was shown another CPU than this platform's guests are.
-    pub(crate) is_foreign: bool,
+    pub(crate) has_foreign_cpu: bool,
     /// The connection to its node.
     pub(crate) link: &'a PlatformLink,
     /// The process of its node.
@@ -192,7 +192,7 @@ impl Fork {
         let mut hold = platform.images.wants(&order.vm_type).then(|| rendezvous.hold()).transpose()?;
         let mut keeping = None;
         let placed = platform.place(original, order);
-        let Original { config, vm, learned, is_foreign, unsealed, .. } = *original;
+        let Original { config, vm, learned, has_foreign_cpu, unsealed, .. } = *original;
         let (parent, ram_bytes, unsealed) = (vm.id, config.ram_bytes, unsealed.clone());
         *lock(&fork.frozen) = Some(Frozen { files: image.to_vec(), parent, ram_bytes, unsealed });
         let launched = placed.and_then(|Placed { here, away }| {
@@ -206,7 +206,7 @@ impl Fork {
                 seq: order.seq,
                 fault: order.fault,
                 learned,
-                is_foreign,
+                has_foreign_cpu,
                 filling: None,
             };
             if hold.is_some() {
@@ -265,7 +265,7 @@ impl Fork {
         standby: Option<Shell>,
         mut room: Reservation,
     ) -> Result<Vec<Node>, Error> {
-        let Launch { config, original, vm_type, slots, total, arrivals, seq, fault, learned, is_foreign, filling } =
+        let Launch { config, original, vm_type, slots, total, arrivals, seq, fault, learned, has_foreign_cpu, filling } =
             launch;
         let wanted = slots.len();
         let names = platform.registry.names(vm_type, wanted);
@@ -288,7 +288,7 @@ impl Fork {
             }
             if shells.is_empty() {
                 let wanted = wanted - nodes.len();
-                shells = match is_foreign {
+                shells = match has_foreign_cpu {
                     true => platform.pool.take_cold(config, wanted)?,
                     false => platform.pool.take(config, wanted)?,
                 };
@@ -314,7 +314,7 @@ impl Fork {
             };
             let mut node = self.order(platform, shell, order, learned, files_for_next)?;
             room.is_used();
-            node.come_from(is_foreign, filling);
+            node.come_from(has_foreign_cpu, filling);
             nodes.push(node);
             files_for_next = &files;
         }

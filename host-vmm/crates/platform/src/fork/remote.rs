@@ -7,7 +7,7 @@ use std::{fs::File, sync::Arc, thread, time::Duration};
 
 use api::{Copied, ForkedVm, Placement};
 use base::{clock::wall_clock_ns, error::chain, text::Reason, threads};
-use capsule::{About, Capsule, Parcel};
+use capsule::{Capsule, ChunkSource, ImageMetadata};
 use cluster::placement::{Claim, Wish};
 use node::fork::rendezvous::Rendezvous;
 use types::{CopySpec, Locality, new_id};
@@ -64,7 +64,7 @@ impl Placed {
 /// What is sent.
 enum Sent {
     /// All of it, before the copies run.
-    Whole(Arc<Parcel>),
+    Whole(Arc<ChunkSource>),
     /// A part, and the rest while they run.
     Lazily(Box<Capsule>),
 }
@@ -76,13 +76,13 @@ struct Away {
     rendezvous: Arc<Rendezvous>,
     /// The image's files.
     files: Vec<Arc<File>>,
-    about: About,
+    metadata: ImageMetadata,
     total: u32,
     target: Target,
     /// Whether they run before all of their memory is there.
     lazy: bool,
     /// Whether they were shown another CPU than this platform's guests are.
-    is_foreign: bool,
+    has_foreign_cpu: bool,
     /// What copies write to first, if that is known.
     working_set: Option<WorkingSet>,
 }
@@ -125,7 +125,7 @@ impl Fork {
         shares: Vec<Share>,
         files: &[Arc<File>],
     ) -> Result<(), Error> {
-        let about = About {
+        let metadata = ImageMetadata {
             id: new_id().map_err(Error::Id)?,
             created_ns: wall_clock_ns(),
             vm_type: launch.vm_type.to_owned(),
@@ -142,11 +142,11 @@ impl Fork {
             fork: Arc::clone(self),
             rendezvous: Arc::clone(rendezvous),
             files: files.to_vec(),
-            about,
+            metadata,
             total: launch.total,
             target: target.clone(),
             lazy,
-            is_foreign: launch.is_foreign,
+            has_foreign_cpu: launch.has_foreign_cpu,
             working_set: launch.learned.of_next_fork(),
         };
         let count = shares.iter().map(|share| share.slots.len()).sum();
@@ -195,12 +195,12 @@ impl Away {
     /// Takes the state, once it is there, and makes of it what can be sent.
     fn content(&self) -> Result<Sent, Error> {
         let state = self.rendezvous.wait_state(|| self.fork.is_off())?;
-        let capsule = Capsule { about: self.about.clone(), state, files: self.files.clone() };
+        let capsule = Capsule { metadata: self.metadata.clone(), state, files: self.files.clone() };
         if self.lazy {
             return Ok(Sent::Lazily(Box::new(capsule)));
         }
-        let parcel = Parcel::of_while(&capsule, &self.platform.digests, &|| !self.fork.is_off());
-        Ok(Sent::Whole(Arc::new(parcel.map_err(Error::Capsule)?)))
+        let chunk_source = ChunkSource::of_while(&capsule, &self.platform.digests, &|| !self.fork.is_off());
+        Ok(Sent::Whole(Arc::new(chunk_source.map_err(Error::Capsule)?)))
     }
 
     /// Has copies launched where they are to go, all at once. `tried` are platforms that could not.
@@ -250,10 +250,11 @@ impl Away {
         let (id, is_wanted) = (new_id().map_err(Error::Id)?, self.is_wanted_at(&share.platform));
         // The first thing that the target does is to keep room for them.
         drop(share.claim.take());
-        let listed = self.platform.transfers.list(id, &self.about, &share.platform);
+        let listed = self.platform.transfers.list(id, &self.metadata, &share.platform);
         match content {
-            Sent::Whole(parcel) => {
-                source::send(link, id, &order, parcel, &cluster.sending, &listed.progress, is_wanted).map_err(failed)
+            Sent::Whole(chunk_source) => {
+                source::send(link, id, &order, chunk_source, &cluster.sending, &listed.progress, is_wanted)
+                    .map_err(failed)
             }
             Sent::Lazily(capsule) => {
                 let supply =
@@ -304,7 +305,7 @@ impl Away {
         let vms = self.commit(platform, slots, prepared);
         let platform = short(platform);
         for vm in &vms {
-            self.platform.events.write(&Event::Sent { id: vm.id, name: &vm.name, platform, seq: self.about.seq });
+            self.platform.events.write(&Event::Sent { id: vm.id, name: &vm.name, platform, seq: self.metadata.seq });
         }
         let copy = |CopySpec { id, index }: &CopySpec| {
             let name = vms.iter().find(|vm| vm.id == *id)?.name.clone();
@@ -345,8 +346,8 @@ impl Away {
         let learned = Arc::default();
         let launch = Launch {
             arrivals: self.total,
-            is_foreign: self.is_foreign,
-            ..Launch::of_image(&self.about, &learned, slots, self.total)
+            has_foreign_cpu: self.has_foreign_cpu,
+            ..Launch::of_image(&self.metadata, &learned, slots, self.total)
         };
         let files = std::iter::once(self.rendezvous.file()).chain(self.files.iter().map(AsRef::as_ref));
         let listed = list(&self.rendezvous, slots, self.platform.name(), Location::Local).map_err(Error::from);
@@ -361,9 +362,9 @@ impl Away {
 
     fn wish(&self, count: usize, location: Locality) -> Wish {
         Wish {
-            vm_type: self.about.vm_type.clone(),
+            vm_type: self.metadata.vm_type.clone(),
             count: u32::try_from(count).unwrap_or(u32::MAX),
-            config: self.about.config,
+            config: self.metadata.config,
             location,
             images: Vec::new(),
             source: self.platform.name().to_owned(),

@@ -12,7 +12,7 @@ use axum::{
     http::{StatusCode, request::Parts},
 };
 use base::text::Reason;
-use capsule::{self, Header, chunk_stream::Records, file::DESCRIPTION_COPIES, header::MAX_DESCRIPTION_BYTES};
+use capsule::{self, Header, chunk_stream::ChunkDecoder, file::DESCRIPTION_COPIES, header::MAX_DESCRIPTION_BYTES};
 use cluster::peer::{Peer, Role};
 use http_body_util::BodyExt;
 use utoipa_axum::{router::OpenApiRouter, routes};
@@ -143,12 +143,12 @@ async fn next_piece(body: &mut Body) -> Result<Option<Bytes>, Error> {
 /// Takes in records: those of a first piece, and of what comes behind it.
 async fn take_records(platform: &Platform, id: Uuid, first: Bytes, body: &mut Body) -> Result<(), Error> {
     let intake = platform.clone_memory(id)?;
-    let (mut records, mut piece) = (Records::default(), Some(first));
+    let (mut decoder, mut piece) = (ChunkDecoder::default(), Some(first));
     while let Some(data) = piece {
-        records.push(&data, |chunk, data| intake.take(chunk, data)).map_err(Error::Chunks)?;
+        decoder.push(&data, |chunk, data| intake.take(chunk, data)).map_err(Error::Chunks)?;
         piece = next_piece(body).await?;
     }
-    records.finish().map_err(Error::Chunks)
+    decoder.finish().map_err(Error::Chunks)
 }
 
 /// Takes chunks of a clone's memory in as they come, on as many connections as the source likes.
