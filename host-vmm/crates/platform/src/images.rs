@@ -1,8 +1,8 @@
 //! Images that are kept: each can be launched at any time, whether its parent is there or not.
 //!
-//! An image is the files of its memory's layers and a state. The platform looks into neither: both come from a node, and the shell that
-//! takes them checks them. Layers are shared between images that build on each other, and with the VMs that run from them; the memory is
-//! free when the last of these is gone.
+//! An image is the files of its memory's layers and a state. The platform looks into neither: both come from
+//! a node, and the warm VM that takes them checks them. Layers are shared between images that build on each
+//! other, and with the VMs that run from them; the memory is free when the last of these is gone.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -27,7 +27,7 @@ use super::{
     fork::Fork,
     launcher::{Launch, slots},
     seals::Seal,
-    working_sets::Learned,
+    working_sets::WorkingSetHistory,
 };
 
 /// Stands for all types in `--keep`.
@@ -57,24 +57,24 @@ impl FromStr for Keep {
     }
 }
 
-/// What a fork leaves to be kept, before it is certain.
+/// Image of a fork that is to be kept once the fork is certain.
 #[derive(Debug)]
-pub(super) struct Keeping {
+pub(super) struct PendingImage {
     vm_type: String,
     original: VmIdentity,
     config: VmShape,
     seq: u64,
     files: Vec<Arc<File>>,
-    learned: Arc<Learned>,
+    history: Arc<WorkingSetHistory>,
     has_foreign_cpu: bool,
 }
 
-impl Keeping {
+impl PendingImage {
     /// The image of these copies, in `files`.
     pub(super) fn new(launch: Launch<'_>, files: Vec<Arc<File>>) -> Self {
-        let Launch { config, original, vm_type, seq, learned, has_foreign_cpu, .. } = launch;
-        let (vm_type, original, learned) = (vm_type.to_owned(), original.clone(), Arc::clone(learned));
-        Self { vm_type, original, config, seq, files, learned, has_foreign_cpu }
+        let Launch { config, original, vm_type, seq, history, has_foreign_cpu, .. } = launch;
+        let (vm_type, original, history) = (vm_type.to_owned(), original.clone(), Arc::clone(history));
+        Self { vm_type, original, config, seq, files, history, has_foreign_cpu }
     }
 }
 
@@ -89,7 +89,7 @@ const RECEIVED_FOR: Duration = Duration::from_secs(600);
 pub(super) struct Image {
     capsule: Capsule,
     /// What is known of its copies.
-    learned: Arc<Learned>,
+    history: Arc<WorkingSetHistory>,
     /// Whether they were shown another CPU than this platform's guests are.
     has_foreign_cpu: bool,
     /// Whether its files are sealed: before, nobody gets it.
@@ -100,8 +100,8 @@ pub(super) struct Image {
 
 impl Image {
     /// One whose files are sealed.
-    fn new(capsule: Capsule, learned: Arc<Learned>, has_foreign_cpu: bool) -> Self {
-        Self { capsule, learned, has_foreign_cpu, seal: Seal::sealed(), chunk_source: OnceLock::new() }
+    fn new(capsule: Capsule, history: Arc<WorkingSetHistory>, has_foreign_cpu: bool) -> Self {
+        Self { capsule, history, has_foreign_cpu, seal: Seal::sealed(), chunk_source: OnceLock::new() }
     }
 
     /// Whether its files are sealed.
@@ -120,8 +120,8 @@ impl Image {
     }
 
     /// What copies need, and what is known of them.
-    pub(super) fn parts(&self) -> (&Capsule, &Arc<Learned>) {
-        (&self.capsule, &self.learned)
+    pub(super) fn parts(&self) -> (&Capsule, &Arc<WorkingSetHistory>) {
+        (&self.capsule, &self.history)
     }
 
     /// As it is sent to others.
@@ -139,12 +139,12 @@ impl Image {
 pub(super) struct Images {
     /// How many to keep, by type.
     keep: BTreeMap<String, usize>,
-    kept: Mutex<Kept>,
+    kept: Mutex<KeptImages>,
     changed: Condvar,
 }
 
 #[derive(Debug, Default)]
-struct Kept {
+struct KeptImages {
     /// Those that the operator wants, oldest first.
     images: Vec<Arc<Image>>,
     /// Those that come to them once they are sealed.
@@ -230,20 +230,20 @@ impl Images {
     }
 
     /// Gives back those that have come with clones so long ago that they are not kept for others to come.
-    fn forget_received(&self, now: Instant) -> Vec<Arc<Image>> {
+    fn evict_received(&self, now: Instant) -> Vec<Arc<Image>> {
         let is_old = |(since, _): &mut (Instant, _)| now.saturating_duration_since(*since) >= RECEIVED_FOR;
         lock(&self.kept).received.extract_if(.., is_old).map(|(_, image)| image).collect()
     }
 
     /// Gives back the one of those that has come first.
-    fn forget_oldest_received(&self) -> Option<Arc<Image>> {
+    fn evict_oldest_received(&self) -> Option<Arc<Image>> {
         let received = &mut lock(&self.kept).received;
         (!received.is_empty()).then(|| received.remove(0).1)
     }
 
     /// All images, the oldest first.
     fn all(&self) -> Vec<Arc<Image>> {
-        let Kept { images, unsealed, received, .. } = &*lock(&self.kept);
+        let KeptImages { images, unsealed, received, .. } = &*lock(&self.kept);
         let is_kept = |id| images.iter().any(|image| image.capsule.metadata.id == id);
         let others = received.iter().map(|(_, image)| image).filter(|image| !is_kept(image.capsule.metadata.id));
         let mut all: Vec<_> = images.iter().chain(unsealed).chain(others).cloned().collect();
@@ -275,7 +275,7 @@ impl Images {
     }
 
     fn remove(&self, id: Uuid) -> Vec<Arc<Image>> {
-        let Kept { images, unsealed, received, .. } = &mut *lock(&self.kept);
+        let KeptImages { images, unsealed, received, .. } = &mut *lock(&self.kept);
         let is_it = |image: &Arc<Image>| image.capsule.metadata.id == id;
         let received = received.extract_if(.., |(_, image)| is_it(image)).map(|(_, image)| image);
         let unsealed = unsealed.extract_if(.., |image| is_it(image));
@@ -296,7 +296,7 @@ impl Images {
 
     /// Waits until none is kept, or about to be.
     pub(super) fn wait_empty(&self) {
-        let is_any = |kept: &mut Kept| !kept.images.is_empty() || !kept.unsealed.is_empty();
+        let is_any = |kept: &mut KeptImages| !kept.images.is_empty() || !kept.unsealed.is_empty();
         let kept = self.changed.wait_while(lock(&self.kept), is_any);
         drop(kept.unwrap_or_else(PoisonError::into_inner));
     }
@@ -323,14 +323,14 @@ fn push(
 
 impl Platform {
     /// Keeps the image of a fork that is certain, once it is sealed: `state` is what its copies have, taken before they ran.
-    pub(super) fn keep(&self, keeping: Keeping, state: Vec<u8>, seal: &Arc<Seal>) -> Result<(), Error> {
-        let Keeping { vm_type, original, config, seq, files, learned, has_foreign_cpu } = keeping;
+    pub(super) fn keep(&self, pending_image: PendingImage, state: Vec<u8>, seal: &Arc<Seal>) -> Result<(), Error> {
+        let PendingImage { vm_type, original, config, seq, files, history, has_foreign_cpu } = pending_image;
         let (id, created_ns) = (new_id().map_err(Error::Id)?, wall_clock_ns());
-        // For as long as there are copies to come, shells of its shape stand ready.
+        // For as long as there are copies to come, warm VMs of its shape stand ready.
         self.pool.add_user(config);
         let metadata = ImageMetadata { id, created_ns, vm_type, original, config, seq };
-        let image = Image::new(Capsule { metadata, state, files }, learned, has_foreign_cpu);
-        self.let_go(self.images.add(Image { seal: Arc::clone(seal), ..image }));
+        let image = Image::new(Capsule { metadata, state, files }, history, has_foreign_cpu);
+        self.release(self.images.add(Image { seal: Arc::clone(seal), ..image }));
         Ok(())
     }
 
@@ -343,13 +343,13 @@ impl Platform {
             ..Image::new(capsule, Arc::default(), has_foreign_cpu)
         };
         let image = Arc::new(image);
-        self.let_go(self.images.add_received(&image));
+        self.release(self.images.add_received(&image));
         image
     }
 
     /// Lets go of images that have come with clones a while ago. To be called now and then.
     pub(super) fn tend_images(&self) {
-        self.let_go(self.images.forget_received(Instant::now()));
+        self.release(self.images.evict_received(Instant::now()));
     }
 
     /// Lets go of images that have come with clones, the oldest first, until so many bytes fit into the budget, and says
@@ -359,13 +359,13 @@ impl Platform {
             return false;
         }
         while self.image_memory.reserve(bytes).is_err() {
-            let Some(image) = self.images.forget_oldest_received() else { return false };
-            self.let_go(vec![image]);
+            let Some(image) = self.images.evict_oldest_received() else { return false };
+            self.release(vec![image]);
         }
         true
     }
 
-    pub(super) fn let_go(&self, images: Vec<Arc<Image>>) {
+    pub(super) fn release(&self, images: Vec<Arc<Image>>) {
         for image in images {
             self.pool.remove_user(image.capsule.metadata.config);
         }
@@ -402,7 +402,7 @@ impl Platform {
     /// [`Error::NoImage`] or [`Error::Ambiguous`].
     pub fn remove_image(&self, id: &str) -> Result<(), Error> {
         let image = self.images.find(id)?;
-        self.let_go(self.images.remove(image.capsule.metadata.id));
+        self.release(self.images.remove(image.capsule.metadata.id));
         Ok(())
     }
 
@@ -458,11 +458,11 @@ impl Platform {
     /// [`Error`]: there is none of them then.
     pub fn spawn(self: &Arc<Self>, id: &str, count: u32) -> Result<Vec<VmIdentity>, Error> {
         let image = self.sealed_image(id)?;
-        let (capsule, learned) = image.parts();
+        let (capsule, history) = image.parts();
         let slots = slots(count)?;
         let launch = Launch {
             has_foreign_cpu: image.has_foreign_cpu,
-            ..Launch::of_image(&capsule.metadata, learned, &slots, count)
+            ..Launch::of_image(&capsule.metadata, history, &slots, count)
         };
         let room = self.reserve(slots.len())?;
         Fork::of_image(self, launch, &capsule.state, &capsule.files, room)?.commit()

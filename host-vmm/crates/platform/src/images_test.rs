@@ -80,11 +80,11 @@ fn what_has_come_stays_for_a_while() {
     assert_eq!(out, [0, 0, 0, 0, 1]);
     assert_eq!(images.add_received(&received[2]).len(), 1, "it has come again");
     let now = Instant::now();
-    assert!(images.forget_received(now).is_empty());
+    assert!(images.evict_received(now).is_empty());
     assert_eq!(images.all().len(), MAX_RECEIVED);
-    let oldest = images.forget_oldest_received().unwrap();
+    let oldest = images.evict_oldest_received().unwrap();
     assert!(Arc::ptr_eq(&oldest, &received[1]));
-    assert_eq!(images.forget_received(now + RECEIVED_FOR).len(), MAX_RECEIVED - 1);
+    assert_eq!(images.evict_received(now + RECEIVED_FOR).len(), MAX_RECEIVED - 1);
     assert!(images.all().is_empty());
 }
 

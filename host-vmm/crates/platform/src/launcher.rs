@@ -10,9 +10,9 @@ use uuid::Uuid;
 use vmfork_abi::{ListedCopy, Location, PLATFORM_BYTES, pad_text};
 
 use super::{
-    Error, Platform, fork::Fork, node_server::Node, registry::Reservation, seals::Seal, working_sets::Learned,
+    Error, Platform, fork::Fork, node_server::Node, registry::Reservation, seals::Seal, working_sets::WorkingSetHistory,
 };
-use crate::clone::filling::Filling;
+use crate::clone::postcopy::PostcopyMemory;
 
 /// How long copies of an image may take until they are ready to run.
 pub(crate) const LAUNCH_TIMEOUT: Duration = Duration::from_secs(60);
@@ -67,18 +67,18 @@ pub(crate) struct Launch<'a> {
     /// Where this is to fail.
     pub(crate) fault: Option<ForkStep>,
     /// What is known of such copies.
-    pub(crate) learned: &'a Arc<Learned>,
+    pub(crate) history: &'a Arc<WorkingSetHistory>,
     /// Whether they were shown another CPU than this platform's guests are.
     pub(crate) has_foreign_cpu: bool,
     /// Who fills their memory, where it is not there as a whole yet.
-    pub(crate) filling: Option<&'a Arc<Filling>>,
+    pub(crate) postcopy: Option<&'a Arc<PostcopyMemory>>,
 }
 
 impl<'a> Launch<'a> {
     /// Some of the `total` copies of an image, all of whose memory is there. They wait for each other alone.
     pub(crate) fn of_image(
         metadata: &'a ImageMetadata,
-        learned: &'a Arc<Learned>,
+        history: &'a Arc<WorkingSetHistory>,
         slots: &'a [CopySpec],
         total: u32,
     ) -> Self {
@@ -91,9 +91,9 @@ impl<'a> Launch<'a> {
             arrivals: u32::try_from(slots.len()).unwrap_or(u32::MAX),
             seq: metadata.seq,
             fault: None,
-            learned,
+            history,
             has_foreign_cpu: false,
-            filling: None,
+            postcopy: None,
         }
     }
 }

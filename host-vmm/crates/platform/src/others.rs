@@ -100,7 +100,7 @@ impl Cluster {
         match (found.next(), found.next()) {
             (Some(member), None) => {
                 let endpoint = Endpoint::of_platform(&member.name, member.address, self.credentials.as_ref());
-                Ok(self.connections.link(endpoint, clone::PATIENCE))
+                Ok(self.connections.link(endpoint, clone::REQUEST_TIMEOUT))
             }
             (None, _) => {
                 let known: Vec<&str> = members(&view).map(|member| member.name.as_str()).collect();

@@ -12,8 +12,8 @@ use api::client::{Connection, Connections, Content, Endpoint, Error};
 use capsule::{ChunkSource, Digests, file};
 use hyper::Method;
 use platform::clone::{
-    Order, PATIENCE, Stage,
-    source::{self, Wanted},
+    Order, REQUEST_TIMEOUT, Stage,
+    source::{self, RetryPolicy},
 };
 use serde_json::{Value, json};
 use types::CopySpec;
@@ -149,13 +149,13 @@ fn a_commit_is_answered_again_whatever_others_have_asked_for_meanwhile() {
     target.ask(&["image", "save", &image, path.to_str().expect("a path")]).expect("a saved image");
     let budget = Budget::of_this_host(None).expect("memory");
     let capsule = file::load(&fs::File::open(&path).expect("the file"), &budget).expect("an image");
-    let chunk_source = Arc::new(ChunkSource::of(&capsule, &Digests::default()).expect("a parcel"));
+    let chunk_source = Arc::new(ChunkSource::of(&capsule, &Digests::default()).expect("a chunk source"));
     let (id, slots) = (Uuid::new_v4(), vec![CopySpec { id: Uuid::new_v4(), index: 1 }]);
     let order = Order { source: "north".into(), slots, total: 1, lazy: false };
-    let link = Connections::default().link(Endpoint::Socket(target.socket()), PATIENCE);
+    let link = Connections::default().link(Endpoint::Socket(target.socket()), REQUEST_TIMEOUT);
     let settings = source::Settings { connections: 1, bandwidth: None, lazy: false };
-    let is_wanted: source::IsWanted = Arc::new(|| Wanted::Yes);
-    let sent = source::send(link, id, &order, &chunk_source, &settings, &Arc::default(), is_wanted)
+    let retry_policy: source::CurrentRetryPolicy = Arc::new(|| RetryPolicy::Retry);
+    let sent = source::send(link, id, &order, &chunk_source, &settings, &Arc::default(), retry_policy)
         .expect("a clone");
     let vms = sent.commit().expect("copies that run");
 

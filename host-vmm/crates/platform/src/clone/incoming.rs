@@ -16,9 +16,9 @@ use crate::{
     Error, Platform,
     clone::{
         Clones,
-        filling::{self, Filling},
-        source::IsWanted,
-        supply::{Supplier, Supplies, Supply},
+        page_server::{PageClient, PageServer, PageServers},
+        postcopy::{self, PostcopyMemory},
+        source::CurrentRetryPolicy,
     },
     fork::Fork,
     launcher::{Copies, Launch},
@@ -30,13 +30,13 @@ const TEND: Duration = Duration::from_secs(1);
 
 impl Platform {
     /// The memories of clones that run elsewhere, and have not got all of it yet.
-    pub(crate) fn supplies(&self) -> &Supplies {
-        &self.supplies
+    pub(crate) fn page_servers(&self) -> &PageServers {
+        &self.page_servers
     }
 
     /// What all of a memory is that is still being sent.
-    pub(crate) fn manifest(&self, supply: &Supply) -> Result<Bytes, capsule::Error> {
-        supply.manifest(&self.digests)
+    pub(crate) fn manifest(&self, page_server: &PageServer) -> Result<Bytes, capsule::Error> {
+        page_server.manifest(&self.digests)
     }
 
     /// The clones that come to this platform.
@@ -52,16 +52,16 @@ impl Platform {
     /// Looks after them in the background, for as long as the platform is there.
     pub(crate) fn tend_clones(self: &Arc<Self>) -> Result<(), Error> {
         let platform = Arc::downgrade(self);
-        let tend = move || {
+        let sweep = move || {
             while let Some(platform) = platform.upgrade() {
-                platform.clones.tend();
-                platform.supplies.tend();
+                platform.clones.sweep();
+                platform.page_servers.sweep();
                 platform.tend_images();
                 drop(platform);
                 thread::sleep(TEND);
             }
         };
-        threads::background("clones", tend).map(drop).map_err(Error::Start)
+        threads::background("clones", sweep).map(drop).map_err(Error::Start)
     }
 
     /// Keeps room for so many VMs.
@@ -93,15 +93,15 @@ impl Platform {
         Ok(self.host_capabilities.get_or_init(|| HostCapabilities::of(&model)))
     }
 
-    /// Whether a VM was shown another CPU than this platform's guests are: it takes other shells then. Where that can't be found out, it is
-    /// taken for one.
+    /// Whether a VM was shown another CPU than this platform's guests are: it takes other warm VMs then.
+    /// Where that can't be found out, it is taken for one.
     pub(crate) fn has_foreign_cpu(&self, description: &Description) -> bool {
         let vcpus = description.metadata.config.vcpus;
         self.host_capabilities()
             .map_or(true, |host_capabilities| host_capabilities.has_foreign_cpu(&description.requirements, vcpus))
     }
 
-    /// Has shells made ready for copies of a clone while its memory comes, where there may be so many.
+    /// Has warm VMs made ready for copies of a clone while its memory comes, where there may be so many.
     ///
     /// # Errors
     /// [`Error::Limit`].
@@ -141,10 +141,10 @@ impl Platform {
     /// A memory that is about to be filled while copies run in it.
     ///
     /// # Errors
-    /// [`filling::Error`].
-    pub(crate) fn begin_filling(&self, description: Description) -> Result<Filling, filling::Error> {
+    /// [`postcopy::Error`].
+    pub(crate) fn begin_postcopy(&self, description: Description) -> Result<PostcopyMemory, postcopy::Error> {
         self.make_room(description.memory.file_bytes());
-        Filling::new(description, &self.image_memory)
+        PostcopyMemory::new(description, &self.image_memory)
     }
 
     /// Launches copies of an image that has come in, which wait until they may run. The image stays for a while: the next one may have much in
@@ -163,10 +163,10 @@ impl Platform {
         self.check_memory(&capsule.metadata.vm_type, capsule.metadata.config, slots.len())?;
         let chunk_source = ChunkSource::new(description, capsule.files.clone()).map_err(Error::Capsule)?;
         let image = self.receive(capsule, chunk_source);
-        let (capsule, learned) = image.parts();
+        let (capsule, history) = image.parts();
         let launch = Launch {
             has_foreign_cpu: image.has_foreign_cpu(),
-            ..Launch::of_image(&capsule.metadata, learned, slots, total)
+            ..Launch::of_image(&capsule.metadata, history, slots, total)
         };
         Fork::of_image(self, launch, &capsule.state, &capsule.files, room)
     }
@@ -177,18 +177,18 @@ impl Platform {
     /// [`Error`]: none of them is there then.
     pub(crate) fn launch_lazily(
         self: &Arc<Self>,
-        filling: &Arc<Filling>,
+        postcopy: &Arc<PostcopyMemory>,
         slots: &[CopySpec],
         total: u32,
         room: Reservation,
     ) -> Result<Copies, Error> {
-        let capsule = filling.capsule().map_err(Error::Filling)?;
+        let capsule = postcopy.capsule().map_err(Error::Postcopy)?;
         self.check_memory(&capsule.metadata.vm_type, capsule.metadata.config, slots.len())?;
-        let learned = Arc::default();
+        let history = Arc::default();
         let launch = Launch {
-            has_foreign_cpu: self.has_foreign_cpu(filling.description()),
-            filling: Some(filling),
-            ..Launch::of_image(&capsule.metadata, &learned, slots, total)
+            has_foreign_cpu: self.has_foreign_cpu(postcopy.description()),
+            postcopy: Some(postcopy),
+            ..Launch::of_image(&capsule.metadata, &history, slots, total)
         };
         Fork::of_image(self, launch, &capsule.state, &capsule.files, room)
     }
@@ -197,18 +197,24 @@ impl Platform {
     ///
     /// # Errors
     /// [`Error`]: this platform knows no way there.
-    pub(crate) fn supplier(&self, filling: &Arc<Filling>, source: &str, clone: Uuid) -> Result<Supplier, Error> {
+    pub(crate) fn page_client(
+        &self,
+        postcopy: &Arc<PostcopyMemory>,
+        source: &str,
+        clone: Uuid,
+    ) -> Result<PageClient, Error> {
         let cluster = self.cluster.get().ok_or(Error::Alone)?;
         let link = cluster.find(source).map_err(Error::Cluster)?;
-        let filling = Arc::downgrade(filling);
-        let is_wanted: IsWanted = Arc::new(move || filling.upgrade().is_some_and(|filling| !filling.is_over()).into());
-        Ok(Supplier::new(link, clone, is_wanted))
+        let postcopy = Arc::downgrade(postcopy);
+        let retry_policy: CurrentRetryPolicy =
+            Arc::new(move || postcopy.upgrade().is_some_and(|postcopy| !postcopy.is_over()).into());
+        Ok(PageClient::new(link, clone, retry_policy))
     }
 
     /// Has the rest of a clone's memory come from its source, in the background. It is an image like others then.
-    pub(crate) fn fill(self: &Arc<Self>, filling: &Arc<Filling>, source: Supplier) {
+    pub(crate) fn fill(self: &Arc<Self>, postcopy: &Arc<PostcopyMemory>, source: PageClient) {
         let platform = Arc::downgrade(self);
-        filling.fill_in_background(source, move |capsule, description| {
+        postcopy.receive_in_background(source, move |capsule, description| {
             let Some(platform) = platform.upgrade() else { return };
             match ChunkSource::new(description, capsule.files.clone()) {
                 Ok(chunk_source) => drop(platform.receive(capsule, chunk_source)),

@@ -17,8 +17,8 @@ use crate::{
     Error, Platform,
     clone::{
         Order,
-        source::{self, IsWanted, Progress, Wanted},
-        supply::Supply,
+        page_server::PageServer,
+        source::{self, CurrentRetryPolicy, Progress, RetryPolicy},
     },
     launcher::{ordered, slots},
 };
@@ -77,18 +77,19 @@ impl Platform {
         let image = self.sealed_image(image)?;
         let cluster = self.cluster.get().ok_or(Error::Alone)?;
         let link = cluster.find(to).map_err(Error::Cluster)?;
-        let (id, (capsule, learned)) = (new_id().map_err(Error::Id)?, image.parts());
+        let (id, (capsule, history)) = (new_id().map_err(Error::Id)?, image.parts());
         let listed = self.transfers.list(id, &capsule.metadata, to);
         let order = Order { source: self.name().to_owned(), slots: slots(count)?, total: count, lazy };
         let failed = |error| Error::Send { platform: to.to_owned(), source: Box::new(error) };
-        let is_wanted: IsWanted = Arc::new(|| Wanted::Yes);
+        let retry_policy: CurrentRetryPolicy = Arc::new(|| RetryPolicy::Retry);
         let prepared = if lazy {
-            let supply = Arc::new(Supply::of(capsule, short(to), cluster.sending.bandwidth).map_err(Error::Capsule)?);
-            self.supplies.add(id, &supply);
-            source::send_lazily(link, id, &order, &supply, learned.of_next_fork().as_ref(), is_wanted)
+            let page_server =
+                Arc::new(PageServer::of(capsule, short(to), cluster.sending.bandwidth).map_err(Error::Capsule)?);
+            self.page_servers.add(id, &page_server);
+            source::send_lazily(link, id, &order, &page_server, history.of_next_fork().as_ref(), retry_policy)
         } else {
             let chunk_source = image.chunk_source(&self.digests).map_err(Error::Capsule)?;
-            source::send(link, id, &order, &chunk_source, &cluster.sending, &listed.progress, is_wanted)
+            source::send(link, id, &order, &chunk_source, &cluster.sending, &listed.progress, retry_policy)
         };
         let all = |named| match ordered(&order.slots, named) {
             vms if vms.len() == order.slots.len() => Ok(vms),
@@ -100,7 +101,7 @@ impl Platform {
         let are_gone = |error: &source::Error| !matches!(error, source::Error::Unknown(_));
         let sent = sent.inspect_err(|error| {
             if are_gone(error) {
-                self.supplies.remove(id)
+                self.page_servers.remove(id)
             }
         });
         sent.map_err(failed)
@@ -139,7 +140,7 @@ impl Platform {
         let (vms, is_stopping) = self.registry.count();
         // Others believe nobody who names impossible shapes, or too many; and clones bring their own.
         let is_told = |(config, shells): &(VmShape, usize)| *shells > 0 && check::is_shape(*config);
-        let ready = self.pool.ready_shells().into_iter().filter(is_told).take(MAX_SHAPES);
+        let ready = self.pool.ready_counts().into_iter().filter(is_told).take(MAX_SHAPES);
         Load {
             vms: number(vms),
             max_vms: number(self.max_vms),

@@ -21,7 +21,7 @@ use uuid::Uuid;
 use super::{Refusal, work};
 use crate::{
     Platform,
-    clone::{Error, Missing, Order, Stage, filling},
+    clone::{Error, Missing, Order, Stage, postcopy},
 };
 
 pub(super) fn routes() -> OpenApiRouter<Arc<Platform>> {
@@ -187,8 +187,8 @@ impl From<Error> for Refusal {
     fn from(error: Error) -> Self {
         let status = match error {
             Error::Capsule(capsule::Error::NoRoom(_))
-            | Error::Filling(filling::Error::Capsule(capsule::Error::NoRoom(_))) => StatusCode::INSUFFICIENT_STORAGE,
-            Error::Order(_) | Error::Capsule(_) | Error::Chunks(_) | Error::Filling(_) => StatusCode::BAD_REQUEST,
+            | Error::Postcopy(postcopy::Error::Capsule(capsule::Error::NoRoom(_))) => StatusCode::INSUFFICIENT_STORAGE,
+            Error::Order(_) | Error::Capsule(_) | Error::Chunks(_) | Error::Postcopy(_) => StatusCode::BAD_REQUEST,
             Error::Other(_) | Error::Stage { .. } | Error::CutOff => StatusCode::CONFLICT,
             Error::TooMany | Error::TooManyRemembered => StatusCode::TOO_MANY_REQUESTS,
             Error::Unknown(_) => StatusCode::NOT_FOUND,

@@ -16,7 +16,7 @@ use uuid::Uuid;
 use super::{Refusal, work};
 use crate::{
     Platform,
-    clone::{Need, supply::Supply},
+    clone::{Need, page_server::PageServer},
 };
 
 pub(super) fn routes() -> OpenApiRouter<Arc<Platform>> {
@@ -24,17 +24,17 @@ pub(super) fn routes() -> OpenApiRouter<Arc<Platform>> {
 }
 
 /// The memory of a clone, for the platform that it is for.
-fn find(platform: &Platform, id: Uuid, peer: &Peer) -> Result<Arc<Supply>, Refusal> {
-    let supply = platform.supplies().find(id);
-    let supply = supply.ok_or_else(|| {
+fn find(platform: &Platform, id: Uuid, peer: &Peer) -> Result<Arc<PageServer>, Refusal> {
+    let page_server = platform.page_servers().find(id);
+    let page_server = page_server.ok_or_else(|| {
         Refusal(StatusCode::NOT_FOUND, Reason::of(format_args!("there is no memory of the clone {id}")))
     })?;
     let is_target = match peer {
-        Peer::Certified(holder) => holder.role() == Role::Platform && holder.name() == supply.target(),
+        Peer::Certified(holder) => holder.role() == Role::Platform && holder.name() == page_server.target(),
         Peer::Local => true,
     };
     if is_target {
-        return Ok(supply);
+        return Ok(page_server);
     }
     let why = Reason::of(format_args!("{peer} is not where the clone {id} runs"));
     Err(Refusal(StatusCode::FORBIDDEN, why))
@@ -70,8 +70,8 @@ async fn supply_manifest(
     ConnectInfo(peer): ConnectInfo<Peer>,
     Path(id): Path<Uuid>,
 ) -> Result<Bytes, Refusal> {
-    let supply = find(&platform, id, &peer)?;
-    work(|| platform.manifest(&supply))
+    let page_server = find(&platform, id, &peer)?;
+    work(|| platform.manifest(&page_server))
 }
 
 /// Lets go of that memory, since all of it has come.
@@ -86,7 +86,7 @@ async fn end_supply(
 ) -> Result<StatusCode, Refusal> {
     find(&platform, id, &peer)?;
     work(|| {
-        platform.supplies().remove(id);
+        platform.page_servers().remove(id);
         Ok::<_, Refusal>(StatusCode::NO_CONTENT)
     })
 }
