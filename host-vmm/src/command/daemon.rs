@@ -20,8 +20,8 @@ use cluster::{
     load,
     member::{Load, Member},
     membership::{self, Directory, check},
-    peer::{Holder, Role},
     placement::Rules,
+    principal::{Principal, Role},
     settings::Peer,
     tls::Credentials,
 };
@@ -69,7 +69,7 @@ impl Daemon {
         let credentials = config.and_then(|config| config.tls.as_ref());
         let credentials = credentials.map(|tls| Credentials::load(&tls.ca, &tls.cert, &tls.key)).transpose()?;
         if let (Some(config), Some(credentials)) = (config, &credentials) {
-            check_holder(credentials.holder(), &config.name)?;
+            check_principal(credentials.principal(), &config.name)?;
         }
         let network = config.and_then(|config| config.listen).map(|address| match &credentials {
             Some(credentials) => Network::Tls(address, credentials.clone()),
@@ -85,11 +85,11 @@ impl Daemon {
 }
 
 /// Checks whether a certificate is that of the platform: nobody would believe it else.
-fn check_holder(holder: &Holder, name: &str) -> anyhow::Result<()> {
-    let is_own = holder.role() == Role::Platform && holder.name() == name;
+fn check_principal(principal: &Principal, name: &str) -> anyhow::Result<()> {
+    let is_own = principal.role() == Role::Platform && principal.name() == name;
     anyhow::ensure!(
         is_own,
-        "the certificate in tls.cert is that of {holder}, and this platform is called {name}: give it another name or certificate"
+        "the certificate in tls.cert is that of {principal}, and this platform is called {name}: give it another name or certificate"
     );
     Ok(())
 }
@@ -129,7 +129,7 @@ fn join(
         load: Load::default(),
     };
     let weak: Weak<Platform> = Arc::downgrade(platform);
-    let own: Arc<membership::Own> = Arc::new(move || {
+    let own: Arc<membership::SelfReport> = Arc::new(move || {
         let load = load::read().unwrap_or_else(|error| {
             tracing::warn!(error = chain(&error), "other platforms are not told what this host has left");
             Load::default()

@@ -31,7 +31,7 @@ use super::{
     listener::{MAX_HANDSHAKES, handshake},
     *,
 };
-use crate::{certificates::Authority, peer::Role};
+use crate::{certificates::Authority, principal::Role};
 
 /// A loopback address with a port that is free.
 const HERE: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
@@ -53,8 +53,8 @@ impl Cluster {
         Self { authority, trusted: vec![ca.into()] }
     }
 
-    fn credentials(&self, holder: &Holder, validity: &Range<OffsetDateTime>) -> Credentials {
-        self.authority.issue(holder, validity).unwrap().credentials(&self.trusted).unwrap()
+    fn credentials(&self, principal: &Principal, validity: &Range<OffsetDateTime>) -> Credentials {
+        self.authority.issue(principal, validity).unwrap().credentials(&self.trusted).unwrap()
     }
 
     fn platform(&self, name: &str) -> Credentials {
@@ -62,7 +62,7 @@ impl Cluster {
     }
 
     fn operator(&self, name: &str) -> Credentials {
-        self.credentials(&Holder::new(name, Role::Operator).unwrap(), &days(-1, 1))
+        self.credentials(&Principal::new(name, Role::Operator).unwrap(), &days(-1, 1))
     }
 
     /// Somebody who believes in this cluster's CA, and shows what another one has signed.
@@ -85,8 +85,8 @@ impl Cluster {
     }
 }
 
-fn platform(name: &str) -> Holder {
-    Holder::new(name, Role::Platform).unwrap()
+fn platform(name: &str) -> Principal {
+    Principal::new(name, Role::Platform).unwrap()
 }
 
 fn days(from: i64, to: i64) -> Range<OffsetDateTime> {
@@ -100,15 +100,15 @@ fn beta(address: SocketAddr, credentials: Credentials) -> Endpoint {
 
 /// A server that tells everybody who they are, and gives back what they send.
 fn routes() -> Router {
-    let who = |ConnectInfo(peer): ConnectInfo<Peer>| async move { peer.to_string() };
+    let who = |ConnectInfo(peer): ConnectInfo<ConnectionPeer>| async move { peer.to_string() };
     Router::new().route("/who", get(who)).route("/echo", post(|body: Bytes| async move { body }))
 }
 
 fn serve_on<L: serve::Listener<Addr: std::fmt::Debug>>(listener: L)
 where
-    Peer: for<'a> axum::extract::connect_info::Connected<serve::IncomingStream<'a, L>>,
+    ConnectionPeer: for<'a> axum::extract::connect_info::Connected<serve::IncomingStream<'a, L>>,
 {
-    let service = routes().into_make_service_with_connect_info::<Peer>();
+    let service = routes().into_make_service_with_connect_info::<ConnectionPeer>();
     tokio::spawn(async move { serve(listener, service).await });
 }
 
@@ -190,7 +190,7 @@ async fn both_sides_know_each_other() {
     assert_eq!(who_am_i(&from_alpha).await.unwrap(), "the platform alpha");
     assert_eq!(who_am_i(&beta(address, cluster.operator("alice"))).await.unwrap(), "the operator alice");
     let stream = connect(&from_alpha).await.unwrap();
-    assert_eq!((stream.peer(), stream.address()), (&Peer::Certified(platform("beta")), address));
+    assert_eq!((stream.peer(), stream.address()), (&ConnectionPeer::Certified(platform("beta")), address));
 }
 
 #[tokio::test]
@@ -248,7 +248,7 @@ async fn a_certificate_has_its_time() {
 #[test]
 fn credentials_that_nobody_would_take_are_found_before() {
     let cluster = Cluster::new();
-    let useless = |credentials: Credentials| credentials.checked().map(|credentials| credentials.holder().clone());
+    let useless = |credentials: Credentials| credentials.checked().map(|credentials| credentials.principal().clone());
     assert_eq!(useless(cluster.platform("alpha")).unwrap(), platform("alpha"));
     assert_fault!(useless(cluster.credentials(&platform("alpha"), &days(-2, -1))), Fault::Expired);
     assert_fault!(useless(cluster.pretender("alpha")), Fault::UnknownCa);
@@ -270,7 +270,7 @@ async fn somebody_else_is_named() {
         let address = served(&server).await;
         let error = connect(&beta(address, cluster.platform("alpha"))).await.unwrap_err();
         let Some(Fault::SomebodyElse(found)) = cause(&error) else { panic!("{error:?}") };
-        assert_eq!(*found, server.holder().to_string());
+        assert_eq!(*found, server.principal().to_string());
         assert!(found.ends_with(name) && error.to_string().contains("the platform beta"), "{error}");
     }
     let endpoint = Endpoint::Tls { address: HERE, platform: "*".into(), credentials: cluster.platform("alpha") };
@@ -420,5 +420,5 @@ async fn without_a_certificate_one_is_somebody_on_this_host() {
     let path = folder.path().join("socket");
     serve_on(UnixListener::bind(&path).unwrap());
     let answer = exchange(UnixStream::connect(&path).await.unwrap(), "/who", Bytes::new()).await.unwrap();
-    assert_eq!(answer, Peer::Local.to_string());
+    assert_eq!(answer, ConnectionPeer::Local.to_string());
 }
