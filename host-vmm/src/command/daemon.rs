@@ -143,7 +143,7 @@ fn join(
         move |peer: &Peer| {
             let endpoint = Endpoint::of_platform(&peer.name, peer.address, credentials.as_ref());
             let ask = |connection: &mut Connection| connection.ask(Method::GET, "/v1/platform", Content::none());
-            Ok(check::parse(&connections.link(endpoint, ANSWER).ask(ask)?)?)
+            Ok(check::parse(&connections.client(endpoint, ANSWER).ask(ask)?)?)
         }
     };
     let directory = Directory::start(membership::Settings {

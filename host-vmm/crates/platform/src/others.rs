@@ -7,7 +7,7 @@ use std::{
     time::Instant,
 };
 
-use api::client::{Connections, Endpoint, Link};
+use api::client::{Connections, Endpoint, PooledClient};
 use base::sync::lock;
 use cluster::{
     member::Member,
@@ -92,7 +92,7 @@ impl Cluster {
     ///
     /// # Errors
     /// [`Error`].
-    pub fn find(&self, name: &str) -> Result<Link, Error> {
+    pub fn find(&self, name: &str) -> Result<PooledClient, Error> {
         let view = self.directory.members();
         let (cluster, short) = name.split_once('/').map_or((None, name), |(cluster, name)| (Some(cluster), name));
         let is_it = |member: &&Member| member.name == short && cluster.is_none_or(|cluster| member.cluster == cluster);
@@ -100,7 +100,7 @@ impl Cluster {
         match (found.next(), found.next()) {
             (Some(member), None) => {
                 let endpoint = Endpoint::of_platform(&member.name, member.address, self.credentials.as_ref());
-                Ok(self.connections.link(endpoint, clone::REQUEST_TIMEOUT))
+                Ok(self.connections.client(endpoint, clone::REQUEST_TIMEOUT))
             }
             (None, _) => {
                 let known: Vec<&str> = members(&view).map(|member| member.name.as_str()).collect();

@@ -23,7 +23,7 @@ use vmfork_tests::{
     cluster::Platforms,
     peer::{Answer, Peer},
     process,
-    vmm::{PATIENCE as VMM_PATIENCE, Running},
+    vmm::{Running, TIMEOUT as VMM_TIMEOUT},
 };
 use vmm::memory::Budget;
 
@@ -48,7 +48,7 @@ fn taken(running: &Running) -> (BTreeMap<String, usize>, usize) {
 
 /// The same, once it does not change any more.
 fn taken_at_rest(running: &Running) -> (BTreeMap<String, usize>, usize) {
-    let deadline = Instant::now() + VMM_PATIENCE;
+    let deadline = Instant::now() + VMM_TIMEOUT;
     let mut last = taken(running);
     loop {
         thread::sleep(Duration::from_millis(300));
@@ -152,10 +152,10 @@ fn a_commit_is_answered_again_whatever_others_have_asked_for_meanwhile() {
     let chunk_source = Arc::new(ChunkSource::of(&capsule, &Digests::default()).expect("a chunk source"));
     let (id, slots) = (Uuid::new_v4(), vec![CopySpec { id: Uuid::new_v4(), index: 1 }]);
     let order = Order { source: "north".into(), slots, total: 1, lazy: false };
-    let link = Connections::default().link(Endpoint::Socket(target.socket()), REQUEST_TIMEOUT);
+    let client = Connections::default().client(Endpoint::Socket(target.socket()), REQUEST_TIMEOUT);
     let settings = source::Settings { connections: 1, bandwidth: None, lazy: false };
     let retry_policy: source::CurrentRetryPolicy = Arc::new(|| RetryPolicy::Retry);
-    let sent = source::send(link, id, &order, &chunk_source, &settings, &Arc::default(), retry_policy)
+    let sent = source::send(client, id, &order, &chunk_source, &settings, &Arc::default(), retry_policy)
         .expect("a clone");
     let vms = sent.commit().expect("copies that run");
 

@@ -15,7 +15,7 @@ use tokio::{
 };
 use tokio_rustls::TlsAcceptor;
 
-use super::{Credentials, Error, Fault, PATIENCE, Stream, buffered, check_loopback, tune};
+use super::{Credentials, Error, Fault, HANDSHAKE_TIMEOUT, Stream, buffered, check_loopback, tune};
 use crate::principal::{ConnectionPeer, Principal};
 
 /// Most handshakes at a time. One more, and the oldest is given up: whoever means well needs milliseconds for it.
@@ -89,7 +89,7 @@ impl Listener {
             oldest.abort();
         }
         let task = self.handshakes.spawn(async move {
-            let done = handshake(&acceptor, tcp, address, PATIENCE).await;
+            let done = handshake(&acceptor, tcp, address, HANDSHAKE_TIMEOUT).await;
             done.inspect_err(|fault| refuse(address, fault)).ok()
         });
         self.oldest.push_back(task);
@@ -151,9 +151,9 @@ pub(super) async fn handshake(
     acceptor: &TlsAcceptor,
     tcp: TcpStream,
     address: SocketAddr,
-    patience: Duration,
+    limit: Duration,
 ) -> Result<Stream, Fault> {
-    match timeout(patience, acceptor.accept(buffered(tcp)).into_fallible()).await {
+    match timeout(limit, acceptor.accept(buffered(tcp)).into_fallible()).await {
         Ok(Ok(tls)) => {
             let certificate = tls.get_ref().1.peer_certificates().and_then(<[_]>::first);
             let principal = certificate.and_then(Principal::of).ok_or(Fault::Nobody)?;
@@ -163,7 +163,7 @@ pub(super) async fn handshake(
             see_off(tcp.get_ref()).await;
             Err(error.into())
         }
-        Err(_) => Err(Fault::Slow(patience)),
+        Err(_) => Err(Fault::Slow(limit)),
     }
 }
 

@@ -31,7 +31,7 @@ pub use stream::{Endpoint, Stream, connect};
 const HTTP: &[u8] = b"http/1.1";
 
 /// How long a connection may take to be there, and again its handshake.
-const PATIENCE: Duration = Duration::from_secs(5);
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How long something that was sent may stay without an acknowledgement, before the other side is taken for gone.
 const USER_TIMEOUT: Duration = Duration::from_secs(10);

@@ -14,7 +14,7 @@ use tokio::{
 };
 use tokio_rustls::TlsStream;
 
-use super::{Credentials, Error, Fault, PATIENCE, Tcp, buffered, check_loopback, tls_error, tune};
+use super::{Credentials, Error, Fault, HANDSHAKE_TIMEOUT, Tcp, buffered, check_loopback, tls_error, tune};
 use crate::principal::{ConnectionPeer, Principal, Role};
 
 /// A platform, as one that connects to it has to know it.
@@ -58,8 +58,8 @@ pub async fn connect(endpoint: &Endpoint) -> Result<Stream, Error> {
             let named = principal.and_then(|principal| Some((principal.server_name()?, principal)));
             let (name, principal) = named.ok_or_else(|| Error::Name(platform.clone()))?;
             let (tcp, peer) = (dial(*address).await?, ConnectionPeer::Certified(principal));
-            let done = timeout(PATIENCE, credentials.connector().connect(name, buffered(tcp))).await;
-            match done.map_err(|_| Fault::Slow(PATIENCE)).and_then(|done| done.map_err(Fault::from)) {
+            let done = timeout(HANDSHAKE_TIMEOUT, credentials.connector().connect(name, buffered(tcp))).await;
+            match done.map_err(|_| Fault::Slow(HANDSHAKE_TIMEOUT)).and_then(|done| done.map_err(Fault::from)) {
                 Ok(tls) => Ok(Stream::tls(tls.into(), peer, *address)),
                 Err(source) => Err(Error::Connection { peer, address: *address, source }),
             }
@@ -68,7 +68,7 @@ pub async fn connect(endpoint: &Endpoint) -> Result<Stream, Error> {
 }
 
 async fn dial(address: SocketAddr) -> Result<TcpStream, Error> {
-    let there = timeout(PATIENCE, TcpStream::connect(address)).await;
+    let there = timeout(HANDSHAKE_TIMEOUT, TcpStream::connect(address)).await;
     let there = there.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
     let tuned = there.and_then(|tcp| tune(&tcp).map(|()| tcp));
     tuned.map_err(|source| Error::Unreachable { address, source })

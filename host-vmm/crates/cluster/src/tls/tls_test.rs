@@ -36,7 +36,7 @@ use crate::{certificates::Authority, principal::Role};
 /// A loopback address with a port that is free.
 const HERE: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 
-/// Long enough for anything that should happen at once, and far shorter than [`PATIENCE`].
+/// Long enough for anything that should happen at once, and far shorter than [`HANDSHAKE_TIMEOUT`].
 const SOON: Duration = Duration::from_secs(3);
 
 type Failure = Box<dyn StdError + Send + Sync>;
@@ -140,11 +140,7 @@ async fn who_am_i(endpoint: &Endpoint) -> Result<String, Failure> {
 }
 
 /// What a server thinks of a client.
-async fn judged<F>(
-    server: &Credentials,
-    patience: Duration,
-    client: impl FnOnce(TcpStream) -> F,
-) -> Result<Stream, Fault>
+async fn judged<F>(server: &Credentials, limit: Duration, client: impl FnOnce(TcpStream) -> F) -> Result<Stream, Fault>
 where
     F: Future<Output = ()> + Send + 'static,
 {
@@ -152,7 +148,7 @@ where
     let tcp = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
     let client = tokio::spawn(client(tcp));
     let (tcp, address) = listener.accept().await.unwrap();
-    let judged = handshake(&server.acceptor(), tcp, address, patience).await;
+    let judged = handshake(&server.acceptor(), tcp, address, limit).await;
     client.abort();
     judged
 }
@@ -210,7 +206,7 @@ async fn a_certificate_of_another_cluster_is_refused_on_both_sides() {
     assert_fault!(connect(&beta(address, other.platform("alpha"))).await, Fault::UnknownCa);
     let pretender = cluster.pretender("alpha");
     let connector = pretender.connector();
-    assert_fault!(judged(&server, PATIENCE, |tcp| connects(connector, tcp)).await, Fault::UnknownCa);
+    assert_fault!(judged(&server, HANDSHAKE_TIMEOUT, |tcp| connects(connector, tcp)).await, Fault::UnknownCa);
     assert_fault!(who_am_i(&beta(address, pretender)).await, Fault::Refused(Alert::UnknownCA));
 }
 
@@ -238,8 +234,8 @@ async fn a_certificate_has_its_time() {
     let expired = beta(address, alpha(-2, -1));
     assert_fault!(who_am_i(&expired).await, Fault::Refused(Alert::CertificateExpired));
     let (expired, early) = (alpha(-2, -1).connector(), alpha(1, 2).connector());
-    assert_fault!(judged(&server, PATIENCE, |tcp| connects(expired, tcp)).await, Fault::Expired);
-    assert_fault!(judged(&server, PATIENCE, |tcp| connects(early, tcp)).await, Fault::NotValidYet);
+    assert_fault!(judged(&server, HANDSHAKE_TIMEOUT, |tcp| connects(expired, tcp)).await, Fault::Expired);
+    assert_fault!(judged(&server, HANDSHAKE_TIMEOUT, |tcp| connects(early, tcp)).await, Fault::NotValidYet);
 
     let late = served(&cluster.credentials(&platform("beta"), &days(-2, -1))).await;
     assert_fault!(connect(&beta(late, cluster.platform("alpha"))).await, Fault::Expired);
@@ -290,7 +286,7 @@ async fn nobody_gets_in_without_a_certificate() {
     let cluster = Cluster::new();
     let server = cluster.platform("beta");
     let none = cluster.stranger(None);
-    assert_fault!(judged(&server, PATIENCE, |tcp| connects(none, tcp)).await, Fault::NoCertificate);
+    assert_fault!(judged(&server, HANDSHAKE_TIMEOUT, |tcp| connects(none, tcp)).await, Fault::NoCertificate);
 
     let tcp = TcpStream::connect(served(&server).await).await.unwrap();
     let none = cluster.stranger(None).connect(platform("beta").server_name().unwrap(), tcp).await.unwrap();
@@ -307,7 +303,7 @@ async fn a_certificate_that_names_nobody_is_refused() {
     assert!(matches!(pair.credentials(&cluster.trusted), Err(Error::Nobody)));
     let key = PrivateKeyDer::try_from(pair.key.serialize_der()).unwrap();
     let stranger = cluster.stranger(Some((pair.certificate.into(), key)));
-    let judged = judged(&cluster.platform("beta"), PATIENCE, |tcp| connects(stranger, tcp)).await;
+    let judged = judged(&cluster.platform("beta"), HANDSHAKE_TIMEOUT, |tcp| connects(stranger, tcp)).await;
     assert_fault!(judged, Fault::Nobody);
 }
 
@@ -335,7 +331,7 @@ async fn plain_bytes_do_no_harm_to_others() {
     let cluster = Cluster::new();
     let server = cluster.platform("beta");
     let request = b"GET /who HTTP/1.1\r\nhost: localhost\r\n\r\n".to_vec();
-    assert_fault!(judged(&server, PATIENCE, |tcp| sends(request, tcp)).await, Fault::NotTls);
+    assert_fault!(judged(&server, HANDSHAKE_TIMEOUT, |tcp| sends(request, tcp)).await, Fault::NotTls);
     let address = served(&server).await;
     assert!(who_am_i(&Endpoint::Plain(address)).await.is_err());
     assert_eq!(who_am_i(&beta(address, cluster.platform("alpha"))).await.unwrap(), "the platform alpha");
@@ -351,7 +347,7 @@ proptest! {
         }
         let runtime = runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let server = Cluster::new().platform("beta");
-        let judged = runtime.block_on(judged(&server, PATIENCE, |tcp| sends(bytes, tcp)));
+        let judged = runtime.block_on(judged(&server, HANDSHAKE_TIMEOUT, |tcp| sends(bytes, tcp)));
         prop_assert!(judged.is_err());
     }
 }
@@ -367,7 +363,7 @@ async fn older_tls_is_refused() {
 
     let server = Cluster::new().platform("beta");
     let sent = record.clone();
-    assert_fault!(judged(&server, PATIENCE, |tcp| sends(sent, tcp)).await, Fault::Incompatible);
+    assert_fault!(judged(&server, HANDSHAKE_TIMEOUT, |tcp| sends(sent, tcp)).await, Fault::Incompatible);
     let mut tcp = TcpStream::connect(served(&server).await).await.unwrap();
     tcp.write_all(&record).await.unwrap();
     let mut answer = Vec::new();
@@ -379,7 +375,7 @@ async fn older_tls_is_refused() {
 async fn a_handshake_comes_to_an_end() {
     let server = Cluster::new().platform("beta");
     let silent = |tcp: TcpStream| async move {
-        sleep(PATIENCE).await;
+        sleep(HANDSHAKE_TIMEOUT).await;
         drop(tcp);
     };
     assert_fault!(judged(&server, Duration::from_millis(50), silent).await, Fault::Slow(_));

@@ -204,11 +204,11 @@ impl Platform {
         clone: Uuid,
     ) -> Result<PageClient, Error> {
         let cluster = self.cluster.get().ok_or(Error::Alone)?;
-        let link = cluster.find(source).map_err(Error::Cluster)?;
+        let client = cluster.find(source).map_err(Error::Cluster)?;
         let postcopy = Arc::downgrade(postcopy);
         let retry_policy: CurrentRetryPolicy =
             Arc::new(move || postcopy.upgrade().is_some_and(|postcopy| !postcopy.is_over()).into());
-        Ok(PageClient::new(link, clone, retry_policy))
+        Ok(PageClient::new(client, clone, retry_policy))
     }
 
     /// Has the rest of a clone's memory come from its source, in the background. It is an image like others then.

@@ -76,7 +76,7 @@ impl Platform {
     pub fn clone_image(&self, image: &str, to: &str, count: u32, lazy: bool) -> Result<Vec<Copied>, Error> {
         let image = self.sealed_image(image)?;
         let cluster = self.cluster.get().ok_or(Error::Alone)?;
-        let link = cluster.find(to).map_err(Error::Cluster)?;
+        let client = cluster.find(to).map_err(Error::Cluster)?;
         let (id, (capsule, history)) = (new_id().map_err(Error::Id)?, image.parts());
         let listed = self.transfers.list(id, &capsule.metadata, to);
         let order = Order { source: self.name().to_owned(), slots: slots(count)?, total: count, lazy };
@@ -86,10 +86,10 @@ impl Platform {
             let page_server =
                 Arc::new(PageServer::of(capsule, short(to), cluster.sending.bandwidth).map_err(Error::Capsule)?);
             self.page_servers.add(id, &page_server);
-            source::send_lazily(link, id, &order, &page_server, history.of_next_fork().as_ref(), retry_policy)
+            source::send_lazily(client, id, &order, &page_server, history.of_next_fork().as_ref(), retry_policy)
         } else {
             let chunk_source = image.chunk_source(&self.digests).map_err(Error::Capsule)?;
-            source::send(link, id, &order, &chunk_source, &cluster.sending, &listed.progress, retry_policy)
+            source::send(client, id, &order, &chunk_source, &cluster.sending, &listed.progress, retry_policy)
         };
         let all = |named| match ordered(&order.slots, named) {
             vms if vms.len() == order.slots.len() => Ok(vms),

@@ -10,7 +10,7 @@ use std::{
 };
 
 use api::{
-    client::{self, Content, Link},
+    client::{self, Content, PooledClient},
     steady::LEAST_RATE,
 };
 use base::sync::lock;
@@ -69,7 +69,7 @@ pub struct PageClient(Target);
 
 impl PageClient {
     /// Has the memory of a clone from its source, for as long as `retry_policy` says so.
-    pub fn new(source: Link, id: Uuid, retry_policy: CurrentRetryPolicy) -> Self {
+    pub fn new(source: PooledClient, id: Uuid, retry_policy: CurrentRetryPolicy) -> Self {
         Self(Target::at(source, format!("/v1/supplies/{id}"), retry_policy))
     }
 
@@ -124,7 +124,7 @@ impl PageClient {
     pub fn manifest(&mut self, sparse: &Manifest) -> Result<Manifest, Error> {
         let most = sparse.most_bytes();
         let answer = self.0.retry_idempotent(LEASE, |connection, path| {
-            connection.set_patience(LOOKED_AT);
+            connection.set_timeout(LOOKED_AT);
             connection.ask_long(Method::GET, &format!("{path}/manifest"), Content::none(), most)
         })?;
         let manifest = capsule::codec::decode(&answer).map_err(|error| Error::Answer(io::Error::other(error)))?;

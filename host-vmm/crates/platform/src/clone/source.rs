@@ -13,7 +13,7 @@ use std::{
 
 use api::{
     Copied,
-    client::{self, Connection, Content, GoesOn, Link},
+    client::{self, Connection, Content, GoesOn, PooledClient},
 };
 use base::{sync::lock, text::Reason};
 use capsule::{self, ChunkSource};
@@ -130,21 +130,21 @@ pub type CurrentRetryPolicy = Arc<dyn Fn() -> RetryPolicy + Send + Sync>;
 
 /// A target, which is asked again where it can't be reached.
 pub(super) struct Target {
-    link: Link,
+    client: PooledClient,
     path: String,
     retry_policy: CurrentRetryPolicy,
 }
 
 impl fmt::Debug for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Target").field("link", &self.link).field("path", &self.path).finish_non_exhaustive()
+        f.debug_struct("Target").field("client", &self.client).field("path", &self.path).finish_non_exhaustive()
     }
 }
 
 impl Target {
     /// The one at the end of this link, which is asked for what is below `path`.
-    pub(super) fn at(link: Link, path: String, retry_policy: CurrentRetryPolicy) -> Self {
-        Self { link, path, retry_policy }
+    pub(super) fn at(client: PooledClient, path: String, retry_policy: CurrentRetryPolicy) -> Self {
+        Self { client, path, retry_policy }
     }
 
     /// Retries an idempotent request until the target accepts or refuses it, `limit` is over, or the retry
@@ -172,7 +172,7 @@ impl Target {
         let goes_on: GoesOn = Arc::new(move || retry_policy() != RetryPolicy::Cancelled);
         loop {
             let attempt = Instant::now();
-            let error = match self.link.ask_while(&goes_on, |connection| ask(connection, &self.path)) {
+            let error = match self.client.ask_while(&goes_on, |connection| ask(connection, &self.path)) {
                 Err(error) if may_pass(&error) => error,
                 answer => return answer,
             };
@@ -250,7 +250,7 @@ pub struct Prepared {
 /// # Errors
 /// [`Error`]: nothing is left of it at the target, or will be once that has not heard of it for the time of a lease.
 pub fn send(
-    link: Link,
+    client: PooledClient,
     id: Uuid,
     order: &Order,
     chunk_source: &Arc<ChunkSource>,
@@ -258,7 +258,7 @@ pub fn send(
     progress: &Arc<Progress>,
     retry_policy: CurrentRetryPolicy,
 ) -> Result<Prepared, Error> {
-    let mut prepared = Prepared::order(link, id, order, retry_policy)?;
+    let mut prepared = Prepared::order(client, id, order, retry_policy)?;
     let target = &prepared.target;
     target.check_cancelled()?;
     let Missing { chunks } = target.describe(chunk_source.head())?;
@@ -274,14 +274,14 @@ pub fn send(
 /// # Errors
 /// As [`send`].
 pub fn send_lazily(
-    link: Link,
+    client: PooledClient,
     id: Uuid,
     order: &Order,
     page_server: &Arc<PageServer>,
     working_set: Option<&WorkingSet>,
     retry_policy: CurrentRetryPolicy,
 ) -> Result<Prepared, Error> {
-    let mut prepared = Prepared::order(link, id, order, retry_policy)?;
+    let mut prepared = Prepared::order(client, id, order, retry_policy)?;
     prepared.page_server = Some(Arc::clone(page_server));
     let target = &prepared.target;
     let first = page_server.first_chunks(working_set);
@@ -303,8 +303,8 @@ pub fn send_lazily(
 
 impl Prepared {
     /// Has a target keep room for a clone.
-    fn order(link: Link, id: Uuid, order: &Order, retry_policy: CurrentRetryPolicy) -> Result<Self, Error> {
-        let target = Target::at(link, format!("/v1/clones/{id}"), retry_policy);
+    fn order(client: PooledClient, id: Uuid, order: &Order, retry_policy: CurrentRetryPolicy) -> Result<Self, Error> {
+        let target = Target::at(client, format!("/v1/clones/{id}"), retry_policy);
         target.check_cancelled()?;
         let prepared = Self { id, target, page_server: None, last_contact: Instant::now(), is_decided: false };
         let stage: Stage = prepared
@@ -375,8 +375,8 @@ impl Drop for Prepared {
         if self.is_decided || (self.target.retry_policy)() == RetryPolicy::FailFast {
             return;
         }
-        let told = self.target.link.ask(|connection| {
-            connection.set_patience(ABORT_TIMEOUT);
+        let told = self.target.client.ask(|connection| {
+            connection.set_timeout(ABORT_TIMEOUT);
             connection.ask(Method::DELETE, &self.target.path, Content::none())
         });
         match told {

@@ -242,7 +242,7 @@ impl Away {
     fn prepare(&self, share: &mut RemoteCopies, content: &Sent) -> Result<source::Prepared, Error> {
         let cluster = self.platform.cluster.get().ok_or(Error::Alone)?;
         let failed = |error| Error::Send { platform: share.platform.clone(), source: Box::new(error) };
-        let link = cluster.find(&share.platform).map_err(Error::Cluster)?;
+        let client = cluster.find(&share.platform).map_err(Error::Cluster)?;
         let platform = short(&share.platform);
         list(&self.rendezvous, &share.slots, platform, Location::Remote)?;
         let (source, slots) = (cluster.name.clone(), share.slots.clone());
@@ -253,7 +253,7 @@ impl Away {
         let listed = self.platform.transfers.list(id, &self.metadata, &share.platform);
         match content {
             Sent::Whole(chunk_source) => {
-                source::send(link, id, &order, chunk_source, &cluster.sending, &listed.progress, retry_policy)
+                source::send(client, id, &order, chunk_source, &cluster.sending, &listed.progress, retry_policy)
                     .map_err(failed)
             }
             Sent::Lazily(capsule) => {
@@ -261,7 +261,8 @@ impl Away {
                     Arc::new(PageServer::of(capsule, platform, cluster.sending.bandwidth).map_err(Error::Capsule)?);
                 self.platform.page_servers.add(id, &page_server);
                 self.fork.seal().add_page_server(id);
-                let sent = source::send_lazily(link, id, &order, &page_server, self.working_set.as_ref(), retry_policy);
+                let sent =
+                    source::send_lazily(client, id, &order, &page_server, self.working_set.as_ref(), retry_policy);
                 sent.inspect_err(|_| self.platform.page_servers.remove(id)).map_err(failed)
             }
         }
