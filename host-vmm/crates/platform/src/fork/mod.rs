@@ -266,19 +266,8 @@ impl Fork {
         standby: Option<WarmNode>,
         mut room: Reservation,
     ) -> Result<Vec<Node>, Error> {
-        let Launch {
-            config,
-            original,
-            vm_type,
-            slots,
-            total,
-            arrivals,
-            seq,
-            fault,
-            history,
-            has_foreign_cpu,
-            postcopy,
-        } = launch;
+        let Launch { config, original, vm_type, slots, total, arrivals, seq, fault, .. } = launch;
+        let Launch { history, has_foreign_cpu, postcopy, .. } = launch;
         let wanted = slots.len();
         let names = platform.registry.names(vm_type, wanted);
         let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
