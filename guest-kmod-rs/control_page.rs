@@ -35,7 +35,7 @@ pub(crate) struct ControlPage {
 }
 
 /// Who a VM is, and how many copies are listed that its latest fork has made.
-pub(crate) struct Account {
+pub(crate) struct RawReport {
     pub(crate) identity: Identity,
     /// As the VMM says; 0 in a VM that is no parent, and where the VMM lists none.
     pub(crate) listed: u32,
@@ -132,22 +132,22 @@ impl ControlPage {
     /// Who this VM is, and how it came out of its latest fork; of the copies, as many as fit go to
     /// `copies`. Where an operator forks the VM meanwhile, this begins in the one and ends in its
     /// copy: the copy starts again.
-    pub(crate) fn account(&self, copies: &mut [u8]) -> Account {
-        let mut account = self.account_once(copies);
+    pub(crate) fn report(&self, copies: &mut [u8]) -> RawReport {
+        let mut report = self.report_once(copies);
         for _ in 0..STABLE {
-            if self.identity() == account.identity {
+            if self.identity() == report.identity {
                 break;
             }
-            account = self.account_once(copies);
+            report = self.report_once(copies);
         }
-        account
+        report
     }
 
-    fn account_once(&self, copies: &mut [u8]) -> Account {
+    fn report_once(&self, copies: &mut [u8]) -> RawReport {
         let identity = self.identity();
         let is_parent = identity.role == Role::Parent.number();
         let listed = if is_parent { self.copies(copies) } else { 0 };
-        Account { identity, listed }
+        RawReport { identity, listed }
     }
 
     /// Writes the request, rings by `ring`, and reads the answer: what the page says of the VM that
@@ -161,7 +161,7 @@ impl ControlPage {
         request: &Request,
         copies: &mut [u8],
         ring: impl FnOnce(),
-    ) -> Result<Account, Failure> {
+    ) -> Result<RawReport, Failure> {
         let last = Request::from_bytes(&self.part(PAGE.request.offset)).seq;
         let seq = next_seq(last, self.response().seq);
         self.memory
@@ -170,7 +170,7 @@ impl ControlPage {
         ring();
         fence(Ordering::SeqCst);
         match accept(seq, self.response()) {
-            Ok(()) => Ok(self.account(copies)),
+            Ok(()) => Ok(self.report(copies)),
             // Whatever the answer is, this VM is not the one that has asked.
             Err(_) if self.identity().vm_id != request.asker => Err(Failure::Copied),
             Err(failure) => Err(failure),

@@ -15,11 +15,11 @@ use crate::{
     bindings,
     control_page::ControlPage,
     file,
+    fork_guard::ForkGuard,
     hypercall::Hypercall,
     identity,
     seed::Generator,
-    task::{Desk, Job, Task},
-    turn::Turn,
+    task::{Job, JobSlot, Task},
     vmm,
     wait_queue::WaitQueue,
 };
@@ -36,14 +36,14 @@ pub(crate) struct Device {
     state: Mutex<State>,
     /// Notified when `State::forking` becomes false.
     #[pin]
-    turn: CondVar,
+    fork_ended: CondVar,
     /// Notified when `State::forks` changes.
     #[pin]
-    news: CondVar,
+    fork_events: CondVar,
     #[pin]
     pollers: WaitQueue,
     #[pin]
-    desk: Desk,
+    job_slot: JobSlot,
 }
 
 // SAFETY: `misc` is the kernel's, which locks it. All else is `Send` by itself.
@@ -53,7 +53,7 @@ unsafe impl Sync for Device {}
 
 /// What changes.
 pub(crate) struct State {
-    /// Whether a caller has its turn.
+    /// Whether a caller has the fork guard.
     pub(crate) forking: bool,
     /// How many forks this VM has come out of since the module was loaded, as far as the module has
     /// seen.
@@ -62,8 +62,8 @@ pub(crate) struct State {
     generation: u32,
 }
 
-/// What one open file has: how many forks it was told of.
-pub(crate) type Told = LockedBy<u64, State>;
+/// Forks that one open file was told of.
+pub(crate) type SeenForks = LockedBy<u64, State>;
 
 /// A device that processes can open, until this is dropped.
 pub(crate) struct Registration {
@@ -101,10 +101,10 @@ impl Registration {
                 page,
                 generator,
                 state <- new_mutex!(state),
-                turn <- new_condvar!(),
-                news <- new_condvar!(),
+                fork_ended <- new_condvar!(),
+                fork_events <- new_condvar!(),
                 pollers <- WaitQueue::new(),
-                desk <- Desk::new(),
+                job_slot <- JobSlot::new(),
             }),
             GFP_KERNEL,
         )?;
@@ -149,8 +149,8 @@ impl Device {
         &self.hypercall
     }
 
-    pub(crate) fn desk(&self) -> &Desk {
-        &self.desk
+    pub(crate) fn job_slot(&self) -> &JobSlot {
+        &self.job_slot
     }
 
     pub(crate) fn generator(&self) -> &Generator {
@@ -161,12 +161,12 @@ impl Device {
         &self.state
     }
 
-    pub(crate) fn turn(&self) -> &CondVar {
-        &self.turn
+    pub(crate) fn fork_ended(&self) -> &CondVar {
+        &self.fork_ended
     }
 
-    pub(crate) fn news(&self) -> &CondVar {
-        &self.news
+    pub(crate) fn fork_events(&self) -> &CondVar {
+        &self.fork_events
     }
 
     pub(crate) fn pollers(&self) -> &WaitQueue {
@@ -177,32 +177,32 @@ impl Device {
     /// the doorbell's port. Nothing tells the module of such a one, so that it sees to the copy's
     /// seed when it next looks: whenever the device is used, and [from time to time](Self::look).
     pub(crate) fn up_to_date(&self) -> Guard<'_, State, kernel::sync::lock::mutex::MutexBackend> {
-        if let Some(turn) = self.turn_of_copy() {
+        if let Some(guard) = self.guard_of_copy() {
             // Whether its role makes sense is for those to say who ask for it.
-            let _ = self.desk.run(Job::CatchUp).result;
-            drop(turn);
+            let _ = self.job_slot.run(Job::CatchUp).result;
+            drop(guard);
         }
         self.state.lock()
     }
 
     /// The same, by the module's own task.
     pub(crate) fn look(&self) {
-        if let Some(turn) = self.turn_of_copy() {
+        if let Some(guard) = self.guard_of_copy() {
             // As above.
             let _ = self.work(Job::CatchUp).result;
-            drop(turn);
+            drop(guard);
         }
     }
 
-    /// The turn, where this VM is a copy that is not itself yet, and nobody else has it.
-    fn turn_of_copy(&self) -> Option<Turn<'_>> {
+    /// The fork guard, where this VM is a copy that is not itself yet, and nobody else has it.
+    fn guard_of_copy(&self) -> Option<ForkGuard<'_>> {
         let mut state = self.state.lock();
         let identity = self.page.identity();
         if state.forking || identity.generation == state.generation {
             return None;
         }
         state.forking = true;
-        Some(Turn::taken(self, identity.vm_id))
+        Some(ForkGuard::taken(self, identity.vm_id))
     }
 
     /// Notes that this VM has come out of a fork, and tells those who wait for it.
@@ -211,7 +211,7 @@ impl Device {
         state.forks += 1;
         state.generation = identity.generation;
         drop(state);
-        self.news.notify_all();
+        self.fork_events.notify_all();
         self.pollers.wake();
     }
 
@@ -224,7 +224,7 @@ impl Device {
     }
 
     /// What a file has that was opened now.
-    pub(crate) fn told(&self) -> Told {
+    pub(crate) fn seen_forks(&self) -> SeenForks {
         let forks = self.up_to_date().forks;
         LockedBy::new(&self.state, forks)
     }

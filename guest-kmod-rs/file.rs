@@ -14,7 +14,7 @@ use vmfork_abi::{device::Notice, PAGE_BYTES};
 
 use crate::{
     bindings,
-    device::{Device, Told},
+    device::{Device, SeenForks},
     ioctl,
 };
 
@@ -24,22 +24,22 @@ const MODE: u16 = 0o600;
 /// An open file.
 struct Client {
     device: &'static Device,
-    told: Told,
+    seen_forks: SeenForks,
 }
 
 impl Client {
     fn new(device: &'static Device) -> Self {
-        device.desk().opened();
+        device.job_slot().opened();
         Self {
             device,
-            told: device.told(),
+            seen_forks: device.seen_forks(),
         }
     }
 }
 
 impl Drop for Client {
     fn drop(&mut self) {
-        self.device.desk().closed();
+        self.device.job_slot().closed();
     }
 }
 
@@ -116,9 +116,9 @@ unsafe extern "C" fn read(
         if bytes < Notice::BYTES {
             return Err(EINVAL);
         }
-        let forks = client.wait_for_news(waits)?;
+        let forks = client.wait_for_forks(waits)?;
         ioctl::write(buffer as usize, &client.device.notice(forks).to_bytes())?;
-        client.set_told(forks);
+        client.set_seen_forks(forks);
         Ok(Notice::BYTES as isize)
     })
 }
@@ -134,7 +134,7 @@ unsafe extern "C" fn poll(
     let client = unsafe { client(file) };
     // SAFETY: As above; the queue is the device's, which lives for as long as the file is open.
     unsafe { client.device.pollers().join(file, table) };
-    if client.has_news() {
+    if client.has_new_forks() {
         bindings::VMFORK_EPOLLIN
     } else {
         0
@@ -211,30 +211,30 @@ unsafe fn client<'a>(file: *mut bindings::file) -> &'a Client {
 
 impl Client {
     /// How many forks the VM has come out of, once they are more than this client was told of.
-    fn wait_for_news(&self, waits: bool) -> Result<u64> {
+    fn wait_for_forks(&self, waits: bool) -> Result<u64> {
         let mut state = self.device.up_to_date();
         loop {
-            if state.forks != *self.told.access(&state) {
+            if state.forks != *self.seen_forks.access(&state) {
                 return Ok(state.forks);
             }
             if !waits {
                 return Err(EAGAIN);
             }
-            if self.device.news().wait_interruptible(&mut state) {
+            if self.device.fork_events().wait_interruptible(&mut state) {
                 return Err(ERESTARTSYS);
             }
         }
     }
 
-    fn has_news(&self) -> bool {
+    fn has_new_forks(&self) -> bool {
         let state = self.device.up_to_date();
-        state.forks != *self.told.access(&state)
+        state.forks != *self.seen_forks.access(&state)
     }
 
-    fn set_told(&self, forks: u64) {
+    fn set_seen_forks(&self, forks: u64) {
         let mut state = self.device.state().lock();
-        let told = self.told.access_mut(&mut state);
+        let seen_forks = self.seen_forks.access_mut(&mut state);
         // Another reader of this file may have been told of more meanwhile.
-        *told = (*told).max(forks);
+        *seen_forks = (*seen_forks).max(forks);
     }
 }

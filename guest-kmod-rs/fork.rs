@@ -7,12 +7,12 @@ use vmfork_abi::{doorbell, ErrorCode, Identity, Request, Role};
 
 use crate::{
     bindings,
-    control_page::{Account, Failure, STABLE},
+    control_page::{Failure, RawReport, STABLE},
     device::Device,
+    fork_guard::ForkGuard,
     identity::{self, monotonic_ns},
     stop,
     task::Job,
-    turn::Turn,
 };
 
 /// How often, and after what time in milliseconds, a request is made again that is refused since an
@@ -27,7 +27,7 @@ pub(crate) struct Outcome {
     /// Why the VMM refused.
     pub(crate) code: ErrorCode,
     /// Who this VM is, where the fork was made.
-    pub(crate) account: Option<Account>,
+    pub(crate) report: Option<RawReport>,
     /// What a parent is told of its copies, as many as fit.
     pub(crate) copies: KVVec<u8>,
 }
@@ -37,7 +37,7 @@ impl Outcome {
         Self {
             result: Err(error),
             code: ErrorCode::None,
-            account: None,
+            report: None,
             copies,
         }
     }
@@ -52,28 +52,28 @@ impl Device {
         deadline_ns: u64,
         mut copies: KVVec<u8>,
     ) -> Outcome {
-        let turn = match Turn::take(self, deadline_ns) {
-            Ok(turn) => turn,
+        let guard = match ForkGuard::take(self, deadline_ns) {
+            Ok(guard) => guard,
             Err(error) => return Outcome::failed(error, copies),
         };
         let request = Request {
-            asker: turn.asker(),
+            asker: guard.asker(),
             ..request
         };
         for _ in 1..TRIES {
-            let outcome = self.desk().run(Job::Fork { request, copies });
+            let outcome = self.job_slot().run(Job::Fork { request, copies });
             if outcome.code != ErrorCode::Busy {
                 return outcome;
             }
             copies = outcome.copies;
-            if let Err(error) = turn.pause(PAUSE, deadline_ns) {
+            if let Err(error) = guard.pause(PAUSE, deadline_ns) {
                 return Outcome::failed(error, copies);
             }
         }
-        self.desk().run(Job::Fork { request, copies })
+        self.job_slot().run(Job::Fork { request, copies })
     }
 
-    /// Does a job, as the module's own task, for whoever has the turn.
+    /// Does a job, as the module's own task, for whoever has the fork guard.
     pub(crate) fn work(&self, job: Job) -> Outcome {
         match job {
             Job::Fork { request, copies } => self.fork_once(&request, copies),
@@ -89,12 +89,12 @@ impl Device {
             Err(error) => return Outcome::failed(error, copies),
         };
         match exchanged {
-            Ok((account, rung_at_ns)) => {
-                let result = self.take_on(&account.identity, Some(rung_at_ns));
+            Ok((report, rung_at_ns)) => {
+                let result = self.take_on(&report.identity, Some(rung_at_ns));
                 Outcome {
                     result,
                     code: ErrorCode::None,
-                    account: Some(account),
+                    report: Some(report),
                     copies,
                 }
             }
@@ -116,12 +116,12 @@ impl Device {
     /// Makes the request, and sees to it that no number is drawn before the generator has the seed
     /// of the VM that this returns in. It runs while the machine is stopped: whatever it calls may
     /// not sleep. Gives the time at which it rang, too.
-    fn exchange(&self, request: &Request, copies: &mut [u8]) -> Result<(Account, u64), Failure> {
+    fn exchange(&self, request: &Request, copies: &mut [u8]) -> Result<(RawReport, u64), Failure> {
         let rung_at_ns = monotonic_ns();
-        let account = self.page().exchange(request, copies, || self.ring())?;
+        let report = self.page().exchange(request, copies, || self.ring())?;
         // From here on there are several VMs, and this is any one of them.
-        self.generator().reseed(&account.identity.seed);
-        Ok((account, rung_at_ns))
+        self.generator().reseed(&report.identity.seed);
+        Ok((report, rung_at_ns))
     }
 
     /// Makes this VM the copy that it has become. An operator may make a copy of that meanwhile:
@@ -140,7 +140,7 @@ impl Device {
         Outcome {
             result,
             code: ErrorCode::None,
-            account: None,
+            report: None,
             copies: KVVec::new(),
         }
     }

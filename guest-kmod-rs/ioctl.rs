@@ -15,7 +15,7 @@ use vmfork_abi::{
 
 use crate::{
     bindings,
-    control_page::Account,
+    control_page::RawReport,
     device::Device,
     fork::{errno, Outcome},
 };
@@ -63,7 +63,7 @@ impl Device {
         let Outcome {
             result,
             code,
-            account,
+            report,
             ..
         } = outcome;
         copies.bytes = outcome.copies;
@@ -72,7 +72,7 @@ impl Device {
             drop(self.up_to_date());
         }
 
-        let Account { identity, listed } = account.unwrap_or(Account {
+        let RawReport { identity, listed } = report.unwrap_or(RawReport {
             identity: Identity::default(),
             listed: 0,
         });
@@ -99,7 +99,7 @@ impl Device {
             let state = self.up_to_date();
             (state.forking.into(), state.forks)
         };
-        let Account { identity, listed } = self.page().account(&mut copies.bytes);
+        let RawReport { identity, listed } = self.page().report(&mut copies.bytes);
         let answer = StatusArguments {
             listed,
             forking,

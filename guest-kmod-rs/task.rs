@@ -30,7 +30,7 @@ use crate::{
 };
 
 /// The highest real-time priority of user space.
-const TOP: u32 = 99;
+const PRIORITY: u32 = 99;
 
 /// How often the task looks by itself who this VM is, in milliseconds, while somebody has the device
 /// open.
@@ -57,18 +57,18 @@ enum Slot {
     Closed,
 }
 
-/// What lies on the desk.
-struct Top {
+/// Job that was given, and how many files are open.
+struct JobState {
     slot: Slot,
     /// How many files are open.
     clients: u32,
 }
 
-/// Where jobs are given to the task, one at a time: by whoever has the turn.
+/// Slot in which jobs are given to the task, one at a time: by whoever has the fork guard.
 #[pin_data]
-pub(crate) struct Desk {
+pub(crate) struct JobSlot {
     #[pin]
-    top: Mutex<Top>,
+    state: Mutex<JobState>,
     #[pin]
     changed: CondVar,
 }
@@ -81,10 +81,10 @@ enum Next {
     End,
 }
 
-impl Desk {
+impl JobSlot {
     pub(crate) fn new() -> impl PinInit<Self> {
         pin_init!(Self {
-            top <- new_mutex!(Top {
+            state <- new_mutex!(JobState {
                 slot: Slot::Empty,
                 clients: 0,
             }),
@@ -94,45 +94,45 @@ impl Desk {
 
     /// Has the task do a job, and waits until that is done, which no signal ends.
     pub(crate) fn run(&self, job: Job) -> Outcome {
-        let mut top = self.top.lock();
-        top.slot = Slot::Asked(job);
+        let mut state = self.state.lock();
+        state.slot = Slot::Asked(job);
         self.changed.notify_all();
         loop {
-            self.changed.wait(&mut top);
-            match replace(&mut top.slot, Slot::Empty) {
+            self.changed.wait(&mut state);
+            match replace(&mut state.slot, Slot::Empty) {
                 Slot::Done(outcome) => return outcome,
-                other => top.slot = other,
+                other => state.slot = other,
             }
         }
     }
 
     /// Notes that a file was opened.
     pub(crate) fn opened(&self) {
-        self.top.lock().clients += 1;
+        self.state.lock().clients += 1;
         self.changed.notify_all();
     }
 
     /// Notes that a file was closed.
     pub(crate) fn closed(&self) {
-        self.top.lock().clients -= 1;
+        self.state.lock().clients -= 1;
     }
 
     /// Waits for what there is to do.
     fn next(&self) -> Next {
-        let mut top = self.top.lock();
+        let mut state = self.state.lock();
         loop {
-            match replace(&mut top.slot, Slot::Empty) {
+            match replace(&mut state.slot, Slot::Empty) {
                 Slot::Asked(job) => return Next::Work(job),
                 Slot::Closed => return Next::End,
-                other => top.slot = other,
+                other => state.slot = other,
             }
             // A task of the kernel gets no signals; waiting so, it does not count as stuck.
-            if top.clients == 0 {
-                let _ = self.changed.wait_interruptible(&mut top);
+            if state.clients == 0 {
+                let _ = self.changed.wait_interruptible(&mut state);
                 continue;
             }
             let look = msecs_to_jiffies(LOOK);
-            let woken = self.changed.wait_interruptible_timeout(&mut top, look);
+            let woken = self.changed.wait_interruptible_timeout(&mut state, look);
             if matches!(woken, CondVarTimeoutResult::Timeout) {
                 return Next::Look;
             }
@@ -140,12 +140,12 @@ impl Desk {
     }
 
     fn done(&self, outcome: Outcome) {
-        self.top.lock().slot = Slot::Done(outcome);
+        self.state.lock().slot = Slot::Done(outcome);
         self.changed.notify_all();
     }
 
     fn close(&self) {
-        self.top.lock().slot = Slot::Closed;
+        self.state.lock().slot = Slot::Closed;
         self.changed.notify_all();
     }
 }
@@ -182,14 +182,14 @@ impl Task {
         let task = NonNull::new(from_err_ptr(task)?).ok_or(ENOMEM)?;
         // From here on it is ended by `drop`.
         let task = Self { task, device };
-        let top = sched_attr {
+        let attributes = sched_attr {
             size: size_of::<sched_attr>() as u32,
             sched_policy: bindings::SCHED_FIFO,
-            sched_priority: TOP,
+            sched_priority: PRIORITY,
             ..Default::default()
         };
         // SAFETY: The task has not ended, and the attributes live until the call returns.
-        to_result(unsafe { bindings::sched_setattr_nocheck(task.task.as_ptr(), &top) })?;
+        to_result(unsafe { bindings::sched_setattr_nocheck(task.task.as_ptr(), &attributes) })?;
         // SAFETY: As above.
         unsafe { bindings::wake_up_process(task.task.as_ptr()) };
         Ok(task)
@@ -199,7 +199,7 @@ impl Task {
 impl Drop for Task {
     fn drop(&mut self) {
         // SAFETY: The device is still there, as the caller of `start` has promised.
-        unsafe { self.device.as_ref() }.desk().close();
+        unsafe { self.device.as_ref() }.job_slot().close();
         // SAFETY: The task ends only after this, and was not waited for before.
         unsafe { bindings::kthread_stop(self.task.as_ptr()) };
     }
@@ -214,8 +214,8 @@ unsafe extern "C" fn main(device: *mut c_void) -> c_int {
     // SAFETY: As the caller says.
     let device = unsafe { &*device.cast::<Device>() };
     loop {
-        match device.desk().next() {
-            Next::Work(job) => device.desk().done(device.work(job)),
+        match device.job_slot().next() {
+            Next::Work(job) => device.job_slot().done(device.work(job)),
             Next::Look => device.look(),
             Next::End => break,
         }

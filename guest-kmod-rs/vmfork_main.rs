@@ -7,7 +7,7 @@
 //!
 //! ```text
 //! ioctl      the arguments are copied in and checked, and room for the answer is touched
-//! turn       one caller after another; a signal or the deadline ends the wait
+//! fork_guard one caller after another; a signal or the deadline ends the wait
 //! task       it is handed to the module's own task, which is above every other of its CPU
 //! stop       all CPUs are stopped, but for the one that goes on here
 //! fork       the request is written, and the hypercall made   ->  parent       children
@@ -26,13 +26,13 @@ mod control_page;
 mod device;
 mod file;
 mod fork;
+mod fork_guard;
 mod hypercall;
 mod identity;
 mod ioctl;
 mod seed;
 mod stop;
 mod task;
-mod turn;
 mod vmm;
 mod wait_queue;
 

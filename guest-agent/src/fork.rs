@@ -4,7 +4,7 @@ use std::io;
 
 use vmfork_abi::{ErrorCode, Role, device};
 
-use crate::route::Account;
+use crate::route::RawReport;
 use crate::route::doorbell::RANDOM_PATH;
 use crate::{Fork, IdentityError, LockError, OpenError, OutcomeError, PrivilegeError};
 
@@ -150,8 +150,8 @@ impl ForkError {
 /// # Errors
 ///
 /// [`ForkError::Outcome`] where what the VMM says of it is impossible.
-pub(crate) fn which(account: &Account) -> Result<Fork, ForkError> {
-    Fork::after_fork(account).map_err(|source| ForkError::Outcome { role: account.side(), source })
+pub(crate) fn which(report: &RawReport) -> Result<Fork, ForkError> {
+    Fork::after_fork(report).map_err(|source| ForkError::Outcome { role: report.side(), source })
 }
 
 #[cfg(test)]

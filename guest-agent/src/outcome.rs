@@ -7,7 +7,7 @@ use serde::{Serialize, Serializer};
 use uuid::Uuid;
 use vmfork_abi::{Identity, ListedCopy, Location, MAX_CHILDREN, Role, padded_text};
 
-use crate::route::Account;
+use crate::route::RawReport;
 
 /// The latest fork as this VM saw it: which side of it this VM is, and who it has been since.
 ///
@@ -121,7 +121,9 @@ impl Fork {
     /// # Errors
     ///
     /// [`OutcomeError`] where a field is impossible.
-    pub(crate) fn from_account(Account { identity, listed, copies }: &Account) -> Result<Self, OutcomeError> {
+    pub(crate) fn from_report(
+        RawReport { identity, listed, copies }: &RawReport,
+    ) -> Result<Self, OutcomeError> {
         let &Identity { index, count, generation, .. } = identity;
         let role =
             Role::from_number(identity.role).ok_or(OutcomeError::UnknownRole { role: identity.role })?;
@@ -158,8 +160,8 @@ impl Fork {
     /// # Errors
     ///
     /// [`OutcomeError`] where a field is impossible, or the role is not one of a fork's two.
-    pub(crate) fn after_fork(account: &Account) -> Result<Self, OutcomeError> {
-        let fork = Self::from_account(account)?;
+    pub(crate) fn after_fork(report: &RawReport) -> Result<Self, OutcomeError> {
+        let fork = Self::from_report(report)?;
         match fork.role {
             Role::Booted => Err(OutcomeError::NotForked { role: fork.role }),
             Role::Parent | Role::Child => Ok(fork),
@@ -279,13 +281,13 @@ pub(crate) mod tests {
     }
 
     /// An account without copies.
-    pub(crate) fn of(identity: Identity) -> Account {
-        Account { identity, ..Account::default() }
+    pub(crate) fn of(identity: Identity) -> RawReport {
+        RawReport { identity, ..RawReport::default() }
     }
 
     /// An account of that parent, with these copies.
-    pub(crate) fn with_copies(copies: Vec<ListedCopy>) -> Account {
-        Account { identity: parent(), listed: 3, copies }
+    pub(crate) fn with_copies(copies: Vec<ListedCopy>) -> RawReport {
+        RawReport { identity: parent(), listed: 3, copies }
     }
 
     #[test]
@@ -322,10 +324,10 @@ pub(crate) mod tests {
 
     #[test]
     fn impossible_copies_are_errors() {
-        let error = |account: Account| Fork::after_fork(&account).unwrap_err();
+        let error = |report: RawReport| Fork::after_fork(&report).unwrap_err();
         for listed in [1, 4, MAX_CHILDREN + 1, u32::MAX] {
             assert_eq!(
-                error(Account { listed, ..with_copies(copies()) }),
+                error(RawReport { listed, ..with_copies(copies()) }),
                 OutcomeError::Listed { listed, count: 3 }
             );
         }
@@ -361,24 +363,24 @@ pub(crate) mod tests {
 
     #[test]
     fn lines_for_people_name_the_role_first() {
-        let line = |identity| Fork::from_account(&of(identity)).unwrap().to_string();
+        let line = |identity| Fork::from_report(&of(identity)).unwrap().to_string();
         let id = "11111111-1111-1111-1111-111111111111";
         assert_eq!(line(booted()), format!("booted: web.2 (web), generation 0, ID {id}"));
         assert_eq!(line(parent()), format!("parent of 3: web.2 (web), generation 0, ID {id}"));
-        let parent = Fork::from_account(&with_copies(copies())).unwrap().to_string();
+        let parent = Fork::from_report(&with_copies(copies())).unwrap().to_string();
         assert_eq!(parent, format!("parent of 3, 2 on b: web.2 (web), generation 0, ID {id}"));
         assert!(line(child()).starts_with("child 2 of 4: web.2 (web), generation 1"));
     }
 
     #[test]
     fn a_booted_vm_has_an_identity_but_no_fork() {
-        assert_eq!(Fork::from_account(&of(booted())).unwrap().parent_id, None);
+        assert_eq!(Fork::from_report(&of(booted())).unwrap().parent_id, None);
         assert_eq!(Fork::after_fork(&of(booted())), Err(OutcomeError::NotForked { role: Role::Booted }));
     }
 
     #[test]
     fn impossible_fields_are_errors() {
-        let error = |identity| Fork::from_account(&of(identity)).unwrap_err();
+        let error = |identity| Fork::from_report(&of(identity)).unwrap_err();
         assert_eq!(error(Identity { role: 3, ..child() }), OutcomeError::UnknownRole { role: 3 });
         for (role, index, count) in [
             (Role::Child, 0, 4),
@@ -405,7 +407,7 @@ pub(crate) mod tests {
     #[test]
     fn any_page_is_an_outcome_or_an_error() {
         for byte in 0..=u8::MAX {
-            assert!(Fork::from_account(&of(Identity::from_bytes(&[byte; Identity::BYTES]))).is_err());
+            assert!(Fork::from_report(&of(Identity::from_bytes(&[byte; Identity::BYTES]))).is_err());
         }
     }
 }

@@ -155,11 +155,11 @@ impl Vmm {
     /// [`StatusError`] where the kernel module does not tell, or the control page holds no possible identity,
     /// or list of copies.
     pub fn status(&self) -> Result<Fork, StatusError> {
-        let account = match &self.route {
-            Route::Device(device) => device.account()?,
-            Route::Doorbell(doorbell) => doorbell.account(),
+        let report = match &self.route {
+            Route::Device(device) => device.report()?,
+            Route::Doorbell(doorbell) => doorbell.report(),
         };
-        Fork::from_account(&account).map_err(StatusError::Outcome)
+        Fork::from_report(&report).map_err(StatusError::Outcome)
     }
 
     /// Goes as far towards a fork as can be gone without asking the VMM, to tell whether the calling thread

@@ -10,7 +10,7 @@ use serde::Serialize;
 use vmfork_abi::{Identity, device};
 
 use crate::raw::head;
-use crate::route::Account;
+use crate::route::RawReport;
 use crate::{Fork, OpenError, OutcomeError};
 
 /// The device, from which each fork is read once it has been made.
@@ -109,8 +109,8 @@ impl Notice {
         if (notice.bytes, notice.version) != head(device::Notice::BYTES) {
             return Err(unknown(notice.version));
         }
-        let account = Account { identity: Identity::from_bytes(&notice.identity), ..Account::default() };
-        Ok(Self { forks: notice.forks, fork: Fork::after_fork(&account).map_err(WatchError::Outcome)? })
+        let report = RawReport { identity: Identity::from_bytes(&notice.identity), ..RawReport::default() };
+        Ok(Self { forks: notice.forks, fork: Fork::after_fork(&report).map_err(WatchError::Outcome)? })
     }
 }
 

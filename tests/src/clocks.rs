@@ -7,7 +7,7 @@ use std::{
 
 use serde_json::{Value, json};
 
-use crate::{rounds::rounds, vmm::Vmm};
+use crate::{fault_rounds::rounds, vmm::Vmm};
 
 /// Time that an image lies still: longer than anything in the guest takes.
 const REST: Duration = Duration::from_secs(20);

@@ -15,7 +15,7 @@ use tempfile::TempDir;
 
 use crate::{
     network::{self, Host},
-    vmm::PATIENCE,
+    vmm::TIMEOUT,
 };
 
 /// Where a server listens that has a host of its own: for clients, and for the others.
@@ -129,7 +129,7 @@ impl Etcd {
     }
 
     fn wait(&self, at: usize) {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         loop {
             let log = fs::read_to_string(self.log(at)).unwrap_or_default();
             if log.contains(READY) {

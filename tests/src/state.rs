@@ -1,7 +1,7 @@
 //! A guest without an operating system that fills all registers that it has, and then looks again and again
 //! whether each still holds what it did.
 //!
-//! It comes to CPL 3 as [`user`] does, and from there to CPL 0 by a general protection fault
+//! It comes to CPL 3 as [`user_guest`] does, and from there to CPL 0 by a general protection fault
 //! whenever it wants: it executes HLT, and the gate leads to code of its own. At CPL 0 it writes and reads
 //! model-specific registers, debug registers and interrupt controllers; at CPL 3, where a KVM that emulates
 //! guest kernel code runs it natively, the components of XSAVE.
@@ -14,7 +14,7 @@ use std::{arch::global_asm, slice};
 
 use tempfile::NamedTempFile;
 
-use crate::{elf, user};
+use crate::{elf, user_guest};
 
 /// Stands for component 0 of the XSAVE area where that differs, and so on.
 pub const COMPONENT_MARK: u32 = 0xfa00_0000;
@@ -425,5 +425,5 @@ pub fn kernel() -> NamedTempFile {
     // SAFETY: both labels lie in the one section above, in this order, and what is between them is never
     // written.
     let code = unsafe { slice::from_raw_parts(start, end as usize - start as usize) };
-    elf::kernel(&[user::way_to_user_code(), code].concat())
+    elf::kernel(&[user_guest::way_to_user_code(), code].concat())
 }

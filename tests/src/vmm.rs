@@ -30,7 +30,7 @@ use crate::{
 };
 
 /// Time that a test waits while nothing happens. Guests in the lab are slow, and two tests run at a time.
-pub const PATIENCE: Duration = Duration::from_secs(180);
+pub const TIMEOUT: Duration = Duration::from_secs(180);
 
 /// Time that it waits in all, though something happens: on a busy machine, what is right may take long.
 const IN_ALL: Duration = Duration::from_secs(900);
@@ -226,7 +226,7 @@ impl Running {
         self.folder.path().join(SOCKET)
     }
 
-    /// Processes of all nodes and ready shells: what its zygote has started.
+    /// Processes of all nodes and warm VMs: what its zygote has started.
     ///
     /// # Errors
     /// Where `/proc` can't be read.
@@ -243,7 +243,7 @@ impl Running {
     /// # Errors
     /// As [`Running::wait_for`].
     pub fn next_event(&mut self) -> anyhow::Result<Value> {
-        self.events.recv_timeout(PATIENCE).context("no further event: host-vmm has ended, or nothing happens")
+        self.events.recv_timeout(TIMEOUT).context("no further event: host-vmm has ended, or nothing happens")
     }
 
     /// Waits for the first event, from the start on, from which `pick` makes something.
@@ -261,7 +261,7 @@ impl Running {
         }
         let deadline = Instant::now() + IN_ALL;
         loop {
-            match self.events.recv_timeout(PATIENCE.min(deadline.saturating_duration_since(Instant::now()))) {
+            match self.events.recv_timeout(TIMEOUT.min(deadline.saturating_duration_since(Instant::now()))) {
                 Ok(event) => {
                     let found = pick(&event);
                     self.seen.push(event);
@@ -271,7 +271,7 @@ impl Running {
                 }
                 Err(RecvTimeoutError::Timeout) => {
                     bail!(
-                        "no {what}: nothing happens in {PATIENCE:?}, or not that in {IN_ALL:?}{}",
+                        "no {what}: nothing happens in {TIMEOUT:?}, or not that in {IN_ALL:?}{}",
                         last_lines(&self.seen)
                     )
                 }
@@ -347,9 +347,9 @@ impl Running {
     /// place of the others when it is sealed, which may be after the copies run.
     ///
     /// # Errors
-    /// Where there is no such single image within [`PATIENCE`], or `host-vmm` does not answer.
+    /// Where there is no such single image within [`TIMEOUT`], or `host-vmm` does not answer.
     pub fn kept_image(&self) -> anyhow::Result<String> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         loop {
             let images: Value = serde_json::from_str(&self.ask(&["image", "ls", "--json"])?)?;
             match images.as_array().map(Vec::as_slice) {
@@ -388,9 +388,9 @@ impl Running {
         let began = Instant::now();
         let mut latest = began;
         loop {
-            if latest.elapsed() >= PATIENCE || began.elapsed() >= IN_ALL {
+            if latest.elapsed() >= TIMEOUT || began.elapsed() >= IN_ALL {
                 bail!(
-                    "no end: nothing happens in {PATIENCE:?}, or no end in {IN_ALL:?}{}",
+                    "no end: nothing happens in {TIMEOUT:?}, or no end in {IN_ALL:?}{}",
                     last_lines(&self.seen)
                 )
             }

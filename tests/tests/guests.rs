@@ -117,7 +117,7 @@ fn forks_of_one_two_and_eight_make_different_vms() {
 
 #[test]
 fn no_clock_of_any_vcpu_goes_back_in_any_copy() {
-    // What the guest takes its time from is the TSC itself, and shells stand ready since the start.
+    // What the guest takes its time from is the TSC itself, and warm VMs stand ready since the start.
     let tsc = |vmm: Vmm| vmm.option("--cpus", "2").cmdline("clocksource=tsc tsc=reliable");
     clocks::check(guest, 6, "tsc", tsc);
     clocks::check(guest, 3, "kvm-clock", |vmm| vmm.option("--cpus", "4").option("--ready", "0"));
@@ -296,7 +296,7 @@ fn killed_nodes_leave_nothing_behind() {
     running.wait_for_line("STORM forked").expect("a fork");
     let node = running.node("vm").expect("a node");
     for round in 0..30u64 {
-        // Any moment of a fork, and ready shells too.
+        // Any moment of a fork, and warm VMs too.
         thread::sleep(Duration::from_millis(round * 37 % 101));
         let nodes = running.nodes().expect("processes");
         let child = nodes.iter().filter(|pid| **pid != node).nth(usize::try_from(round % 2).expect("small"));

@@ -9,7 +9,7 @@ use vmfork_abi::{ErrorCode, Identity, ListedCopy, MAX_CHILDREN, Role, Status};
 
 use crate::fork::which;
 use crate::raw::{CopyBytes, DeviceFile};
-use crate::route::Account;
+use crate::route::RawReport;
 use crate::{Fork, ForkError, ForkRequest, IdentityError, OpenError, OutcomeError, StatusError, identity};
 
 /// The device, whose module speaks this version of its interface.
@@ -36,7 +36,7 @@ impl Device {
     /// # Errors
     ///
     /// [`StatusError::Ask`] where the module does not tell.
-    pub(crate) fn account(&self) -> Result<Account, StatusError> {
+    pub(crate) fn report(&self) -> Result<RawReport, StatusError> {
         status(|copies| self.file.status(copies)).map_err(|errno| StatusError::Ask { source: errno.into() })
     }
 
@@ -86,13 +86,13 @@ fn unanswered(errno: Errno) -> OpenError {
 }
 
 /// What the module says of this VM, asked as often as it takes to have room for all copies.
-fn status(ask: impl Fn(&mut [CopyBytes]) -> nix::Result<StatusArguments>) -> nix::Result<Account> {
+fn status(ask: impl Fn(&mut [CopyBytes]) -> nix::Result<StatusArguments>) -> nix::Result<RawReport> {
     let mut copies = Vec::new();
     loop {
         let status = ask(&mut copies)?;
         let listed = status.listed.min(MAX_CHILDREN) as usize;
         if listed <= copies.len() {
-            return Ok(account(&status.identity, status.listed, &copies));
+            return Ok(report(&status.identity, status.listed, &copies));
         }
         copies.resize(listed, [0; ListedCopy::BYTES]);
     }
@@ -101,25 +101,25 @@ fn status(ask: impl Fn(&mut [CopyBytes]) -> nix::Result<StatusArguments>) -> nix
 /// What has come out of a fork that was `asked` for, by the module's answer: vmfork_abi::device has the
 /// table.
 fn outcome(asked: nix::Result<()>, answer: &ForkArguments, copies: &[CopyBytes]) -> Result<Fork, ForkError> {
-    let account = account(&answer.identity, answer.listed, copies);
-    let Err(errno) = asked else { return which(&account) };
+    let report = report(&answer.identity, answer.listed, copies);
+    let Err(errno) = asked else { return which(&report) };
     Err(match errno {
         Errno::ECONNREFUSED => refusal(answer.error),
         Errno::ESTALE => ForkError::Copied,
         Errno::EINTR => ForkError::Interrupted,
         Errno::ETIMEDOUT => ForkError::DeadlinePassed,
         Errno::ENOLINK => ForkError::Silent,
-        Errno::EPROTO => match (account.side(), which(&account)) {
+        Errno::EPROTO => match (report.side(), which(&report)) {
             (None, _) => ForkError::Senseless,
             (Some(_), Err(impossible)) => impossible,
             (role, Ok(_)) => ForkError::Outcome { role, source: OutcomeError::NotAccepted },
         },
         Errno::EUCLEAN => {
-            let role = which(&account)?.role;
+            let role = which(&report)?.role;
             ForkError::Identity { role, source: IdentityError::KernelClock }
         }
         Errno::EPROTONOSUPPORT | Errno::ENOTTY => ForkError::Open(unanswered(errno)),
-        _ => ForkError::Device { role: account.side(), source: errno.into() },
+        _ => ForkError::Device { role: report.side(), source: errno.into() },
     })
 }
 
@@ -132,13 +132,13 @@ fn refusal(error: u32) -> ForkError {
 
 /// What the module says of this VM, of whose copies it `listed` so many. A list that is no parent's is of an
 /// older fork.
-fn account(identity: &[u8; Identity::BYTES], listed: u32, copies: &[CopyBytes]) -> Account {
-    let account = Account { identity: Identity::from_bytes(identity), ..Account::default() };
-    if account.side() != Some(Role::Parent) {
-        return account;
+fn report(identity: &[u8; Identity::BYTES], listed: u32, copies: &[CopyBytes]) -> RawReport {
+    let report = RawReport { identity: Identity::from_bytes(identity), ..RawReport::default() };
+    if report.side() != Some(Role::Parent) {
+        return report;
     }
     let copies = copies.iter().take(listed as usize).map(ListedCopy::from_bytes).collect();
-    Account { listed, copies, ..account }
+    RawReport { listed, copies, ..report }
 }
 
 /// Gives a child its host name, which the module leaves as it was. A caller that may not does without.
@@ -192,13 +192,13 @@ mod tests {
 
     #[test]
     fn a_status_has_all_copies_that_there_can_be() {
-        let fork = Fork::from_account(&status(module(3)).unwrap()).unwrap();
+        let fork = Fork::from_report(&status(module(3)).unwrap()).unwrap();
         assert_eq!((fork.role, fork.copies.len()), (Role::Parent, 3));
-        assert_eq!(Fork::from_account(&status(module(0)).unwrap()).unwrap().copies, []);
+        assert_eq!(Fork::from_report(&status(module(0)).unwrap()).unwrap().copies, []);
         for listed in [MAX_CHILDREN, MAX_CHILDREN + 1, u32::MAX] {
-            let account = status(module(listed)).unwrap();
-            assert_eq!((account.listed, account.copies.len()), (listed, MAX_CHILDREN as usize));
-            assert_eq!(Fork::from_account(&account).unwrap_err(), OutcomeError::Listed { listed, count: 3 });
+            let report = status(module(listed)).unwrap();
+            assert_eq!((report.listed, report.copies.len()), (listed, MAX_CHILDREN as usize));
+            assert_eq!(Fork::from_report(&report).unwrap_err(), OutcomeError::Listed { listed, count: 3 });
         }
         assert_eq!(status(|_| Err(Errno::EIO)).unwrap_err(), Errno::EIO);
     }

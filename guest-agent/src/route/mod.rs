@@ -93,9 +93,9 @@ impl Route {
     }
 }
 
-/// What the VMM says of a VM and its latest fork, unchecked.
+/// Raw report of the VMM on a VM and its latest fork, unchecked.
 #[derive(Debug, Default)]
-pub(crate) struct Account {
+pub(crate) struct RawReport {
     /// Who the VM is.
     pub(crate) identity: Identity,
     /// How many copies the list says that it has; 0 in a VM that is no parent, and where the VMM lists none.
@@ -104,7 +104,7 @@ pub(crate) struct Account {
     pub(crate) copies: Vec<ListedCopy>,
 }
 
-impl Account {
+impl RawReport {
     /// The side of a fork that the VM is on, where it is on one.
     pub(crate) fn side(&self) -> Option<Role> {
         Role::from_number(self.identity.role).filter(|&role| role != Role::Booted)

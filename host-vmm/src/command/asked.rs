@@ -34,14 +34,14 @@ mod tests {
     use super::*;
     use cluster::{
         certificates,
-        peer::{Holder, Role},
+        principal::{Principal, Role},
     };
 
     #[test]
     fn an_operator_shows_a_certificate_elsewhere_and_none_here() {
         let folder = tempfile::tempdir().unwrap();
         certificates::init(folder.path(), false).unwrap();
-        certificates::issue(folder.path(), &Holder::new("alice", Role::Operator).unwrap(), 1, false).unwrap();
+        certificates::issue(folder.path(), &Principal::new("alice", Role::Operator).unwrap(), 1, false).unwrap();
         let at = |certificate: &str| Platform {
             api: Some("/socket".into()),
             at: Some("north@192.0.2.1:7070".parse().unwrap()),

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use cluster::{
     certificates,
-    peer::{Holder, Role},
+    principal::{Principal, Role},
 };
 
 use crate::cli::CertCommand;
@@ -24,11 +24,11 @@ pub(crate) fn cert(command: &CertCommand) -> anyhow::Result<ExitCode> {
         }
         CertCommand::Issue { name, dir, operator, days, force } => {
             let role = if *operator { Role::Operator } else { Role::Platform };
-            let holder = Holder::new(name, role).context("no such name can be given")?;
-            let issued = certificates::issue(dir, &holder, *days, *force)?;
-            println!("{}  the certificate of {holder}, until {}", issued.certificate.display(), issued.until);
+            let principal = Principal::new(name, role).context("no such name can be given")?;
+            let issued = certificates::issue(dir, &principal, *days, *force)?;
+            println!("{}  the certificate of {principal}, until {}", issued.certificate.display(), issued.until);
             println!("{}  its key", issued.key.display());
-            println!("\nCopy to {holder}: these two, and {}", certificates::ca_certificate(dir).display());
+            println!("\nCopy to {principal}: these two, and {}", certificates::ca_certificate(dir).display());
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -20,8 +20,8 @@ use cluster::{
     load,
     member::{Load, Member},
     membership::{self, Directory, check},
-    peer::{Holder, Role},
     placement::Rules,
+    principal::{Principal, Role},
     settings::Peer,
     tls::Credentials,
 };
@@ -68,7 +68,7 @@ impl Daemon {
         let credentials = config.and_then(|config| config.tls.as_ref());
         let credentials = credentials.map(|tls| Credentials::load(&tls.ca, &tls.cert, &tls.key)).transpose()?;
         if let (Some(config), Some(credentials)) = (config, &credentials) {
-            check_holder(credentials.holder(), &config.name)?;
+            check_principal(credentials.principal(), &config.name)?;
         }
         let network = config.and_then(|config| config.listen).map(|address| match &credentials {
             Some(credentials) => Network::Tls(address, credentials.clone()),
@@ -84,11 +84,11 @@ impl Daemon {
 }
 
 /// Checks whether a certificate is that of the platform: nobody would believe it else.
-fn check_holder(holder: &Holder, name: &str) -> anyhow::Result<()> {
-    let is_own = holder.role() == Role::Platform && holder.name() == name;
+fn check_principal(principal: &Principal, name: &str) -> anyhow::Result<()> {
+    let is_own = principal.role() == Role::Platform && principal.name() == name;
     anyhow::ensure!(
         is_own,
-        "the certificate in tls.cert is that of {holder}, and this platform is called {name}: give it another name or certificate"
+        "the certificate in tls.cert is that of {principal}, and this platform is called {name}: give it another name or certificate"
     );
     Ok(())
 }
@@ -128,7 +128,7 @@ fn join(
         load: Load::default(),
     };
     let weak: Weak<Platform> = Arc::downgrade(platform);
-    let own: Arc<membership::Own> = Arc::new(move || {
+    let own: Arc<membership::SelfReport> = Arc::new(move || {
         let load = load::read().unwrap_or_else(|error| {
             tracing::warn!(error = chain(&error), "other platforms are not told what this host has left");
             Load::default()
@@ -142,7 +142,7 @@ fn join(
         move |peer: &Peer| {
             let endpoint = Endpoint::of_platform(&peer.name, peer.address, credentials.as_ref());
             let ask = |connection: &mut Connection| connection.ask(Method::GET, "/v1/platform", Content::none());
-            Ok(check::parse(&connections.link(endpoint, ANSWER).ask(ask)?)?)
+            Ok(check::parse(&connections.client(endpoint, ANSWER).ask(ask)?)?)
         }
     };
     let directory = Directory::start(membership::Settings {

@@ -97,7 +97,7 @@ struct Layer {
 impl Inspection {
     fn of(file: &Path) -> anyhow::Result<Self> {
         let (header, description) = capsule::file::inspect(&File::open(file)?)?;
-        let Description { about, requirements, memory, .. } = description;
+        let Description { metadata, requirements, memory, .. } = description;
         let layers = memory.layers.iter().map(|layer| Layer {
             pages: layer.runs.iter().map(|run| run.pages).sum(),
             runs: layer.runs.len(),
@@ -109,13 +109,13 @@ impl Inspection {
             compressed: header.is_compressed,
             stored_bytes: header.data_bytes,
             digest: blake3::Hash::from_bytes(header.description_digest).to_hex().to_string(),
-            id: about.id,
-            created_ms: about.created_ns / 1_000_000,
-            vm_type: about.vm_type,
-            original: about.original.id,
-            original_name: about.original.name,
-            generation: about.original.generation.saturating_add(1),
-            vcpus: about.config.vcpus,
+            id: metadata.id,
+            created_ms: metadata.created_ns / 1_000_000,
+            vm_type: metadata.vm_type,
+            original: metadata.original.id,
+            original_name: metadata.original.name,
+            generation: metadata.original.generation.saturating_add(1),
+            vcpus: metadata.config.vcpus,
             ram_bytes: memory.pages.saturating_mul(PAGE_BYTES),
             layers: layers.collect(),
             requirements,

@@ -5,7 +5,7 @@ use std::mem::offset_of;
 use nix::sys::signal::Signal;
 use vmfork_abi::{ErrorCode, Identity, PAGE, Request, Role, Status};
 use vmfork_tests::{
-    bare::{Script, control},
+    bare_guest::{Script, control},
     vmm::Vmm,
 };
 

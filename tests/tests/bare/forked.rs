@@ -8,10 +8,10 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use vmfork_abi::{ErrorCode, PAGE, Role, Status};
 use vmfork_tests::{
-    bare::{Script, control},
+    bare_guest::{Script, control},
     cluster::Platforms,
     faults::{self, STEPS},
-    user::{self, Order},
+    user_guest::{self, Order},
     vmm::{Ended, Running, Vmm, console_line},
 };
 
@@ -171,7 +171,7 @@ fn guests_that_stand_still_are_forked_and_so_are_copies() {
 
 #[test]
 fn a_guest_in_user_space_goes_on_there() {
-    let kernel = user::kernel();
+    let kernel = user_guest::kernel();
     let mut running = Vmm::kernel(kernel.path()).option("--mem", "64M").start().expect("host-vmm starts");
     running.wait_for_line("00000001").expect("a guest that takes orders");
     // It looks for orders, and so does its copy, to which nobody gives any.

@@ -6,9 +6,9 @@ use std::{collections::BTreeSet, mem::offset_of};
 use nix::sys::signal::Signal;
 use vmfork_abi::{Header, PAGE, PAGE_BYTES};
 use vmfork_tests::{
-    bare::{CONTROL_PAGE, GENERATION_ID, Script, control},
+    bare_guest::{CONTROL_PAGE, GENERATION_ID, Script, control},
     cluster::Platforms,
-    user::{self, Order},
+    user_guest::{self, Order},
     vmm::{Running, Vmm},
 };
 
@@ -22,7 +22,7 @@ const OFFSET: usize = offset_of!(Header, generation_offset);
 
 #[test]
 fn user_code_finds_another_generation_in_each_copy_and_none_in_a_parent() {
-    let kernel = user::kernel();
+    let kernel = user_guest::kernel();
     let mut running = Vmm::kernel(kernel.path()).option("--mem", "64M").start().expect("host-vmm starts");
     running.wait_for_line("00000001").expect("a guest that takes orders");
     let order = Order { count: 2, depth: 1, tell_generation: true, stay: true, ..Order::default() };

@@ -16,11 +16,12 @@ use tempfile::NamedTempFile;
 use vmfork_abi::{ErrorCode, Role, Status};
 use vmfork_tests::{
     assets,
-    bare::{CONTROL_PAGE, Script, control},
+    bare_guest::{CONTROL_PAGE, Script, control},
+    fault_rounds,
     faults::{self, STEPS},
-    process, rounds,
-    user::{self, Order},
-    vmm::{PATIENCE, Running, Vmm},
+    process,
+    user_guest::{self, Order},
+    vmm::{Running, TIMEOUT, Vmm},
 };
 
 use super::{ERROR, INDEX, ROLE, STATUS, printed};
@@ -131,7 +132,7 @@ fn nodes_do_not_outlive_their_platform() {
     running.wait_for_lines("0000000", 3).expect("all VMs");
     let nodes: Vec<u32> = ["vm", "web.1", "web.2"].map(|name| running.node(name).expect("a node")).into();
     running.signal(Signal::SIGKILL).expect("a signal");
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     // Some process adopts them, and waits for them in its own time: a node that has ended has no memory any
     // more.
     while nodes.iter().any(|node| process::private_kib(*node).is_ok_and(|kib| kib > 0)) {
@@ -150,13 +151,14 @@ fn a_parent_goes_on_whose_children_hang_and_nothing_is_left_of_them() {
         Vmm::kernel(kernel.path()).option("--mem", "64M").option("--ready", "1").option("--max-pause", "1");
     let mut running = vmm.start().expect("host-vmm starts");
     let node = running.node("vm").expect("a node");
-    // The next fork is announced, a shell stands by for it, and one more is there.
+    // The next fork is announced, a warm VM stands by for it, and one more is there.
     let taken = || (running.nodes().expect("processes").len(), descriptors(running.pid()));
     let rendezvous = || taken().1.get("/memfd:vm-rendezvous (deleted)").copied();
     become_equal(|| (taken().0, rendezvous()), || (3, Some(2)));
     let before = taken();
-    let shells: Vec<u32> = running.nodes().expect("shells").into_iter().filter(|pid| *pid != node).collect();
-    shells.iter().for_each(|pid| signal(*pid, Signal::SIGSTOP));
+    let warm_nodes: Vec<u32> =
+        running.nodes().expect("warm VMs").into_iter().filter(|pid| *pid != node).collect();
+    warm_nodes.iter().for_each(|pid| signal(*pid, Signal::SIGSTOP));
     running.type_bytes(b"!").expect("a guest that waits");
     let late = [Status::Failed.number(), ErrorCode::Timeout.number()];
     let told = |lines: Vec<(String, String)>| lines.into_iter().map(|(_, line)| line).collect::<Vec<_>>();
@@ -166,7 +168,7 @@ fn a_parent_goes_on_whose_children_hang_and_nothing_is_left_of_them() {
     );
     // Those that it did not come to go on; the others are gone, and others are there instead.
     let left = running.nodes().expect("processes");
-    shells.iter().filter(|pid| left.contains(pid)).for_each(|pid| signal(*pid, Signal::SIGCONT));
+    warm_nodes.iter().filter(|pid| left.contains(pid)).for_each(|pid| signal(*pid, Signal::SIGCONT));
     let taken = || (running.nodes().expect("processes").len(), descriptors(running.pid()));
     become_equal(taken, || before.clone());
     running.type_bytes(b"!").expect("a guest that waits");
@@ -186,7 +188,7 @@ fn signal(pid: u32, signal: Signal) {
 
 /// A VM that forks when it is told to.
 fn start_forker(ready: &str) -> (Running, NamedTempFile) {
-    let kernel = user::kernel();
+    let kernel = user_guest::kernel();
     let vmm = Vmm::kernel(kernel.path()).option("--mem", "64M").option("--ready", ready);
     let mut running = vmm.start().expect("host-vmm starts");
     running.wait_for_line("00000001").expect("a guest that takes orders");
@@ -219,9 +221,9 @@ pub(super) fn taken(running: &Running, node: u32) -> Taken {
 }
 
 /// What is taken once nothing happens any more after forks: the next one is announced, with its file for what
-/// is written to, a shell stands by for it, and `ready` more are there.
+/// is written to, a warm VM stands by for it, and `ready` more are there.
 pub(super) fn at_rest(running: &Running, node: u32, ready: usize) -> Taken {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     let (mut last, mut equal) = (taken(running, node), 0);
     while equal < 10 {
         assert!(Instant::now() < deadline, "no rest: {last:?}");
@@ -280,7 +282,7 @@ fn what_a_fork_has_copied_is_not_the_parents_own_any_more() {
 
 #[test]
 fn whoever_is_killed_in_the_middle_of_a_fork_the_parent_goes_on() {
-    let (rounds, mut chance) = (rounds::rounds(100, 20), rounds::chance());
+    let (rounds, mut chance) = (fault_rounds::rounds(100, 20), fault_rounds::chance());
     let (mut running, _kernel) = start_forker("3");
     let node = running.node("vm").expect("a node");
     let order = Order { count: 2, ..Order::default() };

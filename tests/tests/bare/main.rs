@@ -6,7 +6,7 @@ use serde_json::Value;
 use vmfork_abi::{CopyList, ErrorCode, Location, PAGE, Role, Status};
 use vmfork_tests::{
     assets,
-    bare::{CONTROL_PAGE, DOORBELL, Script, control},
+    bare_guest::{CONTROL_PAGE, DOORBELL, Script, control},
     vmm::{Ended, Running, Vmm},
 };
 

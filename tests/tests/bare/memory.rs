@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use vmfork_abi::Role;
-use vmfork_tests::bare::{Script, control};
+use vmfork_tests::bare_guest::{Script, control};
 
 use super::{INDEX, ROLE, printed, run};
 

@@ -9,7 +9,7 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use vmfork_abi::Role;
 use vmfork_tests::{
-    bare::{Script, control},
+    bare_guest::{Script, control},
     cluster::Platforms,
     vmm::{Running, Vmm},
 };

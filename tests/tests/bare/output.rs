@@ -13,7 +13,7 @@ use nix::{
 };
 use vmfork_abi::{Role, Status};
 use vmfork_tests::{
-    bare::{Script, control},
+    bare_guest::{Script, control},
     process::{self, Resource},
     vmm::{Running, Vmm, console_line},
 };

@@ -3,13 +3,13 @@
 use std::{collections::BTreeSet, fs, thread, time::Duration};
 
 use vmfork_tests::{
-    user::{self, Order},
+    user_guest::{self, Order},
     vmm::Vmm,
 };
 
 /// What a child writes to: 4 MiB.
 const PAGES: u32 = 1024;
-/// What a shell then has, at the least: more than anything else that a child does (28 KiB). It is not all
+/// What a warm VM then has, at the least: more than anything else that a child does (28 KiB). It is not all
 /// that a child writes to, for no child is recorded for more than 200 ms.
 const BYTES: u64 = 256 << 10;
 
@@ -34,10 +34,10 @@ fn private_bytes(pid: u32) -> u64 {
     bytes
 }
 
-/// Has copies write to much, one after another, up to `most` of them: how many it takes until a shell has as
-/// much of their memory.
+/// Has copies write to much, one after another, up to `most` of them: how many it takes until a warm VM has
+/// as much of their memory.
 fn copies_until_ready(options: &[&str], most: usize) -> Option<usize> {
-    let kernel = user::kernel();
+    let kernel = user_guest::kernel();
     let vmm = Vmm::kernel(kernel.path()).option("--mem", "64M").option("--ready", "1");
     let mut running =
         options.iter().fold(vmm, |vmm, option| vmm.flag(option)).start().expect("host-vmm starts");
@@ -65,7 +65,7 @@ fn copies_until_ready(options: &[&str], most: usize) -> Option<usize> {
 /// Where the machine has much else to do, a child may not be recorded to its end, and another one is after 64
 /// forks.
 #[test]
-fn a_shell_that_stands_by_has_what_copies_write_to() {
+fn a_warm_vm_that_stands_by_has_what_copies_write_to() {
     assert!(copies_until_ready(&[], 150).is_some());
 }
 

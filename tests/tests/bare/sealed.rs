@@ -9,7 +9,7 @@ use std::{
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use vmfork_tests::{
-    bare::{Script, control},
+    bare_guest::{Script, control},
     vmm::{Running, Vmm},
 };
 use vmm::memory::{self, Mapping};

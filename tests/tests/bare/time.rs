@@ -7,7 +7,7 @@ use nix::{
     unistd::Pid,
 };
 use vmfork_tests::{
-    bare::Script,
+    bare_guest::Script,
     cluster::Platforms,
     vmm::{Running, Vmm, console_line},
 };
@@ -131,7 +131,8 @@ fn no_clock_goes_back_and_all_keep_their_relation() {
     know_each_other(&source, 2);
 
     let first = read(&mut source, &[("vm", 10)]).remove("vm").expect("reports");
-    // The first fork, for which shells stand ready since the start, and some more; a copy of a copy; a clone.
+    // The first fork, for which warm VMs stand ready since the start, and some more; a copy of a copy; a
+    // clone.
     let mut copies = vec!["vm.1".to_owned()];
     fork_slowly(&mut source);
     for number in 2..=4 {

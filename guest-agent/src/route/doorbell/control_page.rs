@@ -8,7 +8,7 @@ use vmfork_abi::{
 };
 
 use crate::raw::SharedMemory;
-use crate::route::Account;
+use crate::route::RawReport;
 use crate::{ForkError, ForkRequest};
 
 /// A control page whose header was checked.
@@ -73,13 +73,13 @@ impl ControlPage {
 
     /// Who this VM is, and how it came out of its latest fork, unchecked. Where an operator forks the VM
     /// meanwhile, this begins in the one and ends in its copy: the copy starts again.
-    pub(crate) fn account(&self) -> Account {
+    pub(crate) fn report(&self) -> RawReport {
         loop {
             let identity = self.identity();
             let is_parent = identity.role == Role::Parent.number();
             let (listed, copies) = is_parent.then(|| self.copies()).flatten().unwrap_or_default();
             if self.identity() == identity {
-                return Account { identity, listed, copies };
+                return RawReport { identity, listed, copies };
             }
         }
     }
@@ -120,7 +120,7 @@ impl ControlPage {
         asker: [u8; 16],
         nonce: u64,
         ring: impl FnOnce(),
-    ) -> Result<Account, ForkError> {
+    ) -> Result<RawReport, ForkError> {
         let seq = new_seq(nonce, self.request().seq, self.response().seq);
         self.page.write::<{ PAGE.request.offset }, _>(&request.numbered(seq, asker).to_bytes());
         fence(Ordering::SeqCst);
@@ -131,7 +131,7 @@ impl ControlPage {
             _ if self.identity().vm_id != asker => ForkError::Copied,
             error => error,
         })?;
-        Ok(self.account())
+        Ok(self.report())
     }
 
     fn request(&self) -> Request {
@@ -250,11 +250,11 @@ mod tests {
         let control = with_header(header()).unwrap();
         let request = ForkRequest::new("web", 4).unwrap();
         for round in 0..3 {
-            let account = control.exchange(&request, ASKER, NONCE + (round << 12), || {
+            let report = control.exchange(&request, ASKER, NONCE + (round << 12), || {
                 assert_eq!(control.request(), request.numbered(SEQ + round, ASKER));
                 answer(&control, 0, Status::Forked.number(), 0);
             });
-            assert_eq!(account.unwrap().identity.role, Role::Child.number());
+            assert_eq!(report.unwrap().identity.role, Role::Child.number());
         }
     }
 
@@ -286,7 +286,7 @@ mod tests {
                         }
                     });
                     match asked {
-                        Ok(account) => assert_eq!((others_ring, account.identity.count), (true, 2)),
+                        Ok(report) => assert_eq!((others_ring, report.identity.count), (true, 2)),
                         Err(error) => assert!(!others_ring, "{error}"),
                     }
                     if own_ring {
@@ -306,21 +306,21 @@ mod tests {
         let (file, header) = parents_memory(3);
         let page = mapped(&file, header, PAGE_BYTES).unwrap();
         let page = mapped(&file, header, page.needed_bytes()).unwrap();
-        let account = page.account();
-        assert_eq!((account.listed, account.copies), (3, copies()));
+        let report = page.report();
+        assert_eq!((report.listed, report.copies), (3, copies()));
         // As many as there can be are all within what is mapped, and more are not looked for.
         for listed in [MAX_CHILDREN, MAX_CHILDREN + 1, u32::MAX] {
             let list = CopyList { count: listed, ..CopyList::default() };
             file.write_all_at(&list.to_bytes(), PAGE.copies.offset as u64).unwrap();
-            let account = page.account();
-            assert_eq!((account.listed, account.copies.len()), (listed, MAX_CHILDREN as usize));
+            let report = page.report();
+            assert_eq!((report.listed, report.copies.len()), (listed, MAX_CHILDREN as usize));
         }
     }
 
     #[test]
     fn nothing_is_listed_in_a_child_or_by_other_vmms() {
         let (file, header) = parents_memory(3);
-        let listed = |header: Header, bytes| mapped(&file, header, bytes).unwrap().account().listed;
+        let listed = |header: Header, bytes| mapped(&file, header, bytes).unwrap().report().listed;
         assert_eq!(listed(header, REGION_BYTES), 3);
         assert_eq!(listed(Header { copies_offset: 0, copies_bytes: 0, ..header }, PAGE_BYTES), 0);
         for copies_offset in [769, 1 << 20, u32::MAX - 7] {

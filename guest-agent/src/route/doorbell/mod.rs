@@ -25,7 +25,7 @@ pub use self::privilege::PrivilegeError;
 pub(crate) use self::random::{PATH as RANDOM_PATH, RandomPool};
 use crate::fork::which;
 use crate::raw::{DoorbellPort, Raised, Scheduling, SharedMemory};
-use crate::route::Account;
+use crate::route::RawReport;
 use crate::{Fork, ForkError, ForkRequest, OpenError, Vmm, identity};
 
 /// How often, and after what time, a request is made again that is refused since an operator forks this VM.
@@ -82,8 +82,8 @@ impl Doorbell {
     }
 
     /// Who this VM is, and how it came out of its latest fork, unchecked.
-    pub(crate) fn account(&self) -> Account {
-        self.page.account()
+    pub(crate) fn report(&self) -> RawReport {
+        self.page.report()
     }
 
     /// Goes through a fork but for the doorbell.
@@ -166,14 +166,14 @@ impl Doorbell {
     fn ring(&self, tools: &Tools, request: &ForkRequest) -> Result<Fork, ForkError> {
         let doorbell_at = identity::monotonic().map_err(|source| ForkError::ReadClock { source })?;
         let nonce = tools.pool.bits().map_err(|source| ForkError::OpenRandom { source })?;
-        let account = self.page.exchange(request, tools.asker, nonce, || tools.port.ring(doorbell::FORK))?;
+        let report = self.page.exchange(request, tools.asker, nonce, || tools.port.ring(doorbell::FORK))?;
         // From here on there are several VMs, and this is any one of them.
-        let fork = which(&account)?;
-        identity::assume(&fork, &account.identity, &tools.pool, doorbell_at)
+        let fork = which(&report)?;
+        identity::assume(&fork, &report.identity, &tools.pool, doorbell_at)
             .map_err(|source| ForkError::Identity { role: fork.role, source })?;
         // An operator may have made a copy of that VM meanwhile, which has become the VM that it was told to
         // be, and is another.
-        self.check_original(account.identity.vm_id)?;
+        self.check_original(report.identity.vm_id)?;
         Ok(fork)
     }
 }

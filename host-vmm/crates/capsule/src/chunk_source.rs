@@ -1,4 +1,4 @@
-//! An image that can be sent, as often as it is needed.
+//! Chunks of images: the source that they are sent from, and an index of those that are there.
 
 use std::{collections::HashMap, fs::File, io, sync::Arc};
 
@@ -8,9 +8,9 @@ use vmm::memory;
 use super::chunk_stream;
 use crate::{Capsule, Chunk, Description, Digest, Digests, Error, Header, IsWanted, LayerManifest};
 
-/// An image, what it says of itself, and where its memory is.
+/// Source of the chunks of an image, which is sent as often as it is needed: its description and its files.
 #[derive(Debug)]
-pub struct Parcel {
+pub struct ChunkSource {
     description: Description,
     /// Header and description, as they travel.
     head: Bytes,
@@ -20,7 +20,7 @@ pub struct Parcel {
     chunks: Vec<(usize, Chunk)>,
 }
 
-impl Parcel {
+impl ChunkSource {
     /// Makes one of an image.
     ///
     /// # Errors
@@ -32,7 +32,7 @@ impl Parcel {
     /// The same, for as long as somebody wants it.
     ///
     /// # Errors
-    /// As [`Parcel::of`], and [`Error::CalledOff`].
+    /// As [`ChunkSource::of`], and [`Error::CalledOff`].
     pub fn of_while(capsule: &Capsule, digests: &Digests, is_wanted: IsWanted<'_>) -> Result<Self, Error> {
         let (description, image) = capsule.describe_while(digests, is_wanted)?;
         Self::new(description, image.layers().iter().map(|layer| Arc::clone(&layer.file)).collect())
@@ -49,7 +49,7 @@ impl Parcel {
         Ok(Self { head: [header.to_bytes().as_slice(), &bytes].concat().into(), description, files, chunks })
     }
 
-    /// What it says of itself.
+    /// Description of the image.
     pub fn description(&self) -> &Description {
         &self.description
     }
@@ -91,44 +91,44 @@ impl Parcel {
     }
 }
 
-/// The memory of images that are there: who is sent another image need not be sent what that has in common with them.
+/// Index by digest of the chunks that are here: a host that is sent another image need not be sent those.
 #[derive(Debug)]
-pub struct Stock {
-    parcels: Vec<Arc<Parcel>>,
-    /// In which parcel each chunk is, and which of its own.
+pub struct ChunkIndex {
+    sources: Vec<Arc<ChunkSource>>,
+    /// Number of the source that has each chunk, and the number of the chunk there.
     chunks: HashMap<Digest, (usize, usize)>,
 }
 
-impl Stock {
-    /// How much memory the stock of some images takes, in bytes.
-    pub fn cost(parcels: &[Arc<Parcel>]) -> u64 {
+impl ChunkIndex {
+    /// Memory that the chunk index of some images takes, in bytes.
+    pub fn cost(sources: &[Arc<ChunkSource>]) -> u64 {
         // A table is up to twice as large as what is in it.
         let entry = 2 * size_of::<(Digest, (usize, usize))>() as u64;
-        parcels.iter().map(|parcel| u64::from(parcel.chunks())).sum::<u64>().saturating_mul(entry)
+        sources.iter().map(|source| u64::from(source.chunks())).sum::<u64>().saturating_mul(entry)
     }
 
-    /// That of some images.
-    pub fn of(parcels: Vec<Arc<Parcel>>) -> Self {
-        let all = parcels.iter().enumerate().flat_map(|(number, parcel)| {
-            parcel.chunks.iter().enumerate().map(move |(at, (_, chunk))| (chunk.digest, (number, at)))
+    /// The index of some images.
+    pub fn of(sources: Vec<Arc<ChunkSource>>) -> Self {
+        let all = sources.iter().enumerate().flat_map(|(number, source)| {
+            source.chunks.iter().enumerate().map(move |(at, (_, chunk))| (chunk.digest, (number, at)))
         });
-        Self { chunks: all.collect(), parcels }
+        Self { chunks: all.collect(), sources }
     }
 
     /// The file of a layer that has the same content, and to which nobody can write any more: a node may have kept a way to do so to what it has
     /// frozen itself.
     pub fn layer(&self, wanted: &LayerManifest) -> Option<Arc<File>> {
         let is_same = |layer: &LayerManifest| layer.file_pages == wanted.file_pages && layer.chunks == wanted.chunks;
-        self.parcels.iter().find_map(|parcel| {
-            let at = parcel.description.memory.layers.iter().position(is_same)?;
-            Some(&parcel.files[at]).filter(|file| memory::is_sealed(file).is_ok_and(|sealed| sealed)).map(Arc::clone)
+        self.sources.iter().find_map(|source| {
+            let at = source.description.memory.layers.iter().position(is_same)?;
+            Some(&source.files[at]).filter(|file| memory::is_sealed(file).is_ok_and(|sealed| sealed)).map(Arc::clone)
         })
     }
 
     /// The pages that are not zero of a chunk with this digest, one behind another.
     pub fn chunk(&self, digest: &Digest) -> Option<Vec<u8>> {
-        let (parcel, at) = *self.chunks.get(digest)?;
+        let (source, at) = *self.chunks.get(digest)?;
         let mut data = Vec::new();
-        self.parcels[parcel].read(at, &mut data).ok().map(|()| data)
+        self.sources[source].read(at, &mut data).ok().map(|()| data)
     }
 }

@@ -31,14 +31,14 @@ pub fn append(
     Ok(())
 }
 
-/// Puts records together again from pieces of any size.
+/// Decoder of a stream: puts records together again from pieces of any size.
 #[derive(Debug, Default)]
-pub struct Records {
+pub struct ChunkDecoder {
     /// What has come of a record of which the rest is on its way.
     begun: Vec<u8>,
 }
 
-impl Records {
+impl ChunkDecoder {
     /// Takes a piece in, and gives chunk and data of each record that is whole now to `take`.
     ///
     /// # Errors
@@ -111,7 +111,7 @@ mod tests {
             for (chunk, data) in &records {
                 append(&mut bytes, *chunk, |all| { all.extend_from_slice(data); Ok(()) }).unwrap();
             }
-            let (mut parser, mut found) = (Records::default(), Vec::new());
+            let (mut parser, mut found) = (ChunkDecoder::default(), Vec::new());
             for piece in bytes.chunks(piece) {
                 parser.push(piece, |chunk, data| { found.push((chunk, data.to_vec())); Ok(()) }).unwrap();
             }
@@ -121,7 +121,7 @@ mod tests {
 
         #[test]
         fn no_bytes_do_harm(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-            let mut parser = Records::default();
+            let mut parser = ChunkDecoder::default();
             drop(parser.push(&bytes, |_, _| Ok(())));
             prop_assert!(parser.begun.len() <= bytes.len());
         }
@@ -130,8 +130,8 @@ mod tests {
     #[test]
     fn what_is_too_long_or_cut_off_is_refused() {
         let long = [0u32.to_le_bytes(), u32::MAX.to_le_bytes()].concat();
-        assert!(Records::default().push(&long, |_, _| Ok(())).is_err());
-        let mut parser = Records::default();
+        assert!(ChunkDecoder::default().push(&long, |_, _| Ok(())).is_err());
+        let mut parser = ChunkDecoder::default();
         let cut = [1u32.to_le_bytes(), 9u32.to_le_bytes(), [7; 4]].concat();
         parser.push(&cut, |_, _| panic!("it is not whole")).unwrap();
         assert!(parser.finish().is_err());

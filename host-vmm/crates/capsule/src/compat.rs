@@ -1,8 +1,9 @@
 //! Whether a platform can run a captured VM: what the VM needs, what the platform has, and how they differ.
 //!
-//! A guest has looked at its CPU once, when it booted. What it was shown then has to be there wherever it goes on: it will use it without asking
-//! again. So a platform checks the [`Requirements`] that came with a capsule against what it can [`Offer`] before it builds anything,
-//! and tells all differences at once, so that whoever plans a cluster need not find them one by one.
+//! A guest has looked at its CPU once, when it booted. What it was shown then has to be there wherever it
+//! goes on: it will use it without asking again. So a platform checks the [`Requirements`] that came with a
+//! capsule against its [`HostCapabilities`] before it builds anything, and tells all differences at once, so
+//! that whoever plans a cluster need not find them one by one.
 //!
 //! More than a guest was shown is no difference. What only describes the CPU (its model, its caches, its topology) is not compared.
 //!
@@ -21,11 +22,11 @@ use vmm::{
         xstate,
     },
     devices,
-    kvm::{Model, VcpuState},
+    kvm::{HostModel, VcpuState},
     machine::MachineState,
 };
 
-use super::{Difference, Incompatible};
+use super::{Incompatibility, Incompatible};
 
 /// Version of the state in a capsule: another one with each change of [`MachineState`], of guest-physical addresses, or of the interface
 /// between VMMs; but for what only some states have, in a part of its own, which programs refuse that do not know it.
@@ -139,9 +140,9 @@ impl Requirements {
     }
 }
 
-/// What a platform has for VMs that come to it.
+/// Capabilities of a host, for VMs that come to it.
 #[derive(Debug, Clone)]
-pub struct Offer {
+pub struct HostCapabilities {
     /// What CPUID can show on a vCPU, whatever profile the platform's own guests have.
     leaves: Vec<Leaf>,
     /// What the platform's own guests are shown, before it is made for a certain vCPU.
@@ -160,9 +161,9 @@ pub struct Offer {
     state_versions: RangeInclusive<u32>,
 }
 
-impl Offer {
+impl HostCapabilities {
     /// That of a host of this model.
-    pub fn of(model: &Model) -> Self {
+    pub fn of(model: &HostModel) -> Self {
         let shape = Shape { vcpus: 1, tsc_deadline_timer: model.tsc_deadline_timer };
         Self {
             leaves: leaf::leaves(&cpuid::for_vcpu(&model.cpuid, shape, VcpuId(0))),
@@ -182,7 +183,7 @@ impl Offer {
 
     /// Whether a VM of so many vCPUs was shown another CPU than the platform's own guests are: a vCPU that has run can't become such a one any
     /// more (KVM_SET_CPUID2).
-    pub fn is_foreign(&self, requirements: &Requirements, vcpus: u8) -> bool {
+    pub fn has_foreign_cpu(&self, requirements: &Requirements, vcpus: u8) -> bool {
         let shape = Shape { vcpus: vcpus.max(1), tsc_deadline_timer: self.tsc_deadline_timer };
         requirements.0.leaves != leaf::leaves(&cpuid::for_vcpu(&self.shown, shape, VcpuId(0)))
     }
@@ -192,27 +193,27 @@ impl Offer {
 ///
 /// # Errors
 /// [`Incompatible`], with every difference.
-pub fn check(requirements: &Requirements, offer: &Offer) -> Result<(), Incompatible> {
+pub fn check(requirements: &Requirements, host: &HostCapabilities) -> Result<(), Incompatible> {
     let needs = &requirements.0;
     let mut differences = Vec::new();
-    differences.extend(vendor(needs, offer));
-    differences.extend(missing_features(needs, offer));
-    differences.extend(arch_capabilities(needs, offer));
-    differences.extend(numbers(needs, offer));
-    differences.extend(unknown_leaves(needs, offer));
-    differences.extend(components(needs, offer));
-    differences.extend(registers(needs, offer));
-    differences.extend(versions_and_sizes(needs, offer));
+    differences.extend(vendor(needs, host));
+    differences.extend(missing_features(needs, host));
+    differences.extend(arch_capabilities(needs, host));
+    differences.extend(numbers(needs, host));
+    differences.extend(unknown_leaves(needs, host));
+    differences.extend(components(needs, host));
+    differences.extend(registers(needs, host));
+    differences.extend(versions_and_sizes(needs, host));
     if differences.is_empty() { Ok(()) } else { Err(Incompatible(differences)) }
 }
 
-fn vendor(needs: &Needs, offer: &Offer) -> Option<Difference> {
-    let (needed, offered) = (leaf::vendor(&needs.leaves), leaf::vendor(&offer.leaves));
-    (needed != offered).then_some(Difference::Vendor { needed, offered })
+fn vendor(needs: &Needs, host: &HostCapabilities) -> Option<Incompatibility> {
+    let (needed, offered) = (leaf::vendor(&needs.leaves), leaf::vendor(&host.leaves));
+    (needed != offered).then_some(Incompatibility::Vendor { needed, offered })
 }
 
 /// Features that the guest was shown, and components of the state that it uses.
-fn missing_features(needs: &Needs, offer: &Offer) -> impl Iterator<Item = Difference> {
+fn missing_features(needs: &Needs, host: &HostCapabilities) -> impl Iterator<Item = Incompatibility> {
     let in_use = move |word: Word| match (word.function, word.index, word.register) {
         (xstate::FUNCTION, 0, Register::Eax) => needs.xcr0,
         (xstate::FUNCTION, 0, Register::Edx) => needs.xcr0 >> u32::BITS,
@@ -221,57 +222,57 @@ fn missing_features(needs: &Needs, offer: &Offer) -> impl Iterator<Item = Differ
     features::words().flat_map(move |word| {
         let used = u32::try_from(in_use(word) & u64::from(u32::MAX)).unwrap_or(u32::MAX);
         let needed = leaf::word(&needs.leaves, word) | used;
-        features::of(word, needed & !leaf::word(&offer.leaves, word)).map(Difference::Feature)
+        features::of(word, needed & !leaf::word(&host.leaves, word)).map(Incompatibility::Feature)
     })
 }
 
 /// What the guest relies on by IA32_ARCH_CAPABILITIES: that the CPU has what it says, and no flaw that it does not tell of.
-fn arch_capabilities(needs: &Needs, offer: &Offer) -> impl Iterator<Item = Difference> {
+fn arch_capabilities(needs: &Needs, host: &HostCapabilities) -> impl Iterator<Item = Incompatibility> {
     let promised = |value: u64| value ^ ARCH_FLAWS;
-    let broken = needs.arch_capabilities.map_or(0, |needed| promised(needed) & !promised(offer.arch_capabilities));
-    (0..u64::BITS).filter(move |bit| broken >> bit & 1 != 0).map(Difference::ArchCapability)
+    let broken = needs.arch_capabilities.map_or(0, |needed| promised(needed) & !promised(host.arch_capabilities));
+    (0..u64::BITS).filter(move |bit| broken >> bit & 1 != 0).map(Incompatibility::ArchCapability)
 }
 
-fn numbers(needs: &Needs, offer: &Offer) -> impl Iterator<Item = Difference> {
+fn numbers(needs: &Needs, host: &HostCapabilities) -> impl Iterator<Item = Incompatibility> {
     NUMBERS.iter().filter_map(move |number| {
-        let (needed, offered) = (number.shown(&needs.leaves), number.shown(&offer.leaves));
-        (needed > offered).then_some(Difference::Number { name: number.name, needed, offered })
+        let (needed, offered) = (number.shown(&needs.leaves), number.shown(&host.leaves));
+        (needed > offered).then_some(Incompatibility::Number { name: number.name, needed, offered })
     })
 }
 
 /// Leaves that hold something of which this program does not know what it is: they have to be the same.
-fn unknown_leaves(needs: &Needs, offer: &Offer) -> impl Iterator<Item = Difference> {
+fn unknown_leaves(needs: &Needs, host: &HostCapabilities) -> impl Iterator<Item = Incompatibility> {
     let is_seen = move |leaf: &&Leaf| leaf::find(&needs.leaves, leaf.function, leaf.index) == Some(*leaf);
     let unknown =
         needs.leaves.iter().filter(is_seen).filter(|leaf| matches!(features::kind(leaf), Kind::Unknown | Kind::Tiles));
     let differ = unknown.filter(move |leaf| {
-        let offered = leaf::find(&offer.leaves, leaf.function, leaf.index).map_or([0; 4], |leaf| leaf.registers);
+        let offered = leaf::find(&host.leaves, leaf.function, leaf.index).map_or([0; 4], |leaf| leaf.registers);
         leaf.registers != [0; 4] && leaf.registers != offered
     });
-    differ.map(|&Leaf { function, index, .. }| Difference::Leaf { function, index })
+    differ.map(|&Leaf { function, index, .. }| Incompatibility::Leaf { function, index })
 }
 
 /// Components of the state that are there on both sides, but not alike. Those that are missing are missing features.
-fn components(needs: &Needs, offer: &Offer) -> impl Iterator<Item = Difference> {
-    let both = xstate::shown(&needs.leaves) & xstate::shown(&offer.leaves);
+fn components(needs: &Needs, host: &HostCapabilities) -> impl Iterator<Item = Incompatibility> {
+    let both = xstate::shown(&needs.leaves) & xstate::shown(&host.leaves);
     let differ = xstate::numbers(both).filter_map(move |number| {
-        let [needed, offered] = [&needs.leaves, &offer.leaves].map(|leaves| xstate::component(leaves, number));
-        (needed != offered).then_some(Difference::Component { number, needed, offered })
+        let [needed, offered] = [&needs.leaves, &host.leaves].map(|leaves| xstate::component(leaves, number));
+        (needed != offered).then_some(Incompatibility::Component { number, needed, offered })
     });
-    let (needed, offered) = (needs.xsave_bytes, offer.xsave_bytes);
-    differ.chain((needed != offered).then_some(Difference::XsaveArea { needed, offered }))
+    let (needed, offered) = (needs.xsave_bytes, host.xsave_bytes);
+    differ.chain((needed != offered).then_some(Incompatibility::XsaveArea { needed, offered }))
 }
 
 /// Registers that hold something, and the frequency of the one that counts time.
-fn registers(needs: &Needs, offer: &Offer) -> impl Iterator<Item = Difference> {
-    let missing = needs.msrs.iter().filter(move |index| offer.msrs.binary_search(index).is_err());
-    let (needed, offered) = (needs.tsc_khz, offer.tsc_khz);
+fn registers(needs: &Needs, host: &HostCapabilities) -> impl Iterator<Item = Incompatibility> {
+    let missing = needs.msrs.iter().filter(move |index| host.msrs.binary_search(index).is_err());
+    let (needed, offered) = (needs.tsc_khz, host.tsc_khz);
     let same = match (needed, offered) {
-        (Some(_), _) if offer.tsc_scaling => true,
+        (Some(_), _) if host.tsc_scaling => true,
         (Some(needed), Some(offered)) => is_same_frequency(needed, offered),
         _ => false,
     };
-    missing.map(|index| Difference::Msr(*index)).chain((!same).then_some(Difference::Tsc { needed, offered }))
+    missing.map(|index| Incompatibility::Msr(*index)).chain((!same).then_some(Incompatibility::Tsc { needed, offered }))
 }
 
 /// Whether a guest that counts on `needed` kHz can do with `offered`.
@@ -280,18 +281,18 @@ fn is_same_frequency(needed: u32, offered: u32) -> bool {
 }
 
 /// Capabilities, pages, devices, and the state as a whole.
-fn versions_and_sizes(needs: &Needs, offer: &Offer) -> impl Iterator<Item = Difference> {
-    let capabilities = needs.capabilities.iter().filter(move |name| !offer.capabilities.contains(name));
+fn versions_and_sizes(needs: &Needs, host: &HostCapabilities) -> impl Iterator<Item = Incompatibility> {
+    let capabilities = needs.capabilities.iter().filter(move |name| !host.capabilities.contains(name));
     let devices = needs.devices.iter().filter_map(move |(name, needed)| {
-        let offered = offer.devices.iter().find(|(known, _)| known == name).map(|(_, versions)| versions.clone());
+        let offered = host.devices.iter().find(|(known, _)| known == name).map(|(_, versions)| versions.clone());
         let fits = offered.as_ref().is_some_and(|versions| versions.contains(needed));
-        (!fits).then(|| Difference::Device { name: name.clone(), needed: *needed, offered })
+        (!fits).then(|| Incompatibility::Device { name: name.clone(), needed: *needed, offered })
     });
-    let (needed, offered) = (needs.page_bytes, offer.page_bytes);
-    let pages = (needed != offered).then_some(Difference::PageSize { needed, offered });
-    let (needed, offered) = (needs.state_version, offer.state_versions.clone());
-    let state = (!offered.contains(&needed)).then_some(Difference::StateVersion { needed, offered });
-    capabilities.cloned().map(Difference::Capability).chain(devices).chain(pages).chain(state)
+    let (needed, offered) = (needs.page_bytes, host.page_bytes);
+    let pages = (needed != offered).then_some(Incompatibility::PageSize { needed, offered });
+    let (needed, offered) = (needs.state_version, host.state_versions.clone());
+    let state = (!offered.contains(&needed)).then_some(Incompatibility::StateVersion { needed, offered });
+    capabilities.cloned().map(Incompatibility::Capability).chain(devices).chain(pages).chain(state)
 }
 
 #[cfg(test)]

@@ -14,8 +14,8 @@ use crate::codec;
 
 const ARCH_CAPABILITIES: u64 = 0b1010_1011;
 
-fn model(cpuid: Vec<CpuidEntry>, msrs: Vec<u32>) -> Model {
-    Model {
+fn model(cpuid: Vec<CpuidEntry>, msrs: Vec<u32>) -> HostModel {
+    HostModel {
         shown: cpuid.clone(),
         cpuid,
         msrs,
@@ -32,11 +32,11 @@ fn model(cpuid: Vec<CpuidEntry>, msrs: Vec<u32>) -> Model {
 }
 
 /// A host that has everything.
-fn rich() -> Model {
+fn rich() -> HostModel {
     model(entries(&everything()), vec![0x10, ARCH_CAPABILITIES_MSR])
 }
 
-fn any_model() -> impl Strategy<Value = Model> {
+fn any_model() -> impl Strategy<Value = HostModel> {
     let unknown = any::<[u32; 4]>().prop_map(|registers| Leaf { function: 0x14, index: 0, registers });
     let msrs = proptest::collection::btree_set(any::<u32>(), 0..20);
     let machine = (any::<u64>(), any::<bool>(), 1..6_000_000u32, any::<bool>(), 1024..4096usize);
@@ -44,7 +44,7 @@ fn any_model() -> impl Strategy<Value = Model> {
         let (arch_capabilities, tsc_deadline_timer, tsc_khz, tsc_scaling, xsave_words) = machine;
         cpu.push(unknown);
         msrs.insert(ARCH_CAPABILITIES_MSR);
-        Model {
+        HostModel {
             arch_capabilities,
             tsc_deadline_timer,
             tsc_khz: Some(tsc_khz),
@@ -56,7 +56,7 @@ fn any_model() -> impl Strategy<Value = Model> {
 }
 
 /// What a machine needs that is captured on such a host. Its guest uses all registers, and all components of the state.
-fn captured(model: &Model, vcpus: u8) -> Requirements {
+fn captured(model: &HostModel, vcpus: u8) -> Requirements {
     let states: Vec<_> = (0..vcpus)
         .map(|vcpu| {
             let shape = Shape { vcpus, tsc_deadline_timer: model.tsc_deadline_timer };
@@ -72,10 +72,10 @@ fn captured(model: &Model, vcpus: u8) -> Requirements {
 }
 
 /// What is told of a VM that was captured on the rich host, on another one that differs from it.
-fn told(change: impl FnOnce(&mut Needs, &mut Offer)) -> Vec<Difference> {
-    let (mut requirements, mut offer) = (captured(&rich(), 1), Offer::of(&rich()));
-    change(&mut requirements.0, &mut offer);
-    check(&requirements, &offer).err().map(|Incompatible(differences)| differences).unwrap_or_default()
+fn told(change: impl FnOnce(&mut Needs, &mut HostCapabilities)) -> Vec<Incompatibility> {
+    let (mut requirements, mut host) = (captured(&rich(), 1), HostCapabilities::of(&rich()));
+    change(&mut requirements.0, &mut host);
+    check(&requirements, &host).err().map(|Incompatible(differences)| differences).unwrap_or_default()
 }
 
 fn set(leaves: &mut [Leaf], word: Word, value: u32) {
@@ -95,7 +95,7 @@ fn named(name: &str) -> Feature {
 
 #[test]
 fn all_differences_are_told_at_once() {
-    let mut poor = Offer { tsc_khz: Some(2_100_000), ..Offer::of(&rich()) };
+    let mut poor = HostCapabilities { tsc_khz: Some(2_100_000), ..HostCapabilities::of(&rich()) };
     take(&mut poor.leaves, named("avx512f"));
     assert_eq!(
         check(&captured(&rich(), 2), &poor).unwrap_err().to_string(),
@@ -105,48 +105,48 @@ fn all_differences_are_told_at_once() {
 
 #[test]
 fn each_difference_has_its_words() {
-    type Change = fn(&mut Needs, &mut Offer);
+    type Change = fn(&mut Needs, &mut HostCapabilities);
     let cases: [(Change, &str); 19] = [
-        (|_, offer| take(&mut offer.leaves, named("kvm_steal_time")), "missing kvm_steal_time"),
-        (|_, offer| take(&mut offer.leaves, named("xss.cet_u")), "missing xss.cet_u"),
+        (|_, host| take(&mut host.leaves, named("kvm_steal_time")), "missing kvm_steal_time"),
+        (|_, host| take(&mut host.leaves, named("xss.cet_u")), "missing xss.cet_u"),
         (|needs, _| needs.xcr0 |= 1 << 63, "missing cpuid d.0:edx bit 31"),
-        (|_, offer| offer.arch_capabilities &= !1, "missing rdcl_no"),
-        (|_, offer| offer.arch_capabilities |= 1 << 2, "flaw rsba unknown to the guest"),
+        (|_, host| host.arch_capabilities &= !1, "missing rdcl_no"),
+        (|_, host| host.arch_capabilities |= 1 << 2, "flaw rsba unknown to the guest"),
         (
-            |_, offer| set(&mut offer.leaves, Word::new(0x8000_0008, 0, Register::Eax), 0x39_27),
+            |_, host| set(&mut host.leaves, Word::new(0x8000_0008, 0, Register::Eax), 0x39_27),
             "physical address bits 46 vs 39",
         ),
-        (|_, offer| set(&mut offer.leaves, Word::new(0xa, 0, Register::Eax), 0x0730_0402), "PMU counters 8 vs 4"),
+        (|_, host| set(&mut host.leaves, Word::new(0xa, 0, Register::Eax), 0x0730_0402), "PMU counters 8 vs 4"),
         (
             |needs, _| needs.leaves.push(Leaf { function: 0x1d, index: 1, registers: [1, 2, 3, 4] }),
             "unknown cpuid leaf 1d.1 differs",
         ),
         (
-            |_, offer| set(&mut offer.leaves, Word::new(0xd, 9, Register::Ebx), 832),
+            |_, host| set(&mut host.leaves, Word::new(0xd, 9, Register::Ebx), 832),
             "XSAVE component 9 of 8 bytes at 2688 (flags 0) vs of 8 bytes at 832 (flags 0)",
         ),
-        (|_, offer| offer.xsave_bytes = 11008, "XSAVE area of 4096 bytes vs 11008"),
+        (|_, host| host.xsave_bytes = 11008, "XSAVE area of 4096 bytes vs 11008"),
         (|needs, _| needs.tsc_khz = None, "TSC of unknown frequency"),
-        (|_, offer| offer.tsc_khz = None, "TSC 2.5 GHz vs unknown frequency without scaling"),
-        (|_, offer| offer.msrs.retain(|index| *index != 0x10), "missing MSR 0x10"),
-        (|_, offer| offer.capabilities.truncate(1), "missing KVM_CAP_XCRS"),
-        (|_, offer| offer.page_bytes = 16384, "pages of 4096 bytes vs 16384"),
+        (|_, host| host.tsc_khz = None, "TSC 2.5 GHz vs unknown frequency without scaling"),
+        (|_, host| host.msrs.retain(|index| *index != 0x10), "missing MSR 0x10"),
+        (|_, host| host.capabilities.truncate(1), "missing KVM_CAP_XCRS"),
+        (|_, host| host.page_bytes = 16384, "pages of 4096 bytes vs 16384"),
         (|needs, _| needs.devices.push(("disk".to_owned(), 3)), "missing device disk version 3"),
         (|needs, _| needs.devices[1].1 = 2, "device serial version 2 vs 1"),
         (|needs, _| needs.state_version = 9, "state version 9 vs 1 to 2"),
-        (|needs, offer| (needs.state_version, offer.state_versions) = (1, 2..=4), "state version 1 vs 2 to 4"),
+        (|needs, host| (needs.state_version, host.state_versions) = (1, 2..=4), "state version 1 vs 2 to 4"),
     ];
     for (change, expected) in cases {
-        assert_eq!(told(change).iter().map(Difference::to_string).collect::<Vec<_>>(), [expected]);
+        assert_eq!(told(change).iter().map(Incompatibility::to_string).collect::<Vec<_>>(), [expected]);
     }
     assert_eq!(told(|_, _| {}), []);
 }
 
 #[test]
 fn another_makers_cpu_is_another_one() {
-    let differences = told(|_, offer| {
+    let differences = told(|_, host| {
         let [ebx, edx, ecx] = [*b"Auth", *b"enti", *b"cAMD"].map(u32::from_le_bytes);
-        let first = offer.leaves.iter_mut().find(|leaf| leaf.function == 0).unwrap();
+        let first = host.leaves.iter_mut().find(|leaf| leaf.function == 0).unwrap();
         first.registers = [0x10, ebx, ecx, edx];
     });
     assert_eq!(differences[0].to_string(), "CPU of GenuineIntel vs AuthenticAMD");
@@ -170,7 +170,10 @@ fn a_guest_that_can_not_read_what_its_cpu_is_safe_from_needs_nothing_of_it() {
     model.shown = Profile::named("x86-64-v3").unwrap().apply(&model.cpuid).unwrap();
     let requirements = captured(&model, 1);
     assert_eq!(requirements.0.arch_capabilities, None);
-    assert_eq!(check(&requirements, &Offer { arch_capabilities: 0, ..Offer::of(&model) }), Ok(()));
+    assert_eq!(
+        check(&requirements, &HostCapabilities { arch_capabilities: 0, ..HostCapabilities::of(&model) }),
+        Ok(())
+    );
 }
 
 #[test]
@@ -185,7 +188,7 @@ fn frequencies_may_differ_by_what_a_clock_is_disciplined_by() {
     ] {
         assert_eq!(is_same_frequency(needed, offered), same, "{needed} {offered}");
     }
-    assert_eq!(told(|_, offer| (offer.tsc_khz, offer.tsc_scaling) = (Some(1), true)), []);
+    assert_eq!(told(|_, host| (host.tsc_khz, host.tsc_scaling) = (Some(1), true)), []);
 }
 
 #[test]
@@ -221,17 +224,17 @@ fn forged_leaves() -> impl Strategy<Value = Vec<Leaf>> {
 proptest! {
     #[test]
     fn what_was_captured_here_goes_on_here(model in any_model(), vcpus in 1..=4u8) {
-        prop_assert_eq!(check(&captured(&model, vcpus), &Offer::of(&model)), Ok(()));
+        prop_assert_eq!(check(&captured(&model, vcpus), &HostCapabilities::of(&model)), Ok(()));
     }
 
     #[test]
     fn each_missing_feature_is_named(model in any_model(), which: Index) {
-        let (requirements, mut offer) = (captured(&model, 1), Offer::of(&model));
+        let (requirements, mut host) = (captured(&model, 1), HostCapabilities::of(&model));
         let shown: Vec<_> = features::all().filter(|feature| feature.is_shown(&requirements.0.leaves)).collect();
         let feature = *which.get(&shown);
-        take(&mut offer.leaves, feature);
-        let Incompatible(differences) = check(&requirements, &offer).unwrap_err();
-        prop_assert_eq!(&differences[..1], &[Difference::Feature(feature)]);
+        take(&mut host.leaves, feature);
+        let Incompatible(differences) = check(&requirements, &host).unwrap_err();
+        prop_assert_eq!(&differences[..1], &[Incompatibility::Feature(feature)]);
         prop_assert_eq!(differences.len(), 1);
         prop_assert!(differences[0].to_string().ends_with(&feature.to_string()));
     }
@@ -241,7 +244,7 @@ proptest! {
         let [mut a, b] = [a, b].map(|cpu| model(entries(&cpu), vec![ARCH_CAPABILITIES_MSR]));
         let common = Subset::of_host(&a.cpuid).intersection(&Subset::of_host(&b.cpuid)).unwrap();
         a.shown = Profile::Common(common).apply(&a.cpuid).unwrap();
-        prop_assert_eq!(check(&captured(&a, 2), &Offer::of(&b)), Ok(()));
+        prop_assert_eq!(check(&captured(&a, 2), &HostCapabilities::of(&b)), Ok(()));
     }
 
     #[test]
@@ -254,8 +257,8 @@ proptest! {
     fn no_requirements_do_harm(leaves in forged_leaves(), theirs in forged_leaves(), xcr0: u64, khz: u32, promised: u64) {
         let Requirements(needs) = captured(&rich(), 1);
         let needs = Needs { leaves, xcr0, tsc_khz: Some(khz), arch_capabilities: Some(promised), ..needs };
-        let offer = Offer { leaves: theirs, ..Offer::of(&rich()) };
-        if let Err(error) = check(&Requirements(needs), &offer) {
+        let host = HostCapabilities { leaves: theirs, ..HostCapabilities::of(&rich()) };
+        if let Err(error) = check(&Requirements(needs), &host) {
             prop_assert!(!error.0.is_empty());
         }
     }
@@ -264,7 +267,7 @@ proptest! {
     fn no_bytes_do_harm(bytes in proptest::collection::vec(any::<u8>(), 0..512)) {
         // Whatever becomes requirements can be compared.
         if let Ok(requirements) = codec::decode::<Requirements>(&bytes) {
-            prop_assert!(check(&requirements, &Offer::of(&rich())).is_err());
+            prop_assert!(check(&requirements, &HostCapabilities::of(&rich())).is_err());
         }
     }
 }

@@ -30,9 +30,9 @@ const MAX_NAME_BYTES: usize = 128;
 /// Most parts of a description.
 const MAX_PARTS: usize = 64;
 
-/// What an image is one of.
+/// Metadata of an image: the VM that it was captured of, and when.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct About {
+pub struct ImageMetadata {
     /// Its ID.
     pub id: Uuid,
     /// When it was made: nanoseconds since 1970 (UTC).
@@ -50,8 +50,8 @@ pub struct About {
 /// All that a capsule says.
 #[derive(Debug, Clone)]
 pub struct Description {
-    /// What it is one of.
-    pub about: About,
+    /// Metadata of the image.
+    pub metadata: ImageMetadata,
     /// What a platform must have to run its copies.
     pub requirements: Requirements,
     /// The machine's state.
@@ -72,7 +72,7 @@ struct Section {
     body: Vec<u8>,
 }
 
-impl About {
+impl ImageMetadata {
     /// Checks the names: they are shown, and copies are called after them.
     ///
     /// # Errors
@@ -128,7 +128,7 @@ macro_rules! parts {
 }
 
 parts! {
-    About: 1, "what the image is of", 1;
+    ImageMetadata: 1, "what the image is of", 1;
     Requirements: 2, "what a platform must have", 1;
     Machine: 3, "the machine", 1;
     VmState: 4, "the interrupt controllers and the clock", 1;
@@ -199,7 +199,7 @@ impl Description {
     pub fn to_bytes(&self) -> Result<Vec<u8>, Error> {
         let MachineState { vm, vcpus, devices, control_page, tsc_khz, capabilities, config: _ } = &self.machine;
         let mut sections = vec![
-            Section::of(&self.about)?,
+            Section::of(&self.metadata)?,
             Section::of(&self.requirements)?,
             Section::of(&Machine { tsc_khz: *tsc_khz, capabilities: capabilities.clone() })?,
             Section::of(vm)?,
@@ -211,7 +211,7 @@ impl Description {
             sections.push(Section::of(stored)?);
         }
         // Most guests have asked for the copies, and been answered. An older program knows that, and nothing else.
-        if *control_page != ControlPageState::forked(self.about.seq) {
+        if *control_page != ControlPageState::forked(self.metadata.seq) {
             sections.push(Section::of(control_page)?);
         }
         Ok(codec::encode(&sections)?)
@@ -230,13 +230,13 @@ impl Description {
             return Err(Error::UnknownPart(unknown.kind));
         }
         let mut parts = Parts(sections);
-        let (about, requirements): (About, Requirements) = (parts.need()?, parts.need()?);
+        let (metadata, requirements): (ImageMetadata, Requirements) = (parts.need()?, parts.need()?);
         let Machine { tsc_khz, capabilities } = parts.need()?;
         let (vm, vcpus, devices) = (parts.need()?, parts.need()?, parts.need()?);
-        let control_page = parts.take()?.unwrap_or_else(|| ControlPageState::forked(about.seq));
-        let machine = MachineState { config: about.config, vm, vcpus, devices, control_page, tsc_khz, capabilities };
+        let control_page = parts.take()?.unwrap_or_else(|| ControlPageState::forked(metadata.seq));
+        let machine = MachineState { config: metadata.config, vm, vcpus, devices, control_page, tsc_khz, capabilities };
         let (memory, stored) = (parts.need::<Manifest>()?, parts.take::<Vec<u32>>()?);
-        about.check()?;
+        metadata.check()?;
         memory.check()?;
         if !compat::are_names(machine.capabilities.iter()) {
             return Err(Error::Invalid("its machine has too many capabilities, or one without a proper name"));
@@ -244,13 +244,13 @@ impl Description {
         if stored.as_ref().is_some_and(|stored| stored.len() != memory.chunks().count()) {
             return Err(Error::Invalid("it does not say how its memory is stored"));
         }
-        let VmShape { ram_bytes, vcpus } = about.config;
+        let VmShape { ram_bytes, vcpus } = metadata.config;
         let is_of_shape =
             machine.vcpus.len() == usize::from(vcpus) && memory.pages.checked_mul(PAGE_BYTES) == Some(ram_bytes);
         if vcpus == 0 || !is_of_shape {
             return Err(Error::Invalid("its vCPUs or its memory are not those of its shape"));
         }
-        Ok(Self { about, requirements, machine, memory, stored, _grant: None })
+        Ok(Self { metadata, requirements, machine, memory, stored, _grant: None })
     }
 
     /// The same, with the memory that it takes: for as long as it is there, or a copy of it.

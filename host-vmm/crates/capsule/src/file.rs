@@ -15,7 +15,7 @@ use vmm::memory::Budget;
 use super::{
     Assembly, Capsule, Description, Digests, Error, Header,
     header::{DATA_OFFSET, HEADER_BYTES, OLDEST_VERSION},
-    older, parallel,
+    parallel, v1,
 };
 
 /// How much work is put into making a file small: zstd's default.
@@ -77,7 +77,7 @@ pub fn load(file: &File, budget: &Budget) -> Result<Capsule, Error> {
     let _described = budget.reserve(header.description_bytes.saturating_mul(DESCRIPTION_COPIES))?;
     let description = read_description(file, &header)?;
     if header.version == OLDEST_VERSION {
-        return older::load(file, &header, &description, budget);
+        return v1::load(file, &header, &description, budget);
     }
     let assembly = Assembly::new(Description::from_bytes(&description)?, budget, |_| None)?;
     read_memory(file, &header, &assembly, |number, data| assembly.put(number, data))?;

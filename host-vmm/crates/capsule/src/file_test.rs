@@ -11,10 +11,10 @@ use vmm::{
 
 use super::*;
 use crate::{
-    older::tests::{as_version_1_has_it, saved_as_version_1},
     pack,
     samples::{PAGE, capsule},
     unpack,
+    v1::tests::{as_version_1_has_it, saved_as_version_1},
 };
 
 pub(crate) fn content(file: &File) -> Vec<u8> {
@@ -84,7 +84,7 @@ proptest! {
         let contents = |capsule: &Capsule| capsule.files.iter().map(|file| content(file)).collect::<Vec<_>>();
         prop_assert_eq!(contents(&after), contents(&before));
         prop_assert!(after.files.iter().all(|file| memory::is_sealed(file).unwrap()));
-        prop_assert_eq!((&after.about, &after.state), (&before.about, &before.state));
+        prop_assert_eq!((&after.metadata, &after.state), (&before.metadata, &before.state));
     }
 
     #[test]
@@ -98,7 +98,7 @@ proptest! {
             // One bit of each frame of zstd says nothing (RFC 8878, 3.1.1.1.1.3, "Unused Bit").
             prop_assert!(compress && bit == 4);
             prop_assert_eq!(content(&after.files[0]), content(&before.files[0]));
-            prop_assert_eq!((&after.about, &after.state), (&before.about, &before.state));
+            prop_assert_eq!((&after.metadata, &after.state), (&before.metadata, &before.state));
         }
     }
 
@@ -122,7 +122,7 @@ proptest! {
         let (mut machine, image) = unpack(&before.state, &before.files).unwrap();
         machine.vcpus = OlderVcpuState::into_current(machine.vcpus.into_iter().map(OlderVcpuState::of).collect());
         let state = pack(&machine, &image, &before.files).unwrap();
-        prop_assert_eq!((&after.about, after.state == state), (&before.about, true));
+        prop_assert_eq!((&after.metadata, after.state == state), (&before.metadata, true));
         let contents = |capsule: &Capsule| capsule.files.iter().map(|file| content(file)).collect::<Vec<_>>();
         prop_assert_eq!(contents(&after), contents(&before));
     }
@@ -154,12 +154,12 @@ fn a_description_can_be_read_by_itself() {
     let file = file_of(&saved(&capsule, true));
     let (header, description) = inspect(&file).unwrap();
     assert!(header.is_compressed);
-    assert_eq!(description.about, capsule.about);
+    assert_eq!(description.metadata, capsule.metadata);
     assert_eq!(description.memory.layers.len(), 2);
     assert_eq!(description.memory.data_bytes(), 2 * PAGE_BYTES);
     let (header, description) = inspect(&file_of(&saved_as_version_1(&capsule))).unwrap();
     assert_eq!(header.version, 1);
-    assert_eq!(description.about, capsule.about);
+    assert_eq!(description.metadata, capsule.metadata);
 }
 
 /// A capsule whose description says something else than it should.
@@ -178,16 +178,16 @@ fn forged(change: impl FnOnce(&mut Description)) -> Result<Capsule, Error> {
 #[test]
 fn forged_descriptions_are_refused() {
     assert!(forged(|_| ()).is_ok());
-    assert!(matches!(forged(|it| it.about.vm_type = "../x".into()), Err(Error::Invalid(_))));
+    assert!(matches!(forged(|it| it.metadata.vm_type = "../x".into()), Err(Error::Invalid(_))));
     assert!(matches!(forged(|it| it.stored = Some(vec![1])), Err(Error::Invalid(_))));
     assert!(matches!(forged(|it| it.memory.layers[1].chunks.clear()), Err(Error::Invalid(_))));
     assert!(matches!(forged(|it| it.memory.layers[1].chunks[0].pages = 1), Err(Error::Invalid(_))));
     assert!(matches!(forged(|it| it.memory.layers[1].chunks[0].digest[0] ^= 1), Err(Error::Digest(_))));
     assert!(matches!(forged(|it| it.memory.layers[1].file_pages = u64::MAX), Err(Error::Invalid(_))));
     assert!(matches!(forged(|it| it.memory.pages += 1), Err(Error::Invalid(_))));
-    assert!(matches!(forged(|it| it.about.config.vcpus += 1), Err(Error::Invalid(_))));
-    assert!(matches!(forged(|it| it.about.config.vcpus = 0), Err(Error::Invalid(_))));
-    assert!(matches!(forged(|it| it.about.config.ram_bytes = 0), Err(Error::Invalid(_))));
+    assert!(matches!(forged(|it| it.metadata.config.vcpus += 1), Err(Error::Invalid(_))));
+    assert!(matches!(forged(|it| it.metadata.config.vcpus = 0), Err(Error::Invalid(_))));
+    assert!(matches!(forged(|it| it.metadata.config.ram_bytes = 0), Err(Error::Invalid(_))));
     assert!(matches!(forged(|it| it.memory.layers[1].runs[0].pages = 3), Err(Error::Memory(_))));
     assert!(matches!(forged(|it| it.memory.layers.clear()), Err(Error::Invalid(_))));
     // What takes little to say.
@@ -233,10 +233,10 @@ fn what_a_guest_was_told_is_saved_where_it_did_not_ask_for_the_copies() {
     let (machine, image) = unpack(&asked.state, &asked.files).unwrap();
     let not_asked = MachineState { control_page: ControlPageState::forked(9), ..machine };
     let state = pack(&not_asked, &image, &asked.files).unwrap();
-    let not_asked = Capsule { about: asked.about.clone(), state, files: asked.files.clone() };
+    let not_asked = Capsule { metadata: asked.metadata.clone(), state, files: asked.files.clone() };
     for (capsule, parts) in [(&asked, 7), (&not_asked, 8)] {
         assert_eq!(loaded(&saved(capsule, false)).unwrap().state, capsule.state);
-        let described = capsule.outline().unwrap().0.to_bytes().unwrap();
+        let described = capsule.describe_sparse().unwrap().0.to_bytes().unwrap();
         assert_eq!(described[..8], u64::to_le_bytes(parts), "older programs know seven parts");
     }
 }

@@ -26,21 +26,21 @@ pub mod chunk_stream;
 pub mod codec;
 pub mod compat;
 mod description;
-mod difference;
 pub mod file;
 pub mod header;
+mod incompatibility;
 mod manifest;
-mod older;
 mod parallel;
 #[cfg(any(test, feature = "samples"))]
 pub mod samples;
+mod v1;
 
 pub use assembly::Assembly;
 pub use chunk::{CHUNK_BYTES, CHUNK_PAGES, Chunk, Digest};
-pub use chunk_source::{Parcel, Stock};
-pub use description::{About, Description};
-pub use difference::{Difference, Incompatible};
+pub use chunk_source::{ChunkIndex, ChunkSource};
+pub use description::{Description, ImageMetadata};
 pub use header::Header;
+pub use incompatibility::{Incompatibility, Incompatible};
 pub use manifest::{Digests, IsWanted, LayerManifest, Manifest};
 
 /// Largest state in bytes: a machine's is some 20 KiB a vCPU, an image's description 24 bytes a piece.
@@ -123,8 +123,8 @@ const MAX_MANIFEST_BYTES: u64 = header::MAX_DESCRIPTION_BYTES - (4 << 20);
 /// All that copies of an image need.
 #[derive(Debug)]
 pub struct Capsule {
-    /// What it is an image of.
-    pub about: About,
+    /// Metadata of the image.
+    pub metadata: ImageMetadata,
     /// What [`pack`] gave.
     pub state: Vec<u8>,
     /// The files of the memory's layers, in the order in which `state` numbers them.
@@ -149,23 +149,23 @@ impl Capsule {
         let (machine, image) = unpack(&self.state, &self.files)?;
         manifest::check_length(&image, MAX_MANIFEST_BYTES)?;
         let requirements = compat::Requirements::of(&machine);
-        let (about, memory) = (self.about.clone(), Manifest::of_while(&image, digests, is_wanted)?);
-        Ok((Description { about, requirements, machine, memory, stored: None, _grant: None }, image))
+        let (metadata, memory) = (self.metadata.clone(), Manifest::of_while(&image, digests, is_wanted)?);
+        Ok((Description { metadata, requirements, machine, memory, stored: None, _grant: None }, image))
     }
 
-    /// Describes it, without what is in its memory.
+    /// Description without chunks, and the image: what is in its memory is not looked at.
     ///
     /// # Errors
     /// [`Error`]: whatever does not fit.
-    pub fn outline(&self) -> Result<(Description, Image), Error> {
+    pub fn describe_sparse(&self) -> Result<(Description, Image), Error> {
         let (machine, image) = unpack(&self.state, &self.files)?;
         // Its clone runs by the time at which all of it is described.
         manifest::check_length(&image, MAX_MANIFEST_BYTES)?;
         let requirements = compat::Requirements::of(&machine);
-        let layers = image.layers().iter().map(|layer| LayerManifest::outline(layer));
+        let layers = image.layers().iter().map(|layer| LayerManifest::sparse(layer));
         let memory = Manifest { pages: image.pages(), layers: layers.collect::<Result<_, Error>>()? };
-        let about = self.about.clone();
-        Ok((Description { about, requirements, machine, memory, stored: None, _grant: None }, image))
+        let metadata = self.metadata.clone();
+        Ok((Description { metadata, requirements, machine, memory, stored: None, _grant: None }, image))
     }
 
     /// The one that is described, with its memory in these files, one for each layer, in their order.
@@ -173,7 +173,7 @@ impl Capsule {
     /// # Errors
     /// [`Error`] where these make no image.
     pub fn from_description(description: &Description, files: Vec<Arc<File>>) -> Result<Self, Error> {
-        let Description { about, machine, memory, .. } = description;
+        let Description { metadata, machine, memory, .. } = description;
         if memory.layers.len() != files.len() {
             return Err(Error::MissingFile(files.len()));
         }
@@ -182,7 +182,7 @@ impl Capsule {
             Arc::new(Layer { file: Arc::clone(file), runs: layer.runs.clone() })
         };
         let state = pack(machine, &Image::new(memory.pages, layers.map(layer).collect())?, &files)?;
-        Ok(Self { about: about.clone(), state, files })
+        Ok(Self { metadata: metadata.clone(), state, files })
     }
 }
 

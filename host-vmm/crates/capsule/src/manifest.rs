@@ -32,11 +32,11 @@ pub struct LayerManifest {
 }
 
 impl LayerManifest {
-    /// What a layer is, but for what is in it.
+    /// A layer without its chunks: what is in it is not looked at.
     ///
     /// # Errors
     /// [`Error::Io`].
-    pub fn outline(layer: &Layer) -> Result<Self, Error> {
+    pub fn sparse(layer: &Layer) -> Result<Self, Error> {
         let bytes = layer.file.metadata().map_err(|error| Error::Io("look at a layer", error))?.len();
         Ok(Self { file_pages: bytes.div_ceil(PAGE_BYTES), runs: layer.runs.clone(), chunks: Vec::new() })
     }

@@ -10,7 +10,7 @@ use vmm::{
     memory::{self, Image, Layer, Run},
 };
 
-use crate::{About, Capsule, pack};
+use crate::{Capsule, ImageMetadata, pack};
 
 pub(crate) const PAGE: usize = 4096;
 
@@ -43,6 +43,7 @@ pub fn capsule(layers: &[Vec<u8>]) -> Capsule {
         generation: 3,
     };
     let config = VmShape { ram_bytes: PAGES * PAGE_BYTES, vcpus: 1 };
-    let about = About { id: Uuid::from_u128(8), created_ns: 9, vm_type: "web".into(), original, config, seq: 10 };
-    Capsule { about, state, files }
+    let metadata =
+        ImageMetadata { id: Uuid::from_u128(8), created_ns: 9, vm_type: "web".into(), original, config, seq: 10 };
+    Capsule { metadata, state, files }
 }

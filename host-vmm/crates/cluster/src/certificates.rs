@@ -31,7 +31,7 @@ use time::{Date, Duration, OffsetDateTime};
 use types::new_id;
 
 use super::{
-    peer::Holder,
+    principal::Principal,
     tls::{self, Credentials},
 };
 
@@ -129,16 +129,16 @@ pub fn init(folder: &Path, force: bool) -> Result<Written, Error> {
 ///
 /// # Errors
 /// [`Error`]. Without `force`, a certificate or key that is there stays.
-pub fn issue(folder: &Path, holder: &Holder, days: u32, force: bool) -> Result<Written, Error> {
-    if holder.name() == CA {
+pub fn issue(folder: &Path, principal: &Principal, days: u32, force: bool) -> Result<Written, Error> {
+    if principal.name() == CA {
         return Err(Error::Reserved);
     }
     let validity = from_now(days);
-    let pair = Authority::load(folder)?.issue(holder, &validity)?;
+    let pair = Authority::load(folder)?.issue(principal, &validity)?;
     let trusted = tls::read_certificates(&ca_certificate(folder)).map_err(Error::Ca)?;
     let checked = pair.credentials(&trusted).and_then(Credentials::checked);
     checked.map_err(|source| Error::Mismatch { folder: folder.to_owned(), source })?;
-    let (certificate, key) = write(folder, holder.name(), &pair.certificate, &pair.key, force)?;
+    let (certificate, key) = write(folder, principal.name(), &pair.certificate, &pair.key, force)?;
     Ok(Written { certificate, key, until: validity.end.date() })
 }
 
@@ -183,8 +183,8 @@ impl Authority {
     }
 
     /// Makes a key, and a certificate for its holder.
-    pub(super) fn issue(&self, holder: &Holder, validity: &Range<OffsetDateTime>) -> Result<Pair, Error> {
-        let mut params = params(holder.dns_name(), vec![holder.dns_name()], validity)?;
+    pub(super) fn issue(&self, principal: &Principal, validity: &Range<OffsetDateTime>) -> Result<Pair, Error> {
+        let mut params = params(principal.dns_name(), vec![principal.dns_name()], validity)?;
         params.is_ca = IsCa::ExplicitNoCa;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
@@ -282,10 +282,10 @@ mod tests {
     use webpki::EndEntityCert;
 
     use super::*;
-    use crate::peer::Role;
+    use crate::principal::Role;
 
-    fn holder(name: &str) -> Holder {
-        Holder::new(name, Role::Platform).unwrap()
+    fn principal(name: &str) -> Principal {
+        Principal::new(name, Role::Platform).unwrap()
     }
 
     fn names(folder: &Path) -> BTreeSet<OsString> {
@@ -297,10 +297,10 @@ mod tests {
         let outer = tempfile::tempdir().unwrap();
         let folder = outer.path().join("north/certificates");
         let ca = init(&folder, false).unwrap();
-        for holder in [holder("alpha"), Holder::new("alice", Role::Operator).unwrap()] {
-            let written = issue(&folder, &holder, 1, false).unwrap();
+        for principal in [principal("alpha"), Principal::new("alice", Role::Operator).unwrap()] {
+            let written = issue(&folder, &principal, 1, false).unwrap();
             let credentials = Credentials::load(&ca.certificate, &written.certificate, &written.key).unwrap();
-            assert_eq!(*credentials.holder(), holder);
+            assert_eq!(*credentials.principal(), principal);
             assert_eq!(written.until, (OffsetDateTime::now_utc() + Duration::DAY).date());
         }
         let files = ["alice.key", "alice.pem", "alpha.key", "alpha.pem", "ca.key", "ca.pem"];
@@ -318,13 +318,13 @@ mod tests {
         let content = |written: &Written| [&written.certificate, &written.key].map(|path| fs::read(path).unwrap());
         let exists = |result: Result<Written, Error>| matches!(result, Err(Error::Exists { .. }));
         let ca = init(folder.path(), false).unwrap();
-        let alpha = issue(folder.path(), &holder("alpha"), 1, false).unwrap();
+        let alpha = issue(folder.path(), &principal("alpha"), 1, false).unwrap();
         let before = (content(&ca), content(&alpha));
         assert!(exists(init(folder.path(), false)));
-        assert!(exists(issue(folder.path(), &holder("alpha"), 1, false)));
+        assert!(exists(issue(folder.path(), &principal("alpha"), 1, false)));
         assert_eq!(before, (content(&ca), content(&alpha)));
 
-        issue(folder.path(), &holder("alpha"), 1, true).unwrap();
+        issue(folder.path(), &principal("alpha"), 1, true).unwrap();
         init(folder.path(), true).unwrap();
         let after = (content(&ca), content(&alpha));
         assert!(before.0[0] != after.0[0] && before.0[1] != after.0[1]);
@@ -346,7 +346,7 @@ mod tests {
         init(one.path(), false).unwrap();
         init(other.path(), false).unwrap();
         fs::copy(other.path().join("ca.pem"), one.path().join("ca.pem")).unwrap();
-        let issued = issue(one.path(), &holder("alpha"), 1, false);
+        let issued = issue(one.path(), &principal("alpha"), 1, false);
         assert!(matches!(issued, Err(Error::Mismatch { .. })), "{issued:?}");
         assert_eq!(names(one.path()).len(), 2);
     }
@@ -356,7 +356,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let ca = init(folder.path(), false).unwrap();
         fs::set_permissions(&ca.key, Permissions::from_mode(0o640)).unwrap();
-        let issued = issue(folder.path(), &holder("alpha"), 1, false);
+        let issued = issue(folder.path(), &principal("alpha"), 1, false);
         assert!(matches!(issued, Err(Error::Ca(tls::Error::Exposed { .. }))), "{issued:?}");
     }
 
@@ -364,7 +364,7 @@ mod tests {
     fn no_name_takes_the_cas_files() {
         let folder = tempfile::tempdir().unwrap();
         init(folder.path(), false).unwrap();
-        assert!(matches!(issue(folder.path(), &holder(CA), 1, true), Err(Error::Reserved)));
+        assert!(matches!(issue(folder.path(), &principal(CA), 1, true), Err(Error::Reserved)));
     }
 
     #[test]
@@ -373,7 +373,7 @@ mod tests {
         assert_ne!(authorities[0].name(), authorities[1].name());
         let validity = from_now(1);
         let numbers: BTreeSet<Vec<u8>> = (0..8)
-            .map(|_| authorities[0].issue(&holder("alpha"), &validity).unwrap())
+            .map(|_| authorities[0].issue(&principal("alpha"), &validity).unwrap())
             .map(|pair| EndEntityCert::try_from(pair.certificate.der()).unwrap().serial().to_vec())
             .collect();
         assert_eq!(numbers.len(), 8);

@@ -15,7 +15,7 @@ use super::member::Load;
 const CPU_PRESSURE: &str = "/proc/pressure/cpu";
 const MEMORY_PRESSURE: &str = "/proc/pressure/memory";
 
-/// Reads what this host has to do: its memory, its processors, and what waits for them. What VMs and shells the platform has is its own to
+/// Reads what this host has to do: its memory, its processors, and what waits for them. What VMs and warm VMs the platform has is its own to
 /// fill in, and 0 or empty here.
 ///
 /// # Errors

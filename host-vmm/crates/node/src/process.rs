@@ -1,7 +1,7 @@
 //! A node: the process that holds one VM.
 //!
-//! It begins as a shell, a machine without content. On an order from its platform the shell boots, or becomes a copy. When the
-//! platform goes away, so does the node.
+//! It begins as a warm VM, with a machine without content. On an order from its platform the warm VM boots,
+//! or becomes a copy. When the platform goes away, so does the node.
 
 use std::{
     fs::File,
@@ -16,12 +16,12 @@ use types::{ForkStep, VmIdentity};
 use vmm::{
     boot::Payload,
     kvm::{Host, Vcpu},
-    machine::{self, Machine, Shell, Workshop},
+    machine::{self, BlankMachine, HostHandles, Machine},
 };
 
-use super::companion::{Companion, Launch};
+use super::control_thread::{ControlThread, Launch};
 use crate::{
-    fork::{Child, Engine, Meeting, Signal, Standby},
+    fork::{Child, CopySource, Engine, RoleSignal, Standby},
     wire::{CopyOrder, NodeLink, Spawn, ToNode, ToPlatform, link},
 };
 
@@ -39,35 +39,36 @@ struct Ready {
     launch: Option<Launch>,
 }
 
-/// Runs the node, from the building of its shell to the end of its VM. What goes wrong is told to the platform.
+/// Runs the node, from the building of its warm VM to the end of its VM. What goes wrong is told to the
+/// platform.
 ///
 /// # Errors
 /// Where the platform is gone, or breaks the protocol.
 pub(super) fn run(host: &Arc<Host>, spawn: &Spawn, link: NodeLink, console: File) -> anyhow::Result<()> {
     let link = Arc::new(link);
-    let workshop = confine_with_workshop(host);
+    let handles = confine_with_handles(host);
     let (replies_in, replies) = mpsc::channel();
-    let companion = Companion::start(&link, replies_in)?;
-    let ready = match workshop.and_then(|workshop| become_something(&workshop, spawn, &link, console)) {
+    let control_thread = ControlThread::start(&link, replies_in)?;
+    let ready = match handles.and_then(|handles| launch(&handles, spawn, &link, console)) {
         Ok(ready) => ready,
-        // Nobody has an order for this shell any more.
+        // Nobody has an order for this warm VM any more.
         Err(_) if link.is_closed() => return Ok(()),
         Err(error) => return Ok(link.send(&ToPlatform::Failed(Reason::of(format_args!("{error:#}"))), &[])?),
     };
     let Ready { machine, vcpus, faults, head_start, launch } = ready;
     let engine = Arc::new(Engine::new(Arc::clone(&machine), Arc::clone(&link), replies, spawn.max_pause, faults));
     machine.devices.run();
-    let companion = companion.begin(Arc::clone(&machine), Arc::clone(&engine), launch);
-    let end = machine::run(&machine, vcpus, head_start, |vcpu, call| {
-        let served = match call {
-            machine::Call::Ring(command) => Some(engine.ring(vcpu, command)),
-            machine::Call::Gate => engine.carry_out(vcpu),
+    let control_thread = control_thread.begin(Arc::clone(&machine), Arc::clone(&engine), launch);
+    let end = machine::run(&machine, vcpus, head_start, |vcpu, request| {
+        let outcome = match request {
+            machine::ServiceRequest::Doorbell(command) => Some(engine.ring(vcpu, command)),
+            machine::ServiceRequest::Host => engine.carry_out(vcpu),
         };
-        if let Some(served) = served {
-            companion.report(served);
+        if let Some(outcome) = outcome {
+            control_thread.report(outcome);
         }
     });
-    companion.finish();
+    control_thread.finish();
     match link.send(&ToPlatform::Ended(end), &[]) {
         Ok(()) | Err(link::Error::Closed) => Ok(()),
         Err(error) => Err(error.into()),
@@ -75,40 +76,40 @@ pub(super) fn run(host: &Arc<Host>, spawn: &Spawn, link: NodeLink, console: File
 }
 
 /// Opens what the node will need, and confines it: from here on, and with all threads to come.
-fn confine_with_workshop(host: &Arc<Host>) -> anyhow::Result<Arc<Workshop>> {
-    let workshop = Workshop::open(Arc::clone(host))?;
+fn confine_with_handles(host: &Arc<Host>) -> anyhow::Result<Arc<HostHandles>> {
+    let handles = HostHandles::open(Arc::clone(host))?;
     super::sandbox::close().context("can't confine the node")?;
-    Ok(Arc::new(workshop))
+    Ok(Arc::new(handles))
 }
 
-/// Builds the shell, waits for its order, and carries it out.
-fn become_something(workshop: &Arc<Workshop>, spawn: &Spawn, link: &NodeLink, console: File) -> anyhow::Result<Ready> {
-    let mut shell = Shell::build(workshop, spawn.config)?;
+/// Builds the warm VM, waits for its order, and carries it out.
+fn launch(handles: &Arc<HostHandles>, spawn: &Spawn, link: &NodeLink, console: File) -> anyhow::Result<Ready> {
+    let mut blank = BlankMachine::build(handles, spawn.config)?;
     // Where its order is there already, there is no time for this.
     if !spawn.is_cold && !link.is_readable() {
-        shell.warm_up()?;
-        if let Err(error) = super::rehearsal::rehearse(&shell) {
-            tracing::debug!(error = chain(&error), "a shell did not rehearse its launch, which takes longer now");
+        blank.warm_up()?;
+        if let Err(error) = super::warm_up::warm_up_restore(&blank) {
+            tracing::debug!(error = chain(&error), "a warm VM did not warm up, and its launch takes longer");
         }
     }
     link.send(&ToPlatform::Ready, &[])?;
-    match await_call(link, &mut shell)? {
-        Call::Boot { mut payload, identity, prealloc, faults } => {
-            let (machine, vcpus) = shell.boot(&mut payload, prealloc, console)?.name(identity);
-            Signal::to_booted(&machine)?.give(&machine)?;
+    match await_order(link, &mut blank)? {
+        Assignment::Boot { mut payload, identity, prealloc, faults } => {
+            let (machine, vcpus) = blank.boot(&mut payload, prealloc, console)?.with_identity(identity);
+            RoleSignal::to_booted(&machine)?.give(&machine)?;
             Ok(Ready { machine: Arc::new(machine), vcpus, faults, head_start: Duration::ZERO, launch: None })
         }
-        Call::Copy { meeting, order } => {
+        Assignment::Copy { copy_source, order } => {
             let faults = match &order {
                 Some(order) if order.lazy => {
-                    let faults = workshop.faults()?;
-                    link.send(&ToPlatform::Faults { start: shell.memory_start() }, &[faults.file().as_fd()])?;
+                    let faults = handles.faults()?;
+                    link.send(&ToPlatform::Faults { start: blank.memory_start() }, &[faults.file().as_fd()])?;
                     Some(faults)
                 }
                 _ => None,
             };
             let order = || order.map_or_else(|| receive_order(link), Ok);
-            let child = Child::from_shell(shell, meeting, console, faults, order, || link.is_closed())?;
+            let child = Child::from_blank(blank, copy_source, console, faults, order, || link.is_closed())?;
             let Child { machine, vcpus, seq, working_set, first_vcpu_late, steps, rendezvous } = child;
             let launch = Some(Launch { seq, steps, first_exit: machine.exits.watch(), rendezvous, working_set });
             let head_start = if first_vcpu_late { LATE } else { Duration::ZERO };
@@ -117,8 +118,8 @@ fn become_something(workshop: &Arc<Workshop>, spawn: &Spawn, link: &NodeLink, co
     }
 }
 
-/// What a shell is called to.
-enum Call {
+/// Assignment of a warm VM: what it is to become.
+enum Assignment {
     Boot {
         payload: Payload,
         identity: VmIdentity,
@@ -126,19 +127,19 @@ enum Call {
         faults: Vec<ForkStep>,
     },
     Copy {
-        meeting: Meeting,
-        /// `None` where the parent has called: then it follows.
+        copy_source: CopySource,
+        /// `None` where the parent has woken it up: then it follows.
         order: Option<CopyOrder>,
     },
 }
 
-/// Waits until the shell is called: by the platform, or, while it stands by, by a parent.
-fn await_call(link: &NodeLink, shell: &mut Shell) -> anyhow::Result<Call> {
+/// Waits for the order of a warm VM: from the platform, or, while it stands by, a wake event from a parent.
+fn await_order(link: &NodeLink, blank: &mut BlankMachine) -> anyhow::Result<Assignment> {
     let mut standby: Option<Standby> = None;
     loop {
         match standby {
             Some(standby) if standby.wait(link)? => {
-                return Ok(Call::Copy { meeting: standby.into_meeting().with_children(1), order: None });
+                return Ok(Assignment::Copy { copy_source: standby.into_copy_source().with_children(1), order: None });
             }
             _ => {}
         }
@@ -147,9 +148,9 @@ fn await_call(link: &NodeLink, shell: &mut Shell) -> anyhow::Result<Call> {
             ToNode::StandBy { working_set } => {
                 let opened = Standby::open(files)?;
                 if let (Some(lowest), Some(working_set)) = (opened.lowest_layer(), working_set)
-                    && let Err(error) = shell.prepare_memory(lowest, &working_set, || !opened.is_called(link))
+                    && let Err(error) = blank.prepare_memory(lowest, &working_set, || !opened.is_woken(link))
                 {
-                    tracing::debug!(error = chain(&error), "a shell's memory is not made ready");
+                    tracing::debug!(error = chain(&error), "a warm VM's memory is not made ready");
                 }
                 standby = Some(opened);
             }
@@ -157,21 +158,24 @@ fn await_call(link: &NodeLink, shell: &mut Shell) -> anyhow::Result<Call> {
                 let mut files = files.into_iter();
                 let kernel = files.next().context("the order to boot came without a kernel")?;
                 let payload = Payload { kernel, initrd: files.next(), cmdline };
-                return Ok(Call::Boot { payload, identity, prealloc, faults });
+                return Ok(Assignment::Boot { payload, identity, prealloc, faults });
             }
             ToNode::Copy(order) => {
-                let meeting = match standby {
-                    Some(standby) if files.is_empty() => standby.into_meeting(),
-                    _ => Meeting::open(files)?,
+                let copy_source = match standby {
+                    Some(standby) if files.is_empty() => standby.into_copy_source(),
+                    _ => CopySource::open(files)?,
                 };
-                return Ok(Call::Copy { meeting: meeting.with_children(order.arrivals), order: Some(order) });
+                return Ok(Assignment::Copy {
+                    copy_source: copy_source.with_children(order.arrivals),
+                    order: Some(order),
+                });
             }
-            other => bail!("the platform says {other:?} to a shell"),
+            other => bail!("the platform says {other:?} to a warm VM"),
         }
     }
 }
 
-/// Waits for the order of a shell that its parent has called already.
+/// Waits for the order of a warm VM that its parent has woken up already.
 fn receive_order(link: &NodeLink) -> Result<CopyOrder, link::Error> {
     match link.receive()? {
         (ToNode::Copy(order), files) if files.is_empty() => Ok(order),

@@ -27,14 +27,14 @@ use types::VmShape;
 use vmm::{
     arch::profile::Profile,
     kvm::Host,
-    machine::{Shell, Workshop},
+    machine::{BlankMachine, HostHandles},
 };
 
-use super::{pages::Pages, process::run, rehearsal, sandbox};
+use super::{prefault::PrefaultSet, process::run, sandbox, warm_up};
 use crate::wire::{LINK_FD, Link, NodeLink, Spawn, Spawned, link};
 
-/// Memory of the machine that is built for practice.
-const PRACTICE_BYTES: u64 = 16 << 20;
+/// Memory of the machine that is built to warm up.
+const WARM_UP_BYTES: u64 = 16 << 20;
 
 /// Variable of the environment in which the zygote finds the CPU profile, as text: it can be long.
 pub const CPU_PROFILE_VARIABLE: &str = "HOST_VMM_ZYGOTE_CPU_PROFILE";
@@ -57,10 +57,10 @@ pub fn main(profile: &Profile) -> anyhow::Result<()> {
     threads::step_forward();
     threads::share_one_heap();
     let host = open_host(profile).map(Arc::new);
-    if let Err(error) = host.as_ref().map_or(Ok(()), practise) {
-        tracing::debug!("the zygote did not practise what nodes do, which takes each of them longer: {error:#}");
+    if let Err(error) = host.as_ref().map_or(Ok(()), warm_up_node) {
+        tracing::debug!("the zygote did not warm up, and each node takes longer to start: {error:#}");
     }
-    let pages = Pages::of_this_process().context("can't read this process's mappings")?;
+    let prefault_set = PrefaultSet::of_this_process().context("can't read this process's mappings")?;
     let ends = SigSet::from(Signal::SIGCHLD);
     ends.thread_block().context("can't block SIGCHLD")?;
     let ends = SignalFd::with_flags(&ends, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
@@ -92,7 +92,7 @@ pub fn main(profile: &Profile) -> anyhow::Result<()> {
             match spawn_node(order, files)? {
                 Spawning::Zygote(process) => answer(&connection, process)?,
                 Spawning::Node(order) => {
-                    pages.touch();
+                    prefault_set.prefault();
                     drop((connection, ends));
                     process::exit(run_node(host, order));
                 }
@@ -108,11 +108,11 @@ fn open_host(profile: &Profile) -> anyhow::Result<Host> {
 }
 
 /// Does what nodes do until they run, so that it is known which pages that takes.
-fn practise(host: &Arc<Host>) -> anyhow::Result<()> {
-    let workshop = Arc::new(Workshop::open(Arc::clone(host))?);
-    let mut shell = Shell::build(&workshop, VmShape { ram_bytes: PRACTICE_BYTES, vcpus: 1 })?;
-    shell.warm_up()?;
-    Ok(rehearsal::rehearse(&shell)?)
+fn warm_up_node(host: &Arc<Host>) -> anyhow::Result<()> {
+    let handles = Arc::new(HostHandles::open(Arc::clone(host))?);
+    let mut blank = BlankMachine::build(&handles, VmShape { ram_bytes: WARM_UP_BYTES, vcpus: 1 })?;
+    blank.warm_up()?;
+    Ok(warm_up::warm_up_restore(&blank)?)
 }
 
 /// What a node has from its start.

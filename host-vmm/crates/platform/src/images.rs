@@ -1,8 +1,8 @@
 //! Images that are kept: each can be launched at any time, whether its parent is there or not.
 //!
-//! An image is the files of its memory's layers and a state. The platform looks into neither: both come from a node, and the shell that
-//! takes them checks them. Layers are shared between images that build on each other, and with the VMs that run from them; the memory is
-//! free when the last of these is gone.
+//! An image is the files of its memory's layers and a state. The platform looks into neither: both come from
+//! a node, and the warm VM that takes them checks them. Layers are shared between images that build on each
+//! other, and with the VMs that run from them; the memory is free when the last of these is gone.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -16,7 +16,7 @@ use std::{
 };
 
 use base::{clock::wall_clock_ns, sync::lock};
-use capsule::{self, About, Capsule, Description, Difference, Digests, Incompatible, Parcel, file};
+use capsule::{self, Capsule, ChunkSource, Description, Digests, ImageMetadata, Incompatibility, Incompatible, file};
 use cluster::member::MAX_IMAGES;
 use types::{VmIdentity, VmShape, new_id};
 use uuid::Uuid;
@@ -27,7 +27,7 @@ use super::{
     fork::Fork,
     launcher::{Launch, slots},
     seals::Seal,
-    working_sets::Learned,
+    working_sets::WorkingSetHistory,
 };
 
 /// Stands for all types in `--keep`.
@@ -60,24 +60,24 @@ impl FromStr for Keep {
     }
 }
 
-/// What a fork leaves to be kept, before it is certain.
+/// Image of a fork that is to be kept once the fork is certain.
 #[derive(Debug)]
-pub(super) struct Keeping {
+pub(super) struct PendingImage {
     vm_type: String,
     original: VmIdentity,
     config: VmShape,
     seq: u64,
     files: Vec<Arc<File>>,
-    learned: Arc<Learned>,
-    is_foreign: bool,
+    history: Arc<WorkingSetHistory>,
+    has_foreign_cpu: bool,
 }
 
-impl Keeping {
+impl PendingImage {
     /// The image of these copies, in `files`.
     pub(super) fn new(launch: Launch<'_>, files: Vec<Arc<File>>) -> Self {
-        let Launch { config, original, vm_type, seq, learned, is_foreign, .. } = launch;
-        let (vm_type, original, learned) = (vm_type.to_owned(), original.clone(), Arc::clone(learned));
-        Self { vm_type, original, config, seq, files, learned, is_foreign }
+        let Launch { config, original, vm_type, seq, history, has_foreign_cpu, .. } = launch;
+        let (vm_type, original, history) = (vm_type.to_owned(), original.clone(), Arc::clone(history));
+        Self { vm_type, original, config, seq, files, history, has_foreign_cpu }
     }
 }
 
@@ -92,19 +92,19 @@ const RECEIVED_FOR: Duration = Duration::from_secs(600);
 pub(super) struct Image {
     capsule: Capsule,
     /// What is known of its copies.
-    learned: Arc<Learned>,
+    history: Arc<WorkingSetHistory>,
     /// Whether they were shown another CPU than this platform's guests are.
-    is_foreign: bool,
+    has_foreign_cpu: bool,
     /// Whether its files are sealed: before, nobody gets it.
     seal: Arc<Seal>,
     /// As it is sent to others, once it was.
-    parcel: OnceLock<Arc<Parcel>>,
+    chunk_source: OnceLock<Arc<ChunkSource>>,
 }
 
 impl Image {
     /// One whose files are sealed.
-    fn new(capsule: Capsule, learned: Arc<Learned>, is_foreign: bool) -> Self {
-        Self { capsule, learned, is_foreign, seal: Seal::sealed(), parcel: OnceLock::new() }
+    fn new(capsule: Capsule, history: Arc<WorkingSetHistory>, has_foreign_cpu: bool) -> Self {
+        Self { capsule, history, has_foreign_cpu, seal: Seal::sealed(), chunk_source: OnceLock::new() }
     }
 
     /// Whether its files are sealed.
@@ -113,27 +113,27 @@ impl Image {
     }
 
     /// Whether its copies were shown another CPU than this platform's guests are.
-    pub(super) fn is_foreign(&self) -> bool {
-        self.is_foreign
+    pub(super) fn has_foreign_cpu(&self) -> bool {
+        self.has_foreign_cpu
     }
 
     /// Its ID.
     pub(super) fn id(&self) -> Uuid {
-        self.capsule.about.id
+        self.capsule.metadata.id
     }
 
     /// What copies need, and what is known of them.
-    pub(super) fn parts(&self) -> (&Capsule, &Arc<Learned>) {
-        (&self.capsule, &self.learned)
+    pub(super) fn parts(&self) -> (&Capsule, &Arc<WorkingSetHistory>) {
+        (&self.capsule, &self.history)
     }
 
     /// As it is sent to others.
-    pub(super) fn parcel(&self, digests: &Digests) -> Result<Arc<Parcel>, capsule::Error> {
-        if let Some(parcel) = self.parcel.get() {
-            return Ok(Arc::clone(parcel));
+    pub(super) fn chunk_source(&self, digests: &Digests) -> Result<Arc<ChunkSource>, capsule::Error> {
+        if let Some(chunk_source) = self.chunk_source.get() {
+            return Ok(Arc::clone(chunk_source));
         }
-        let parcel = Arc::new(Parcel::of(&self.capsule, digests)?);
-        Ok(Arc::clone(self.parcel.get_or_init(|| parcel)))
+        let chunk_source = Arc::new(ChunkSource::of(&self.capsule, digests)?);
+        Ok(Arc::clone(self.chunk_source.get_or_init(|| chunk_source)))
     }
 }
 
@@ -142,12 +142,12 @@ impl Image {
 pub(super) struct Images {
     /// How many to keep, by type.
     keep: BTreeMap<String, usize>,
-    kept: Mutex<Kept>,
+    kept: Mutex<KeptImages>,
     changed: Condvar,
 }
 
 #[derive(Debug, Default)]
-struct Kept {
+struct KeptImages {
     /// Those that the operator wants, oldest first.
     images: Vec<Arc<Image>>,
     /// Those that come to them once they are sealed.
@@ -177,12 +177,12 @@ impl Images {
     /// Adds an image that is kept once it is sealed. Gives back images of the same VM and type that are not sealed either,
     /// and in whose place it would be kept.
     fn add(&self, image: Image) -> Vec<Arc<Image>> {
-        let most = self.most(&image.capsule.about.vm_type);
+        let most = self.most(&image.capsule.metadata.vm_type);
         let mut kept = lock(&self.kept);
         if kept.closed {
             return vec![Arc::new(image)];
         }
-        let of = |image: &Image| (image.capsule.about.original.id, image.capsule.about.vm_type.clone());
+        let of = |image: &Image| (image.capsule.metadata.original.id, image.capsule.metadata.vm_type.clone());
         let own = of(&image);
         push(&mut kept.unsealed, Arc::new(image), most, |other| of(other) == own)
     }
@@ -194,8 +194,9 @@ impl Images {
         let decided: Vec<_> = kept.unsealed.extract_if(.., |image| Arc::ptr_eq(&image.seal, seal)).collect();
         let out = if is_sealed {
             let keep = decided.into_iter().map(|image| {
-                let (vm_type, most) = (image.capsule.about.vm_type.clone(), self.most(&image.capsule.about.vm_type));
-                push(&mut kept.images, image, most, |other| other.capsule.about.vm_type == vm_type)
+                let (vm_type, most) =
+                    (image.capsule.metadata.vm_type.clone(), self.most(&image.capsule.metadata.vm_type));
+                push(&mut kept.images, image, most, |other| other.capsule.metadata.vm_type == vm_type)
             });
             keep.flatten().collect()
         } else {
@@ -210,7 +211,7 @@ impl Images {
     fn add_loaded(&self, image: Image) -> bool {
         let mut kept = lock(&self.kept);
         let mut others = kept.images.iter().chain(&kept.unsealed);
-        let adds = !kept.closed && others.all(|other| other.capsule.about.id != image.capsule.about.id);
+        let adds = !kept.closed && others.all(|other| other.capsule.metadata.id != image.capsule.metadata.id);
         if adds {
             kept.images.push(Arc::new(image));
         }
@@ -220,11 +221,11 @@ impl Images {
     /// Adds an image that has come with clones, and gives back those that it takes the place of.
     fn add_received(&self, image: &Arc<Image>) -> Vec<Arc<Image>> {
         let mut kept = lock(&self.kept);
-        let id = image.capsule.about.id;
+        let id = image.capsule.metadata.id;
         if kept.closed {
             return vec![Arc::clone(image)];
         }
-        let mut out: Vec<_> = kept.received.extract_if(.., |(_, other)| other.capsule.about.id == id).collect();
+        let mut out: Vec<_> = kept.received.extract_if(.., |(_, other)| other.capsule.metadata.id == id).collect();
         kept.received.push((Instant::now(), Arc::clone(image)));
         let surplus = kept.received.len().saturating_sub(MAX_RECEIVED);
         out.extend(kept.received.drain(..surplus));
@@ -232,24 +233,24 @@ impl Images {
     }
 
     /// Gives back those that have come with clones so long ago that they are not kept for others to come.
-    fn forget_received(&self, now: Instant) -> Vec<Arc<Image>> {
+    fn evict_received(&self, now: Instant) -> Vec<Arc<Image>> {
         let is_old = |(since, _): &mut (Instant, _)| now.saturating_duration_since(*since) >= RECEIVED_FOR;
         lock(&self.kept).received.extract_if(.., is_old).map(|(_, image)| image).collect()
     }
 
     /// Gives back the one of those that has come first.
-    fn forget_oldest_received(&self) -> Option<Arc<Image>> {
+    fn evict_oldest_received(&self) -> Option<Arc<Image>> {
         let received = &mut lock(&self.kept).received;
         (!received.is_empty()).then(|| received.remove(0).1)
     }
 
     /// All images, the oldest first.
     fn all(&self) -> Vec<Arc<Image>> {
-        let Kept { images, unsealed, received, .. } = &*lock(&self.kept);
-        let is_kept = |id| images.iter().any(|image| image.capsule.about.id == id);
-        let others = received.iter().map(|(_, image)| image).filter(|image| !is_kept(image.capsule.about.id));
+        let KeptImages { images, unsealed, received, .. } = &*lock(&self.kept);
+        let is_kept = |id| images.iter().any(|image| image.capsule.metadata.id == id);
+        let others = received.iter().map(|(_, image)| image).filter(|image| !is_kept(image.capsule.metadata.id));
         let mut all: Vec<_> = images.iter().chain(unsealed).chain(others).cloned().collect();
-        all.sort_by_key(|image| image.capsule.about.created_ns);
+        all.sort_by_key(|image| image.capsule.metadata.created_ns);
         all
     }
 
@@ -260,14 +261,15 @@ impl Images {
     }
 
     /// As they are sent to others, those of which that is known.
-    pub(super) fn parcels(&self) -> Vec<Arc<Parcel>> {
-        self.all().iter().filter_map(|image| image.parcel.get().cloned()).collect()
+    pub(super) fn chunk_sources(&self) -> Vec<Arc<ChunkSource>> {
+        self.all().iter().filter_map(|image| image.chunk_source.get().cloned()).collect()
     }
 
     /// The image whose ID begins like this.
     pub(super) fn find(&self, id: &str) -> Result<Arc<Image>, Error> {
         let all = self.all();
-        let mut found = all.iter().filter(|image| !id.is_empty() && image.capsule.about.id.to_string().starts_with(id));
+        let mut found =
+            all.iter().filter(|image| !id.is_empty() && image.capsule.metadata.id.to_string().starts_with(id));
         match (found.next(), found.next()) {
             (Some(image), None) => Ok(Arc::clone(image)),
             (None, _) => Err(Error::NoImage(id.to_owned())),
@@ -276,8 +278,8 @@ impl Images {
     }
 
     fn remove(&self, id: Uuid) -> Vec<Arc<Image>> {
-        let Kept { images, unsealed, received, .. } = &mut *lock(&self.kept);
-        let is_it = |image: &Arc<Image>| image.capsule.about.id == id;
+        let KeptImages { images, unsealed, received, .. } = &mut *lock(&self.kept);
+        let is_it = |image: &Arc<Image>| image.capsule.metadata.id == id;
         let received = received.extract_if(.., |(_, image)| is_it(image)).map(|(_, image)| image);
         let unsealed = unsealed.extract_if(.., |image| is_it(image));
         let out = images.extract_if(.., |image| is_it(image)).chain(unsealed).chain(received).collect();
@@ -297,7 +299,7 @@ impl Images {
 
     /// Waits until none is kept, or about to be.
     pub(super) fn wait_empty(&self) {
-        let is_any = |kept: &mut Kept| !kept.images.is_empty() || !kept.unsealed.is_empty();
+        let is_any = |kept: &mut KeptImages| !kept.images.is_empty() || !kept.unsealed.is_empty();
         let kept = self.changed.wait_while(lock(&self.kept), is_any);
         drop(kept.unwrap_or_else(PoisonError::into_inner));
     }
@@ -336,30 +338,33 @@ impl Platform {
     }
 
     /// Keeps the image of a fork that is certain, once it is sealed: `state` is what its copies have, taken before they ran.
-    pub(super) fn keep(&self, keeping: Keeping, state: Vec<u8>, seal: &Arc<Seal>) -> Result<(), Error> {
-        let Keeping { vm_type, original, config, seq, files, learned, is_foreign } = keeping;
+    pub(super) fn keep(&self, pending_image: PendingImage, state: Vec<u8>, seal: &Arc<Seal>) -> Result<(), Error> {
+        let PendingImage { vm_type, original, config, seq, files, history, has_foreign_cpu } = pending_image;
         let (id, created_ns) = (new_id().map_err(Error::Id)?, wall_clock_ns());
-        // For as long as there are copies to come, shells of its shape stand ready.
+        // For as long as there are copies to come, warm VMs of its shape stand ready.
         self.pool.add_user(config);
-        let about = About { id, created_ns, vm_type, original, config, seq };
-        let image = Image::new(Capsule { about, state, files }, learned, is_foreign);
-        self.let_go(self.images.add(Image { seal: Arc::clone(seal), ..image }));
+        let metadata = ImageMetadata { id, created_ns, vm_type, original, config, seq };
+        let image = Image::new(Capsule { metadata, state, files }, history, has_foreign_cpu);
+        self.release(self.images.add(Image { seal: Arc::clone(seal), ..image }));
         Ok(())
     }
 
     /// Takes in an image that has come with clones. It stays for a while, or until others have come.
-    pub(super) fn receive(&self, capsule: Capsule, parcel: Parcel) -> Arc<Image> {
-        self.pool.add_user(capsule.about.config);
-        let is_foreign = self.is_foreign(parcel.description());
-        let image = Image { parcel: Arc::new(parcel).into(), ..Image::new(capsule, Arc::default(), is_foreign) };
+    pub(super) fn receive(&self, capsule: Capsule, chunk_source: ChunkSource) -> Arc<Image> {
+        self.pool.add_user(capsule.metadata.config);
+        let has_foreign_cpu = self.has_foreign_cpu(chunk_source.description());
+        let image = Image {
+            chunk_source: Arc::new(chunk_source).into(),
+            ..Image::new(capsule, Arc::default(), has_foreign_cpu)
+        };
         let image = Arc::new(image);
-        self.let_go(self.images.add_received(&image));
+        self.release(self.images.add_received(&image));
         image
     }
 
     /// Lets go of images that have come with clones a while ago. To be called now and then.
     pub(super) fn tend_images(&self) {
-        self.let_go(self.images.forget_received(Instant::now()));
+        self.release(self.images.evict_received(Instant::now()));
     }
 
     /// Lets go of images that have come with clones, the oldest first, until so many bytes fit into the budget, and says
@@ -369,15 +374,15 @@ impl Platform {
             return false;
         }
         while self.image_memory.reserve(bytes).is_err() {
-            let Some(image) = self.images.forget_oldest_received() else { return false };
-            self.let_go(vec![image]);
+            let Some(image) = self.images.evict_oldest_received() else { return false };
+            self.release(vec![image]);
         }
         true
     }
 
-    pub(super) fn let_go(&self, images: Vec<Arc<Image>>) {
+    pub(super) fn release(&self, images: Vec<Arc<Image>>) {
         for image in images {
-            self.pool.remove_user(image.capsule.about.config);
+            self.pool.remove_user(image.capsule.metadata.config);
         }
     }
 
@@ -412,7 +417,7 @@ impl Platform {
     /// [`Error::NoImage`] or [`Error::Ambiguous`].
     pub fn remove_image(&self, id: &str) -> Result<(), Error> {
         let image = self.images.find(id)?;
-        self.let_go(self.images.remove(image.capsule.about.id));
+        self.release(self.images.remove(image.capsule.metadata.id));
         Ok(())
     }
 
@@ -436,13 +441,13 @@ impl Platform {
         let file = file?;
         self.make_room(file::memory_bytes(&file).map_err(failed)?);
         let capsule = file::load(&file, &self.image_memory).map_err(failed)?;
-        let (id, config) = (capsule.about.id, capsule.about.config);
-        let description = capsule.outline().map_err(failed)?.0;
+        let (id, config) = (capsule.metadata.id, capsule.metadata.config);
+        let description = capsule.describe_sparse().map_err(failed)?.0;
         self.check_loaded(path, &description)?;
-        let is_foreign = self.is_foreign(&description);
+        let has_foreign_cpu = self.has_foreign_cpu(&description);
         // As for one of a fork.
         self.pool.add_user(config);
-        if !self.images.add_loaded(Image::new(capsule, Arc::default(), is_foreign)) {
+        if !self.images.add_loaded(Image::new(capsule, Arc::default(), has_foreign_cpu)) {
             self.pool.remove_user(config);
             return Err(Error::Kept(id));
         }
@@ -455,7 +460,7 @@ impl Platform {
         let Err(Incompatible(mut differences)) = self.check_compatible(&description.requirements)? else {
             return Ok(());
         };
-        differences.retain(|difference| !matches!(difference, Difference::Tsc { needed: None, .. }));
+        differences.retain(|difference| !matches!(difference, Incompatibility::Tsc { needed: None, .. }));
         if differences.is_empty() {
             return Ok(());
         }
@@ -468,10 +473,12 @@ impl Platform {
     /// [`Error`]: there is none of them then.
     pub fn spawn(self: &Arc<Self>, id: &str, count: u32) -> Result<Vec<VmIdentity>, Error> {
         let image = self.sealed_image(id)?;
-        let (capsule, learned) = image.parts();
+        let (capsule, history) = image.parts();
         let slots = slots(count)?;
-        let launch =
-            Launch { is_foreign: image.is_foreign, ..Launch::of_image(&capsule.about, learned, &slots, count) };
+        let launch = Launch {
+            has_foreign_cpu: image.has_foreign_cpu,
+            ..Launch::of_image(&capsule.metadata, history, &slots, count)
+        };
         let room = self.reserve(slots.len())?;
         Fork::of_image(self, launch, &capsule.state, &capsule.files, room)?.commit()
     }
@@ -487,7 +494,8 @@ fn layers(image: &Image) -> Result<Vec<(u64, u64)>, Error> {
 }
 
 fn describe(image: &Image, holders: &HashMap<u64, usize>) -> Result<api::Image, Error> {
-    let Capsule { about: About { id, created_ns, vm_type, original, config, .. }, state, .. } = &image.capsule;
+    let Capsule { metadata: ImageMetadata { id, created_ns, vm_type, original, config, .. }, state, .. } =
+        &image.capsule;
     let layers = layers(image)?;
     let bytes = |shared: bool| {
         let held = layers.iter().filter(|(inode, _)| (holders.get(inode).copied().unwrap_or(0) > 1) == shared);

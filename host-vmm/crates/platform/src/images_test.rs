@@ -17,8 +17,8 @@ fn image(vm_type: &str, files: &[&Arc<File>]) -> Image {
     let files = files.iter().copied().cloned().collect();
     let config = VmShape { ram_bytes: 1 << 20, vcpus: 1 };
     let (id, vm_type) = (Uuid::new_v4(), vm_type.into());
-    let about = About { id, created_ns: 0, vm_type, original, config, seq: 1 };
-    Image::new(Capsule { about, state: vec![0; 7], files }, Arc::default(), false)
+    let metadata = ImageMetadata { id, created_ns: 0, vm_type, original, config, seq: 1 };
+    Image::new(Capsule { metadata, state: vec![0; 7], files }, Arc::default(), false)
 }
 
 #[test]
@@ -29,13 +29,13 @@ fn only_the_latest_of_each_type_are_kept() {
         .iter()
         .map(|vm_type| {
             let image = image(vm_type, &[]);
-            let (id, seal) = (image.capsule.about.id, Arc::clone(&image.seal));
+            let (id, seal) = (image.capsule.metadata.id, Arc::clone(&image.seal));
             assert!(images.add(image).is_empty());
             images.decided(&seal, true);
             id
         })
         .collect();
-    let kept: Vec<Uuid> = lock(&images.kept).images.iter().map(|image| image.capsule.about.id).collect();
+    let kept: Vec<Uuid> = lock(&images.kept).images.iter().map(|image| image.capsule.metadata.id).collect();
     assert_eq!(kept, [added[2], added[3], added[4]]);
     assert!(!Images::new(vec!["web".parse().unwrap()]).wants("db"));
     assert!(images.find(&added[3].to_string()[..13]).is_ok());
@@ -51,7 +51,7 @@ fn no_image_takes_the_place_of_another_before_it_is_sealed() {
     let images = Images::new(vec!["*:2".parse().unwrap()]);
     let add = |original: u128| {
         let mut image = image("web", &[]);
-        image.capsule.about.original.id = Uuid::from_u128(original);
+        image.capsule.metadata.original.id = Uuid::from_u128(original);
         image.seal = Arc::default();
         let (id, seal) = (image.id(), Arc::clone(&image.seal));
         (id, seal, images.add(image).len())
@@ -80,11 +80,11 @@ fn what_has_come_stays_for_a_while() {
     assert_eq!(out, [0, 0, 0, 0, 1]);
     assert_eq!(images.add_received(&received[2]).len(), 1, "it has come again");
     let now = Instant::now();
-    assert!(images.forget_received(now).is_empty());
+    assert!(images.evict_received(now).is_empty());
     assert_eq!(images.all().len(), MAX_RECEIVED);
-    let oldest = images.forget_oldest_received().unwrap();
+    let oldest = images.evict_oldest_received().unwrap();
     assert!(Arc::ptr_eq(&oldest, &received[1]));
-    assert_eq!(images.forget_received(now + RECEIVED_FOR).len(), MAX_RECEIVED - 1);
+    assert_eq!(images.evict_received(now + RECEIVED_FOR).len(), MAX_RECEIVED - 1);
     assert!(images.all().is_empty());
 }
 

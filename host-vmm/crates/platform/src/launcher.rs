@@ -3,16 +3,16 @@
 use std::{collections::BTreeSet, fs::File, sync::Arc, time::Duration};
 
 use api::Copied;
-use capsule::About;
+use capsule::ImageMetadata;
 use node::fork::rendezvous::{self, Rendezvous};
 use types::{CopySpec, ForkStep, VmIdentity, VmShape, new_id};
 use uuid::Uuid;
 use vmfork_abi::{ListedCopy, Location, PLATFORM_BYTES, pad_text};
 
 use super::{
-    Error, Platform, fork::Fork, node_server::Node, registry::Reservation, seals::Seal, working_sets::Learned,
+    Error, Platform, fork::Fork, node_server::Node, registry::Reservation, seals::Seal, working_sets::WorkingSetHistory,
 };
-use crate::clone::filling::Filling;
+use crate::clone::postcopy::PostcopyMemory;
 
 /// How long copies of an image may take until they are ready to run.
 pub(crate) const LAUNCH_TIMEOUT: Duration = Duration::from_secs(60);
@@ -67,28 +67,33 @@ pub(crate) struct Launch<'a> {
     /// Where this is to fail.
     pub(crate) fault: Option<ForkStep>,
     /// What is known of such copies.
-    pub(crate) learned: &'a Arc<Learned>,
+    pub(crate) history: &'a Arc<WorkingSetHistory>,
     /// Whether they were shown another CPU than this platform's guests are.
-    pub(crate) is_foreign: bool,
+    pub(crate) has_foreign_cpu: bool,
     /// Who fills their memory, where it is not there as a whole yet.
-    pub(crate) filling: Option<&'a Arc<Filling>>,
+    pub(crate) postcopy: Option<&'a Arc<PostcopyMemory>>,
 }
 
 impl<'a> Launch<'a> {
     /// Some of the `total` copies of an image, all of whose memory is there. They wait for each other alone.
-    pub(crate) fn of_image(about: &'a About, learned: &'a Arc<Learned>, slots: &'a [CopySpec], total: u32) -> Self {
+    pub(crate) fn of_image(
+        metadata: &'a ImageMetadata,
+        history: &'a Arc<WorkingSetHistory>,
+        slots: &'a [CopySpec],
+        total: u32,
+    ) -> Self {
         Self {
-            config: about.config,
-            original: &about.original,
-            vm_type: &about.vm_type,
+            config: metadata.config,
+            original: &metadata.original,
+            vm_type: &metadata.vm_type,
             slots,
             total,
             arrivals: u32::try_from(slots.len()).unwrap_or(u32::MAX),
-            seq: about.seq,
+            seq: metadata.seq,
             fault: None,
-            learned,
-            is_foreign: false,
-            filling: None,
+            history,
+            has_foreign_cpu: false,
+            postcopy: None,
         }
     }
 }

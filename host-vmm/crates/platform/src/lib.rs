@@ -1,7 +1,7 @@
 //! One host's platform: it starts and watches the nodes, launches the children of forks, and has the consoles.
 //!
-//! A thread serves each node ([`node_server`]); one has all consoles ([`console`]); one keeps shells ready ([`warm_pool`]). What they
-//! share is the [`Registry`]. In reading order:
+//! A thread serves each node ([`node_server`]); one has all consoles ([`console`]); one keeps warm VMs ready
+//! ([`warm_pool`]). What they share is the [`Registry`]. In reading order:
 //!
 //! - this file: [`Platform`], what it is set up with, and why it refuses something.
 //! - `process`, `warm_pool`: the zygote and the nodes that come from it, before they have an order.
@@ -31,7 +31,7 @@ use std::{
 
 use api::client;
 use base::{sync::lock, text::Reason};
-use capsule::{self, Digests, compat::Offer};
+use capsule::{self, Digests, compat::HostCapabilities};
 use cluster::placement::Unplaceable;
 use node::{
     fork::rendezvous,
@@ -73,18 +73,18 @@ pub use limits::{Limit, Limited};
 pub use registry::Reservation;
 pub use terminal::{Terminal, read_keys};
 
-use clone::{Clones, filling, outgoing::Transfers, source, supply::Supplies};
+use clone::{Clones, outgoing::Transfers, page_server::PageServers, postcopy, source};
 use console::Consoles;
 use events::{Event, Events};
 use fork::operator;
 use images::Images;
 use limits::Limits;
-use node_server::{Awaited, Node};
+use node_server::{LaunchWaiter, Node};
 use others::Cluster;
 use registry::Registry;
 use seals::Seals;
 use trace::Trace;
-use warm_pool::Pool;
+use warm_pool::WarmPool;
 
 /// How long a platform that comes to its end waits for those who follow logs.
 const LAST_READERS: Duration = Duration::from_secs(5);
@@ -106,7 +106,7 @@ pub struct Settings {
     pub max_vms: usize,
     /// Longest pause of a VM for a fork.
     pub max_pause: Duration,
-    /// How many shells of each shape to keep ready.
+    /// How many warm VMs of each shape to keep ready.
     pub ready: usize,
     /// CPU that guests are shown, as [`Profile::to_text`](vmm::arch::profile::Profile::to_text) has it.
     pub cpu_profile: String,
@@ -280,7 +280,7 @@ pub enum Error {
     },
     /// A clone's memory can't be filled while it runs.
     #[error("can't fill a clone's memory while it runs")]
-    Filling(#[source] filling::Error),
+    Postcopy(#[source] postcopy::Error),
     /// KVM can't be asked what it has.
     #[error("can't find out what this host has for VMs from elsewhere")]
     Host(#[source] kvm::Error),
@@ -359,7 +359,7 @@ pub enum Error {
 #[derive(Debug)]
 pub struct Platform {
     registry: Registry,
-    pool: Pool,
+    pool: WarmPool,
     consoles: Consoles,
     events: Arc<Events>,
     trace: Trace,
@@ -377,7 +377,7 @@ pub struct Platform {
     /// Clones that come from other platforms.
     clones: Clones,
     /// The memories of clones that run elsewhere, and have not got all of it yet.
-    supplies: Supplies,
+    page_servers: PageServers,
     /// Clones that are being sent to others.
     transfers: Transfers,
     /// The platform's place among others, if it has one.
@@ -385,7 +385,7 @@ pub struct Platform {
     /// The CPU that its guests are shown, as text.
     cpu_profile: String,
     /// What this host has for VMs that come from others, once somebody wanted to know.
-    offer: OnceLock<Offer>,
+    host_capabilities: OnceLock<HostCapabilities>,
     /// How the first VM ended, once it has.
     root_end: Mutex<Option<ExitReason>>,
 }
@@ -400,7 +400,7 @@ impl Platform {
         let consoles = Consoles::new(settings.log_dir, Arc::clone(&events))?;
         let platform = Arc::new(Self {
             registry: Registry::default(),
-            pool: Pool::new(settings.ready, settings.cpu_profile.clone(), settings.max_pause),
+            pool: WarmPool::new(settings.ready, settings.cpu_profile.clone(), settings.max_pause),
             cpu_profile: settings.cpu_profile,
             consoles,
             events,
@@ -414,13 +414,13 @@ impl Platform {
             image_memory: Budget::of_this_host(settings.image_memory).map_err(Error::Memory)?,
             digests: Digests::default(),
             clones: Clones::default(),
-            supplies: Supplies::default(),
+            page_servers: PageServers::default(),
             transfers: Transfers::default(),
             cluster: OnceLock::new(),
-            offer: OnceLock::new(),
+            host_capabilities: OnceLock::new(),
             root_end: Mutex::new(None),
         });
-        Pool::fill_in_background(&platform)?;
+        WarmPool::fill_in_background(&platform)?;
         platform.seal_in_background()?;
         platform.tend_clones()?;
         Ok(platform)
@@ -465,9 +465,9 @@ impl Platform {
             prealloc: boot.prealloc,
             faults: boot.faults,
         };
-        let shell = self.pool.take(boot.config, 1)?.pop().ok_or(Error::Stopping)?;
+        let warm_node = self.pool.take(boot.config, 1)?.pop().ok_or(Error::Stopping)?;
         let (runs, running) = mpsc::channel();
-        let node = Node::new(self, shell, identity, Awaited::Caller(runs))?;
+        let node = Node::new(self, warm_node, identity, LaunchWaiter::Caller(runs))?;
         let link = Arc::clone(node.link());
         let files: Vec<_> = std::iter::once(&boot.kernel).chain(&boot.initrd).map(AsFd::as_fd).collect();
         link.send(&order, &files).map_err(failed)?;
@@ -483,7 +483,7 @@ impl Platform {
         loop {
             self.registry.wait_empty();
             self.images.wait_empty();
-            self.supplies.wait_empty();
+            self.page_servers.wait_empty();
             if self.registry.is_empty() {
                 break;
             }
@@ -506,7 +506,7 @@ impl Platform {
     /// Ends all VMs, and lets no new ones come.
     pub fn stop(&self) {
         self.clones.close();
-        self.supplies.close();
+        self.page_servers.close();
         self.images.close();
         self.seals.close();
         self.pool.close();

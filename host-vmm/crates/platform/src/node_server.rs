@@ -20,16 +20,16 @@ use vmm::memory::Faults;
 
 use super::{
     Error, Event, Platform,
-    fork::{Fork, Order, Original, Place, Target, open_rendezvous, operator::Ordered},
+    fork::{Fork, ForkFiles, ForkParent, Order, Target, open_rendezvous, operator::Ordered},
     limits::Recent,
-    process::{Process, Shell},
+    process::{Process, WarmNode},
     registry::Entry,
     seals::Unsealed,
     trace::Arguments,
     warm_pool::Standby,
-    working_sets::Learned,
+    working_sets::WorkingSetHistory,
 };
-use crate::clone::filling::{Filling, Told};
+use crate::clone::postcopy::{MemoryObserver, PostcopyMemory};
 
 /// Stack of a thread that serves a node, in bytes: there may be a thousand of them.
 const STACK_BYTES: usize = 128 << 10;
@@ -38,12 +38,13 @@ const STACK_BYTES: usize = 128 << 10;
 /// somebody has broken out into must fill neither files nor a processor.
 const MESSAGES_PER_SECOND: u32 = 4096;
 
-/// How long a VM waits for another shell that stands by, where no fork has come of the last one, or where there was none to spare.
+/// How long a VM waits for another warm VM that stands by, where no fork has come of the last one, or where
+/// there was none to spare.
 const LENT_AGAIN: Duration = Duration::from_secs(1);
 
 /// Who waits for a VM to run.
 #[derive(Debug)]
-pub(super) enum Awaited {
+pub(super) enum LaunchWaiter {
     /// Its parent, and the parent's other children.
     Fork(Arc<Fork>),
     /// Whoever boots it.
@@ -56,17 +57,17 @@ pub(super) enum Awaited {
 #[derive(Debug)]
 struct Announced {
     rendezvous: Rendezvous,
-    /// The bell, the rendezvous, then those of the image.
+    /// The wake event, the rendezvous, then those of the image.
     files: Vec<File>,
-    /// The shell that has them.
+    /// The warm VM that has them.
     standby: Option<Standby>,
 }
 
 impl Announced {
-    /// Where the fork takes place that was announced: the bell was for parent and shell alone.
-    fn into_place(self) -> Place {
+    /// Where the fork takes place that was announced: the wake event was for parent and warm VM alone.
+    fn into_files(self) -> ForkFiles {
         let files = self.files.into_iter().skip(1).collect();
-        Place { files, rendezvous: Some(self.rendezvous), standby: self.standby.and_then(Standby::into_shell) }
+        ForkFiles { files, rendezvous: Some(self.rendezvous), standby: self.standby.and_then(Standby::into_warm_node) }
     }
 }
 
@@ -80,13 +81,13 @@ pub(super) struct Node {
     console: Option<File>,
     identity: VmIdentity,
     config: VmShape,
-    awaited: Awaited,
+    waiter: LaunchWaiter,
     /// What its next fork will come with, where it has told.
     announced: Option<Announced>,
-    /// When it got a shell that stands by, until a fork has come of it.
+    /// When it got a warm VM that stands by, until a fork has come of it.
     lent: Option<Instant>,
     /// How many messages it has sent.
-    pace: Pace,
+    message_rate: MessageRate,
     /// The fork of this VM that is under way.
     fork: Option<Arc<Fork>>,
     /// Its forks within the last second.
@@ -94,13 +95,14 @@ pub(super) struct Node {
     /// What counts the files of its forks that are not sealed yet.
     unsealed: Unsealed,
     /// What is known of its copies.
-    learned: Arc<Learned>,
+    history: Arc<WorkingSetHistory>,
     /// Who learns from what this one writes to, where it tells.
-    teaches: Option<Arc<Learned>>,
-    /// Whether it was shown another CPU than this platform's guests are: no shell that stands ready can become a copy of it.
-    is_foreign: bool,
+    records_to: Option<Arc<WorkingSetHistory>>,
+    /// Whether it was shown another CPU than this platform's guests are: no warm VM that stands ready can
+    /// become a copy of it.
+    has_foreign_cpu: bool,
     /// Who fills its memory, where that is not there as a whole yet.
-    filling: Option<Arc<Filling>>,
+    postcopy: Option<Arc<PostcopyMemory>>,
     /// How it was ended from outside, once it was.
     forced: Arc<OnceLock<ExitReason>>,
     /// The fork that an operator has ordered.
@@ -109,18 +111,18 @@ pub(super) struct Node {
 }
 
 impl Node {
-    /// A shell that is about to get its order.
+    /// A warm VM that is about to get its order.
     pub(super) fn new(
         platform: &Arc<Platform>,
-        shell: Shell,
+        warm_node: WarmNode,
         identity: VmIdentity,
-        awaited: Awaited,
+        waiter: LaunchWaiter,
     ) -> Result<Self, Error> {
-        let Shell { config, link, console, process } = shell;
+        let WarmNode { config, link, console, process } = warm_node;
         let (forced, ordered) = (Arc::default(), Arc::default());
-        let seals = match &awaited {
-            Awaited::Fork(fork) => vec![Arc::clone(fork.seal())],
-            Awaited::Caller(_) | Awaited::Nobody => Vec::new(),
+        let seals = match &waiter {
+            LaunchWaiter::Fork(fork) => vec![Arc::clone(fork.seal())],
+            LaunchWaiter::Caller(_) | LaunchWaiter::Nobody => Vec::new(),
         };
         let entry = Entry {
             link: Arc::clone(&link),
@@ -130,7 +132,7 @@ impl Node {
             since: Instant::now(),
             runs: false,
             generation_id: None,
-            filling: None,
+            postcopy: None,
             seals,
             forced: Arc::clone(&forced),
             ordered: Arc::clone(&ordered),
@@ -144,17 +146,17 @@ impl Node {
             console: Some(console),
             identity,
             config,
-            awaited,
+            waiter,
             announced: None,
             lent: None,
-            pace: Pace::default(),
+            message_rate: MessageRate::default(),
             fork: None,
             recent: Recent::default(),
             unsealed: Unsealed::default(),
-            learned: Arc::default(),
-            teaches: None,
-            is_foreign: false,
-            filling: None,
+            history: Arc::default(),
+            records_to: None,
+            has_foreign_cpu: false,
+            postcopy: None,
             forced,
             ordered,
             end: None,
@@ -167,15 +169,15 @@ impl Node {
     }
 
     /// Says that the VM will tell which pages it writes to first, and who learns from that.
-    pub(super) fn teach(&mut self, learned: &Arc<Learned>) {
-        self.teaches = Some(Arc::clone(learned));
+    pub(super) fn record_to(&mut self, history: &Arc<WorkingSetHistory>) {
+        self.records_to = Some(Arc::clone(history));
     }
 
     /// Says whether it was shown another CPU than this platform's guests are, and who fills its memory, where somebody does.
-    pub(super) fn come_from(&mut self, is_foreign: bool, filling: Option<&Arc<Filling>>) {
-        (self.is_foreign, self.filling) = (is_foreign, filling.cloned());
-        if let Some(filling) = filling {
-            self.platform.registry.depends(self.identity.id, filling);
+    pub(super) fn come_from(&mut self, has_foreign_cpu: bool, postcopy: Option<&Arc<PostcopyMemory>>) {
+        (self.has_foreign_cpu, self.postcopy) = (has_foreign_cpu, postcopy.cloned());
+        if let Some(postcopy) = postcopy {
+            self.platform.registry.depends(self.identity.id, postcopy);
         }
     }
 
@@ -221,7 +223,7 @@ impl Node {
             return Ok(true);
         }
         let (message, files) = self.link.receive().map_err(failed)?;
-        if let Some(wait) = self.pace.enter(Instant::now()) {
+        if let Some(wait) = self.message_rate.enter(Instant::now()) {
             thread::sleep(wait);
         }
         let name = message.name();
@@ -241,11 +243,11 @@ impl Node {
                 self.platform.trace.side(self.pid(), "child", Arguments { seq, code: 0 }, &steps);
             }
             ToPlatform::Faults { start } => {
-                let (filling, file) = (self.filling.take(), files.into_iter().next());
-                let (filling, file) = filling.zip(file).ok_or_else(unexpected)?;
+                let (postcopy, file) = (self.postcopy.take(), files.into_iter().next());
+                let (postcopy, file) = postcopy.zip(file).ok_or_else(unexpected)?;
                 let faults = Faults::from_file(file).map_err(|_| unexpected())?;
                 let vm = Dependent { link: Arc::clone(&self.link), forced: Arc::clone(&self.forced) };
-                filling.add_view(faults, start, Arc::new(vm));
+                postcopy.add_vm(faults, start, Arc::new(vm));
             }
             ToPlatform::Announce => self.announced(files),
             ToPlatform::Fork { order, announced, fault } => self.begin_fork(order, announced, fault, files)?,
@@ -254,7 +256,7 @@ impl Node {
                 code.and_then(|code| self.ordered.answered(code, why)).ok_or_else(unexpected)?;
             }
             ToPlatform::Touched(working_set) => {
-                self.teaches.take().ok_or_else(unexpected)?.learn(working_set);
+                self.records_to.take().ok_or_else(unexpected)?.record(working_set);
             }
             ToPlatform::Abort => {
                 let fork = self.fork.take().ok_or_else(unexpected)?;
@@ -298,12 +300,12 @@ impl Node {
         if let Some(forgotten) = self.fork.take().filter(|fork| !fork.is_over()) {
             forgotten.abort();
         }
-        let here = Place { files, rendezvous: None, standby: None };
-        let place = self.announced.take_if(|_| announced).map_or(here, Announced::into_place);
-        let Self { identity: vm, config, recent, unsealed, learned, is_foreign, link, process, .. } = self;
-        let (config, is_foreign, process) = (*config, *is_foreign, process.as_ref());
-        let mut original = Original { vm, config, recent, learned, is_foreign, link, process, unsealed };
-        let fork = Fork::begin(&self.platform, &mut original, &order, place)?;
+        let here = ForkFiles { files, rendezvous: None, standby: None };
+        let fork_files = self.announced.take_if(|_| announced).map_or(here, Announced::into_files);
+        let Self { identity: vm, config, recent, unsealed, history, has_foreign_cpu, link, process, .. } = self;
+        let (config, has_foreign_cpu, process) = (*config, *has_foreign_cpu, process.as_ref());
+        let mut parent = ForkParent { vm, config, recent, history, has_foreign_cpu, link, process, unsealed };
+        let fork = Fork::begin(&self.platform, &mut parent, &order, fork_files)?;
         if !fork.has_failed() {
             self.lent = None;
         }
@@ -326,14 +328,14 @@ impl Node {
     }
 
     /// Waits for a message, or the end of the process: its end of the connection may live on elsewhere. Where
-    /// no shell stands by for a fork that is announced, or one is under way, it waits no longer than until
+    /// no warm VM stands by for a fork that is announced, or one is under way, it waits no longer than until
     /// there may be one, or that must be over, and says whether there is a message.
     fn await_message(&self) -> Result<bool, link::Error> {
         let process = self.process.as_ref().ok_or(link::Error::Closed)?;
         let mut fds =
             [PollFd::new(self.link.as_fd(), PollFlags::POLLIN), PollFd::new(process.as_fd(), PollFlags::POLLIN)];
         let lacks_one = self.announced.as_ref().is_some_and(|announced| announced.standby.is_none());
-        let limit = (lacks_one && !self.is_foreign && self.platform.pool.has_standbys()).then_some(LENT_AGAIN);
+        let limit = (lacks_one && !self.has_foreign_cpu && self.platform.pool.has_standbys()).then_some(LENT_AGAIN);
         let fork = self.fork.as_ref().filter(|fork| !fork.is_over()).and_then(|fork| fork.time_left());
         let limit = limit.into_iter().chain(fork).min();
         let limit = limit.and_then(|limit| PollTimeout::try_from(limit).ok()).unwrap_or(PollTimeout::NONE);
@@ -357,7 +359,7 @@ impl Node {
         // There is time for this now, and there may be none when the next one comes.
         self.fork.take_if(|fork| fork.is_over());
         let standby = self.announced.take().and_then(|announced| announced.standby);
-        // The bell is for the two others.
+        // The wake event is for the two others.
         let rendezvous = match open_rendezvous(files.get(1)) {
             Ok(rendezvous) => rendezvous,
             Err(error) => {
@@ -370,7 +372,7 @@ impl Node {
         self.have_one_stand_by();
     }
 
-    /// Has a shell stand by for the fork that is announced, where there is one to spare.
+    /// Has a warm VM stand by for the fork that is announced, where there is one to spare.
     fn have_one_stand_by(&mut self) {
         if self.announced.as_ref().is_none_or(|announced| announced.standby.is_some()) {
             return;
@@ -384,12 +386,13 @@ impl Node {
     }
 
     fn brief(&self, standby: &Standby, files: &[File]) -> bool {
-        standby.brief(files, if self.platform.prefetches { self.learned.of_next_fork() } else { None })
+        standby.brief(files, if self.platform.prefetches { self.history.of_next_fork() } else { None })
     }
 
-    /// A shell that no fork has come of is not replaced at once: whoever asks for too much gets no further ones for it.
+    /// A warm VM that no fork has come of is not replaced at once: whoever asks for too much gets no further
+    /// ones for it.
     fn take_standby(&mut self) -> Option<Standby> {
-        if self.is_foreign || self.lent.is_some_and(|lent| lent.elapsed() < LENT_AGAIN) {
+        if self.has_foreign_cpu || self.lent.is_some_and(|lent| lent.elapsed() < LENT_AGAIN) {
             return None;
         }
         let standby = self.platform.pool.take_standby(self.config)?;
@@ -410,23 +413,25 @@ impl Node {
         if let Some(console) = self.console.take() {
             self.platform.consoles.add(&self.identity, console)?;
         }
-        match std::mem::replace(&mut self.awaited, Awaited::Nobody) {
-            Awaited::Fork(fork) => fork.child_runs(&self.platform, &self.identity, &self.link),
+        match std::mem::replace(&mut self.waiter, LaunchWaiter::Nobody) {
+            LaunchWaiter::Fork(fork) => fork.child_runs(&self.platform, &self.identity, &self.link),
             // One who has gone away does not wait.
-            Awaited::Caller(caller) => drop(caller.send(Ok(()))),
-            Awaited::Nobody => {}
+            LaunchWaiter::Caller(caller) => drop(caller.send(Ok(()))),
+            LaunchWaiter::Nobody => {}
         }
         Ok(())
     }
 
     fn has_failed(&mut self, why: Reason) {
         let name = self.identity.name.clone();
-        match &self.awaited {
-            Awaited::Fork(fork) => {
+        match &self.waiter {
+            LaunchWaiter::Fork(fork) => {
                 fork.fail(ErrorCode::Launch, Reason::of(format_args!("{name} can't be launched: {why}")));
             }
-            Awaited::Caller(caller) => drop(caller.send(Err(Error::Launch { name, why }))),
-            Awaited::Nobody => tracing::error!(vm = name, why = &*why, "a VM that runs says that it can't be launched"),
+            LaunchWaiter::Caller(caller) => drop(caller.send(Err(Error::Launch { name, why }))),
+            LaunchWaiter::Nobody => {
+                tracing::error!(vm = name, why = &*why, "a VM that runs says that it can't be launched")
+            }
         }
     }
 }
@@ -438,7 +443,7 @@ struct Dependent {
     forced: Arc<OnceLock<ExitReason>>,
 }
 
-impl Told for Dependent {
+impl MemoryObserver for Dependent {
     fn is_whole(&self) {
         match self.link.try_send(&ToNode::Whole, &[]) {
             Ok(()) => {}
@@ -463,13 +468,13 @@ impl Told for Dependent {
 
 /// How fast a node sends.
 #[derive(Debug, Default)]
-struct Pace {
+struct MessageRate {
     /// Since when messages are counted.
     since: Option<Instant>,
     messages: u32,
 }
 
-impl Pace {
+impl MessageRate {
     /// Counts a message, and says how long the next ones have to wait, if they have to.
     fn enter(&mut self, now: Instant) -> Option<Duration> {
         const SECOND: Duration = Duration::from_secs(1);
@@ -490,10 +495,12 @@ impl Drop for Node {
         }
         drop(self.announced.take());
         drop(self.process.take());
-        match &self.awaited {
-            Awaited::Fork(fork) => fork.child_gone(Reason::of(format_args!("the node of {} died", self.identity.name))),
-            Awaited::Caller(_) => {}
-            Awaited::Nobody => {
+        match &self.waiter {
+            LaunchWaiter::Fork(fork) => {
+                fork.child_gone(Reason::of(format_args!("the node of {} died", self.identity.name)))
+            }
+            LaunchWaiter::Caller(_) => {}
+            LaunchWaiter::Nobody => {
                 if let Some(end) = self.forced.get() {
                     self.end = Some(end.clone());
                 }
@@ -530,10 +537,10 @@ mod tests {
 
     #[test]
     fn who_sends_too_much_waits_for_the_next_second() {
-        let (mut pace, start) = (Pace::default(), Instant::now());
-        assert!((0..MESSAGES_PER_SECOND).all(|_| pace.enter(start).is_none()));
+        let (mut message_rate, start) = (MessageRate::default(), Instant::now());
+        assert!((0..MESSAGES_PER_SECOND).all(|_| message_rate.enter(start).is_none()));
         let later = start + Duration::from_millis(400);
-        assert_eq!(pace.enter(later), Some(Duration::from_millis(600)));
-        assert_eq!(pace.enter(start + Duration::from_secs(1)), None);
+        assert_eq!(message_rate.enter(later), Some(Duration::from_millis(600)));
+        assert_eq!(message_rate.enter(start + Duration::from_secs(1)), None);
     }
 }

@@ -7,19 +7,19 @@ use std::{
     time::{Duration, Instant},
 };
 
-use api::client::{Connections, Endpoint, Link};
+use api::client::{Connections, Endpoint, PooledClient};
 use base::sync::lock;
 use cluster::{
     member::Member,
     membership::{self, Directory, View},
-    peer::Holder,
-    placement::{self, Claim, Explanation, Recent, Rules, Share, Unplaceable, Wish},
+    placement::{self, Allocation, Claim, Explanation, PendingPlacements, Rules, Unplaceable, Wish},
+    principal::Principal,
     tls::Credentials,
 };
 use serde::Deserialize;
 
 /// How long another platform has for each answer.
-pub const PATIENCE: Duration = Duration::from_secs(10);
+pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Why a platform can't be asked.
 #[derive(Debug, thiserror::Error)]
@@ -36,10 +36,10 @@ pub enum Error {
     #[error("several clusters have a platform {0}: name it as CLUSTER/{0}")]
     Ambiguous(String),
     /// It may not order clones here.
-    #[error("{holder} may not order clones of what the platform {own} has; {advice}")]
+    #[error("{principal} may not order clones of what the platform {own} has; {advice}")]
     Order {
         /// Who has tried to.
-        holder: Holder,
+        principal: Principal,
         /// The platform that was asked.
         own: String,
         /// What can be done.
@@ -76,13 +76,13 @@ pub struct Cluster {
     /// How the others are known.
     pub directory: Directory,
     /// What it says of itself.
-    pub own: Arc<membership::Own>,
+    pub own: Arc<membership::SelfReport>,
     /// What it shows others; none where they are all on this host, and nobody else is.
     pub credentials: Option<Credentials>,
     /// Where copies go.
     pub rules: Rules,
     /// What has gone there of late.
-    pub recent: Mutex<Recent>,
+    pub recent: Mutex<PendingPlacements>,
     /// How they are sent.
     pub sending: SendSettings,
     /// Who may order clones over the network.
@@ -104,7 +104,7 @@ impl Cluster {
     ///
     /// # Errors
     /// [`Error`].
-    pub fn find(&self, name: &str) -> Result<Link, Error> {
+    pub fn find(&self, name: &str) -> Result<PooledClient, Error> {
         let view = self.directory.members();
         let (cluster, short) = name.split_once('/').map_or((None, name), |(cluster, name)| (Some(cluster), name));
         let is_it = |member: &&Member| member.name == short && cluster.is_none_or(|cluster| member.cluster == cluster);
@@ -112,7 +112,7 @@ impl Cluster {
         match (found.next(), found.next()) {
             (Some(member), None) => {
                 let endpoint = Endpoint::of_platform(&member.name, member.address, self.credentials.as_ref());
-                Ok(self.connections.link(endpoint, PATIENCE))
+                Ok(self.connections.client(endpoint, REQUEST_TIMEOUT))
             }
             (None, _) => {
                 let known: Vec<&str> = members(&view).map(|member| member.name.as_str()).collect();
@@ -126,34 +126,34 @@ impl Cluster {
     ///
     /// # Errors
     /// [`Error::Order`].
-    pub fn check_order(&self, holder: &Holder) -> Result<(), Error> {
+    pub fn check_order(&self, principal: &Principal) -> Result<(), Error> {
         let advice = match self.orders {
             Orders::Operators => "its configuration would have to allow it, by orders = \"platforms\" under [clone]",
             // Certificates don't tell clusters apart.
-            Orders::Platforms if self.directory.members().is_alone((self.own)().cluster.as_str(), holder.name()) => {
+            Orders::Platforms if self.directory.members().is_alone((self.own)().cluster.as_str(), principal.name()) => {
                 return Ok(());
             }
             Orders::Platforms => {
                 "its configuration allows that to platforms of its own cluster that it knows, and whose names no others have"
             }
         };
-        Err(Error::Order { holder: holder.clone(), own: self.name.clone(), advice })
+        Err(Error::Order { principal: principal.clone(), own: self.name.clone(), advice })
     }
 
     /// Chooses where copies go. Those that go to another platform come with a claim on it.
     ///
     /// # Errors
     /// [`Unplaceable`].
-    pub fn place(&self, wish: &Wish, but: &[String]) -> Result<Vec<(Share, Option<Claim>)>, Unplaceable> {
+    pub fn place(&self, wish: &Wish, but: &[String]) -> Result<Vec<(Allocation, Option<Claim>)>, Unplaceable> {
         let (own, view, now) = ((self.own)(), self.directory.members(), Instant::now());
-        let choose = |recent: &Recent| {
+        let choose = |recent: &PendingPlacements| {
             let members = all(&own, &view, recent, now);
             let known = members.iter().map(AsRef::as_ref).filter(|member: &&Member| !but.contains(&member.name));
             placement::place(&self.rules, wish, known)
         };
         let mut recent = lock(&self.recent);
         // Each decision counts on those before it. Where that leaves no room, some of those copies may have ended: whoever is full says so.
-        let shares = choose(&recent).or_else(|_| choose(&Recent::default()))?.shares;
+        let shares = choose(&recent).or_else(|_| choose(&PendingPlacements::default()))?.shares;
         let claimed = shares.into_iter().map(|share| {
             // Another cluster may have a platform of the source's name.
             let is_away = share.platform != wish.source;
@@ -176,9 +176,9 @@ fn members(view: &View) -> impl Iterator<Item = &Member> + Clone {
 }
 
 /// This platform, as it is now, and the others, with what has gone there since they have told of themselves.
-fn all<'m>(own: &'m Member, view: &'m View, recent: &Recent, now: Instant) -> Vec<Cow<'m, Member>> {
+fn all<'m>(own: &'m Member, view: &'m View, recent: &PendingPlacements, now: Instant) -> Vec<Cow<'m, Member>> {
     let is_other = |member: &Member| (&member.cluster, &member.name) != (&own.cluster, &own.name);
     let others = view.members.iter().filter(|seen| is_other(&seen.member));
-    let others = others.map(|seen| recent.count(&seen.member, seen.told, now));
+    let others = others.map(|seen| recent.count(&seen.member, seen.reported_at, now));
     std::iter::once(Cow::Borrowed(own)).chain(others).collect()
 }

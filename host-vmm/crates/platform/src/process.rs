@@ -37,7 +37,7 @@ pub(super) const BATCH: usize = 32;
 
 /// How long the zygote has to start as many nodes: that takes it milliseconds, but it may have to be started
 /// itself. Where VMs may stand still for longer for a fork, it has as long.
-const PATIENCE: Duration = Duration::from_secs(10);
+const START_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest line of a node's that is passed on as one, in bytes.
 const MAX_LINE_BYTES: u64 = 16 << 10;
 
@@ -91,16 +91,16 @@ impl Drop for Process {
     }
 }
 
-/// A node without an order: a machine of a certain shape that stands ready, or is about to.
+/// Node of a warm VM: a machine of a certain shape that stands ready for an order, or is about to.
 #[derive(Debug)]
-pub(super) struct Shell {
+pub(super) struct WarmNode {
     pub(super) config: VmShape,
     pub(super) link: Arc<PlatformLink>,
     pub(super) console: File,
     pub(super) process: Process,
 }
 
-impl Shell {
+impl WarmNode {
     /// Ends it before it can see that nobody speaks with it any more, and say so to others.
     pub(super) fn end(self) {
         let Self { link, process, .. } = self;
@@ -132,7 +132,7 @@ impl Zygote {
     }
 
     /// Starts nodes, all at once. The vCPUs of cold ones run nothing before they get their order.
-    pub(super) fn spawn(&self, config: VmShape, is_cold: bool, count: usize) -> Result<Vec<Shell>, Error> {
+    pub(super) fn spawn(&self, config: VmShape, is_cold: bool, count: usize) -> Result<Vec<WarmNode>, Error> {
         let mut zygote = lock(&self.running);
         let running = Running::get(&mut zygote, &self.cpu_profile);
         let result =
@@ -171,27 +171,29 @@ impl Running {
         Ok(Self { link, process })
     }
 
-    fn spawn(&self, spawn: Spawn, count: usize) -> Result<Vec<Shell>, Error> {
-        let mut shells = Vec::with_capacity(count);
-        while shells.len() < count {
-            let batch = BATCH.min(count - shells.len());
+    fn spawn(&self, spawn: Spawn, count: usize) -> Result<Vec<WarmNode>, Error> {
+        let mut nodes = Vec::with_capacity(count);
+        while nodes.len() < count {
+            let batch = BATCH.min(count - nodes.len());
             // Each is ordered before the first one is waited for, and each that is ordered is answered, also where
             // another one fails: the zygote goes on.
             let (mut ordered, mut failed) = (Vec::with_capacity(batch), Ok(()));
             while failed.is_ok() && ordered.len() < batch {
                 failed = self.order(spawn).map(|order| ordered.push(order));
             }
-            let until = Instant::now() + spawn.max_pause.max(PATIENCE);
+            let until = Instant::now() + spawn.max_pause.max(START_TIMEOUT);
             for (link, console) in ordered {
                 match self.take_process(until) {
-                    Ok(process) => shells.push(Shell { config: spawn.config, link: Arc::new(link), console, process }),
+                    Ok(process) => {
+                        nodes.push(WarmNode { config: spawn.config, link: Arc::new(link), console, process })
+                    }
                     Err(error @ Error::Zygote(_)) => return Err(error),
                     Err(error) => failed = failed.and(Err(error)),
                 }
             }
             failed?;
         }
-        Ok(shells)
+        Ok(nodes)
     }
 
     fn order(&self, spawn: Spawn) -> Result<(PlatformLink, File), Error> {
@@ -288,8 +290,8 @@ mod tests {
         let (zygote, answers) = zygote(6, 1);
         let failed = zygote.spawn(CONFIG, false, 4).map(drop);
         assert!(matches!(failed, Err(Error::Start(_))), "{failed:?}");
-        let shells = zygote.spawn(CONFIG, false, 2).unwrap();
-        assert_eq!(shells.iter().map(|shell| shell.process.pid()).collect::<Vec<_>>(), [4, 5]);
+        let nodes = zygote.spawn(CONFIG, false, 2).unwrap();
+        assert_eq!(nodes.iter().map(|node| node.process.pid()).collect::<Vec<_>>(), [4, 5]);
         answers.join().unwrap();
     }
 

@@ -16,7 +16,7 @@ use types::{ExitReason, VmIdentity, VmShape};
 use uuid::Uuid;
 
 use super::{Error, fork::operator::Ordered, seals::Seal};
-use crate::clone::filling::Filling;
+use crate::clone::postcopy::PostcopyMemory;
 
 /// Most VMs without copies that are told of after their end: the latest that were ended for their image could be changed.
 const MAX_UNSEALED: usize = 64;
@@ -39,7 +39,7 @@ pub(super) struct Entry {
     /// Whether its guest knows of a VM generation ID, once it runs.
     pub(super) generation_id: Option<bool>,
     /// Who fills its memory, where that did not come as a whole before it.
-    pub(super) filling: Option<Weak<Filling>>,
+    pub(super) postcopy: Option<Weak<PostcopyMemory>>,
     /// Seals of the images that its memory is a view of: of the one that it was launched from, and of its forks, until
     /// they are sealed. Empty where it was booted and has never forked.
     pub(super) seals: Vec<Arc<Seal>>,
@@ -167,9 +167,9 @@ impl Registry {
     }
 
     /// Says who fills a VM's memory.
-    pub(super) fn depends(&self, id: Uuid, filling: &Arc<Filling>) {
+    pub(super) fn depends(&self, id: Uuid, postcopy: &Arc<PostcopyMemory>) {
         if let Some(entry) = lock(&self.state).vms.get_mut(&id) {
-            entry.filling = Some(Arc::downgrade(filling));
+            entry.postcopy = Some(Arc::downgrade(postcopy));
         }
     }
 
@@ -308,7 +308,7 @@ mod tests {
             since: Instant::now(),
             runs: false,
             generation_id: None,
-            filling: None,
+            postcopy: None,
             seals: Vec::new(),
             forced: Arc::default(),
             ordered: Arc::default(),

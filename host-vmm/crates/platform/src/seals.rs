@@ -31,7 +31,7 @@ use vmm::memory::{self, SealRetry};
 use super::{Error, Platform};
 
 /// Delay of the first attempt after a fork: its children come first, and its parent has to leave its old memory behind.
-const HEAD_START: Duration = Duration::from_millis(5);
+const GRACE: Duration = Duration::from_millis(5);
 
 /// Most files of one VM's forks that may wait to be sealed, since each is a descriptor of this process. Those of a VM
 /// that lets go of its old memory are sealed within milliseconds.
@@ -54,7 +54,7 @@ struct State {
     /// The decision, once there is one: all are sealed, or the reason why they can't be.
     outcome: Option<Result<(), String>>,
     /// IDs of clones elsewhere that run while the image is sent to them.
-    supplies: Vec<Uuid>,
+    page_servers: Vec<Uuid>,
 }
 
 impl Seal {
@@ -70,8 +70,8 @@ impl Seal {
     }
 
     /// Enters a clone elsewhere that runs while the image is sent to it: it ends with the VMs that share the image here.
-    pub(super) fn supplies(&self, clone: Uuid) {
-        lock(&self.state).supplies.push(clone);
+    pub(super) fn add_page_server(&self, clone: Uuid) {
+        lock(&self.state).page_servers.push(clone);
     }
 
     /// Waits for the decision, no longer than `limit`, and gives the reason where the files are not sealed then.
@@ -219,7 +219,7 @@ impl Seals {
     /// Has the files of an image sealed in the background. Here the kernel is asked for their seals alone, which takes
     /// no time: the copies run by now.
     fn add(&self, seal: &Arc<Seal>, frozen: Frozen) {
-        let due = Instant::now() + HEAD_START;
+        let due = Instant::now() + GRACE;
         // Most are those of earlier images, which are sealed. What can't be looked at is refused later.
         let unsealed = frozen.files.iter().filter(|file| !memory::is_sealed(file).unwrap_or(false));
         let counted = frozen.unsealed.count(unsealed.count());
@@ -405,12 +405,12 @@ impl Platform {
     fn decided(&self, decided: Vec<Decided>) {
         for Decided { seal, refused } in decided {
             let out = self.images.decided(&seal, refused.is_none());
-            self.let_go(out);
+            self.release(out);
             let Some(why) = refused else { continue };
             let why =
                 format!("{why}; a guest may have broken out into its node: start a new VM, and don't trust this one");
-            for clone in std::mem::take(&mut lock(&seal.state).supplies) {
-                self.supplies.remove(clone);
+            for clone in std::mem::take(&mut lock(&seal.state).page_servers) {
+                self.page_servers.remove(clone);
             }
             let vms = self.registry.end_sharing(&seal, &ExitReason::Unsealed(why.as_str().into()));
             tracing::error!(vms = vms.join(", "), why, "VMs are ended, for the image that they share could be changed");

@@ -97,14 +97,14 @@ fn which(named: &str, known: &BTreeMap<Uuid, String>) -> Result<Uuid, Error> {
 
 fn vm(entry: &Entry) -> Vm {
     let uptime = Instant::now().saturating_duration_since(entry.since);
-    let filling = entry.filling.as_ref().and_then(Weak::upgrade).filter(|filling| !filling.is_over());
+    let postcopy = entry.postcopy.as_ref().and_then(Weak::upgrade).filter(|postcopy| !postcopy.is_over());
     Vm {
         id: entry.vm.id,
         name: entry.vm.name.clone(),
         vm_type: entry.vm.vm_type.clone(),
         parent: Some(entry.vm.parent).filter(|parent| *parent != Uuid::nil()),
         generation: entry.vm.generation,
-        state: match (entry.runs, &filling) {
+        state: match (entry.runs, &postcopy) {
             (false, _) => State::Launching,
             (true, Some(_)) => State::Dependent,
             (true, None) => State::Running,
@@ -113,9 +113,9 @@ fn vm(entry: &Entry) -> Vm {
         uptime_ms: u64::try_from(uptime.as_millis()).unwrap_or(u64::MAX),
         vcpus: entry.config.vcpus,
         ram_bytes: entry.config.ram_bytes,
-        sealed: is_sealed(entry, filling.is_some()),
+        sealed: is_sealed(entry, postcopy.is_some()),
         generation_id: entry.generation_id,
-        missing_bytes: filling.map(|filling| filling.missing_bytes()),
+        missing_bytes: postcopy.map(|postcopy| postcopy.missing_bytes()),
         memory: None,
     }
 }

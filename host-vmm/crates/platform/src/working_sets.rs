@@ -1,4 +1,4 @@
-//! What the platform knows of the pages that a VM's copies write to first.
+//! The history of working sets: the pages that a VM's copies have written to first.
 
 use std::sync::Mutex;
 
@@ -9,9 +9,9 @@ use vmm::memory::WorkingSet;
 /// One in so many forks has its first child record again: what copies do changes.
 const RECORD_EVERY: u64 = 64;
 
-/// What is known of the copies of one VM, or of one image.
+/// Working-set history of the copies of one VM, or of one image.
 #[derive(Debug, Default)]
-pub(crate) struct Learned(Mutex<Known>);
+pub(crate) struct WorkingSetHistory(Mutex<Known>);
 
 #[derive(Debug, Default)]
 struct Known {
@@ -19,7 +19,7 @@ struct Known {
     forks: u64,
 }
 
-impl Learned {
+impl WorkingSetHistory {
     /// What the children of the next fork do: the first one, and the others.
     pub(crate) fn next_fork(&self) -> (Prefetch, Prefetch) {
         let mut known = lock(&self.0);
@@ -40,8 +40,8 @@ impl Learned {
         known.working_set.clone().filter(|working_set| !is_recorded && working_set.is_worthwhile())
     }
 
-    /// Takes in what a child has told.
-    pub(crate) fn learn(&self, working_set: WorkingSet) {
+    /// Records the working set that a child has told.
+    pub(crate) fn record(&self, working_set: WorkingSet) {
         lock(&self.0).working_set = Some(working_set);
     }
 }
@@ -53,18 +53,18 @@ mod tests {
 
     #[test]
     fn what_one_copy_tells_the_next_ones_fill() {
-        let learned = Learned::default();
+        let history = WorkingSetHistory::default();
         for _ in 0..3 {
-            assert!(matches!(learned.next_fork(), (Prefetch::Record, Prefetch::None)));
+            assert!(matches!(history.next_fork(), (Prefetch::Record, Prefetch::None)));
         }
         let set = |pages| WorkingSet::new(&[Run { page: 3, pages, file_page: 0 }]);
-        learned.learn(set(4));
-        let forks: Vec<_> = (0..2 * RECORD_EVERY).map(|_| learned.next_fork()).collect();
+        history.record(set(4));
+        let forks: Vec<_> = (0..2 * RECORD_EVERY).map(|_| history.next_fork()).collect();
         assert_eq!(forks.iter().filter(|(first, _)| matches!(first, Prefetch::Record)).count(), 2);
         assert!(forks.iter().all(|(_, others)| matches!(others, Prefetch::None)));
         let working_set = set(400);
-        learned.learn(working_set.clone());
-        let forks: Vec<_> = (0..2 * RECORD_EVERY).map(|_| (learned.of_next_fork(), learned.next_fork())).collect();
+        history.record(working_set.clone());
+        let forks: Vec<_> = (0..2 * RECORD_EVERY).map(|_| (history.of_next_fork(), history.next_fork())).collect();
         // Nothing is made ready for a child that is to tell what it writes to.
         assert!(forks.iter().all(|(ready, (first, _))| ready.is_none() == matches!(first, Prefetch::Record)));
         let forks: Vec<_> = forks.into_iter().map(|(_, fork)| fork).collect();

@@ -31,7 +31,7 @@ use vmfork_tests::{
     cluster::Platforms,
     process::cpu_time,
     proxy::Proxy,
-    user::{self, Order},
+    user_guest::{self, Order},
     vmm::{Running, Vmm},
 };
 
@@ -41,7 +41,7 @@ use crate::REST;
 const TYPE: &str = "bench";
 
 /// How long something may take that is waited for.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How long everything is left alone after a lazy clone whose memory has come as a whole.
 const REST_AFTER_CLONE: Duration = Duration::from_millis(500);
@@ -71,7 +71,7 @@ impl Pair {
         let platforms = Platforms::with_certificates(&["a", "b"]);
         let way = Proxy::start(platforms.address("b"))?;
         let target = Vmm::serve(&platforms.config("b", "")).start()?;
-        let kernel = user::kernel();
+        let kernel = user_guest::kernel();
         let by_way = counted.then(|| ("b", way.address()));
         let config =
             platforms.config_by_way("a", by_way, &format!("keep = [\"{TYPE}\"]\n[clone]\nlazy = {lazy}"));
@@ -167,7 +167,7 @@ impl Pair {
 
 /// Waits until the command prints JSON that is as it should be.
 fn wait(platform: &Running, command: &[&str], is_right: impl Fn(&Value) -> bool) -> Result<Value> {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     loop {
         let answer: Value =
             serde_json::from_str(&platform.ask(command).unwrap_or_default()).unwrap_or_default();

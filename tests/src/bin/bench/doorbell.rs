@@ -21,13 +21,13 @@ use tempfile::NamedTempFile;
 use vmfork_abi::doorbell;
 use vmfork_tests::{
     assets,
-    rings::{self, IDLE_ADDRESS, IDLE_PORT, Level, Trip},
+    doorbell_guest::{self, IDLE_ADDRESS, IDLE_PORT, Level, Trip},
     vmm::{Running, Vmm, console_line},
 };
 
 use crate::{
     Progress,
-    floor::{Addresses, CODE, CONTROL, Image, PRIVATE, Shell, long_mode},
+    floor::{Addresses, BlankVm, CODE, CONTROL, Image, PRIVATE, long_mode},
     stats::Samples,
 };
 
@@ -120,7 +120,7 @@ struct Guest {
 
 impl Guest {
     fn start(level: Level) -> Result<Self> {
-        let kernel = rings::kernel(level);
+        let kernel = doorbell_guest::kernel(level);
         let mut running = Vmm::kernel(kernel.path()).option("--mem", "64M").option("--ready", "0").start()?;
         running.wait_for_line("00000001").context("the bare guest does not start")?;
         let node = Pid::from_raw(running.node("vm")?.cast_signed());
@@ -132,7 +132,7 @@ impl Guest {
     fn trips(&mut self, trip: Trip, count: u32, ticks_per_ns: f64) -> Result<f64> {
         let began = Instant::now();
         kill(self.node, Signal::SIGCONT)?;
-        self.running.type_bytes(&rings::order(trip, count))?;
+        self.running.type_bytes(&doorbell_guest::order(trip, count))?;
         let line = loop {
             if let Some((_, line)) = console_line(&self.running.next_event()?, "") {
                 break line;
@@ -159,20 +159,20 @@ impl Guest {
 /// A guest that does nothing but leave, and a loop that does nothing but run it.
 #[derive(Debug)]
 struct Floor {
-    shell: Shell,
+    blank: BlankVm,
     way: Way,
 }
 
 impl Floor {
     fn new(kvm: &Kvm, image: &Image, way: Way) -> Result<Self> {
-        let shell = Shell::new(kvm, image.bytes, Addresses::Empty)?;
-        shell.memory.map(&image.file, PRIVATE)?;
+        let blank = BlankVm::new(kvm, image.bytes, Addresses::Empty)?;
+        blank.memory.map(&image.file, PRIVATE)?;
         let (level, code): (u8, &[u8]) = match way {
             Way::Port => (3, &[0xef, 0xeb, 0xfd]),       // out dx, eax; jmp
             Way::Mmio => (3, &[0x89, 0x07, 0xeb, 0xfc]), // mov [rdi], eax; jmp
             Way::Hypercall => {
                 let args = [1 << doorbell::HYPERCALL, 0, 0, 0];
-                shell.vm.enable_cap(&kvm_enable_cap {
+                blank.vm.enable_cap(&kvm_enable_cap {
                     cap: Cap::ExitHypercall as u32,
                     args,
                     ..Default::default()
@@ -182,11 +182,11 @@ impl Floor {
                 (0, if is_amd() { &[0x4c, 0x89, 0xc0, 0x0f, 0x01, 0xd9, 0xeb, 0xf8] } else { intel })
             }
         };
-        shell.memory.write(CODE, code);
-        shell.vcpu.set_sregs(&long_mode(shell.fresh, level))?;
+        blank.memory.write(CODE, code);
+        blank.vcpu.set_sregs(&long_mode(blank.fresh, level))?;
         let (rdx, rcx) = if way == Way::Hypercall { (0, 1) } else { (IDLE_PORT.into(), 0) };
         let (rip, rbx, rdi, r8) = (CODE as u64, CONTROL, IDLE_ADDRESS, doorbell::HYPERCALL);
-        shell.vcpu.set_regs(&kvm_regs {
+        blank.vcpu.set_regs(&kvm_regs {
             rip,
             rbx,
             rcx,
@@ -196,13 +196,13 @@ impl Floor {
             rflags: 0x3002,
             ..Default::default()
         })?;
-        Ok(Self { shell, way })
+        Ok(Self { blank, way })
     }
 
     fn trips(&mut self, count: u32) -> Result<Duration> {
         let started = Instant::now();
         for _ in 0..count {
-            match (self.way, self.shell.vcpu.run()?) {
+            match (self.way, self.blank.vcpu.run()?) {
                 (Way::Port, VcpuExit::IoOut(IDLE_PORT, _))
                 | (Way::Mmio, VcpuExit::MmioWrite(IDLE_ADDRESS, _)) => {}
                 (Way::Hypercall, VcpuExit::Hypercall(call)) => *call.ret = 0,

@@ -16,10 +16,10 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use vmfork_tests::user::{self, Order};
+use vmfork_tests::user_guest::{self, Order};
 
 /// How long Firecracker may take to listen.
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How often it is looked whether it does.
 const INTERVAL: Duration = Duration::from_micros(50);
@@ -39,7 +39,7 @@ impl Snapshot {
     pub(crate) fn new(program: &Path, order: Order) -> Result<Self> {
         let snapshot =
             Self { program: program.to_owned(), folder: TempDir::with_prefix("bench-firecracker-")? };
-        let kernel = user::kernel();
+        let kernel = user_guest::kernel();
         let mut process = Process::start(&snapshot)?;
         process.put("/machine-config", &json!({ "vcpu_count": 1, "mem_size_mib": 512 }))?;
         process.put("/boot-source", &json!({ "kernel_image_path": kernel.path() }))?;
@@ -145,7 +145,7 @@ fn connect(socket: &Path) -> Result<UnixStream> {
         match UnixStream::connect(socket) {
             Ok(stream) => return Ok(stream),
             Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
-                ensure!(started.elapsed() < PATIENCE, "Firecracker does not listen on {}", socket.display());
+                ensure!(started.elapsed() < TIMEOUT, "Firecracker does not listen on {}", socket.display());
                 thread::sleep(INTERVAL);
             }
             Err(error) => return Err(error.into()),

@@ -1,4 +1,4 @@
-//! The floor: the raw system calls of a child's launch, straight down, in a shell that stands ready.
+//! The floor: the raw system calls of a child's launch, straight down, in a warm VM that stands ready.
 //!
 //! Map the image, write the registers, run to the first port write. Whatever a fork does beyond that is its
 //! own cost. Here too are the floors of the other figures: a VM from nothing, many of them at once, and a
@@ -135,7 +135,7 @@ impl Image {
 /// A VM that stands ready to become a copy of an image, as near to its first run as a VM can be: made in the
 /// order that costs no waiting (memory slots before the interrupt controllers, no PIT).
 #[derive(Debug)]
-pub(crate) struct Shell {
+pub(crate) struct BlankVm {
     pub(crate) vcpu: VcpuFd,
     pub(crate) vm: VmFd,
     /// What a fresh vCPU holds.
@@ -144,7 +144,7 @@ pub(crate) struct Shell {
     control: Range,
 }
 
-/// What is at the addresses of a ready shell's memory.
+/// What is at the addresses of a warm VM's memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Addresses {
     /// Nothing: as `host-vmm` has it.
@@ -153,7 +153,7 @@ pub(crate) enum Addresses {
     Reserved,
 }
 
-impl Shell {
+impl BlankVm {
     pub(crate) fn new(kvm: &Kvm, bytes: usize, addresses: Addresses) -> Result<Self> {
         let vm = kvm.create_vm()?;
         let memory = Range::reserve(bytes)?;
@@ -179,12 +179,12 @@ impl Shell {
         let vcpu = vm.create_vcpu(0)?;
         vcpu.set_cpuid2(&kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?)?;
         let fresh = vcpu.get_sregs()?;
-        let shell = Self { vcpu, vm, fresh, memory, control };
+        let blank = Self { vcpu, vm, fresh, memory, control };
         if addresses == Addresses::Empty {
             // SAFETY: the range is this value's own, and no Rust object lies in it.
-            unsafe { munmap(shell.memory.start, shell.memory.bytes) }?;
+            unsafe { munmap(blank.memory.start, blank.memory.bytes) }?;
         }
-        Ok(shell)
+        Ok(blank)
     }
 
     /// Runs `out 0x80, al` in the control page, in real mode.
@@ -194,7 +194,7 @@ impl Shell {
         system.cs.base = CONTROL;
         self.vcpu.set_sregs(&system)?;
         self.vcpu.set_regs(&kvm_regs { rflags: 2, ..Default::default() })?;
-        ensure!(matches!(self.vcpu.run()?, VcpuExit::IoOut(0x80, _)), "the floor's shell does not run");
+        ensure!(matches!(self.vcpu.run()?, VcpuExit::IoOut(0x80, _)), "the floor's VM does not run");
         self.complete_exit()
     }
 
@@ -271,16 +271,16 @@ pub(crate) fn long_mode(mut fresh: kvm_sregs, level: u8) -> kvm_sregs {
     fresh
 }
 
-/// Makes a shell and launches a child in it: how long each took.
+/// Makes a warm VM and launches a child in it: how long each took.
 pub(crate) fn child(kvm: &Kvm, image: &Image, addresses: Addresses) -> Result<(Duration, Duration)> {
     let started = Instant::now();
-    let mut shell = Shell::new(kvm, image.bytes, addresses)?;
+    let mut blank = BlankVm::new(kvm, image.bytes, addresses)?;
     let made = started.elapsed();
-    shell.warm_up()?;
-    // A shell that stands ready has waited, as the others have.
+    blank.warm_up()?;
+    // A warm VM that stands ready has waited, as the others have.
     thread::sleep(REST);
     let started = Instant::now();
-    shell.launch(image)?;
+    blank.launch(image)?;
     Ok((made, started.elapsed()))
 }
 
@@ -343,8 +343,8 @@ pub(crate) fn many(count: usize, mem_bytes: usize) -> Result<(Duration, Duration
 /// Makes a VM and runs it. The VM lives as long as the process.
 fn launch_alone(image: &Image) -> Result<()> {
     let kvm = Kvm::new()?;
-    let mut shell = Shell::new(&kvm, image.bytes, Addresses::Empty)?;
-    shell.launch(image)?;
-    std::mem::forget(shell);
+    let mut blank = BlankVm::new(&kvm, image.bytes, Addresses::Empty)?;
+    blank.launch(image)?;
+    std::mem::forget(blank);
     Ok(())
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
 use kvm_ioctls::Kvm;
-use vmfork_tests::user::{ANSWER, Order, REWRITE};
+use vmfork_tests::user_guest::{ANSWER, Order, REWRITE};
 
 use crate::{
     Progress,
@@ -44,7 +44,7 @@ pub(crate) enum Group {
     Children,
     /// More than one vCPU.
     Vcpus,
-    /// A thousand children, with no shell ready.
+    /// A thousand children, with no warm VM ready.
     Thousand,
     /// Clones on another platform of this host.
     Clones,
@@ -185,7 +185,7 @@ impl Bench {
             count: 1,
             dirty_pages: SMALL_SET,
             depth: u32::try_from(last)? - 1,
-            // Long enough for the next shell to be ready.
+            // Long enough for the next warm VM to be ready.
             pace_tsc: 60_000_000,
             ..Order::default()
         };
@@ -264,7 +264,7 @@ impl Bench {
         end_all(sessions.into_iter().map(|(_, session)| session))
     }
 
-    /// Several children of one fork, with a ready shell for each.
+    /// Several children of one fork, with a warm VM for each.
     fn children(&mut self) -> Result<()> {
         let counts: &[u32] = if self.quick { &[1, 4] } else { &[1, 2, 4, 16, 64, 256] };
         for &count in counts {
@@ -357,7 +357,8 @@ impl Bench {
         pair.end()
     }
 
-    /// A thousand children of one fork with no shell ready, in turn with a thousand VMs that nobody manages.
+    /// A thousand children of one fork with no warm VM ready, in turn with a thousand VMs that nobody
+    /// manages.
     fn thousand(&mut self) -> Result<()> {
         let repeats = self.repeats(200, 2);
         self.progress.begin("a thousand children", repeats);

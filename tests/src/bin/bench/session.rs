@@ -11,7 +11,7 @@ use nix::{
 use serde_json::Value;
 use tempfile::NamedTempFile;
 use vmfork_tests::{
-    user::{self, Order},
+    user_guest::{self, Order},
     vmm::{Running, Vmm},
 };
 
@@ -24,7 +24,7 @@ pub(crate) struct Shape {
     pub(crate) mem: &'static str,
     /// Number of vCPUs.
     pub(crate) cpus: u8,
-    /// Ready shells.
+    /// Warm VMs.
     pub(crate) ready: usize,
     /// Whether children get pages ready that others have written to.
     pub(crate) prefetch: bool,
@@ -81,7 +81,7 @@ pub(crate) struct Outcome {
 impl Session {
     /// Boots a guest.
     pub(crate) fn start(shape: &Shape) -> Result<Self> {
-        let kernel = user::kernel();
+        let kernel = user_guest::kernel();
         let vmm = Vmm::kernel(kernel.path()).option("--mem", shape.mem).flag("--prealloc");
         let vmm = vmm.option("--cpus", &shape.cpus.to_string()).option("--ready", &shape.ready.to_string());
         let vmm = if shape.prefetch { vmm } else { vmm.flag("--no-prefetch") };

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use kvm_ioctls::Kvm;
 
-use crate::floor::{Addresses, Image, PRIVATE, Range, Shell};
+use crate::floor::{Addresses, BlankVm, Image, PRIVATE, Range};
 
 /// A way to switch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,9 +38,9 @@ impl Way {
 /// A VM of so much memory, of which it has written to so much, is switched: the time from its last exit to
 /// its next.
 pub(crate) fn switch(kvm: &Kvm, way: Way, image: &Image, written_bytes: usize) -> Result<Duration> {
-    let mut parent = Shell::new(kvm, image.bytes, Addresses::Empty)?;
+    let mut parent = BlankVm::new(kvm, image.bytes, Addresses::Empty)?;
     parent.write(image, written_bytes)?;
-    let mut spare = Shell::new(kvm, image.bytes, Addresses::Empty)?;
+    let mut spare = BlankVm::new(kvm, image.bytes, Addresses::Empty)?;
     spare.warm_up()?;
     let aside = Range::reserve(image.bytes)?;
     let started = Instant::now();

@@ -23,7 +23,7 @@ const SIZES: [(u32, u32, u64, usize); 3] = [(8, 8, 16, 10), (16, 16, 32, 7), (32
 /// What of its memory a host needs for itself, as a divisor.
 const HOST_PART: u64 = 16;
 
-/// Ready shells of each shape: more are made as soon as some are taken.
+/// Warm VMs of each shape: more are made as soon as some are taken.
 const READY: u32 = 4;
 
 /// Images of which a platform tells others.

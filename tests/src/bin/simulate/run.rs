@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context, Result};
 use cluster::{
     member::Member,
-    placement::{Policy, Rule, Rules, Share, Wish, place},
+    placement::{Allocation, Policy, Rule, Rules, Wish, place},
 };
 use fastrand::Rng;
 use types::{Locality, VmShape};
@@ -285,7 +285,7 @@ impl World {
     }
 
     /// A decision, whose time is taken.
-    fn decide(&mut self, source: usize, wish: &Wish) -> Option<Vec<Share>> {
+    fn decide(&mut self, source: usize, wish: &Wish) -> Option<Vec<Allocation>> {
         let view = &self.sources[source].view;
         let members = if view.is_empty() { &self.members } else { view };
         let begun = Instant::now();
@@ -298,7 +298,7 @@ impl World {
     /// Launches one platform's share as far as it has room, and gives how many copies bounce. The source
     /// counts on all of it, unless it is told otherwise: a platform that has not enough room says what it
     /// has.
-    fn launch(&mut self, source: usize, wish: &Wish, share: &Share) -> Result<u32> {
+    fn launch(&mut self, source: usize, wish: &Wish, share: &Allocation) -> Result<u32> {
         let at = *self.by_name.get(&share.platform).context("a platform was chosen that there is not")?;
         let Source { at: source_at, view, .. } = &mut self.sources[source];
         let on_source = at == *source_at;

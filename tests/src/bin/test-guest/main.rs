@@ -35,7 +35,7 @@ use nix::{
 use serde_json::json;
 use vmfork::{Fork, ForkError, ForkRequest, Placement, Role};
 use vmfork_abi::{Request, doorbell};
-use vmfork_tests::bare::{CONTROL_PAGE, DOORBELL};
+use vmfork_tests::bare_guest::{CONTROL_PAGE, DOORBELL};
 
 mod clocks;
 

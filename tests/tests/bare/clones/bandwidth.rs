@@ -10,10 +10,10 @@ use serde_json::Value;
 use tempfile::NamedTempFile;
 use vmfork_abi::{Role, flags};
 use vmfork_tests::{
-    bare::{Script, control},
+    bare_guest::{Script, control},
     cluster::Platforms,
     proxy::{Fault, Proxy},
-    user::{self, Order},
+    user_guest::{self, Order},
     vmm::{Running, Vmm},
 };
 
@@ -119,7 +119,7 @@ impl Paced {
 
 #[test]
 fn a_clone_takes_no_more_than_its_bandwidth_on_all_connections_together() {
-    Paced::start(user::kernel(), "connections = 4").clone_within_bandwidth(&order(flags::REMOTE));
+    Paced::start(user_guest::kernel(), "connections = 4").clone_within_bandwidth(&order(flags::REMOTE));
 }
 
 #[test]
@@ -129,7 +129,7 @@ fn a_lazy_clone_takes_no_more_than_its_bandwidth_before_and_while_it_runs() {
 
 #[test]
 fn an_operator_sees_how_far_a_clone_of_a_vm_is() {
-    let Paced { mut source, ways: _ways, target, _kernel } = Paced::start(user::kernel(), "");
+    let Paced { mut source, ways: _ways, target, _kernel } = Paced::start(user_guest::kernel(), "");
     Paced::fork(&mut source, &order(flags::LOCAL));
     let begun = Instant::now();
     let clone = source.start(&["clone", "--vm", "vm", "--to", "b"]).expect("host-vmm clone");

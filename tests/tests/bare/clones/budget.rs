@@ -23,8 +23,8 @@ const PAGES: u64 = 1 << 18;
 /// An image of 1 GiB in which a chunk occurs so many times, and nothing else, as it is described.
 fn repeated(description: &Description, chunk: Chunk, times: u32) -> Vec<u8> {
     let mut description = description.clone();
-    let config = VmShape { ram_bytes: PAGES << 12, ..description.about.config };
-    (description.about.config, description.machine.config) = (config, config);
+    let config = VmShape { ram_bytes: PAGES << 12, ..description.metadata.config };
+    (description.metadata.config, description.machine.config) = (config, config);
     let runs = vec![Run { page: 0, pages: PAGES, file_page: 0 }];
     let chunks = (0..times).map(|number| Chunk { number, ..chunk }).collect();
     description.memory.pages = PAGES;

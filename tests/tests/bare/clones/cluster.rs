@@ -6,7 +6,7 @@ use nix::sys::signal::Signal;
 use vmfork_abi::{ErrorCode, Role, Status, flags};
 use vmfork_tests::{
     assets,
-    bare::{Script, control},
+    bare_guest::{Script, control},
     cluster::Platforms,
     process,
     vmm::{Running, Vmm},

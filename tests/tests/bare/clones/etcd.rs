@@ -12,8 +12,8 @@ use serde_json::Value;
 use vmfork_tests::{
     cluster::Platforms,
     etcd::Etcd,
+    fault_rounds,
     proxy::{Fault, Proxy},
-    rounds,
     vmm::{Running, Vmm},
 };
 
@@ -152,14 +152,14 @@ fn whenever_an_etcd_is_killed_and_comes_back_all_copies_of_a_fork_run_or_none() 
     /// As long as it takes at most where nobody is.
     const SHORT: Duration = Duration::from_millis(500);
     let Some(mut etcd) = Etcd::start() else { return };
-    let mut chance = rounds::chance();
+    let mut chance = fault_rounds::chance();
     let platforms = Platforms::new(&["a", "b", "c"]);
     let [a, b, c] = [("a", TO_TARGETS), (TARGETS[0], AS_TARGET), (TARGETS[1], AS_TARGET)]
         .map(|(name, more)| platforms.config_by_etcd(name, etcd.address(), more));
     let targets = [b, c].map(|config| Vmm::serve(&config).start().expect("a platform"));
     let mut forks = Forks::start(3, |vmm| vmm.config(&a).start().expect("host-vmm starts"));
     let before = targets.each_ref().map(Rest::of);
-    for round in 0..rounds::rounds(5, 5) {
+    for round in 0..fault_rounds::rounds(5, 5) {
         let (up, down) = (SHORT.mul_f64(chance.f64()), SHORT.mul_f64(chance.f64()));
         let down = if round % 5 == 2 { LONG } else { down };
         thread::scope(|scope| {

@@ -13,9 +13,9 @@ use vmfork_abi::flags;
 use vmfork_tests::{
     assets,
     cluster::Platforms,
+    fault_rounds,
     proxy::{Fault, Proxy},
-    rounds,
-    user::{self, Order},
+    user_guest::{self, Order},
     vmm::Vmm,
 };
 
@@ -35,7 +35,7 @@ type Faults<'f> = [(&'f str, &'f dyn Fn(&mut Rng) -> Fault)];
 fn on_a_way_with(platforms: &Platforms, faults: &Faults<'_>) {
     /// How long it goes wrong at most.
     const LONGEST: Duration = Duration::from_millis(50);
-    let (rounds, mut chance) = (rounds::rounds(100, 3), rounds::chance());
+    let (rounds, mut chance) = (fault_rounds::rounds(100, 3), fault_rounds::chance());
     let way = Proxy::start(platforms.address("b")).expect("a proxy");
     let targets = [start(platforms, "b", ""), start(platforms, "c", "max_vms = 1")];
     let source = platforms.config_by_way("a", Some(("b", way.address())), &to_targets());
@@ -110,9 +110,9 @@ fn on_a_way_that_stalls<T>(way: &Proxy, after: u64, pause: Duration, work: impl 
 
 #[test]
 fn wherever_the_way_stalls_and_comes_back_there_is_one_clone() {
-    let mut chance = rounds::chance();
+    let mut chance = fault_rounds::chance();
     let cloned = Cloned::start("", "");
-    for round in 1..=rounds::rounds(100, 10) {
+    for round in 1..=fault_rounds::rounds(100, 10) {
         cloned.forget();
         let at = cloned.part(&mut chance);
         let again = on_a_way_that_stalls(&cloned.way, at, Duration::ZERO, || cloned.again());
@@ -158,7 +158,7 @@ fn after_a_cut_only_what_is_missing_comes_again() {
     let platforms = Platforms::new(&["a", "b"]);
     let way = Proxy::start(platforms.address("b")).expect("a proxy");
     let _target = Vmm::serve(&platforms.config("b", "")).start().expect("a platform");
-    let kernel = user::kernel();
+    let kernel = user_guest::kernel();
     let config = platforms.config_by_way("a", Some(("b", way.address())), LONG_LEASE);
     let source = Vmm::kernel(kernel.path()).option("--mem", "256M").config(&config);
     let mut source = source.start().expect("host-vmm starts");

@@ -12,8 +12,8 @@ use serde_json::Value;
 use tempfile::NamedTempFile;
 use vmfork_abi::ErrorCode;
 use vmfork_tests::{
-    user::{self, Order},
-    vmm::{Ended, PATIENCE, Running, Vmm, console_line},
+    user_guest::{self, Order},
+    vmm::{Ended, Running, TIMEOUT, Vmm, console_line},
 };
 
 use super::{
@@ -24,10 +24,10 @@ use super::{
 /// Where copies go.
 pub(super) const TARGETS: [&str; 2] = ["b", "c"];
 
-/// How each of them is set up. No shells are ready: each process is a VM's.
+/// How each of them is set up. No warm VMs are ready: each process is a VM's.
 pub(super) const AS_TARGET: &str = "ready = 0\nlabels = { role = \"target\" }";
 
-/// How a platform is set up that sends its copies there. Of ready shells that nobody takes, one stays.
+/// How a platform is set up that sends its copies there. Of warm VMs that nobody takes, one stays.
 pub(super) const TO_TARGETS: &str =
     "ready = 1\n[placement.\"*\"]\npolicy = \"spread\"\nlabels = { role = \"target\" }";
 
@@ -64,7 +64,7 @@ impl Forks {
     /// Those of a VM that `start` starts on a platform, which comes to know so many. Of each fork's copies,
     /// each prints its index and ends.
     pub(super) fn start(platforms: usize, start: impl FnOnce(Vmm) -> Running) -> Self {
-        let kernel = user::kernel();
+        let kernel = user_guest::kernel();
         let mut source = start(Vmm::kernel(kernel.path()).option("--mem", "64M"));
         source.wait_for_line("00000001").expect("a guest that takes orders");
         know_each_other(&source, platforms);
@@ -253,7 +253,7 @@ pub(super) struct Rest(usize, BTreeMap<String, usize>);
 impl Rest {
     /// That of a target which has had something to do, once it has been so for a second.
     pub(super) fn of(target: &Running) -> Self {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         let (mut last, mut since) = (taken_without_images(target), Instant::now());
         while since.elapsed() < Duration::from_secs(1) {
             assert!(Instant::now() < deadline, "no rest: {last:?}");

@@ -6,8 +6,8 @@ use std::{collections::BTreeMap, thread, time::Duration};
 use fastrand::Rng;
 use vmfork_tests::{
     cluster::Platforms,
+    fault_rounds,
     process::{self, Resource},
-    rounds,
 };
 
 use super::{
@@ -67,14 +67,14 @@ fn whatever_a_target_has_no_more_of_all_copies_run_or_none_and_the_parent_goes_o
     const LONGEST: Duration = Duration::from_millis(50);
     /// What copies need that come before others have ended: what is kept of it for nobody is missed soon.
     const ROOM: &str = "max_vms = 8";
-    let mut chance = rounds::chance();
+    let mut chance = fault_rounds::chance();
     let platforms = Platforms::new(&["a", "b", "c"]);
     let mut targets: Vec<_> = TARGETS.iter().map(|name| start(&platforms, name, ROOM)).collect();
     let source = platforms.config("a", &to_targets());
     let mut forks = Forks::start(3, |vmm| vmm.config(&source).start().expect("host-vmm starts"));
     let before: Vec<_> = targets.iter().map(Rest::of).collect();
     let (mut ended, mut killed) = (Vec::new(), BTreeMap::new());
-    for _ in 0..rounds::rounds(100, 5) {
+    for _ in 0..fault_rounds::rounds(100, 5) {
         let (at, lack, with_others) = (chance.usize(0..TARGETS.len()), Lack::any(&mut chance), chance.bool());
         let (moment, pause) = (forks.moment(&mut chance), LONGEST.mul_f64(chance.f64()));
         let number = forks.last + 1;

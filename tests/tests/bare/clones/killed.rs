@@ -10,9 +10,10 @@ use nix::sys::signal::Signal;
 use vmfork_abi::{Status, flags};
 use vmfork_tests::{
     cluster::Platforms,
+    fault_rounds,
     proxy::{Fault, Proxy},
-    rounds, user,
-    vmm::{Ended, PATIENCE, Running, Vmm},
+    user_guest,
+    vmm::{Ended, Running, TIMEOUT, Vmm},
 };
 
 use super::{
@@ -28,13 +29,13 @@ pub(super) fn start(platforms: &Platforms, target: &str, more: &str) -> Running 
 
 #[test]
 fn whichever_target_is_killed_no_copy_runs_twice_and_the_parent_goes_on() {
-    let mut chance = rounds::chance();
+    let mut chance = fault_rounds::chance();
     let platforms = Platforms::new(&["a", "b", "c"]);
     let mut targets: Vec<_> = TARGETS.iter().map(|name| start(&platforms, name, "")).collect();
     let source = platforms.config("a", &to_targets());
     let mut forks = Forks::start(3, |vmm| vmm.config(&source).start().expect("host-vmm starts"));
     let (mut ended, mut killed) = (Vec::new(), BTreeMap::new());
-    for _ in 0..rounds::rounds(100, 5) {
+    for _ in 0..fault_rounds::rounds(100, 5) {
         let (at, moment) = (chance.usize(0..TARGETS.len()), forks.moment(&mut chance));
         killed.insert(forks.last + 1, TARGETS[at]);
         forks.again(|| {
@@ -80,7 +81,7 @@ fn what_a_killed_source_has_begun_is_undone_after_its_lease() {
     wait_until(&targets[0], &["ps", "--json"], |list| {
         list["vms"].as_array().is_some_and(|vms| vms.len() == 2)
     });
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     while way.passed() <= bytes / 2 {
         assert!(Instant::now() < deadline, "nothing passes");
         thread::sleep(Duration::from_millis(1));
@@ -92,15 +93,15 @@ fn what_a_killed_source_has_begun_is_undone_after_its_lease() {
 
 #[test]
 fn whenever_a_source_is_killed_its_copies_run_once_or_never_and_nobody_elses_are_lost() {
-    let mut chance = rounds::chance();
+    let mut chance = fault_rounds::chance();
     let platforms = Platforms::new(&["a", "b", "c", "d"]);
     let targets = TARGETS.map(|name| start(&platforms, name, ""));
     let config = |name| platforms.config(name, &to_targets());
     let mut forks = Forks::start(3, |vmm| vmm.config(&config("a")).start().expect("host-vmm starts"));
     let before = targets.each_ref().map(Rest::of);
-    let kernel = user::kernel();
+    let kernel = user_guest::kernel();
     let mut killed = Vec::new();
-    for _ in 0..rounds::rounds(100, 2) {
+    for _ in 0..fault_rounds::rounds(100, 2) {
         let source = Vmm::kernel(kernel.path()).option("--mem", "64M").config(&config("d"));
         let mut source = source.start().expect("host-vmm starts");
         source.wait_for_line("00000001").expect("a guest that takes orders");

@@ -15,11 +15,11 @@ use tempfile::NamedTempFile;
 use vmfork_abi::{ErrorCode, Location, PAGE, Role, Status, flags};
 use vmfork_tests::{
     assets,
-    bare::{Script, control},
+    bare_guest::{Script, control},
     cluster::Platforms,
+    fault_rounds,
     proxy::{Fault, Proxy},
-    rounds,
-    vmm::{PATIENCE, Running, Vmm, console_line},
+    vmm::{Running, TIMEOUT, Vmm, console_line},
 };
 
 mod bandwidth;
@@ -54,7 +54,7 @@ const LOOK: Duration = Duration::from_millis(1);
 
 /// Waits until a platform knows so many, itself among them.
 pub(super) fn know_each_other(running: &Running, count: usize) {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     loop {
         // Where it has only just started, nobody answers.
         let platforms = running.ask(&["platforms", "--json"]).unwrap_or_default();
@@ -243,7 +243,7 @@ fn describes_itself(running: &Running, name: &str) -> Value {
 
 /// Waits until the command prints JSON that is as it should be.
 pub(super) fn wait_until(running: &Running, command: &[&str], is_right: impl Fn(&Value) -> bool) -> Value {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     loop {
         let answer = serde_json::from_str(&running.ask(command).unwrap_or_default()).unwrap_or_default();
         if is_right(&answer) {
@@ -398,9 +398,9 @@ fn source_with_image(config: &str) -> (Running, String, NamedTempFile) {
 
 #[test]
 fn wherever_the_connection_is_cut_there_is_one_clone() {
-    let mut chance = rounds::chance();
+    let mut chance = fault_rounds::chance();
     let cloned = Cloned::start("", "");
-    for round in 1..=rounds::rounds(100, 10) {
+    for round in 1..=fault_rounds::rounds(100, 10) {
         cloned.forget();
         cloned.way.set(Fault::CutAfter(cloned.part(&mut chance)));
         cloned.again().unwrap_or_else(|error| panic!("round {round}: {error:#}"));
@@ -413,7 +413,7 @@ fn wherever_the_connection_is_cut_there_is_one_clone() {
 
 #[test]
 fn whatever_is_changed_on_the_way_no_clone_is_another_one() {
-    let (rounds, mut chance) = (rounds::rounds(100, 10), rounds::chance());
+    let (rounds, mut chance) = (fault_rounds::rounds(100, 10), fault_rounds::chance());
     let mut cloned = Cloned::start("", "max_vms = 2000");
     let mut clones = 1;
     for _ in 0..rounds {
@@ -441,7 +441,7 @@ fn whatever_is_changed_on_the_way_no_clone_is_another_one() {
 }
 
 #[test]
-fn a_platform_keeps_a_shell_for_clones_of_a_shape_that_has_come_before() {
+fn a_platform_keeps_a_warm_vm_for_clones_of_a_shape_that_has_come_before() {
     let platforms = Platforms::new(&["a", "b"]);
     let target = Vmm::serve(&platforms.config("b", "ready = 1")).start().expect("a platform");
     let (mut source, _kernel) = source(&platforms.config("a", ""), 1);

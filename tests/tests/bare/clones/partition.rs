@@ -11,10 +11,10 @@ use vmfork_abi::{ErrorCode, flags};
 use vmfork_tests::{
     cluster::Platforms,
     etcd::Etcd,
+    fault_rounds,
     network::Network,
-    rounds,
-    user::{self, Order},
-    vmm::{PATIENCE, Running, Vmm},
+    user_guest::{self, Order},
+    vmm::{Running, TIMEOUT, Vmm},
 };
 
 use super::{
@@ -132,7 +132,7 @@ fn whenever_a_cable_is_pulled_for_a_moment_all_copies_of_a_fork_run_or_none() {
     /// A cable is never out for longer than this.
     const LONGEST: Duration = Duration::from_millis(300);
     let Some(site) = Site::start(&PLATFORMS, &ETCD[..1]) else { return };
-    let (rounds, mut chance) = (rounds::rounds(10, 10), rounds::chance());
+    let (rounds, mut chance) = (fault_rounds::rounds(10, 10), fault_rounds::chance());
     let targets = TARGETS.map(|name| site.serve(name, AS_TARGET));
     let mut forks = Forks::start(3, |vmm| site.run("a", vmm, TO_TARGETS));
     let before = targets.each_ref().map(Rest::of);
@@ -165,7 +165,7 @@ fn copies_that_can_not_be_sent_where_they_should_go_are_sent_elsewhere_and_nothi
     const PAUSE: Duration = Duration::from_secs(20);
     let Some(site) = Site::start(&["a", "b", "c", "d", "e"], &ETCD[..1]) else { return };
     let [b, c] = TARGETS.map(|name| site.serve(name, "ready = 0"));
-    let kernel = user::kernel();
+    let kernel = user_guest::kernel();
     let mut sources = ["a", "d", "e"].map(|name| {
         let vmm = Vmm::kernel(kernel.path()).option("--mem", "64M");
         let mut source = site.run(name, vmm, SLOWLY_TO_B);
@@ -180,7 +180,7 @@ fn copies_that_can_not_be_sent_where_they_should_go_are_sent_elsewhere_and_nothi
     for source in &mut sources {
         let earlier = memory_files();
         source.type_bytes(&order.to_bytes()).expect("a guest that takes orders");
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         while memory_files() == earlier {
             assert!(Instant::now() < deadline, "nothing is sent");
             thread::sleep(LOOK);

@@ -3,7 +3,7 @@
 use serde_json::Value;
 use vmfork_abi::{Role, flags};
 use vmfork_tests::{
-    bare::{Script, control},
+    bare_guest::{Script, control},
     cluster::Platforms,
     peer::{Answer, Peer},
     vmm::{Running, Vmm},

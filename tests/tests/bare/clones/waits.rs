@@ -9,14 +9,14 @@ use std::{
 };
 
 use api::client::{Connection, Connections, Content, Endpoint, Error};
-use capsule::{Digests, Parcel, file};
+use capsule::{ChunkSource, Digests, file};
 use hyper::Method;
 use platform::{
     clone::{
         Order, Stage,
-        source::{self, Wanted},
+        source::{self, RetryPolicy},
     },
-    others::{PATIENCE, SendSettings},
+    others::{REQUEST_TIMEOUT, SendSettings},
 };
 use serde_json::{Value, json};
 use types::CopySpec;
@@ -26,7 +26,7 @@ use vmfork_tests::{
     cluster::Platforms,
     peer::{Answer, Peer},
     process,
-    vmm::{PATIENCE as VMM_PATIENCE, Running},
+    vmm::{Running, TIMEOUT as VMM_TIMEOUT},
 };
 use vmm::memory::Budget;
 
@@ -51,7 +51,7 @@ fn taken(running: &Running) -> (BTreeMap<String, usize>, usize) {
 
 /// The same, once it does not change any more.
 fn taken_at_rest(running: &Running) -> (BTreeMap<String, usize>, usize) {
-    let deadline = Instant::now() + VMM_PATIENCE;
+    let deadline = Instant::now() + VMM_TIMEOUT;
     let mut last = taken(running);
     loop {
         thread::sleep(Duration::from_millis(300));
@@ -152,14 +152,14 @@ fn a_commit_is_answered_again_whatever_others_have_asked_for_meanwhile() {
     target.ask(&["image", "save", &image, path.to_str().expect("a path")]).expect("a saved image");
     let budget = Budget::of_this_host(None).expect("memory");
     let capsule = file::load(&fs::File::open(&path).expect("the file"), &budget).expect("an image");
-    let parcel = Arc::new(Parcel::of(&capsule, &Digests::default()).expect("a parcel"));
+    let chunk_source = Arc::new(ChunkSource::of(&capsule, &Digests::default()).expect("a chunk source"));
     let (id, slots) = (Uuid::new_v4(), vec![CopySpec { id: Uuid::new_v4(), index: 1 }]);
     let order = Order { source: "north".into(), slots, total: 1, lazy: false };
-    let link = Connections::default().link(Endpoint::Socket(target.socket()), PATIENCE);
+    let client = Connections::default().client(Endpoint::Socket(target.socket()), REQUEST_TIMEOUT);
     let settings = SendSettings { connections: 1, bandwidth: None, lazy: false };
-    let is_wanted: source::IsWanted = Arc::new(|| Wanted::Yes);
-    let sent =
-        source::send(link, id, &order, &parcel, &settings, &Arc::default(), is_wanted).expect("a clone");
+    let retry_policy: source::CurrentRetryPolicy = Arc::new(|| RetryPolicy::Retry);
+    let sent = source::send(client, id, &order, &chunk_source, &settings, &Arc::default(), retry_policy)
+        .expect("a clone");
     let vms = sent.commit().expect("copies that run");
 
     let mut asker = Asker::of(&target);

@@ -70,7 +70,7 @@ pub(super) struct Circle {
 pub(super) const CIRCLES: &[Circle] = &[
     Circle {
         of: "guest-kmod-rs",
-        modules: &["device", "file", "fork", "ioctl", "task", "turn"],
+        modules: &["device", "file", "fork", "fork_guard", "ioctl", "task"],
         why: "`Device` owns a part of each, and hands itself to all of them",
     },
     Circle {

@@ -78,12 +78,12 @@ pub enum Error {
         source: hyper::Error,
     },
     /// It took too long.
-    #[error("the platform at {platform} has not answered within {patience:?}")]
+    #[error("the platform at {platform} has not answered within {timeout:?}")]
     Silent {
         /// Where.
         platform: String,
         /// How long it had for that.
-        patience: Duration,
+        timeout: Duration,
     },
     /// Nobody waits for its answer any more.
     #[error("the answer of the platform at {platform} is not needed any more")]
@@ -125,7 +125,7 @@ impl Error {
     fn of_body(platform: &str, error: Box<dyn std::error::Error + Send + Sync>) -> Self {
         let platform = platform.to_owned();
         match error.downcast().map(|slow: Box<Slow>| slow.0) {
-            Ok(patience) => Self::Silent { platform, patience },
+            Ok(timeout) => Self::Silent { platform, timeout },
             Err(error) => match error.downcast() {
                 Ok(source) => Self::Exchange { platform, source: *source },
                 Err(source) => Self::Answer { platform, source },
@@ -265,7 +265,7 @@ pub struct Connection {
     platform: String,
     sender: SendRequest<Sent>,
     runtime: Runtime,
-    patience: Option<Duration>,
+    timeout: Option<Duration>,
     /// Whether anybody still waits for an answer; none where that is certain.
     goes_on: Option<GoesOn>,
 }
@@ -305,7 +305,7 @@ impl Connection {
                 }
             }
         }))?;
-        Ok(Self { platform, sender, runtime, patience: None, goes_on })
+        Ok(Self { platform, sender, runtime, timeout: None, goes_on })
     }
 
     /// Has the platform begin each answer within this time, and give the whole of it as soon. For one that is
@@ -313,13 +313,13 @@ impl Connection {
     /// send may be long to take in: for that it has [`LONG`] since it has taken the last piece, and for all
     /// of it as long as it takes at the least rate.
     #[must_use]
-    pub fn with_patience(self, patience: Duration) -> Self {
-        Self { patience: Some(patience), ..self }
+    pub fn with_timeout(self, timeout: Duration) -> Self {
+        Self { timeout: Some(timeout), ..self }
     }
 
-    /// As [`Connection::with_patience`], from here on.
-    pub fn set_patience(&mut self, patience: Duration) {
-        self.patience = Some(patience);
+    /// As [`Connection::with_timeout`], from here on.
+    pub fn set_timeout(&mut self, timeout: Duration) {
+        self.timeout = Some(timeout);
     }
 
     /// Has each answer be waited for no longer than this says, from here on.
@@ -342,7 +342,7 @@ impl Connection {
     pub fn ask_long(&mut self, method: Method, path: &str, content: Content, most: u64) -> Result<Bytes, Error> {
         let limits = |between| Limits { between, whole: LONG.max(between), rate: Some(LEAST_RATE) };
         let most = usize::try_from(most).unwrap_or(usize::MAX).clamp(MAX_REFUSAL_BYTES, MAX_ANSWER_BYTES);
-        Ok(self.exchange_within(self.patience.map(limits), most, method, path, content)?.1)
+        Ok(self.exchange_within(self.timeout.map(limits), most, method, path, content)?.1)
     }
 
     /// Asks, and gives the head of the answer too.
@@ -350,8 +350,8 @@ impl Connection {
     /// # Errors
     /// As [`Connection::ask`].
     pub fn exchange(&mut self, method: Method, path: &str, content: Content) -> Result<(HeaderMap, Bytes), Error> {
-        let limits = |patience| Limits { between: patience, whole: patience, rate: None };
-        self.exchange_within(self.patience.map(limits), MAX_ANSWER_BYTES, method, path, content)
+        let limits = |timeout| Limits { between: timeout, whole: timeout, rate: None };
+        self.exchange_within(self.timeout.map(limits), MAX_ANSWER_BYTES, method, path, content)
     }
 
     /// The same, where the answer, once it has begun, may come so slowly, and have so many bytes.
@@ -364,8 +364,8 @@ impl Connection {
         content: Content,
     ) -> Result<(HeaderMap, Bytes), Error> {
         let broken = |source| Error::Exchange { platform: self.platform.clone(), source };
-        let most = |patience| if matches!(content, Content::Whole(_)) { patience } else { LONG.max(patience) };
-        let limit = self.patience.map(most);
+        let most = |timeout| if matches!(content, Content::Whole(_)) { timeout } else { LONG.max(timeout) };
+        let limit = self.timeout.map(most);
         let taken = Arc::new(Mutex::new(Taken::nothing()));
         let request = Request::builder().method(method).uri(path).header(header::HOST, "platform");
         let media_type = content.media_type();
@@ -453,8 +453,8 @@ async fn wanted<T>(
 
 /// What comes of something, where there is no limit for it or it keeps that.
 async fn within<T>(limit: Option<Duration>, platform: &str, work: impl Future<Output = T>) -> Result<T, Error> {
-    let Some(patience) = limit else { return Ok(work.await) };
-    tokio::time::timeout(patience, work).await.map_err(|_| Error::Silent { platform: platform.to_owned(), patience })
+    let Some(timeout) = limit else { return Ok(work.await) };
+    tokio::time::timeout(timeout, work).await.map_err(|_| Error::Silent { platform: platform.to_owned(), timeout })
 }
 
 #[cfg(test)]
@@ -472,8 +472,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("socket");
         let _listener = UnixListener::bind(&path).unwrap();
-        let mut connection =
-            Connection::open(&Endpoint::Socket(path)).unwrap().with_patience(Duration::from_millis(20));
+        let mut connection = Connection::open(&Endpoint::Socket(path)).unwrap().with_timeout(Duration::from_millis(20));
         let asked = connection.ask(Method::GET, "/", Content::none());
         assert!(matches!(asked, Err(error @ Error::Silent { .. }) if error.may_pass()));
     }
@@ -506,9 +505,9 @@ mod tests {
 
     #[test]
     fn an_answer_that_drips_has_an_end() {
-        let patience = Duration::from_millis(500);
+        let timeout = Duration::from_millis(500);
         let asked = asked_of_one_who(drips, |connection| {
-            connection.with_patience(patience).ask(Method::GET, "/", Content::none())
+            connection.with_timeout(timeout).ask(Method::GET, "/", Content::none())
         });
         assert!(matches!(asked, Err(ref error @ Error::Silent { .. }) if error.may_pass()), "{asked:?}");
     }
@@ -517,7 +516,7 @@ mod tests {
     fn nobody_is_waited_for_who_is_not_needed_any_more() {
         let given_up_at = Instant::now() + Duration::from_millis(200);
         let asked = asked_of_one_who(drips, |connection| {
-            let connection = connection.with_patience(LONG);
+            let connection = connection.with_timeout(LONG);
             let mut connection = connection.wanted_while(Some(Arc::new(move || Instant::now() < given_up_at)));
             connection.ask_long(Method::GET, "/", Content::none(), u64::MAX)
         });

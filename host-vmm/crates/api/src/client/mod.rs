@@ -14,12 +14,12 @@ use cluster::{
 use hyper::Method;
 
 mod connection;
-mod link;
 mod log;
+mod pooled;
 
 pub use connection::{Connection, Content, Endpoint, Error, GoesOn};
-pub use link::{Connections, Link};
 pub use log::{Log, Piece};
+pub use pooled::{Connections, PooledClient};
 
 use super::{CloneWish, ForkWish, Forked, Image, Place, Platforms, Spawn, Spawned, Transfer, Vms, folder};
 

@@ -25,7 +25,7 @@ mod peers;
 mod view;
 
 pub use etcd::Error as EtcdError;
-pub use view::{Seen, Source, Status, View};
+pub use view::{KnownMember, Source, Status, View};
 
 use super::{
     member::Member,
@@ -36,13 +36,13 @@ use view::{Known, Registered};
 /// Asks a platform that is listed what it says of itself. It may take long; what it gives back is checked here.
 pub type Ask = dyn Fn(&Peer) -> Result<Member, Box<dyn error::Error + Send + Sync>> + Send + Sync;
 
-/// What this platform says of itself. Name, cluster and address never change.
-pub type Own = dyn Fn() -> Member + Send + Sync;
+/// Report of this platform on itself. Name, cluster and address never change.
+pub type SelfReport = dyn Fn() -> Member + Send + Sync;
 
 /// How a platform knows the others, and they it.
 pub struct Settings {
     /// What it says of itself.
-    pub own: Arc<Own>,
+    pub own: Arc<SelfReport>,
     /// How long a platform may be silent before others take it for gone; the same for all platforms of a cluster, in whole seconds.
     pub lease: Duration,
     /// The etcd of its cluster, if there is one.

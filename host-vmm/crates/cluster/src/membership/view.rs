@@ -17,18 +17,18 @@ pub struct View {
     /// Counts the changes: a later view has a larger number.
     pub version: u64,
     /// The platforms.
-    pub members: Vec<Seen>,
+    pub members: Vec<KnownMember>,
 }
 
-/// Another platform.
+/// Another platform, as it is known.
 #[derive(Debug, Clone)]
-pub struct Seen {
+pub struct KnownMember {
     /// What it says of itself.
     pub member: Arc<Member>,
     /// When it was last certain that it is there, and says this.
-    pub heard: Instant,
+    pub last_seen: Instant,
     /// When it has said this.
-    pub told: Instant,
+    pub reported_at: Instant,
     /// How it is known.
     pub source: Source,
 }
@@ -57,7 +57,7 @@ pub enum Status {
 
 impl View {
     /// The platform of this name in a cluster.
-    pub fn find(&self, cluster: &str, name: &str) -> Option<&Seen> {
+    pub fn find(&self, cluster: &str, name: &str) -> Option<&KnownMember> {
         self.members.iter().find(|seen| (seen.member.cluster.as_str(), seen.member.name.as_str()) == (cluster, name))
     }
 
@@ -134,8 +134,8 @@ impl Known {
         }
         if self.view.version != self.version {
             let lease = self.lease;
-            self.answered.retain(|_, (_, heard)| now < *heard + lease);
-            self.expires = self.answered.values().map(|(_, heard)| *heard + lease).min();
+            self.answered.retain(|_, (_, last_seen)| now < *last_seen + lease);
+            self.expires = self.answered.values().map(|(_, last_seen)| *last_seen + lease).min();
             self.view = Arc::new(View { version: self.version, members: self.merge() });
         }
         Arc::clone(&self.view)
@@ -157,21 +157,21 @@ impl Known {
     }
 
     /// All but the own platform; of one that is known in both ways, what was heard last.
-    fn merge(&self) -> Vec<Seen> {
-        let mut all: BTreeMap<FullName, Seen> = BTreeMap::new();
-        if let Some(Registered { members, confirmed: Some(heard), .. }) = &self.registered {
-            let seen = |(member, told): &(Arc<Member>, Instant)| Seen {
+    fn merge(&self) -> Vec<KnownMember> {
+        let mut all: BTreeMap<FullName, KnownMember> = BTreeMap::new();
+        if let Some(Registered { members, confirmed: Some(last_seen), .. }) = &self.registered {
+            let seen = |(member, reported_at): &(Arc<Member>, Instant)| KnownMember {
                 member: Arc::clone(member),
-                heard: *heard,
-                told: *told,
+                last_seen: *last_seen,
+                reported_at: *reported_at,
                 source: Source::Etcd,
             };
             all.extend(members.values().map(|entry| (full_name(&entry.0), seen(entry))));
         }
-        for (name, (member, heard)) in &self.answered {
-            if all.get(name).is_none_or(|known| known.heard < *heard) {
+        for (name, (member, last_seen)) in &self.answered {
+            if all.get(name).is_none_or(|known| known.last_seen < *last_seen) {
                 let (member, source) = (Arc::clone(member), Source::Asked);
-                let seen = Seen { member, heard: *heard, told: *heard, source };
+                let seen = KnownMember { member, last_seen: *last_seen, reported_at: *last_seen, source };
                 all.insert(name.clone(), seen);
             }
         }

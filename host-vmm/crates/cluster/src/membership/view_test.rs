@@ -21,7 +21,7 @@ fn known(has_etcd: bool) -> Known {
 }
 
 fn names(view: &View) -> Vec<(&str, &str, u32)> {
-    view.members.iter().map(|Seen { member, .. }| (&*member.cluster, &*member.name, member.load.vms)).collect()
+    view.members.iter().map(|KnownMember { member, .. }| (&*member.cluster, &*member.name, member.load.vms)).collect()
 }
 
 fn register(known: &mut Known, members: &[Member], at: Instant) {
@@ -78,7 +78,7 @@ fn what_etcd_had_stays_and_ages() {
     register(&mut known, &[member("web", "a", 1), member("web", "own", 1)], start);
     let view = known.view(start + 100 * LEASE);
     assert_eq!(names(&view), [("web", "a", 1)], "the own entry is no other platform");
-    assert_eq!((view.members[0].heard, view.members[0].source), (start, Source::Etcd));
+    assert_eq!((view.members[0].last_seen, view.members[0].source), (start, Source::Etcd));
 }
 
 #[test]
@@ -124,7 +124,7 @@ proptest! {
             }
             let expected = ["a", "b", "c"].into_iter().filter_map(|name| {
                 let latest = said.iter().rev().find(|(who, ..)| *who == name);
-                latest.filter(|(.., heard)| now < *heard + LEASE).map(|(_, number, _)| ("web", name, *number))
+                latest.filter(|(.., last_seen)| now < *last_seen + LEASE).map(|(_, number, _)| ("web", name, *number))
             });
             let view = known.view(now);
             prop_assert_eq!(names(&view), expected.collect::<Vec<_>>());

@@ -8,14 +8,14 @@ use std::{
 
 use super::{
     Policy,
-    room::{Candidate, Case},
+    room::{Candidate, Evaluation},
     score::MOST_LOCALITY,
 };
 use crate::member::{Load, Member};
 
-/// A platform, and how many copies it gets; not 0.
+/// Pick of a policy: a platform, and how many copies it gets; not 0.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Chosen<'m> {
+pub(super) struct Pick<'m> {
     pub(super) candidate: Candidate<'m>,
     pub(super) copies: u32,
 }
@@ -26,12 +26,15 @@ pub(super) fn name_of(member: &Member) -> (&str, &str, SocketAddr) {
 }
 
 /// Places all copies, by the rule's policy. None where there is not enough room.
-pub(super) fn choose<'m>(case: &Case<'_>, members: impl Iterator<Item = &'m Member>) -> Option<Vec<Chosen<'m>>> {
-    let candidates = members.map(|member| case.judge(member).candidate).filter(|candidate| candidate.room > 0);
-    let mut chosen = match case.rule.policy {
-        Policy::Local | Policy::LeastLoaded | Policy::Spread => best(case, candidates),
-        Policy::Pack => pack(candidates.collect(), case.wish.count),
-        Policy::Pinned => in_order(case, candidates.collect()),
+pub(super) fn choose<'m>(
+    evaluation: &Evaluation<'_>,
+    members: impl Iterator<Item = &'m Member>,
+) -> Option<Vec<Pick<'m>>> {
+    let candidates = members.map(|member| evaluation.judge(member).candidate).filter(|candidate| candidate.room > 0);
+    let mut chosen = match evaluation.rule.policy {
+        Policy::Local | Policy::LeastLoaded | Policy::Spread => best(evaluation, candidates),
+        Policy::Pack => pack(candidates.collect(), evaluation.wish.count),
+        Policy::Pinned => in_order(evaluation, candidates.collect()),
     }?;
     chosen.sort_unstable_by_key(|chosen| name_of(chosen.candidate.member));
     Some(chosen)
@@ -69,7 +72,7 @@ impl PartialEq for Ranked<'_> {
 
 impl Eq for Ranked<'_> {}
 
-impl Case<'_> {
+impl Evaluation<'_> {
     fn key(&self, candidate: &Candidate<'_>, copies: u32, load: u32, locality: u32) -> Key {
         match self.rule.policy {
             Policy::Spread => [u32::MAX - copies, u32::MAX - taken(&candidate.member.load), load, locality],
@@ -90,39 +93,42 @@ fn taken(load: &Load) -> u32 {
 }
 
 /// Each copy goes to the platform that is best for it, with the ones before it in place.
-fn best<'m>(case: &Case<'_>, candidates: impl Iterator<Item = Candidate<'m>>) -> Option<Vec<Chosen<'m>>> {
-    let mut best = the_best(case, candidates);
+fn best<'m>(evaluation: &Evaluation<'_>, candidates: impl Iterator<Item = Candidate<'m>>) -> Option<Vec<Pick<'m>>> {
+    let mut best = the_best(evaluation, candidates);
     let room: u64 = best.iter().map(|ranked| u64::from(ranked.candidate.room)).sum();
-    if room < case.wish.count.into() {
+    if room < evaluation.wish.count.into() {
         return None;
     }
     let mut full = Vec::new();
-    for _ in 0..case.wish.count {
+    for _ in 0..evaluation.wish.count {
         let mut next = best.peek_mut()?;
         next.copies += 1;
         if next.copies == next.candidate.room {
             full.push(PeekMut::pop(next));
         } else {
-            next.key = case.next_key(&next.candidate, next.copies);
+            next.key = evaluation.next_key(&next.candidate, next.copies);
         }
     }
     let ranked = full.into_iter().chain(best).filter(|ranked| ranked.copies > 0);
-    Some(ranked.map(|Ranked { candidate, copies, .. }| Chosen { candidate, copies }).collect())
+    Some(ranked.map(|Ranked { candidate, copies, .. }| Pick { candidate, copies }).collect())
 }
 
 /// The platforms that are best for their first copy, as many as there are copies. No other gets one: while one of these has none, it is better,
 /// and has room.
-fn the_best<'m>(case: &Case<'_>, candidates: impl Iterator<Item = Candidate<'m>>) -> BinaryHeap<Ranked<'m>> {
-    let most = usize::try_from(case.wish.count).unwrap_or(usize::MAX);
+fn the_best<'m>(
+    evaluation: &Evaluation<'_>,
+    candidates: impl Iterator<Item = Candidate<'m>>,
+) -> BinaryHeap<Ranked<'m>> {
+    let most = usize::try_from(evaluation.wish.count).unwrap_or(usize::MAX);
     let mut best: BinaryHeap<Reverse<Ranked<'m>>> = BinaryHeap::new();
     for candidate in candidates {
         let worst = best.peek().filter(|_| best.len() >= most);
         let is_worse = |key: &Key| worst.is_some_and(|Reverse(worst)| *key < worst.key);
-        let load = case.load_score(&candidate, 0).load();
-        if is_worse(&case.key(&candidate, 0, load, MOST_LOCALITY)) {
+        let load = evaluation.load_score(&candidate, 0).load();
+        if is_worse(&evaluation.key(&candidate, 0, load, MOST_LOCALITY)) {
             continue;
         }
-        let key = case.key(&candidate, 0, load, case.locality_score(&candidate, 0).locality());
+        let key = evaluation.key(&candidate, 0, load, evaluation.locality_score(&candidate, 0).locality());
         if is_worse(&key) {
             continue;
         }
@@ -136,7 +142,7 @@ fn the_best<'m>(case: &Case<'_>, candidates: impl Iterator<Item = Candidate<'m>>
 
 /// As few platforms as possible are used that have no VMs yet, and as few as possible at all then: whatever fits on one goes there, and
 /// otherwise the one with most room is filled. Of several that do, it is the one with most VMs.
-fn pack(candidates: Vec<Candidate<'_>>, mut left: u32) -> Option<Vec<Chosen<'_>>> {
+fn pack(candidates: Vec<Candidate<'_>>, mut left: u32) -> Option<Vec<Pick<'_>>> {
     if room_of(&candidates) < left.into() {
         return None;
     }
@@ -146,7 +152,7 @@ fn pack(candidates: Vec<Candidate<'_>>, mut left: u32) -> Option<Vec<Chosen<'_>>
     while left > 0 {
         let group = if room_of(&in_use) >= left.into() { &mut in_use } else { &mut empty };
         if let Some(candidate) = fullest(group, left) {
-            chosen.push(Chosen { candidate, copies: left });
+            chosen.push(Pick { candidate, copies: left });
             break;
         }
         if !is_sorted {
@@ -160,7 +166,7 @@ fn pack(candidates: Vec<Candidate<'_>>, mut left: u32) -> Option<Vec<Chosen<'_>>
         }
         let candidate = group.pop()?;
         left -= candidate.room;
-        chosen.push(Chosen { candidate, copies: candidate.room });
+        chosen.push(Pick { candidate, copies: candidate.room });
     }
     Some(chosen)
 }
@@ -176,14 +182,14 @@ fn fullest<'m>(candidates: &[Candidate<'m>], copies: u32) -> Option<Candidate<'m
 }
 
 /// One platform is filled after another.
-fn in_order<'m>(case: &Case<'_>, mut candidates: Vec<Candidate<'m>>) -> Option<Vec<Chosen<'m>>> {
-    candidates.sort_unstable_by_key(|candidate| (case.pinned_at(candidate.member), name_of(candidate.member)));
-    let mut left = case.wish.count;
+fn in_order<'m>(evaluation: &Evaluation<'_>, mut candidates: Vec<Candidate<'m>>) -> Option<Vec<Pick<'m>>> {
+    candidates.sort_unstable_by_key(|candidate| (evaluation.pinned_at(candidate.member), name_of(candidate.member)));
+    let mut left = evaluation.wish.count;
     let mut chosen = Vec::new();
     for candidate in candidates {
         let copies = candidate.room.min(left);
         left -= copies;
-        chosen.extend((copies > 0).then_some(Chosen { candidate, copies }));
+        chosen.extend((copies > 0).then_some(Pick { candidate, copies }));
     }
     (left == 0).then_some(chosen)
 }

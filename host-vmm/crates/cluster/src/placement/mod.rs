@@ -9,7 +9,7 @@
 //! - `room`: whether a platform may take copies, and how many it has room for.
 //! - `score`: how well it is suited, as the sum of a few parts ([`Score`]).
 //! - `choice`: the policies.
-//! - `recent`: what was placed since others have told of themselves.
+//! - `pending`: what was placed since others have told of themselves.
 //! - `reason`: the answer to "why there", and to "why not there".
 //!
 //! What platforms tell is believed as far as it is possible: numbers out of range give a bad place at worst. Each platform decides by itself
@@ -21,21 +21,21 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 mod choice;
+mod pending;
 mod reason;
-mod recent;
 mod room;
 mod rules;
 mod score;
 
+pub use pending::{Claim, PendingPlacements, count};
 pub use reason::{Cause, Explanation, MAX_TOLD, Obstacle, Reason, Unplaceable};
-pub use recent::{Claim, Recent, count};
 pub use room::{COPY_SHARE, charge_bytes};
 pub use rules::{Error, Policy, Rule, Rules};
 pub use score::Score;
 
 use self::{
-    choice::{Chosen, choose},
-    room::Case,
+    choice::{Pick, choose},
+    room::Evaluation,
 };
 use super::member::Member;
 
@@ -56,9 +56,9 @@ pub struct Wish {
     pub source: String,
 }
 
-/// Copies that one platform gets.
+/// Allocation of copies to one platform.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Share {
+pub struct Allocation {
     /// Its name.
     pub platform: String,
     /// How many; not 0.
@@ -71,7 +71,7 @@ pub struct Decision {
     /// By which policy.
     pub policy: Policy,
     /// Who gets how many, by name: as many as were wished for, together.
-    pub shares: Vec<Share>,
+    pub shares: Vec<Allocation>,
     /// What spoke for each of them, in the same order.
     pub reasons: Vec<Reason>,
 }
@@ -88,12 +88,12 @@ pub fn place<'m>(
     wish: &Wish,
     members: impl IntoIterator<Item = &'m Member, IntoIter: Clone>,
 ) -> Result<Decision, Unplaceable> {
-    let (case, members) = (Case::new(rules, wish), members.into_iter());
-    let chosen = choose(&case, members.clone()).ok_or_else(|| case.unplaceable(members))?;
-    let share = |chosen: &Chosen<'_>| Share { platform: chosen.candidate.member.name.clone(), count: chosen.copies };
-    let reason = |chosen: &Chosen<'_>| case.reason(&case.judge(chosen.candidate.member), chosen.copies);
+    let (evaluation, members) = (Evaluation::new(rules, wish), members.into_iter());
+    let chosen = choose(&evaluation, members.clone()).ok_or_else(|| evaluation.unplaceable(members))?;
+    let share = |chosen: &Pick<'_>| Allocation { platform: chosen.candidate.member.name.clone(), count: chosen.copies };
+    let reason = |chosen: &Pick<'_>| evaluation.reason(&evaluation.judge(chosen.candidate.member), chosen.copies);
     Ok(Decision {
-        policy: case.rule.policy,
+        policy: evaluation.rule.policy,
         shares: chosen.iter().map(share).collect(),
         reasons: chosen.iter().map(reason).collect(),
     })
@@ -105,9 +105,9 @@ pub fn explain<'m>(
     wish: &Wish,
     members: impl IntoIterator<Item = &'m Member, IntoIter: Clone>,
 ) -> Explanation {
-    let (case, members) = (Case::new(rules, wish), members.into_iter());
-    let chosen = choose(&case, members.clone());
-    case.explanation(members, chosen)
+    let (evaluation, members) = (Evaluation::new(rules, wish), members.into_iter());
+    let chosen = choose(&evaluation, members.clone());
+    evaluation.explanation(members, chosen)
 }
 
 #[cfg(test)]

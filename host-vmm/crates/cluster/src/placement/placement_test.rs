@@ -59,7 +59,7 @@ fn policy(policy: Policy) -> Rules {
 /// Who gets how many, as `a:2 b:1`.
 fn placed(rules: &Rules, wish: &Wish, members: &[Member]) -> String {
     let shares = place(rules, wish, members).unwrap().shares;
-    shares.iter().map(|Share { platform, count }| format!("{platform}:{count}")).collect::<Vec<_>>().join(" ")
+    shares.iter().map(|Allocation { platform, count }| format!("{platform}:{count}")).collect::<Vec<_>>().join(" ")
 }
 
 #[test]
@@ -428,14 +428,14 @@ proptest! {
     ) {
         let rule = Rule { policy, ..Rule::default() };
         let rules = rules(rule.clone());
-        let case = Case::new(&rules, &wish);
+        let evaluation = Evaluation::new(&rules, &wish);
         let mut copies: BTreeMap<&str, u32> = BTreeMap::new();
         for _ in 0..wish.count {
             let best = members.iter().filter_map(|member| {
                 let before = copies.get(member.name.as_str()).copied().unwrap_or(0);
-                let candidate = case.judge(member).candidate;
+                let candidate = evaluation.judge(member).candidate;
                 (candidate.room > before).then(|| {
-                    let score = case.score(&candidate, before);
+                    let score = evaluation.score(&candidate, before);
                     let rank = match policy {
                         Policy::Spread => {
                             let taken = (u64::from(member.load.vms) << 32) / u64::from(member.load.max_vms);
@@ -503,7 +503,7 @@ proptest! {
         let members: Vec<Member> = (0..).zip(&members).map(|(at, (max_vms, mib))| busy(&format!("p{at}"), |load| {
             (load.max_vms, load.memory_available_bytes) = (*max_vms, mib * MIB);
         })).collect();
-        let (mut recent, start, mut taken) = (Recent::default(), Instant::now(), BTreeMap::<String, Vec<u32>>::new());
+        let (mut recent, start, mut taken) = (PendingPlacements::default(), Instant::now(), BTreeMap::<String, Vec<u32>>::new());
         for (count, at) in counts.into_iter().zip(policies) {
             let (_, kind) = Policy::ALL[at];
             let counted: Vec<_> = members.iter().map(|member| recent.count(member, start, start)).collect();
@@ -511,7 +511,7 @@ proptest! {
             let names = members.iter().filter(|_| kind == Policy::Pinned).map(|member| member.name.clone());
             let rules = rules(Rule { policy: kind, pinned: names.collect(), ..Rule::default() });
             let decision = place(&rules, &wish, counted.iter().map(AsRef::as_ref));
-            for Share { platform, count } in decision.map(|decision| decision.shares).unwrap_or_default() {
+            for Allocation { platform, count } in decision.map(|decision| decision.shares).unwrap_or_default() {
                 drop(recent.enter(&platform, SHAPE, count, start));
                 taken.entry(platform).or_default().push(count);
             }
@@ -538,9 +538,9 @@ fn no_count_does_harm() {
 
 #[test]
 fn what_was_placed_counts_until_its_platform_tells_of_it() {
-    let (mut recent, start) = (Recent::default(), Instant::now());
+    let (mut recent, start) = (PendingPlacements::default(), Instant::now());
     let member = busy("b", |load| load.vms = 3);
-    let vms = |recent: &Recent, told, now| recent.count(&member, told, now).load.vms;
+    let vms = |recent: &PendingPlacements, told, now| recent.count(&member, told, now).load.vms;
     let claim = recent.enter("b", SHAPE, 2, start);
     let other = recent.enter("c", SHAPE, 9, start);
     // However long it takes until they are sent.

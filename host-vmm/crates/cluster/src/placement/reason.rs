@@ -12,8 +12,8 @@ use utoipa::ToSchema;
 
 use super::{
     Policy, Score, Wish,
-    choice::{Chosen, name_of},
-    room::{Case, Verdict, available_bytes, charge_bytes},
+    choice::{Pick, name_of},
+    room::{Evaluation, Fit, available_bytes, charge_bytes},
 };
 use crate::member::Member;
 
@@ -195,34 +195,34 @@ fn row(reason: &Reason) -> [String; 12] {
     ]
 }
 
-impl Case<'_> {
+impl Evaluation<'_> {
     /// What the decision makes of a platform.
-    pub(super) fn reason(&self, verdict: &Verdict<'_>, copies: u32) -> Reason {
-        let Verdict { candidate, cause } = verdict;
+    pub(super) fn reason(&self, fit: &Fit<'_>, copies: u32) -> Reason {
+        let Fit { candidate, cause } = fit;
         Reason {
             platform: candidate.member.name.clone(),
             copies,
             room: candidate.room,
-            obstacle: cause.map(|cause| Obstacle { cause, text: self.tell(cause, verdict) }),
+            obstacle: cause.map(|cause| Obstacle { cause, text: self.tell(cause, fit) }),
             score: (candidate.room > 0).then(|| self.score(candidate, 0)),
         }
     }
 
     /// What is in the way, in words.
-    fn tell(&self, cause: Cause, verdict: &Verdict<'_>) -> String {
+    fn tell(&self, cause: Cause, fit: &Fit<'_>) -> String {
         let Wish { count, config, ref source, .. } = *self.wish;
-        let Member { load, labels, cluster, cpu_profile, .. } = verdict.candidate.member;
+        let Member { load, labels, cluster, cpu_profile, .. } = fit.candidate.member;
         let wished = |wished: &Option<String>| format!("{:?}", wished.as_deref().unwrap_or_default());
         match cause {
             Cause::NoNode => format!("{} of {} nodes are taken", load.vms, load.max_vms),
             Cause::Memory => {
-                let needed_bytes = charge_bytes(config, count, verdict.candidate.is_source);
+                let needed_bytes = charge_bytes(config, count, fit.candidate.is_source);
                 let left_bytes = available_bytes(load);
                 format!("{} MiB of memory are left, and all copies need {}", left_bytes >> 20, needed_bytes >> 20)
             }
             Cause::Draining => "it is draining".to_owned(),
             Cause::Label => {
-                let (label, value) = self.wrong_label(verdict.candidate.member).unwrap_or_default();
+                let (label, value) = self.wrong_label(fit.candidate.member).unwrap_or_default();
                 match labels.get(label) {
                     Some(found) => format!("its label {label} is {found:?}, not {value:?}"),
                     None => format!("it has no label {label}, which must be {value:?}"),
@@ -241,12 +241,12 @@ impl Case<'_> {
 
     /// Why there is not enough room.
     pub(super) fn unplaceable<'m>(&self, members: impl Iterator<Item = &'m Member>) -> Unplaceable {
-        let mut told: Vec<Verdict<'m>> = members.map(|member| self.judge(member)).collect();
-        let room = told.iter().map(|verdict| u64::from(verdict.candidate.room)).sum();
+        let mut told: Vec<Fit<'m>> = members.map(|member| self.judge(member)).collect();
+        let room = told.iter().map(|fit| u64::from(fit.candidate.room)).sum();
         let mut others: BTreeMap<Cause, usize> = BTreeMap::new();
         if told.len() > MAX_TOLD {
             told.select_nth_unstable_by_key(MAX_TOLD, nearest_first);
-            for cause in told.drain(MAX_TOLD..).filter_map(|verdict| verdict.cause) {
+            for cause in told.drain(MAX_TOLD..).filter_map(|fit| fit.cause) {
                 *others.entry(cause).or_default() += 1;
             }
         }
@@ -256,7 +256,7 @@ impl Case<'_> {
             count: self.wish.count,
             policy: self.rule.policy,
             room,
-            platforms: told.iter().map(|verdict| self.reason(verdict, 0)).collect(),
+            platforms: told.iter().map(|fit| self.reason(fit, 0)).collect(),
             others,
         }
     }
@@ -265,15 +265,15 @@ impl Case<'_> {
     pub(super) fn explanation<'m>(
         &self,
         members: impl Iterator<Item = &'m Member>,
-        chosen: Option<Vec<Chosen<'m>>>,
+        chosen: Option<Vec<Pick<'m>>>,
     ) -> Explanation {
         let placed = chosen.is_some();
         let chosen = chosen.into_iter().flatten();
         let copies: HashMap<_, u32> =
-            chosen.map(|Chosen { candidate, copies }| (name_of(candidate.member), copies)).collect();
-        let mut verdicts: Vec<_> = members.map(|member| (self.judge(member), copies.get(&name_of(member)))).collect();
-        verdicts.sort_unstable_by_key(|(verdict, _)| nearest_first(verdict));
-        let reasons = verdicts.iter().map(|(verdict, copies)| self.reason(verdict, copies.copied().unwrap_or(0)));
+            chosen.map(|Pick { candidate, copies }| (name_of(candidate.member), copies)).collect();
+        let mut fits: Vec<_> = members.map(|member| (self.judge(member), copies.get(&name_of(member)))).collect();
+        fits.sort_unstable_by_key(|(fit, _)| nearest_first(fit));
+        let reasons = fits.iter().map(|(fit, copies)| self.reason(fit, copies.copied().unwrap_or(0)));
         let mut platforms: Vec<Reason> = reasons.collect();
         platforms.sort_by_key(|reason| (Reverse(reason.copies), Reverse(reason.score.map(|score| score.total()))));
         Explanation {
@@ -287,6 +287,6 @@ impl Case<'_> {
 }
 
 /// What platforms are sorted by that are in the way of a decision.
-fn nearest_first<'m>(verdict: &Verdict<'m>) -> (Reverse<u32>, Option<Cause>, (&'m str, &'m str, SocketAddr)) {
-    (Reverse(verdict.candidate.room), verdict.cause, name_of(verdict.candidate.member))
+fn nearest_first<'m>(fit: &Fit<'m>) -> (Reverse<u32>, Option<Cause>, (&'m str, &'m str, SocketAddr)) {
+    (Reverse(fit.candidate.room), fit.cause, name_of(fit.candidate.member))
 }

@@ -44,9 +44,9 @@ pub(super) fn available_bytes(load: &Load) -> u64 {
     load.memory_available_bytes.min(load.memory_bytes)
 }
 
-/// A wish, and the rule that it falls under.
+/// Evaluation of platforms for a wish, under the rule that the wish falls under.
 #[derive(Debug)]
-pub(super) struct Case<'r> {
+pub(super) struct Evaluation<'r> {
     pub(super) rule: &'r Rule,
     pub(super) wish: &'r Wish,
     /// Where platforms stand among those that are pinned.
@@ -63,16 +63,16 @@ pub(super) struct Candidate<'m> {
     pub(super) room: u32,
 }
 
-/// What was found out of a platform.
+/// Fit of a platform for a wish.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Verdict<'m> {
+pub(super) struct Fit<'m> {
     /// Its room is 0 where it may take none.
     pub(super) candidate: Candidate<'m>,
     /// Why it takes no more copies than that, unless it could take all.
     pub(super) cause: Option<Cause>,
 }
 
-impl<'r> Case<'r> {
+impl<'r> Evaluation<'r> {
     pub(super) fn new(rules: &'r Rules, wish: &'r Wish) -> Self {
         let rule = rules.of(&wish.vm_type);
         Self { rule, wish, pinned: rule.pinned.iter().map(String::as_str).zip(0..).collect() }
@@ -96,13 +96,13 @@ impl<'r> Case<'r> {
     }
 
     /// Judges a platform.
-    pub(super) fn judge<'m>(&self, member: &'m Member) -> Verdict<'m> {
+    pub(super) fn judge<'m>(&self, member: &'m Member) -> Fit<'m> {
         let is_source = member.name == self.wish.source;
         let (room, cause) = match self.forbids(member, is_source) {
             Some(cause) => (0, Some(cause)),
             None => self.room(&member.load, is_source),
         };
-        Verdict { candidate: Candidate { member, is_source, room }, cause }
+        Fit { candidate: Candidate { member, is_source, room }, cause }
     }
 
     /// Why a platform may take no copies, whatever room it has.

@@ -9,7 +9,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::room::{Candidate, Case, available_bytes, charge_bytes};
+use super::room::{Candidate, Evaluation, available_bytes, charge_bytes};
 use crate::member::Load;
 
 /// Most points of a part whose weight is 1.
@@ -75,7 +75,7 @@ impl Score {
     }
 }
 
-impl Case<'_> {
+impl Evaluation<'_> {
     /// The score of a platform that has got `copies` of these copies; less than its room.
     pub(super) fn score(&self, candidate: &Candidate<'_>, copies: u32) -> Score {
         let Score { ready, image, .. } = self.locality_score(candidate, copies);

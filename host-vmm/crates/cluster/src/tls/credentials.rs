@@ -20,7 +20,7 @@ use rustls::{
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use super::{Error, Fault, HTTP};
-use crate::peer::Holder;
+use crate::principal::Principal;
 
 /// Longest file in bytes: some certificates, or a key.
 const MAX_FILE_BYTES: u64 = 64 << 10;
@@ -34,7 +34,7 @@ const OTHERS: u32 = 0o077;
 /// another look at the certificate, after that has expired too.
 #[derive(Clone)]
 pub struct Credentials {
-    holder: Holder,
+    principal: Principal,
     chain: Vec<CertificateDer<'static>>,
     verifier: Arc<dyn ClientCertVerifier>,
     server: Arc<ServerConfig>,
@@ -59,7 +59,7 @@ impl Credentials {
         chain: Vec<CertificateDer<'static>>,
         key: &PrivateKeyDer<'static>,
     ) -> Result<Self, Error> {
-        let holder = chain.first().and_then(Holder::of).ok_or(Error::Nobody)?;
+        let principal = chain.first().and_then(Principal::of).ok_or(Error::Nobody)?;
         let mut roots = RootCertStore::empty();
         trusted.iter().try_for_each(|certificate| roots.add(certificate.clone())).map_err(Error::Ca)?;
         let (roots, provider) = (Arc::new(roots), Arc::new(ring::default_provider()));
@@ -83,7 +83,7 @@ impl Credentials {
         // Who is wanted is nobody else's business: it would be sent in the clear, and a platform has one certificate.
         client.enable_sni = false;
 
-        Ok(Self { holder, chain, verifier, server: Arc::new(server), client: Arc::new(client) })
+        Ok(Self { principal, chain, verifier, server: Arc::new(server), client: Arc::new(client) })
     }
 
     /// Those that others of the same CA would take at present.
@@ -91,13 +91,13 @@ impl Credentials {
         let [certificate, rest @ ..] = self.chain.as_slice() else { return Err(Error::Nobody) };
         match self.verifier.verify_client_cert(certificate, rest, UnixTime::now()) {
             Ok(_) => Ok(self),
-            Err(error) => Err(Error::Useless { holder: self.holder, source: Fault::from(&error) }),
+            Err(error) => Err(Error::Useless { principal: self.principal, source: Fault::from(&error) }),
         }
     }
 
     /// Whose they are.
-    pub fn holder(&self) -> &Holder {
-        &self.holder
+    pub fn principal(&self) -> &Principal {
+        &self.principal
     }
 
     pub(super) fn acceptor(&self) -> TlsAcceptor {
@@ -111,7 +111,7 @@ impl Credentials {
 
 impl fmt::Debug for Credentials {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Credentials").field("holder", &self.holder).finish_non_exhaustive()
+        f.debug_struct("Credentials").field("principal", &self.principal).finish_non_exhaustive()
     }
 }
 

@@ -15,8 +15,8 @@ use tokio::{
 };
 use tokio_rustls::TlsAcceptor;
 
-use super::{Credentials, Error, Fault, PATIENCE, Stream, buffered, check_loopback, tune};
-use crate::peer::{Holder, Peer};
+use super::{Credentials, Error, Fault, HANDSHAKE_TIMEOUT, Stream, buffered, check_loopback, tune};
+use crate::principal::{ConnectionPeer, Principal};
 
 /// Most handshakes at a time. One more, and the oldest is given up: whoever means well needs milliseconds for it.
 pub(super) const MAX_HANDSHAKES: usize = 64;
@@ -52,7 +52,8 @@ impl Listener {
         Self::new(address, Some(credentials.acceptor())).await
     }
 
-    /// Listens for plain connections, at a loopback address. Every user of this host can make them, and is a [`Peer::Local`].
+    /// Listens for plain connections, at a loopback address. Every user of this host can make them, and is a
+    /// [`ConnectionPeer::Local`].
     ///
     /// # Errors
     /// [`Error::Plain`] for any other address; [`Error::Bind`].
@@ -88,7 +89,7 @@ impl Listener {
             oldest.abort();
         }
         let task = self.handshakes.spawn(async move {
-            let done = handshake(&acceptor, tcp, address, PATIENCE).await;
+            let done = handshake(&acceptor, tcp, address, HANDSHAKE_TIMEOUT).await;
             done.inspect_err(|fault| refuse(address, fault)).ok()
         });
         self.oldest.push_back(task);
@@ -133,13 +134,13 @@ impl serve::Listener for Listener {
     }
 }
 
-impl Connected<IncomingStream<'_, Listener>> for Peer {
+impl Connected<IncomingStream<'_, Listener>> for ConnectionPeer {
     fn connect_info(stream: IncomingStream<'_, Listener>) -> Self {
         stream.io().peer().clone()
     }
 }
 
-impl Connected<IncomingStream<'_, UnixListener>> for Peer {
+impl Connected<IncomingStream<'_, UnixListener>> for ConnectionPeer {
     fn connect_info(_: IncomingStream<'_, UnixListener>) -> Self {
         Self::Local
     }
@@ -150,19 +151,19 @@ pub(super) async fn handshake(
     acceptor: &TlsAcceptor,
     tcp: TcpStream,
     address: SocketAddr,
-    patience: Duration,
+    limit: Duration,
 ) -> Result<Stream, Fault> {
-    match timeout(patience, acceptor.accept(buffered(tcp)).into_fallible()).await {
+    match timeout(limit, acceptor.accept(buffered(tcp)).into_fallible()).await {
         Ok(Ok(tls)) => {
             let certificate = tls.get_ref().1.peer_certificates().and_then(<[_]>::first);
-            let holder = certificate.and_then(Holder::of).ok_or(Fault::Nobody)?;
-            Ok(Stream::tls(tls.into(), Peer::Certified(holder), address))
+            let principal = certificate.and_then(Principal::of).ok_or(Fault::Nobody)?;
+            Ok(Stream::tls(tls.into(), ConnectionPeer::Certified(principal), address))
         }
         Ok(Err((error, tcp))) => {
             see_off(tcp.get_ref()).await;
             Err(error.into())
         }
-        Err(_) => Err(Fault::Slow(patience)),
+        Err(_) => Err(Fault::Slow(limit)),
     }
 }
 

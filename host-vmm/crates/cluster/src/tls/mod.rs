@@ -1,7 +1,8 @@
 //! Connections between platforms, and from operators to them: TLS 1.3, in which both sides show a certificate of the cluster's CA.
 //!
 //! - [`Credentials`]: what one side shows, and whom it believes.
-//! - [`Listener`]: where a platform is asked; `axum` serves on it, and a handler has the [`Peer`] as `ConnectInfo<Peer>`.
+//! - [`Listener`]: where a platform is asked; `axum` serves on it, and a handler has the [`ConnectionPeer`]
+//!   in `ConnectInfo`.
 //! - [`connect`]: how it is asked.
 //!
 //! Without TLS there are connections within a host only, by a loopback address, where an operator has said so.
@@ -15,7 +16,7 @@ use rustix::net::sockopt;
 use rustls::{AlertDescription as Alert, CertificateError, Error as Tls, server::VerifierBuilderError};
 use tokio::{io::BufReader, net::TcpStream};
 
-use super::peer::{Holder, Peer};
+use super::principal::{ConnectionPeer, Principal};
 
 mod credentials;
 mod listener;
@@ -30,7 +31,7 @@ pub use stream::{Endpoint, Stream, connect};
 const HTTP: &[u8] = b"http/1.1";
 
 /// How long a connection may take to be there, and again its handshake.
-const PATIENCE: Duration = Duration::from_secs(5);
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How long something that was sent may stay without an acknowledgement, before the other side is taken for gone.
 const USER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -77,7 +78,7 @@ pub enum Error {
     #[error("no connection to {peer} at {address}")]
     Connection {
         /// Who should be there.
-        peer: Peer,
+        peer: ConnectionPeer,
         /// The address.
         address: SocketAddr,
         /// What is wrong.
@@ -111,10 +112,10 @@ pub enum Error {
     )]
     Nobody,
     /// The own certificate would be refused.
-    #[error("the certificate of {holder} is of no use")]
+    #[error("the certificate of {principal} is of no use")]
     Useless {
         /// Whose it is.
-        holder: Holder,
+        principal: Principal,
         /// What is wrong.
         source: Fault,
     },
@@ -244,7 +245,7 @@ fn tls_error(error: &io::Error) -> Option<&Tls> {
 fn names(presented: &[String]) -> String {
     let plain = |name: &String| {
         let name = name.strip_prefix("DnsName(\"").and_then(|name| name.strip_suffix("\")")).unwrap_or(name);
-        Holder::from_dns_name(name).map_or_else(|| format!("{name:?}"), |holder| holder.to_string())
+        Principal::from_dns_name(name).map_or_else(|| format!("{name:?}"), |principal| principal.to_string())
     };
     let names: Vec<String> = presented.iter().map(plain).collect();
     if names.is_empty() { "nobody".to_owned() } else { names.join(", ") }

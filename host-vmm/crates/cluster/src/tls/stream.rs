@@ -14,8 +14,8 @@ use tokio::{
 };
 use tokio_rustls::TlsStream;
 
-use super::{Credentials, Error, Fault, PATIENCE, Tcp, buffered, check_loopback, tls_error, tune};
-use crate::peer::{Holder, Peer, Role};
+use super::{Credentials, Error, Fault, HANDSHAKE_TIMEOUT, Tcp, buffered, check_loopback, tls_error, tune};
+use crate::principal::{ConnectionPeer, Principal, Role};
 
 /// A platform, as one that connects to it has to know it.
 #[derive(Debug, Clone)]
@@ -54,12 +54,12 @@ pub async fn connect(endpoint: &Endpoint) -> Result<Stream, Error> {
             Ok(Stream::plain(dial(*address).await?, *address))
         }
         Endpoint::Tls { address, platform, credentials } => {
-            let holder = Holder::new(platform, Role::Platform);
-            let named = holder.and_then(|holder| Some((holder.server_name()?, holder)));
-            let (name, holder) = named.ok_or_else(|| Error::Name(platform.clone()))?;
-            let (tcp, peer) = (dial(*address).await?, Peer::Certified(holder));
-            let done = timeout(PATIENCE, credentials.connector().connect(name, buffered(tcp))).await;
-            match done.map_err(|_| Fault::Slow(PATIENCE)).and_then(|done| done.map_err(Fault::from)) {
+            let principal = Principal::new(platform, Role::Platform);
+            let named = principal.and_then(|principal| Some((principal.server_name()?, principal)));
+            let (name, principal) = named.ok_or_else(|| Error::Name(platform.clone()))?;
+            let (tcp, peer) = (dial(*address).await?, ConnectionPeer::Certified(principal));
+            let done = timeout(HANDSHAKE_TIMEOUT, credentials.connector().connect(name, buffered(tcp))).await;
+            match done.map_err(|_| Fault::Slow(HANDSHAKE_TIMEOUT)).and_then(|done| done.map_err(Fault::from)) {
                 Ok(tls) => Ok(Stream::tls(tls.into(), peer, *address)),
                 Err(source) => Err(Error::Connection { peer, address: *address, source }),
             }
@@ -68,7 +68,7 @@ pub async fn connect(endpoint: &Endpoint) -> Result<Stream, Error> {
 }
 
 async fn dial(address: SocketAddr) -> Result<TcpStream, Error> {
-    let there = timeout(PATIENCE, TcpStream::connect(address)).await;
+    let there = timeout(HANDSHAKE_TIMEOUT, TcpStream::connect(address)).await;
     let there = there.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
     let tuned = there.and_then(|tcp| tune(&tcp).map(|()| tcp));
     tuned.map_err(|source| Error::Unreachable { address, source })
@@ -77,7 +77,7 @@ async fn dial(address: SocketAddr) -> Result<TcpStream, Error> {
 /// A connection whose other side is known.
 pub struct Stream {
     io: Io,
-    peer: Peer,
+    peer: ConnectionPeer,
     address: SocketAddr,
 }
 
@@ -93,15 +93,15 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Duplex for T {}
 
 impl Stream {
     pub(super) fn plain(tcp: TcpStream, address: SocketAddr) -> Self {
-        Self { io: Io::Plain(tcp), peer: Peer::Local, address }
+        Self { io: Io::Plain(tcp), peer: ConnectionPeer::Local, address }
     }
 
-    pub(super) fn tls(tls: TlsStream<Tcp>, peer: Peer, address: SocketAddr) -> Self {
+    pub(super) fn tls(tls: TlsStream<Tcp>, peer: ConnectionPeer, address: SocketAddr) -> Self {
         Self { io: Io::Tls(Box::new(tls)), peer, address }
     }
 
     /// Who is at its other end.
-    pub fn peer(&self) -> &Peer {
+    pub fn peer(&self) -> &ConnectionPeer {
         &self.peer
     }
 

@@ -31,12 +31,12 @@ use super::{
     listener::{MAX_HANDSHAKES, handshake},
     *,
 };
-use crate::{certificates::Authority, peer::Role};
+use crate::{certificates::Authority, principal::Role};
 
 /// A loopback address with a port that is free.
 const HERE: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 
-/// Long enough for anything that should happen at once, and far shorter than [`PATIENCE`].
+/// Long enough for anything that should happen at once, and far shorter than [`HANDSHAKE_TIMEOUT`].
 const SOON: Duration = Duration::from_secs(3);
 
 type Failure = Box<dyn StdError + Send + Sync>;
@@ -53,8 +53,8 @@ impl Cluster {
         Self { authority, trusted: vec![ca.into()] }
     }
 
-    fn credentials(&self, holder: &Holder, validity: &Range<OffsetDateTime>) -> Credentials {
-        self.authority.issue(holder, validity).unwrap().credentials(&self.trusted).unwrap()
+    fn credentials(&self, principal: &Principal, validity: &Range<OffsetDateTime>) -> Credentials {
+        self.authority.issue(principal, validity).unwrap().credentials(&self.trusted).unwrap()
     }
 
     fn platform(&self, name: &str) -> Credentials {
@@ -62,7 +62,7 @@ impl Cluster {
     }
 
     fn operator(&self, name: &str) -> Credentials {
-        self.credentials(&Holder::new(name, Role::Operator).unwrap(), &days(-1, 1))
+        self.credentials(&Principal::new(name, Role::Operator).unwrap(), &days(-1, 1))
     }
 
     /// Somebody who believes in this cluster's CA, and shows what another one has signed.
@@ -85,8 +85,8 @@ impl Cluster {
     }
 }
 
-fn platform(name: &str) -> Holder {
-    Holder::new(name, Role::Platform).unwrap()
+fn platform(name: &str) -> Principal {
+    Principal::new(name, Role::Platform).unwrap()
 }
 
 fn days(from: i64, to: i64) -> Range<OffsetDateTime> {
@@ -100,15 +100,15 @@ fn beta(address: SocketAddr, credentials: Credentials) -> Endpoint {
 
 /// A server that tells everybody who they are, and gives back what they send.
 fn routes() -> Router {
-    let who = |ConnectInfo(peer): ConnectInfo<Peer>| async move { peer.to_string() };
+    let who = |ConnectInfo(peer): ConnectInfo<ConnectionPeer>| async move { peer.to_string() };
     Router::new().route("/who", get(who)).route("/echo", post(|body: Bytes| async move { body }))
 }
 
 fn serve_on<L: serve::Listener<Addr: std::fmt::Debug>>(listener: L)
 where
-    Peer: for<'a> axum::extract::connect_info::Connected<serve::IncomingStream<'a, L>>,
+    ConnectionPeer: for<'a> axum::extract::connect_info::Connected<serve::IncomingStream<'a, L>>,
 {
-    let service = routes().into_make_service_with_connect_info::<Peer>();
+    let service = routes().into_make_service_with_connect_info::<ConnectionPeer>();
     tokio::spawn(async move { serve(listener, service).await });
 }
 
@@ -140,11 +140,7 @@ async fn who_am_i(endpoint: &Endpoint) -> Result<String, Failure> {
 }
 
 /// What a server thinks of a client.
-async fn judged<F>(
-    server: &Credentials,
-    patience: Duration,
-    client: impl FnOnce(TcpStream) -> F,
-) -> Result<Stream, Fault>
+async fn judged<F>(server: &Credentials, limit: Duration, client: impl FnOnce(TcpStream) -> F) -> Result<Stream, Fault>
 where
     F: Future<Output = ()> + Send + 'static,
 {
@@ -152,7 +148,7 @@ where
     let tcp = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
     let client = tokio::spawn(client(tcp));
     let (tcp, address) = listener.accept().await.unwrap();
-    let judged = handshake(&server.acceptor(), tcp, address, patience).await;
+    let judged = handshake(&server.acceptor(), tcp, address, limit).await;
     client.abort();
     judged
 }
@@ -190,7 +186,7 @@ async fn both_sides_know_each_other() {
     assert_eq!(who_am_i(&from_alpha).await.unwrap(), "the platform alpha");
     assert_eq!(who_am_i(&beta(address, cluster.operator("alice"))).await.unwrap(), "the operator alice");
     let stream = connect(&from_alpha).await.unwrap();
-    assert_eq!((stream.peer(), stream.address()), (&Peer::Certified(platform("beta")), address));
+    assert_eq!((stream.peer(), stream.address()), (&ConnectionPeer::Certified(platform("beta")), address));
 }
 
 #[tokio::test]
@@ -210,7 +206,7 @@ async fn a_certificate_of_another_cluster_is_refused_on_both_sides() {
     assert_fault!(connect(&beta(address, other.platform("alpha"))).await, Fault::UnknownCa);
     let pretender = cluster.pretender("alpha");
     let connector = pretender.connector();
-    assert_fault!(judged(&server, PATIENCE, |tcp| connects(connector, tcp)).await, Fault::UnknownCa);
+    assert_fault!(judged(&server, HANDSHAKE_TIMEOUT, |tcp| connects(connector, tcp)).await, Fault::UnknownCa);
     assert_fault!(who_am_i(&beta(address, pretender)).await, Fault::Refused(Alert::UnknownCA));
 }
 
@@ -238,8 +234,8 @@ async fn a_certificate_has_its_time() {
     let expired = beta(address, alpha(-2, -1));
     assert_fault!(who_am_i(&expired).await, Fault::Refused(Alert::CertificateExpired));
     let (expired, early) = (alpha(-2, -1).connector(), alpha(1, 2).connector());
-    assert_fault!(judged(&server, PATIENCE, |tcp| connects(expired, tcp)).await, Fault::Expired);
-    assert_fault!(judged(&server, PATIENCE, |tcp| connects(early, tcp)).await, Fault::NotValidYet);
+    assert_fault!(judged(&server, HANDSHAKE_TIMEOUT, |tcp| connects(expired, tcp)).await, Fault::Expired);
+    assert_fault!(judged(&server, HANDSHAKE_TIMEOUT, |tcp| connects(early, tcp)).await, Fault::NotValidYet);
 
     let late = served(&cluster.credentials(&platform("beta"), &days(-2, -1))).await;
     assert_fault!(connect(&beta(late, cluster.platform("alpha"))).await, Fault::Expired);
@@ -248,7 +244,7 @@ async fn a_certificate_has_its_time() {
 #[test]
 fn credentials_that_nobody_would_take_are_found_before() {
     let cluster = Cluster::new();
-    let useless = |credentials: Credentials| credentials.checked().map(|credentials| credentials.holder().clone());
+    let useless = |credentials: Credentials| credentials.checked().map(|credentials| credentials.principal().clone());
     assert_eq!(useless(cluster.platform("alpha")).unwrap(), platform("alpha"));
     assert_fault!(useless(cluster.credentials(&platform("alpha"), &days(-2, -1))), Fault::Expired);
     assert_fault!(useless(cluster.pretender("alpha")), Fault::UnknownCa);
@@ -270,7 +266,7 @@ async fn somebody_else_is_named() {
         let address = served(&server).await;
         let error = connect(&beta(address, cluster.platform("alpha"))).await.unwrap_err();
         let Some(Fault::SomebodyElse(found)) = cause(&error) else { panic!("{error:?}") };
-        assert_eq!(*found, server.holder().to_string());
+        assert_eq!(*found, server.principal().to_string());
         assert!(found.ends_with(name) && error.to_string().contains("the platform beta"), "{error}");
     }
     let endpoint = Endpoint::Tls { address: HERE, platform: "*".into(), credentials: cluster.platform("alpha") };
@@ -290,7 +286,7 @@ async fn nobody_gets_in_without_a_certificate() {
     let cluster = Cluster::new();
     let server = cluster.platform("beta");
     let none = cluster.stranger(None);
-    assert_fault!(judged(&server, PATIENCE, |tcp| connects(none, tcp)).await, Fault::NoCertificate);
+    assert_fault!(judged(&server, HANDSHAKE_TIMEOUT, |tcp| connects(none, tcp)).await, Fault::NoCertificate);
 
     let tcp = TcpStream::connect(served(&server).await).await.unwrap();
     let none = cluster.stranger(None).connect(platform("beta").server_name().unwrap(), tcp).await.unwrap();
@@ -307,7 +303,7 @@ async fn a_certificate_that_names_nobody_is_refused() {
     assert!(matches!(pair.credentials(&cluster.trusted), Err(Error::Nobody)));
     let key = PrivateKeyDer::try_from(pair.key.serialize_der()).unwrap();
     let stranger = cluster.stranger(Some((pair.certificate.into(), key)));
-    let judged = judged(&cluster.platform("beta"), PATIENCE, |tcp| connects(stranger, tcp)).await;
+    let judged = judged(&cluster.platform("beta"), HANDSHAKE_TIMEOUT, |tcp| connects(stranger, tcp)).await;
     assert_fault!(judged, Fault::Nobody);
 }
 
@@ -335,7 +331,7 @@ async fn plain_bytes_do_no_harm_to_others() {
     let cluster = Cluster::new();
     let server = cluster.platform("beta");
     let request = b"GET /who HTTP/1.1\r\nhost: localhost\r\n\r\n".to_vec();
-    assert_fault!(judged(&server, PATIENCE, |tcp| sends(request, tcp)).await, Fault::NotTls);
+    assert_fault!(judged(&server, HANDSHAKE_TIMEOUT, |tcp| sends(request, tcp)).await, Fault::NotTls);
     let address = served(&server).await;
     assert!(who_am_i(&Endpoint::Plain(address)).await.is_err());
     assert_eq!(who_am_i(&beta(address, cluster.platform("alpha"))).await.unwrap(), "the platform alpha");
@@ -351,7 +347,7 @@ proptest! {
         }
         let runtime = runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let server = Cluster::new().platform("beta");
-        let judged = runtime.block_on(judged(&server, PATIENCE, |tcp| sends(bytes, tcp)));
+        let judged = runtime.block_on(judged(&server, HANDSHAKE_TIMEOUT, |tcp| sends(bytes, tcp)));
         prop_assert!(judged.is_err());
     }
 }
@@ -367,7 +363,7 @@ async fn older_tls_is_refused() {
 
     let server = Cluster::new().platform("beta");
     let sent = record.clone();
-    assert_fault!(judged(&server, PATIENCE, |tcp| sends(sent, tcp)).await, Fault::Incompatible);
+    assert_fault!(judged(&server, HANDSHAKE_TIMEOUT, |tcp| sends(sent, tcp)).await, Fault::Incompatible);
     let mut tcp = TcpStream::connect(served(&server).await).await.unwrap();
     tcp.write_all(&record).await.unwrap();
     let mut answer = Vec::new();
@@ -379,7 +375,7 @@ async fn older_tls_is_refused() {
 async fn a_handshake_comes_to_an_end() {
     let server = Cluster::new().platform("beta");
     let silent = |tcp: TcpStream| async move {
-        sleep(PATIENCE).await;
+        sleep(HANDSHAKE_TIMEOUT).await;
         drop(tcp);
     };
     assert_fault!(judged(&server, Duration::from_millis(50), silent).await, Fault::Slow(_));
@@ -420,5 +416,5 @@ async fn without_a_certificate_one_is_somebody_on_this_host() {
     let path = folder.path().join("socket");
     serve_on(UnixListener::bind(&path).unwrap());
     let answer = exchange(UnixStream::connect(&path).await.unwrap(), "/who", Bytes::new()).await.unwrap();
-    assert_eq!(answer, Peer::Local.to_string());
+    assert_eq!(answer, ConnectionPeer::Local.to_string());
 }

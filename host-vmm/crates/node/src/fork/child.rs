@@ -1,4 +1,4 @@
-//! The other side of a fork: a shell becomes a child.
+//! The other side of a fork: a warm VM becomes a child.
 
 use std::{fs::File, sync::Arc};
 
@@ -6,19 +6,19 @@ use base::threads;
 use types::{ForkStep, StepTiming};
 use vmm::{
     kvm::Vcpu,
-    machine::{self, Machine, Shell},
+    machine::{self, BlankMachine, Machine},
     memory::Faults,
 };
 
 use super::{
     rendezvous::{self, Rendezvous},
-    signal::{self, Signal},
-    standby::Meeting,
+    role_signal::{self, RoleSignal},
+    standby::CopySource,
     timeline::Timeline,
 };
 use crate::wire::{CopyOrder, Prefetch, link};
 
-/// Why a shell can't become a child.
+/// Why a warm VM can't become a child.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The order does not come.
@@ -35,7 +35,7 @@ pub enum Error {
     Machine(#[from] machine::Error),
     /// The child can't be told who it is.
     #[error("can't signal the child's role")]
-    Signal(#[from] signal::Error),
+    Signal(#[from] role_signal::Error),
 }
 
 /// A child that may run.
@@ -58,22 +58,23 @@ pub struct Child {
 }
 
 impl Child {
-    /// Makes a child of `shell`: meets the parent, takes its state, and waits until it may run. Where its memory is still being filled, `faults`
-    /// tells the platform what it lacks. `order` gives the platform's order, or waits for it; `is_alone` tells that nobody is there any more to wait for.
+    /// Makes a child of `blank`: meets the parent, takes its state, and waits until it may run. Where its
+    /// memory is still being filled, `faults` tells the platform what it lacks. `order` gives the platform's
+    /// order, or waits for it; `is_alone` tells that nobody is there any more to wait for.
     ///
     /// # Errors
     /// [`Error`]; the parent has been told then.
-    pub fn from_shell(
-        shell: Shell,
-        meeting: Meeting,
+    pub fn from_blank(
+        blank: BlankMachine,
+        copy_source: CopySource,
         console: File,
         faults: Option<Faults>,
         order: impl FnOnce() -> Result<CopyOrder, link::Error>,
         is_alone: impl Fn() -> bool,
     ) -> Result<Self, Error> {
-        let Meeting { rendezvous, files } = meeting;
+        let CopySource { rendezvous, files } = copy_source;
         let mut timeline = Timeline::new(None);
-        match meet(&rendezvous, &files, shell, (console, faults), order, is_alone, &mut timeline) {
+        match meet(&rendezvous, &files, blank, (console, faults), order, is_alone, &mut timeline) {
             Ok((machine, vcpus, CopyOrder { seq, working_set, first_vcpu_late, .. })) => {
                 let steps = timeline.into_steps();
                 Ok(Self { machine, vcpus, seq, working_set, first_vcpu_late, steps, rendezvous })
@@ -89,7 +90,7 @@ impl Child {
 fn meet(
     rendezvous: &Rendezvous,
     files: &[Arc<File>],
-    shell: Shell,
+    blank: BlankMachine,
     (console, faults): (File, Option<Faults>),
     order: impl FnOnce() -> Result<CopyOrder, link::Error>,
     is_alone: impl Fn() -> bool,
@@ -102,11 +103,11 @@ fn meet(
             None => capsule::unpack(&state, files)?,
         })
     })?;
-    let unnamed = timeline.time(ForkStep::Restore, || shell.restore(&state, Arc::new(image), console, faults))?;
+    let anonymous = timeline.time(ForkStep::Restore, || blank.restore(&state, Arc::new(image), console, faults))?;
     let (machine, vcpus, signal, order) = timeline.time(ForkStep::Launch, || -> Result<_, Error> {
         let order = order()?;
-        let (machine, vcpus) = unnamed.name(order.identity.clone());
-        let signal = Signal::to_child(&machine)?;
+        let (machine, vcpus) = anonymous.with_identity(order.identity.clone());
+        let signal = RoleSignal::to_child(&machine)?;
         rendezvous.arrive(order.arrivals)?;
         // The platform has kept it off the parent's until now. While the parent takes note, there is time for this.
         threads::use_all_processors();

@@ -12,10 +12,9 @@ use types::ForkStep;
 use vmfork_abi::{ErrorCode, ListedCopy};
 
 use super::{
-    Error,
+    Error, copy_list,
     rendezvous::{self, Rendezvous},
-    standby::Bell,
-    whereabouts,
+    standby::WakeEvent,
 };
 use crate::wire::{ForkOrder, NodeLink, ToNode, ToPlatform, link};
 
@@ -31,43 +30,43 @@ pub(super) struct Children<'a> {
     rendezvous: Option<Rendezvous>,
     count: u32,
     /// Wakes up the one that stands by, where there is one.
-    bell: Option<Bell>,
+    wake_event: Option<WakeEvent>,
 }
 
-/// What is left when the children run.
+/// Children that run: what they were launched by, to be dropped when there is time.
 #[derive(Debug)]
-pub(super) struct Met {
+pub(super) struct CommittedChildren {
     _rendezvous: Rendezvous,
-    _bell: Option<Bell>,
+    _wake_event: Option<WakeEvent>,
 }
 
-/// Has the platform choose where the children go, and start to launch them there. `files` are those of the image to come; where there is
-/// a bell, the platform has them already.
+/// Has the platform choose where the children go, and start to launch them there. `files` are those of the
+/// image to come; where there is a wake event, the platform has them already.
 pub(super) fn place<'a>(
     link: &'a NodeLink,
     replies: &'a Replies,
     order: &ForkOrder,
     rendezvous: Rendezvous,
     files: &[Arc<File>],
-    bell: Option<Bell>,
+    wake_event: Option<WakeEvent>,
     fault: Option<ForkStep>,
 ) -> Result<Children<'a>, Error> {
     let count = order.count();
     let rendezvous = rendezvous.with_children(count);
     rendezvous.occupy()?;
-    let announced = bell.is_some();
+    let announced = wake_event.is_some();
     let fork = ToPlatform::Fork { order: order.clone(), announced, fault };
     let image = if announced { &[] } else { files };
     let files = std::iter::once(rendezvous.file()).chain(image.iter().map(AsRef::as_ref));
     link.send(&fork, &files.map(AsFd::as_fd).collect::<Vec<_>>())?;
-    Ok(Children { link, replies, rendezvous: Some(rendezvous), count, bell })
+    Ok(Children { link, replies, rendezvous: Some(rendezvous), count, wake_event })
 }
 
 impl Children<'_> {
     /// Wakes up the one that stands by: its state comes soon. Where there is no processor to spare, its order will.
     pub(super) fn wake(&self) -> Result<(), Error> {
-        match &self.bell {
-            Some(bell) if self.rendezvous()?.spins() => Ok(bell.ring()?),
+        match &self.wake_event {
+            Some(wake_event) if self.rendezvous()?.spins() => Ok(wake_event.wake()?),
             _ => Ok(()),
         }
     }
@@ -93,20 +92,20 @@ impl Children<'_> {
         }
     }
 
-    /// Where they are, once they are ready to run.
-    pub(super) fn whereabouts(&self) -> Result<Vec<ListedCopy>, Error> {
-        Ok(whereabouts::take(self.rendezvous()?, self.count)?)
+    /// The list of copies for the parent's guest, once they are ready to run.
+    pub(super) fn copy_list(&self) -> Result<Vec<ListedCopy>, Error> {
+        Ok(copy_list::take(self.rendezvous()?, self.count)?)
     }
 
     /// Lets them run. From here on there is no way back. What is left is to be dropped when there is time for it.
-    pub(super) fn commit(mut self) -> Result<Met, Error> {
+    pub(super) fn commit(mut self) -> Result<CommittedChildren, Error> {
         match self.rendezvous()?.commit() {
             // The platform has found one gone that had been ready.
             Err(rendezvous::Error::Aborted) => return Err(self.call_off()?),
             committed => committed?,
         }
         let rendezvous = self.rendezvous.take().ok_or(Error::Committed)?;
-        Ok(Met { _rendezvous: rendezvous, _bell: self.bell.take() })
+        Ok(CommittedChildren { _rendezvous: rendezvous, _wake_event: self.wake_event.take() })
     }
 
     fn rendezvous(&self) -> Result<&Rendezvous, Error> {

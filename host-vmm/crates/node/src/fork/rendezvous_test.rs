@@ -2,7 +2,7 @@ use std::thread;
 
 use super::*;
 
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 fn pair(count: u32) -> (Rendezvous, Rendezvous) {
     let parent = Rendezvous::new().unwrap().with_children(count);
@@ -24,7 +24,7 @@ fn a_child_gets_the_state_and_runs_when_all_are_there() {
                 });
             }
             parent.publish(b"state").unwrap();
-            parent.wait_arrivals(count, PATIENCE, || false).unwrap();
+            parent.wait_arrivals(count, TIMEOUT, || false).unwrap();
             parent.commit().unwrap();
         });
         assert!(!parent.abort().unwrap(), "the children run");
@@ -70,7 +70,7 @@ fn nobody_waits_for_those_that_do_not_come() {
     assert!(matches!(parent.wait_arrivals(2, Duration::from_millis(1), || false), Err(Error::Gone)));
     assert!(matches!(child.wait_state(|| true), Err(Error::Gone)));
     child.fail().unwrap();
-    assert!(matches!(parent.wait_arrivals(2, PATIENCE, || false), Err(Error::ChildFailed)));
+    assert!(matches!(parent.wait_arrivals(2, TIMEOUT, || false), Err(Error::ChildFailed)));
 }
 
 #[test]
@@ -82,7 +82,7 @@ fn nobody_commits_while_the_platform_holds_the_fork() {
     let wait = |limit| parent.wait_arrivals(1, limit, || false);
     assert!(matches!(wait(Duration::from_millis(1)), Err(Error::Gone)));
     thread::scope(|scope| {
-        let waiting = scope.spawn(|| wait(PATIENCE));
+        let waiting = scope.spawn(|| wait(TIMEOUT));
         assert_eq!(platform.wait_state(|| false).unwrap(), b"state");
         drop(hold);
         waiting.join().unwrap().unwrap();
@@ -90,7 +90,7 @@ fn nobody_commits_while_the_platform_holds_the_fork() {
     let hold = platform.hold().unwrap();
     platform.fail().unwrap();
     drop(hold);
-    assert!(matches!(wait(PATIENCE), Err(Error::ChildFailed)));
+    assert!(matches!(wait(TIMEOUT), Err(Error::ChildFailed)));
 }
 
 /// Writes what it can that is none of its business.
@@ -116,7 +116,7 @@ fn a_copy_that_runs_changes_nothing_for_its_siblings_and_for_what_is_kept() {
         }
         let kept = platform.wait_state(|| false).unwrap();
         drop(hold);
-        parent.wait_arrivals(2, PATIENCE, || false).unwrap();
+        parent.wait_arrivals(2, TIMEOUT, || false).unwrap();
         parent.commit().unwrap();
         first.wait_commit(|| false).unwrap();
         // It calls the fork off, as far as that is in its hands, before its sibling has looked.

@@ -1,9 +1,11 @@
-//! A shell that stands by for the next fork of one parent.
+//! A warm VM that stands by for the next fork of one parent.
 //!
-//! An order that goes through the platform wakes up two sleepers, one after the other: it takes longer than all that the parent does
-//! meanwhile (measured: 230 us of 520 us). So where there is time, a parent announces what its next fork will come with, and the platform
-//! passes that on to a shell. When it forks, the parent wakes that shell up itself, by a bell that both have. The shell takes the state,
-//! while the order comes from the platform, which alone decides whether there is a child, and who it is: without its order, no shell runs.
+//! An order that goes through the platform wakes up two sleepers, one after the other: it takes longer than
+//! all that the parent does meanwhile (measured: 230 us of 520 us). So where there is time, a parent
+//! announces what its next fork will come with, and the platform passes that on to a warm VM. When it forks,
+//! the parent wakes that warm VM up itself, by a wake event that both have. The warm VM takes the state,
+//! while the order comes from the platform, which alone decides whether there is a child, and who it is:
+//! without its order, no warm VM runs.
 
 use std::{
     fs::File,
@@ -25,15 +27,15 @@ pub enum Error {
     /// The file to meet in is missing.
     #[error("the files of a fork came without a rendezvous")]
     NoRendezvous,
-    /// The bell is missing.
-    #[error("the files of a fork that is announced came without a bell")]
-    NoBell,
+    /// The wake event is missing.
+    #[error("the files of a fork that is announced came without a wake event")]
+    NoWakeEvent,
     /// It can't be opened.
     #[error("can't open the rendezvous")]
     Rendezvous(#[from] rendezvous::Error),
-    /// The bell failed.
-    #[error("can't {operation} a shell's bell")]
-    Bell {
+    /// The wake event failed.
+    #[error("can't {operation} a warm VM's wake event")]
+    WakeEvent {
         /// What was tried.
         operation: &'static str,
         /// The system's reason.
@@ -41,14 +43,14 @@ pub enum Error {
     },
 }
 
-/// What a copy comes from: where it meets its parent, and the files that the image consists of.
+/// Source of a copy: where it meets its parent, and the files that the image consists of.
 #[derive(Debug)]
-pub struct Meeting {
+pub struct CopySource {
     pub(super) rendezvous: Rendezvous,
     pub(super) files: Vec<Arc<File>>,
 }
 
-impl Meeting {
+impl CopySource {
     /// From its files: the rendezvous, then those of the image.
     ///
     /// # Errors
@@ -66,79 +68,79 @@ impl Meeting {
     }
 }
 
-/// The parent's end: it wakes up the shell that stands by for its next fork, if there is one (eventfd).
+/// Eventfd by which a parent wakes up the warm VM that stands by for its next fork, if there is one.
 #[derive(Debug)]
-pub(super) struct Bell(EventFd);
+pub(super) struct WakeEvent(EventFd);
 
-impl Bell {
+impl WakeEvent {
     /// A new one.
     pub(super) fn new() -> Result<Self, Error> {
-        let bell = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
-        bell.map(Self).map_err(|errno| Error::Bell { operation: "make", source: errno.into() })
+        let wake_event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
+        wake_event.map(Self).map_err(|errno| Error::WakeEvent { operation: "make", source: errno.into() })
     }
 
-    /// Rings it.
-    pub(super) fn ring(&self) -> Result<(), Error> {
-        self.0.write(1).map(drop).map_err(|errno| Error::Bell { operation: "ring", source: errno.into() })
+    /// Wakes up the warm VM.
+    pub(super) fn wake(&self) -> Result<(), Error> {
+        self.0.write(1).map(drop).map_err(|errno| Error::WakeEvent { operation: "write to", source: errno.into() })
     }
 }
 
-impl AsFd for Bell {
+impl AsFd for WakeEvent {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
 }
 
-/// The shell's end.
+/// The warm VM's end.
 #[derive(Debug)]
 pub struct Standby {
-    bell: File,
-    meeting: Meeting,
+    wake_event: File,
+    copy_source: CopySource,
 }
 
 impl Standby {
-    /// From its files: the bell, the rendezvous, then those of the image.
+    /// From its files: the wake event, the rendezvous, then those of the image.
     ///
     /// # Errors
-    /// [`Error::NoBell`], or as [`Meeting::open`].
+    /// [`Error::NoWakeEvent`], or as [`CopySource::open`].
     pub fn open(files: Vec<File>) -> Result<Self, Error> {
         let mut files = files.into_iter();
-        Ok(Self { bell: files.next().ok_or(Error::NoBell)?, meeting: Meeting::open(files)? })
+        Ok(Self { wake_event: files.next().ok_or(Error::NoWakeEvent)?, copy_source: CopySource::open(files)? })
     }
 
-    /// Waits until the parent rings, or something comes from the platform, and says whether it is the parent. Where both have
-    /// come, the platform goes first.
+    /// Waits until the parent writes to the wake event, or something comes from the platform, and says
+    /// whether it is the parent. Where both have come, the platform goes first.
     ///
     /// # Errors
-    /// [`Error::Bell`].
+    /// [`Error::WakeEvent`].
     pub fn wait(&self, platform: &impl AsFd) -> Result<bool, Error> {
         let mut fds =
-            [PollFd::new(platform.as_fd(), PollFlags::POLLIN), PollFd::new(self.bell.as_fd(), PollFlags::POLLIN)];
+            [PollFd::new(platform.as_fd(), PollFlags::POLLIN), PollFd::new(self.wake_event.as_fd(), PollFlags::POLLIN)];
         loop {
             match poll(&mut fds, PollTimeout::NONE) {
                 Ok(_) => return Ok(!fds[0].any().unwrap_or(true)),
                 Err(nix::Error::EINTR) => {}
-                Err(errno) => return Err(Error::Bell { operation: "wait for", source: errno.into() }),
+                Err(errno) => return Err(Error::WakeEvent { operation: "wait for", source: errno.into() }),
             }
         }
     }
 
     /// The lowest layer of the image to come.
     pub fn lowest_layer(&self) -> Option<&Arc<File>> {
-        self.meeting.files.first()
+        self.copy_source.files.first()
     }
 
-    /// Whether the parent rings, or something comes from the platform.
-    pub fn is_called(&self, platform: &impl AsFd) -> bool {
+    /// Whether the parent has written to the wake event, or something comes from the platform.
+    pub fn is_woken(&self, platform: &impl AsFd) -> bool {
         let mut fds =
-            [PollFd::new(platform.as_fd(), PollFlags::POLLIN), PollFd::new(self.bell.as_fd(), PollFlags::POLLIN)];
+            [PollFd::new(platform.as_fd(), PollFlags::POLLIN), PollFd::new(self.wake_event.as_fd(), PollFlags::POLLIN)];
         // Whoever can't look waits as if there was something.
         poll(&mut fds, PollTimeout::ZERO) != Ok(0)
     }
 
     /// What it stands by for: one child, or more for which there are processors.
-    pub fn into_meeting(self) -> Meeting {
-        self.meeting
+    pub fn into_copy_source(self) -> CopySource {
+        self.copy_source
     }
 }
 
@@ -148,31 +150,31 @@ mod tests {
 
     use super::*;
 
-    fn files(bell: &Bell, rendezvous: &Rendezvous) -> Vec<File> {
-        let copies = [bell.as_fd(), rendezvous.file().as_fd()].map(|fd| fd.try_clone_to_owned().unwrap());
+    fn files(wake_event: &WakeEvent, rendezvous: &Rendezvous) -> Vec<File> {
+        let copies = [wake_event.as_fd(), rendezvous.file().as_fd()].map(|fd| fd.try_clone_to_owned().unwrap());
         copies.map(File::from).into()
     }
 
     #[test]
     fn a_shell_hears_its_parent_and_the_platform_first() {
-        let (bell, rendezvous) = (Bell::new().unwrap(), Rendezvous::new().unwrap());
-        let standby = Standby::open(files(&bell, &rendezvous)).unwrap();
+        let (wake_event, rendezvous) = (WakeEvent::new().unwrap(), Rendezvous::new().unwrap());
+        let standby = Standby::open(files(&wake_event, &rendezvous)).unwrap();
         let (platform, mut other_side) = UnixStream::pair().unwrap();
-        assert!(!standby.is_called(&platform));
-        bell.ring().unwrap();
-        assert!(standby.is_called(&platform));
+        assert!(!standby.is_woken(&platform));
+        wake_event.wake().unwrap();
+        assert!(standby.is_woken(&platform));
         assert!(standby.wait(&platform).unwrap());
         other_side.write_all(b"!").unwrap();
         assert!(!standby.wait(&platform).unwrap());
         rendezvous.publish(b"state").unwrap();
-        assert_eq!(standby.into_meeting().rendezvous.wait_state(|| true).unwrap(), b"state");
+        assert_eq!(standby.into_copy_source().rendezvous.wait_state(|| true).unwrap(), b"state");
     }
 
     #[test]
     fn nobody_stands_by_without_bell_or_rendezvous() {
-        let (bell, rendezvous) = (Bell::new().unwrap(), Rendezvous::new().unwrap());
-        assert!(matches!(Standby::open(Vec::new()), Err(Error::NoBell)));
-        let mut files = files(&bell, &rendezvous);
+        let (wake_event, rendezvous) = (WakeEvent::new().unwrap(), Rendezvous::new().unwrap());
+        assert!(matches!(Standby::open(Vec::new()), Err(Error::NoWakeEvent)));
+        let mut files = files(&wake_event, &rendezvous);
         files.truncate(1);
         assert!(matches!(Standby::open(files), Err(Error::NoRendezvous)));
     }

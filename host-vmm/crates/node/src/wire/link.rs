@@ -30,7 +30,7 @@ const MAX_BYTES: usize = 64 * 1024;
 /// Most file descriptors that Linux lets one message carry (SCM_MAX_FD): with room for all of them none can get lost. A capsule
 /// needs fewer.
 const MAX_FILES: usize = 253;
-const _: () = assert!(MAX_LAYERS + 2 <= MAX_FILES, "a shell that stands by gets a bell and a rendezvous too");
+const _: () = assert!(MAX_LAYERS + 2 <= MAX_FILES, "a warm VM that stands by gets a wake event and a rendezvous too");
 
 /// Why a message did not get through.
 #[derive(Debug, thiserror::Error)]

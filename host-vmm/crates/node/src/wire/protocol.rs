@@ -1,7 +1,7 @@
 //! What the platform, its zygote, and the nodes say to each other. All of them are this program, from one build.
 //!
 //! ```text
-//!  parent node              platform                 shells
+//!  parent node              platform                 warm VMs
 //!                                              ◄──   Ready
 //!  Announce, files   ──►   StandBy, files      ──►   (one of them)
 //!  Fork              ──►   Copy                ──►   (become copies; parent and children meet)
@@ -25,7 +25,8 @@ use vmfork_abi::ErrorCode;
 
 use super::{Report, report::is_timeline};
 
-/// From the platform to its zygote: start a shell. Files: the node's end of its connection, and where its console writes to.
+/// From the platform to its zygote: start a warm VM. Files: the node's end of its connection, and where its
+/// console writes to.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct Spawn {
     /// The shape of the machine.
@@ -39,7 +40,7 @@ pub struct Spawn {
 /// From the zygote to the platform. Files: a handle to the process (pidfd).
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Spawned {
-    /// The shell's process has started.
+    /// The warm VM's process has started.
     Process(u32),
     /// It could not be started.
     Failed(Reason),
@@ -86,7 +87,7 @@ impl ForkOrder {
     }
 }
 
-/// What a shell is to become.
+/// What a warm VM is to become.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct CopyOrder {
     /// Who it is.
@@ -117,12 +118,14 @@ pub enum ToNode {
         /// Steps at which its forks are to fail, one for each fork, in order.
         faults: Vec<ForkStep>,
     },
-    /// Stand by for the next fork of a certain VM. Files: the bell, the rendezvous, then those of the image.
+    /// Stand by for the next fork of a certain VM. Files: the wake event, the rendezvous, then those of the
+    /// image.
     StandBy {
         /// What its copies write to first: to be made ready meanwhile.
         working_set: Option<WorkingSet>,
     },
-    /// Become a copy. Files: the rendezvous, then those of the image; none for a shell that stands by for this fork.
+    /// Become a copy. Files: the rendezvous, then those of the image; none for a warm VM that stands by for
+    /// this fork.
     Copy(CopyOrder),
     /// Input for the console.
     Input(Vec<u8>),
@@ -145,7 +148,7 @@ pub enum ToNode {
 /// From a node to the platform.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum ToPlatform {
-    /// The shell stands ready.
+    /// The warm VM stands ready.
     Ready,
     /// The machine could not be built, or can't become what it should.
     Failed(Reason),
@@ -168,7 +171,8 @@ pub enum ToPlatform {
     },
     /// The pages that the copy has written to until its first output.
     Touched(WorkingSet),
-    /// What the next fork of this VM will come with. Files: a bell, the rendezvous, then those of the image.
+    /// What the next fork of this VM will come with. Files: a wake event, the rendezvous, then those of the
+    /// image.
     Announce,
     /// Launch copies of this VM. Files: the rendezvous, then those of the image, unless they were announced.
     Fork {

@@ -218,7 +218,7 @@ fn a_node_that_a_guest_has_broken_sends_nothing_longer_than_its_like() {
 fn the_files_of_the_longest_image_get_through() {
     let (ours, theirs) = PlatformLink::pair().unwrap();
     let file = memory::sealed("test", b"").unwrap();
-    // A bell and a rendezvous go before those of the image.
+    // A wake event and a rendezvous go before those of the image.
     let files = vec![file.as_fd(); MAX_LAYERS + 2];
     ours.send(&ToNode::StandBy { working_set: None }, &files).unwrap();
     assert_eq!(NodeLink::new(theirs).receive().unwrap().1.len(), files.len());

@@ -55,28 +55,28 @@ impl Decision {
 
 /// IDs of the clones that may be forgotten: of each source the oldest, and of all sources those that are too
 /// old, or for which nobody asks any more where there are too many.
-pub(super) fn forgettable(decisions: Vec<Decision>, now: Instant) -> Vec<Uuid> {
+pub(super) fn evictable(decisions: Vec<Decision>, now: Instant) -> Vec<Uuid> {
     let all = decisions.len();
     let mut by_source: BTreeMap<String, Vec<(Duration, Uuid)>> = BTreeMap::new();
     for decision in decisions.into_iter().filter(|decision| !decision.is_asked_for(now)) {
         let age = decision.age(now);
         by_source.entry(decision.source).or_default().push((age, decision.id));
     }
-    let (mut forgotten, mut unasked) = (Vec::new(), Vec::new());
+    let (mut evicted, mut unasked) = (Vec::new(), Vec::new());
     for mut decisions in by_source.into_values() {
         decisions.sort_unstable();
         for (number, (age, id)) in decisions.into_iter().enumerate() {
             if number >= MAX_REMEMBERED || age >= REMEMBERED {
-                forgotten.push(id);
+                evicted.push(id);
             } else if age >= ASKED_AGAIN {
                 unasked.push((age, id));
             }
         }
     }
     unasked.sort_unstable();
-    let surplus = (all - forgotten.len()).saturating_sub(MAX_IN_ALL / 2);
-    forgotten.extend(unasked.into_iter().rev().take(surplus).map(|(_, id)| id));
-    forgotten
+    let surplus = (all - evicted.len()).saturating_sub(MAX_IN_ALL / 2);
+    evicted.extend(unasked.into_iter().rev().take(surplus).map(|(_, id)| id));
+    evicted
 }
 
 #[cfg(test)]
@@ -94,10 +94,10 @@ mod tests {
             let mut all = vec![decision(1, "north", start, true)];
             all.extend((2..6000).map(|id| decision(id, other, start + Duration::from_secs(1), false)));
             let last = start + ASKED_AGAIN;
-            let forgotten = forgettable(all.clone(), last - Duration::from_millis(1));
-            assert_eq!(forgotten.len(), 5998 - MAX_REMEMBERED, "of its own, {other} has no more than others");
-            assert!(!forgotten.contains(&Uuid::from_u128(1)), "{other} has pushed a commit out");
-            let is_out = forgettable(all, last).contains(&Uuid::from_u128(1));
+            let evicted = evictable(all.clone(), last - Duration::from_millis(1));
+            assert_eq!(evicted.len(), 5998 - MAX_REMEMBERED, "of its own, {other} has no more than others");
+            assert!(!evicted.contains(&Uuid::from_u128(1)), "{other} has pushed a commit out");
+            let is_out = evictable(all, last).contains(&Uuid::from_u128(1));
             assert_eq!(is_out, other == "north", "where it is as any other, a source has only its own to lose");
         }
         assert!(ASKED_AGAIN > COMMIT_LIMIT);
@@ -109,19 +109,19 @@ mod tests {
         let since = |id: u64| start + Duration::from_micros(id);
         let all = (0..count).map(|id| decision(id.into(), &format!("source-{id}"), since(id), id.is_multiple_of(2)));
         let all: Vec<_> = all.collect();
-        let forgotten_at = |now| forgettable(all.clone(), now);
+        let forgotten_at = |now| evictable(all.clone(), now);
         assert!(forgotten_at(start + ASKED_AGAIN - Duration::from_micros(1)).is_empty(), "sources may still ask");
         assert_eq!(forgotten_at(since(9) + ASKED_AGAIN).len(), 10);
-        let mut forgotten = forgotten_at(since(count) + ASKED_AGAIN);
-        forgotten.sort_unstable();
-        assert!(forgotten.into_iter().eq((0..count / 2).map(|id| Uuid::from_u128(id.into()))));
+        let mut evicted = forgotten_at(since(count) + ASKED_AGAIN);
+        evicted.sort_unstable();
+        assert!(evicted.into_iter().eq((0..count / 2).map(|id| Uuid::from_u128(id.into()))));
     }
 
     #[test]
     fn what_is_old_is_forgotten() {
         let start = Instant::now();
         let all = vec![decision(1, "north", start, true), decision(2, "south", start, false)];
-        assert!(forgettable(all.clone(), start + REMEMBERED - Duration::from_millis(1)).is_empty());
-        assert_eq!(forgettable(all, start + REMEMBERED).len(), 2);
+        assert!(evictable(all.clone(), start + REMEMBERED - Duration::from_millis(1)).is_empty());
+        assert_eq!(evictable(all, start + REMEMBERED).len(), 2);
     }
 }

@@ -4,8 +4,8 @@ use std::{sync::Arc, thread, time::Duration};
 
 use base::{error::chain, threads};
 use capsule::{
-    self, About, Assembly, Capsule, Description, Incompatible, Parcel, Stock,
-    compat::{Offer, Requirements},
+    self, Assembly, Capsule, ChunkIndex, ChunkSource, Description, ImageMetadata, Incompatible,
+    compat::{HostCapabilities, Requirements},
 };
 use hyper::body::Bytes;
 use types::CopySpec;
@@ -16,9 +16,9 @@ use crate::{
     Error, Platform,
     clone::{
         Clones,
-        filling::{self, Filling},
-        source::IsWanted,
-        supply::{Supplier, Supplies, Supply},
+        page_server::{PageClient, PageServer, PageServers},
+        postcopy::{self, PostcopyMemory},
+        source::CurrentRetryPolicy,
     },
     fork::Fork,
     launcher::{Copies, Launch},
@@ -30,13 +30,13 @@ const TEND: Duration = Duration::from_secs(1);
 
 impl Platform {
     /// The memories of clones that run elsewhere, and have not got all of it yet.
-    pub(crate) fn supplies(&self) -> &Supplies {
-        &self.supplies
+    pub(crate) fn page_servers(&self) -> &PageServers {
+        &self.page_servers
     }
 
     /// What all of a memory is that is still being sent.
-    pub(crate) fn manifest(&self, supply: &Supply) -> Result<Bytes, capsule::Error> {
-        supply.manifest(&self.digests)
+    pub(crate) fn manifest(&self, page_server: &PageServer) -> Result<Bytes, capsule::Error> {
+        page_server.manifest(&self.digests)
     }
 
     /// The clones that come to this platform.
@@ -52,16 +52,16 @@ impl Platform {
     /// Looks after them in the background, for as long as the platform is there.
     pub(crate) fn tend_clones(self: &Arc<Self>) -> Result<(), Error> {
         let platform = Arc::downgrade(self);
-        let tend = move || {
+        let sweep = move || {
             while let Some(platform) = platform.upgrade() {
-                platform.clones.tend();
-                platform.supplies.tend();
+                platform.clones.sweep();
+                platform.page_servers.sweep();
                 platform.tend_images();
                 drop(platform);
                 thread::sleep(TEND);
             }
         };
-        threads::background("clones", tend).map(drop).map_err(Error::Start)
+        threads::background("clones", sweep).map(drop).map_err(Error::Start)
     }
 
     /// Keeps room for so many VMs.
@@ -77,38 +77,39 @@ impl Platform {
     /// # Errors
     /// [`Incompatible`] with all that is different, or [`Error::Host`] where KVM can't be asked.
     pub(crate) fn check_compatible(&self, requirements: &Requirements) -> Result<Result<(), Incompatible>, Error> {
-        Ok(capsule::compat::check(requirements, self.offer()?))
+        Ok(capsule::compat::check(requirements, self.host_capabilities()?))
     }
 
     /// What this platform has. It is found out once.
-    fn offer(&self) -> Result<&Offer, Error> {
-        if let Some(offer) = self.offer.get() {
-            return Ok(offer);
+    fn host_capabilities(&self) -> Result<&HostCapabilities, Error> {
+        if let Some(host_capabilities) = self.host_capabilities.get() {
+            return Ok(host_capabilities);
         }
         let mut model = Host::open().map_err(Error::Host)?.model;
         // It has fitted this host when the platform was started.
         if let Some(own) = self.cpu_profile.parse().ok().and_then(|profile: Profile| profile.apply(&model.cpuid).ok()) {
             model.shown = own;
         }
-        Ok(self.offer.get_or_init(|| Offer::of(&model)))
+        Ok(self.host_capabilities.get_or_init(|| HostCapabilities::of(&model)))
     }
 
-    /// Whether a VM was shown another CPU than this platform's guests are: it takes other shells then. Where that can't be found out, it is
-    /// taken for one.
-    pub(crate) fn is_foreign(&self, description: &Description) -> bool {
-        let vcpus = description.about.config.vcpus;
-        self.offer().map_or(true, |offer| offer.is_foreign(&description.requirements, vcpus))
+    /// Whether a VM was shown another CPU than this platform's guests are: it takes other warm VMs then.
+    /// Where that can't be found out, it is taken for one.
+    pub(crate) fn has_foreign_cpu(&self, description: &Description) -> bool {
+        let vcpus = description.metadata.config.vcpus;
+        self.host_capabilities()
+            .map_or(true, |host_capabilities| host_capabilities.has_foreign_cpu(&description.requirements, vcpus))
     }
 
-    /// Has shells made ready for copies of a clone while its memory comes, where there may be so many.
+    /// Has warm VMs made ready for copies of a clone while its memory comes, where there may be so many.
     ///
     /// # Errors
     /// [`Error::Limit`].
     pub(crate) fn expect(&self, description: &Description, count: usize) -> Result<(), Error> {
-        let About { vm_type, config, .. } = &description.about;
+        let ImageMetadata { vm_type, config, .. } = &description.metadata;
         self.check_memory(vm_type, *config, count)?;
         // Others are made when it is launched.
-        if !self.is_foreign(description) {
+        if !self.has_foreign_cpu(description) {
             self.pool.expect(*config);
         }
         Ok(())
@@ -120,14 +121,14 @@ impl Platform {
     /// [`capsule::Error`].
     pub(crate) fn assemble(&self, description: Description) -> Result<Assembly, capsule::Error> {
         self.make_room(description.memory.data_bytes());
-        let parcels = self.images.parcels();
-        let _looked_up = self.image_memory.reserve(Stock::cost(&parcels))?;
-        let stock = Stock::of(parcels);
-        let assembly = Assembly::new(description, &self.image_memory, |layer| stock.layer(layer))?;
+        let chunk_sources = self.images.chunk_sources();
+        let _looked_up = self.image_memory.reserve(ChunkIndex::cost(&chunk_sources))?;
+        let chunk_index = ChunkIndex::of(chunk_sources);
+        let assembly = Assembly::new(description, &self.image_memory, |layer| chunk_index.layer(layer))?;
         for range in assembly.missing() {
             for number in range {
                 let number = usize::try_from(number).unwrap_or(usize::MAX);
-                let known = assembly.chunks().get(number).and_then(|(_, chunk)| stock.chunk(&chunk.digest));
+                let known = assembly.chunks().get(number).and_then(|(_, chunk)| chunk_index.chunk(&chunk.digest));
                 // What does not fit, whatever is wrong with it, comes like all else.
                 if let Some(Err(error)) = known.map(|data| assembly.put(number, &data)) {
                     tracing::debug!(error = chain(&error), "a chunk that is here already can't be used");
@@ -140,10 +141,10 @@ impl Platform {
     /// A memory that is about to be filled while copies run in it.
     ///
     /// # Errors
-    /// [`filling::Error`].
-    pub(crate) fn begin_filling(&self, description: Description) -> Result<Filling, filling::Error> {
+    /// [`postcopy::Error`].
+    pub(crate) fn begin_postcopy(&self, description: Description) -> Result<PostcopyMemory, postcopy::Error> {
         self.make_room(description.memory.file_bytes());
-        Filling::new(description, &self.image_memory)
+        PostcopyMemory::new(description, &self.image_memory)
     }
 
     /// Launches copies of an image that has come in, which wait until they may run. The image stays for a while: the next one may have much in
@@ -159,12 +160,14 @@ impl Platform {
         total: u32,
         room: Reservation,
     ) -> Result<Copies, Error> {
-        self.check_memory(&capsule.about.vm_type, capsule.about.config, slots.len())?;
-        let parcel = Parcel::new(description, capsule.files.clone()).map_err(Error::Capsule)?;
-        let image = self.receive(capsule, parcel);
-        let (capsule, learned) = image.parts();
-        let launch =
-            Launch { is_foreign: image.is_foreign(), ..Launch::of_image(&capsule.about, learned, slots, total) };
+        self.check_memory(&capsule.metadata.vm_type, capsule.metadata.config, slots.len())?;
+        let chunk_source = ChunkSource::new(description, capsule.files.clone()).map_err(Error::Capsule)?;
+        let image = self.receive(capsule, chunk_source);
+        let (capsule, history) = image.parts();
+        let launch = Launch {
+            has_foreign_cpu: image.has_foreign_cpu(),
+            ..Launch::of_image(&capsule.metadata, history, slots, total)
+        };
         Fork::of_image(self, launch, &capsule.state, &capsule.files, room)
     }
 
@@ -174,18 +177,18 @@ impl Platform {
     /// [`Error`]: none of them is there then.
     pub(crate) fn launch_lazily(
         self: &Arc<Self>,
-        filling: &Arc<Filling>,
+        postcopy: &Arc<PostcopyMemory>,
         slots: &[CopySpec],
         total: u32,
         room: Reservation,
     ) -> Result<Copies, Error> {
-        let capsule = filling.capsule().map_err(Error::Filling)?;
-        self.check_memory(&capsule.about.vm_type, capsule.about.config, slots.len())?;
-        let learned = Arc::default();
+        let capsule = postcopy.capsule().map_err(Error::Postcopy)?;
+        self.check_memory(&capsule.metadata.vm_type, capsule.metadata.config, slots.len())?;
+        let history = Arc::default();
         let launch = Launch {
-            is_foreign: self.is_foreign(filling.description()),
-            filling: Some(filling),
-            ..Launch::of_image(&capsule.about, &learned, slots, total)
+            has_foreign_cpu: self.has_foreign_cpu(postcopy.description()),
+            postcopy: Some(postcopy),
+            ..Launch::of_image(&capsule.metadata, &history, slots, total)
         };
         Fork::of_image(self, launch, &capsule.state, &capsule.files, room)
     }
@@ -194,21 +197,27 @@ impl Platform {
     ///
     /// # Errors
     /// [`Error`]: this platform knows no way there.
-    pub(crate) fn supplier(&self, filling: &Arc<Filling>, source: &str, clone: Uuid) -> Result<Supplier, Error> {
+    pub(crate) fn page_client(
+        &self,
+        postcopy: &Arc<PostcopyMemory>,
+        source: &str,
+        clone: Uuid,
+    ) -> Result<PageClient, Error> {
         let cluster = self.cluster.get().ok_or(Error::Alone)?;
-        let link = cluster.find(source).map_err(Error::Cluster)?;
-        let filling = Arc::downgrade(filling);
-        let is_wanted: IsWanted = Arc::new(move || filling.upgrade().is_some_and(|filling| !filling.is_over()).into());
-        Ok(Supplier::new(link, clone, is_wanted))
+        let client = cluster.find(source).map_err(Error::Cluster)?;
+        let postcopy = Arc::downgrade(postcopy);
+        let retry_policy: CurrentRetryPolicy =
+            Arc::new(move || postcopy.upgrade().is_some_and(|postcopy| !postcopy.is_over()).into());
+        Ok(PageClient::new(client, clone, retry_policy))
     }
 
     /// Has the rest of a clone's memory come from its source, in the background. It is an image like others then.
-    pub(crate) fn fill(self: &Arc<Self>, filling: &Arc<Filling>, source: Supplier) {
+    pub(crate) fn fill(self: &Arc<Self>, postcopy: &Arc<PostcopyMemory>, source: PageClient) {
         let platform = Arc::downgrade(self);
-        filling.fill_in_background(source, move |capsule, description| {
+        postcopy.receive_in_background(source, move |capsule, description| {
             let Some(platform) = platform.upgrade() else { return };
-            match Parcel::new(description, capsule.files.clone()) {
-                Ok(parcel) => drop(platform.receive(capsule, parcel)),
+            match ChunkSource::new(description, capsule.files.clone()) {
+                Ok(chunk_source) => drop(platform.receive(capsule, chunk_source)),
                 Err(error) => tracing::warn!(error = chain(&error), "an image that has come is not kept"),
             }
         });

@@ -12,8 +12,9 @@
 //!  DELETE /v1/clones/ID                                 ──►  nothing is left of it
 //! ```
 //!
-//! A lazy clone is described without what is in its memory. Of that, only the chunks go first that are needed at once, right behind the
-//! description; the copies are launched and committed as others are, and the [rest](filling) is had from the source while they run:
+//! A lazy clone is described without what is in its memory. Of that, only the chunks go first that are needed
+//! at once, right behind the description; the copies are launched and committed as others are, and the
+//! [rest](postcopy) is had from the source while they run:
 //!
 //! ```text
 //!  target                                                    source
@@ -41,14 +42,14 @@ use types::CopySpec;
 use utoipa::ToSchema;
 
 mod decisions;
-pub mod filling;
 mod incoming;
 #[cfg(test)]
 mod json_test;
 pub(crate) mod outgoing;
-mod pace;
+pub mod page_server;
+pub mod postcopy;
+mod rate_limiter;
 pub mod source;
-pub mod supply;
 pub mod target;
 
 pub use target::{Clones, Error};

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use api::{Copied, Transfer};
 use base::sync::lock;
-use capsule::About;
+use capsule::ImageMetadata;
 use cluster::{
     member::{Load, MAX_SHAPES, Ready},
     membership::check,
@@ -17,8 +17,8 @@ use crate::{
     Error, Platform,
     clone::{
         Order,
-        source::{self, IsWanted, Progress, Wanted},
-        supply::Supply,
+        page_server::PageServer,
+        source::{self, CurrentRetryPolicy, Progress, RetryPolicy},
     },
     launcher::{ordered, slots},
 };
@@ -47,10 +47,10 @@ pub(crate) struct Listed<'t> {
 
 impl Transfers {
     /// Enters the clone with this ID, of copies of an image.
-    pub(crate) fn list(&self, id: Uuid, about: &About, to: &str) -> Listed<'_> {
+    pub(crate) fn list(&self, id: Uuid, metadata: &ImageMetadata, to: &str) -> Listed<'_> {
         let progress = Arc::default();
-        let VmIdentity { id: original, name: original_name, .. } = about.original.clone();
-        let entry = Entry { id, image: about.id, original, original_name, to: to.to_owned(), progress };
+        let VmIdentity { id: original, name: original_name, .. } = metadata.original.clone();
+        let entry = Entry { id, image: metadata.id, original, original_name, to: to.to_owned(), progress };
         let listed = Listed { transfers: self, id, progress: Arc::clone(&entry.progress) };
         lock(&self.0).push(entry);
         listed
@@ -76,19 +76,20 @@ impl Platform {
     pub fn clone_image(&self, image: &str, to: &str, count: u32, lazy: bool) -> Result<Vec<Copied>, Error> {
         let image = self.sealed_image(image)?;
         let cluster = self.cluster.get().ok_or(Error::Alone)?;
-        let link = cluster.find(to).map_err(Error::Cluster)?;
-        let (id, (capsule, learned)) = (new_id().map_err(Error::Id)?, image.parts());
-        let listed = self.transfers.list(id, &capsule.about, to);
+        let client = cluster.find(to).map_err(Error::Cluster)?;
+        let (id, (capsule, history)) = (new_id().map_err(Error::Id)?, image.parts());
+        let listed = self.transfers.list(id, &capsule.metadata, to);
         let order = Order { source: self.name().to_owned(), slots: slots(count)?, total: count, lazy };
         let failed = |error| Error::Send { platform: to.to_owned(), source: Box::new(error) };
-        let is_wanted: IsWanted = Arc::new(|| Wanted::Yes);
+        let retry_policy: CurrentRetryPolicy = Arc::new(|| RetryPolicy::Retry);
         let prepared = if lazy {
-            let supply = Arc::new(Supply::of(capsule, short(to), cluster.sending.bandwidth).map_err(Error::Capsule)?);
-            self.supplies.add(id, &supply);
-            source::send_lazily(link, id, &order, &supply, learned.of_next_fork().as_ref(), is_wanted)
+            let page_server =
+                Arc::new(PageServer::of(capsule, short(to), cluster.sending.bandwidth).map_err(Error::Capsule)?);
+            self.page_servers.add(id, &page_server);
+            source::send_lazily(client, id, &order, &page_server, history.of_next_fork().as_ref(), retry_policy)
         } else {
-            let parcel = image.parcel(&self.digests).map_err(Error::Capsule)?;
-            source::send(link, id, &order, &parcel, &cluster.sending, &listed.progress, is_wanted)
+            let chunk_source = image.chunk_source(&self.digests).map_err(Error::Capsule)?;
+            source::send(client, id, &order, &chunk_source, &cluster.sending, &listed.progress, retry_policy)
         };
         let all = |named| match ordered(&order.slots, named) {
             vms if vms.len() == order.slots.len() => Ok(vms),
@@ -100,7 +101,7 @@ impl Platform {
         let are_gone = |error: &source::Error| !matches!(error, source::Error::Unknown(_));
         let sent = sent.inspect_err(|error| {
             if are_gone(error) {
-                self.supplies.remove(id)
+                self.page_servers.remove(id)
             }
         });
         sent.map_err(failed)
@@ -139,7 +140,7 @@ impl Platform {
         let (vms, is_stopping) = self.registry.count();
         // Others believe nobody who names impossible shapes, or too many; and clones bring their own.
         let is_told = |(config, shells): &(VmShape, usize)| *shells > 0 && check::is_shape(*config);
-        let ready = self.pool.ready_shells().into_iter().filter(is_told).take(MAX_SHAPES);
+        let ready = self.pool.ready_counts().into_iter().filter(is_told).take(MAX_SHAPES);
         Load {
             vms: number(vms),
             max_vms: number(self.max_vms),

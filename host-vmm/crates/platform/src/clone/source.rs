@@ -13,15 +13,15 @@ use std::{
 
 use api::{
     Copied,
-    client::{self, Connection, Content, GoesOn, Link},
+    client::{self, Connection, Content, GoesOn, PooledClient},
 };
 use base::{sync::lock, text::Reason};
-use capsule::{self, Parcel};
+use capsule::{self, ChunkSource};
 use hyper::{Method, StatusCode, body::Bytes};
 use uuid::Uuid;
 use vmm::memory::WorkingSet;
 
-use super::{COMMIT_LIMIT, LEASE, Missing, Order, Stage, pace::Pace, supply::Supply};
+use super::{COMMIT_LIMIT, LEASE, Missing, Order, Stage, page_server::PageServer, rate_limiter::RateLimiter};
 use crate::{launcher::LAUNCH_TIMEOUT, others::SendSettings};
 
 /// How long the source waits before it tries again to reach its target, at first and at most.
@@ -29,7 +29,7 @@ const FIRST_DELAY: Duration = Duration::from_millis(20);
 const MOST_DELAY: Duration = Duration::from_secs(1);
 
 /// How often it asks whether a target is ready that is being prepared.
-const LOOK_AGAIN: Duration = Duration::from_millis(20);
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// How long a target may prepare copies: as long as these may take until they are ready there, and the time
 /// of a lease.
@@ -88,8 +88,8 @@ impl Progress {
     }
 }
 
-/// How long a target has to say that it has undone a clone.
-const LAST_WORD: Duration = Duration::from_secs(1);
+/// Time that a target has to say that it has undone a clone.
+const ABORT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How often something is begun anew that has gone on for longer than it may take to be heard.
 const MAX_ANEW: u32 = 3;
@@ -97,60 +97,59 @@ const MAX_ANEW: u32 = 3;
 /// How often a target is told that its source is still there, while its copies wait.
 const RENEWAL: Duration = Duration::from_secs(LEASE.as_secs() / 4);
 
-/// How much a clone is wanted.
+/// What the source does when a request about a clone fails.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Wanted {
-    /// What goes wrong is tried again.
-    Yes,
-    /// Only while nothing goes wrong: either side is taken for gone by its cluster.
-    WhileItWorks,
-    /// Not any more.
-    No,
+pub enum RetryPolicy {
+    /// It retries the request.
+    Retry,
+    /// It gives the clone up: either side is taken for gone by its cluster.
+    FailFast,
+    /// It asks for nothing more: the clone was called off.
+    Cancelled,
 }
 
-impl From<bool> for Wanted {
+impl From<bool> for RetryPolicy {
     fn from(is_wanted: bool) -> Self {
-        if is_wanted { Self::Yes } else { Self::No }
+        if is_wanted { Self::Retry } else { Self::Cancelled }
     }
 }
 
-/// Says how much a clone is wanted at present.
-pub type IsWanted = Arc<dyn Fn() -> Wanted + Send + Sync>;
+/// Retry policy at present: it changes when a fork is called off, or a side is cut off from its cluster.
+pub type CurrentRetryPolicy = Arc<dyn Fn() -> RetryPolicy + Send + Sync>;
 
 /// A target, which is asked again where it can't be reached.
 pub(super) struct Target {
-    link: Link,
+    client: PooledClient,
     path: String,
-    is_wanted: IsWanted,
+    retry_policy: CurrentRetryPolicy,
 }
 
 impl fmt::Debug for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Target").field("link", &self.link).field("path", &self.path).finish_non_exhaustive()
+        f.debug_struct("Target").field("client", &self.client).field("path", &self.path).finish_non_exhaustive()
     }
 }
 
 impl Target {
     /// The one at the end of this link, which is asked for what is below `path`.
-    pub(super) fn at(link: Link, path: String, is_wanted: IsWanted) -> Self {
-        Self { link, path, is_wanted }
+    pub(super) fn at(client: PooledClient, path: String, retry_policy: CurrentRetryPolicy) -> Self {
+        Self { client, path, retry_policy }
     }
 
-    /// Does something that does no harm when it is done twice, again and again until the target says yes or
-    /// no, `limit` is over, or the clone is not wanted enough any more. What is long to do, and breaks off in
-    /// the middle, has its limit from there on; but not for ever. A clone that is not wanted at all any more
-    /// is not waited for in the middle of an answer either.
-    pub(super) fn insist<T>(
+    /// Retries an idempotent request until the target accepts or refuses it, `limit` is over, or the retry
+    /// policy ends it. A request that takes long, and breaks off in the middle, has its limit from there on;
+    /// but not for ever. A clone that was called off is not waited for in the middle of an answer either.
+    pub(super) fn retry_idempotent<T>(
         &self,
         limit: Duration,
         ask: impl FnMut(&mut Connection, &str) -> Result<T, client::Error>,
     ) -> Result<T, client::Error> {
-        self.insist_where(client::Error::may_pass, limit, MAX_ANEW, ask)
+        self.retry_idempotent_if(client::Error::may_pass, limit, MAX_ANEW, ask)
     }
 
-    /// The same, where what goes wrong may be different the next time as `may_pass` says, and what has gone
-    /// on for as long as the limit is begun anew so often.
-    fn insist_where<T>(
+    /// Like `retry_idempotent`, where `may_pass` tells which errors are worth a retry, and a request that has
+    /// gone on for as long as the limit is begun anew so often.
+    fn retry_idempotent_if<T>(
         &self,
         may_pass: impl Fn(&client::Error) -> bool,
         limit: Duration,
@@ -158,18 +157,18 @@ impl Target {
         mut ask: impl FnMut(&mut Connection, &str) -> Result<T, client::Error>,
     ) -> Result<T, client::Error> {
         let (mut began, mut delay) = (Instant::now(), FIRST_DELAY);
-        let is_wanted = Arc::clone(&self.is_wanted);
-        let goes_on: GoesOn = Arc::new(move || is_wanted() != Wanted::No);
+        let retry_policy = Arc::clone(&self.retry_policy);
+        let goes_on: GoesOn = Arc::new(move || retry_policy() != RetryPolicy::Cancelled);
         loop {
             let attempt = Instant::now();
-            let error = match self.link.ask_while(&goes_on, |connection| ask(connection, &self.path)) {
+            let error = match self.client.ask_while(&goes_on, |connection| ask(connection, &self.path)) {
                 Err(error) if may_pass(&error) => error,
                 answer => return answer,
             };
             if attempt.elapsed() >= limit && anew > 0 {
                 (began, anew) = (Instant::now(), anew - 1);
             }
-            if began.elapsed() + delay >= limit || (self.is_wanted)() != Wanted::Yes {
+            if began.elapsed() + delay >= limit || (self.retry_policy)() != RetryPolicy::Retry {
                 return Err(error);
             }
             thread::sleep(delay);
@@ -177,25 +176,25 @@ impl Target {
         }
     }
 
-    /// Fails where the clone is not wanted any more.
-    fn check_wanted(&self) -> Result<(), Error> {
-        if (self.is_wanted)() == Wanted::No { Err(Error::CalledOff) } else { Ok(()) }
+    /// Fails where the clone was called off.
+    fn check_cancelled(&self) -> Result<(), Error> {
+        if (self.retry_policy)() == RetryPolicy::Cancelled { Err(Error::CalledOff) } else { Ok(()) }
     }
 
     /// Tells it what the capsule says of itself, and has it say what it lacks.
     fn describe(&self, head: &Bytes) -> Result<Missing, client::Error> {
-        self.insist(LEASE, |connection, path| describe(connection, path, iter::once(Ok(head.clone()))))
+        self.retry_idempotent(LEASE, |connection, path| describe(connection, path, iter::once(Ok(head.clone()))))
     }
 
     fn stage(&self, limit: Duration) -> Result<Stage, client::Error> {
-        self.insist(limit, |connection, path| connection.ask_for(Method::GET, path, Content::none()))
+        self.retry_idempotent(limit, |connection, path| connection.ask_for(Method::GET, path, Content::none()))
     }
 
     /// Has it launch the copies, and waits until they are ready, for as long as that may take and they are
     /// wanted.
     fn prepare(&self) -> Result<(), Error> {
         let began = Instant::now();
-        let mut stage = self.insist(LEASE, |connection, path| {
+        let mut stage = self.retry_idempotent(LEASE, |connection, path| {
             connection.ask_for(Method::POST, &format!("{path}/prepare"), Content::none())
         })?;
         loop {
@@ -203,10 +202,10 @@ impl Target {
                 Stage::Prepared | Stage::Committed { .. } => return Ok(()),
                 Stage::Aborted { why } => return Err(Error::Aborted(why)),
                 Stage::Preparing if began.elapsed() >= PREPARE_LIMIT => return Err(Error::Slow),
-                Stage::Preparing => thread::sleep(LOOK_AGAIN),
+                Stage::Preparing => thread::sleep(POLL_INTERVAL),
                 Stage::Reserved | Stage::Receiving => return Err(Error::Stage(Reason::of(format_args!("{stage:?}")))),
             }
-            self.check_wanted()?;
+            self.check_cancelled()?;
             stage = self.stage(LEASE)?;
         }
     }
@@ -229,9 +228,9 @@ pub struct Prepared {
     id: Uuid,
     target: Target,
     /// What the target asks for once the copies run: it is not forgotten until then.
-    supply: Option<Arc<Supply>>,
+    page_server: Option<Arc<PageServer>>,
     /// When the target has last heard of it.
-    heard: Instant,
+    last_contact: Instant,
     is_decided: bool,
 }
 
@@ -240,22 +239,22 @@ pub struct Prepared {
 /// # Errors
 /// [`Error`]: nothing is left of it at the target, or will be once that has not heard of it for the time of a lease.
 pub fn send(
-    link: Link,
+    client: PooledClient,
     id: Uuid,
     order: &Order,
-    parcel: &Arc<Parcel>,
+    chunk_source: &Arc<ChunkSource>,
     settings: &SendSettings,
     progress: &Arc<Progress>,
-    is_wanted: IsWanted,
+    retry_policy: CurrentRetryPolicy,
 ) -> Result<Prepared, Error> {
-    let mut prepared = Prepared::order(link, id, order, is_wanted)?;
+    let mut prepared = Prepared::order(client, id, order, retry_policy)?;
     let target = &prepared.target;
-    target.check_wanted()?;
-    let Missing { chunks } = target.describe(parcel.head())?;
-    send_memory(target, parcel, chunks, settings, progress)?;
-    target.check_wanted()?;
+    target.check_cancelled()?;
+    let Missing { chunks } = target.describe(chunk_source.head())?;
+    send_memory(target, chunk_source, chunks, settings, progress)?;
+    target.check_cancelled()?;
     target.prepare()?;
-    prepared.heard = Instant::now();
+    prepared.last_contact = Instant::now();
     Ok(prepared)
 }
 
@@ -264,41 +263,42 @@ pub fn send(
 /// # Errors
 /// As [`send`].
 pub fn send_lazily(
-    link: Link,
+    client: PooledClient,
     id: Uuid,
     order: &Order,
-    supply: &Arc<Supply>,
+    page_server: &Arc<PageServer>,
     working_set: Option<&WorkingSet>,
-    is_wanted: IsWanted,
+    retry_policy: CurrentRetryPolicy,
 ) -> Result<Prepared, Error> {
-    let mut prepared = Prepared::order(link, id, order, is_wanted)?;
-    prepared.supply = Some(Arc::clone(supply));
+    let mut prepared = Prepared::order(client, id, order, retry_policy)?;
+    prepared.page_server = Some(Arc::clone(page_server));
     let target = &prepared.target;
-    let first = supply.first_chunks(working_set);
-    target.check_wanted()?;
-    target.insist(LEASE, |connection, path| {
-        let (head, supply, is_wanted) = (supply.head().clone(), Arc::clone(supply), Arc::clone(&target.is_wanted));
+    let first = page_server.first_chunks(working_set);
+    target.check_cancelled()?;
+    target.retry_idempotent(LEASE, |connection, path| {
+        let (head, page_server, retry_policy) =
+            (page_server.head().clone(), Arc::clone(page_server), Arc::clone(&target.retry_policy));
         let chunks = first.clone().into_iter().map(move |chunk| {
-            check_wanted(&is_wanted)?;
-            supply.record_in_turn(chunk)
+            check_cancelled(&retry_policy)?;
+            page_server.record_in_turn(chunk)
         });
         describe(connection, path, iter::once(Ok(head)).chain(chunks))
     })?;
-    target.check_wanted()?;
+    target.check_cancelled()?;
     target.prepare()?;
-    prepared.heard = Instant::now();
+    prepared.last_contact = Instant::now();
     Ok(prepared)
 }
 
 impl Prepared {
     /// Has a target keep room for a clone.
-    fn order(link: Link, id: Uuid, order: &Order, is_wanted: IsWanted) -> Result<Self, Error> {
-        let target = Target::at(link, format!("/v1/clones/{id}"), is_wanted);
-        target.check_wanted()?;
-        let prepared = Self { id, target, supply: None, heard: Instant::now(), is_decided: false };
+    fn order(client: PooledClient, id: Uuid, order: &Order, retry_policy: CurrentRetryPolicy) -> Result<Self, Error> {
+        let target = Target::at(client, format!("/v1/clones/{id}"), retry_policy);
+        target.check_cancelled()?;
+        let prepared = Self { id, target, page_server: None, last_contact: Instant::now(), is_decided: false };
         let stage: Stage = prepared
             .target
-            .insist(LEASE, |connection, path| connection.ask_for(Method::PUT, path, Content::json(order)?))?;
+            .retry_idempotent(LEASE, |connection, path| connection.ask_for(Method::PUT, path, Content::json(order)?))?;
         match stage {
             Stage::Reserved | Stage::Receiving => Ok(prepared),
             stage => Err(Error::Stage(Reason::of(format_args!("{stage:?}")))),
@@ -312,10 +312,10 @@ impl Prepared {
 
     /// Tells the target now and then that its source is still there, and says whether the copies still wait there. To be called often.
     pub fn is_waiting(&mut self) -> bool {
-        if self.heard.elapsed() < RENEWAL {
+        if self.last_contact.elapsed() < RENEWAL {
             return true;
         }
-        self.heard = Instant::now();
+        self.last_contact = Instant::now();
         match self.target.stage(Duration::ZERO) {
             Ok(stage) => matches!(stage, Stage::Prepared),
             // It may be there again before its lease is over.
@@ -329,20 +329,20 @@ impl Prepared {
     /// [`Error::Aborted`] where none of them runs, [`Error::Unknown`] where nobody can tell.
     pub fn commit(mut self) -> Result<Vec<Copied>, Error> {
         self.is_decided = true;
-        self.target.is_wanted = Arc::new(|| Wanted::Yes);
+        self.target.retry_policy = Arc::new(|| RetryPolicy::Retry);
         // Whoever can't be trusted or understood is not the target: only that knows what has come of the clone.
         let is_open = |error: &client::Error| !matches!(error, client::Error::Refused { .. });
         let began = Instant::now();
         loop {
             let left = COMMIT_LIMIT.saturating_sub(began.elapsed());
-            let stage = self.target.insist_where(is_open, left, 0, |connection, path| {
+            let stage = self.target.retry_idempotent_if(is_open, left, 0, |connection, path| {
                 connection.ask_for(Method::POST, &format!("{path}/commit"), Content::none())
             });
             match stage {
                 Ok(Stage::Committed { vms }) => return Ok(vms),
                 Ok(Stage::Aborted { why }) => return Err(Error::Aborted(why)),
                 // Somebody's earlier question is being answered.
-                Ok(Stage::Preparing) if began.elapsed() < COMMIT_LIMIT => thread::sleep(LOOK_AGAIN),
+                Ok(Stage::Preparing) if began.elapsed() < COMMIT_LIMIT => thread::sleep(POLL_INTERVAL),
                 Ok(_) => return Err(Error::Unknown(None)),
                 Err(client::Error::Refused { status, why }) if is_undone(status) => return Err(Error::Aborted(why)),
                 Err(error) => return Err(Error::Unknown(Some(error))),
@@ -361,11 +361,11 @@ fn is_undone(status: StatusCode) -> bool {
 impl Drop for Prepared {
     fn drop(&mut self) {
         // Whom this does not reach undoes it by itself, and nobody waits for long to find that out.
-        if self.is_decided || (self.target.is_wanted)() == Wanted::WhileItWorks {
+        if self.is_decided || (self.target.retry_policy)() == RetryPolicy::FailFast {
             return;
         }
-        let told = self.target.link.ask(|connection| {
-            connection.set_patience(LAST_WORD);
+        let told = self.target.client.ask(|connection| {
+            connection.set_timeout(ABORT_TIMEOUT);
             connection.ask(Method::DELETE, &self.target.path, Content::none())
         });
         match told {
@@ -375,9 +375,9 @@ impl Drop for Prepared {
     }
 }
 
-/// Has nothing more be sent of a clone that is not wanted any more.
-fn check_wanted(is_wanted: &IsWanted) -> io::Result<()> {
-    if is_wanted() == Wanted::No { Err(io::Error::other("the clone is not wanted any more")) } else { Ok(()) }
+/// Fails where the clone was called off, so that no more of it is sent.
+fn check_cancelled(retry_policy: &CurrentRetryPolicy) -> io::Result<()> {
+    if retry_policy() == RetryPolicy::Cancelled { Err(io::Error::other("the clone was called off")) } else { Ok(()) }
 }
 
 /// What records were in that were sent, for those to come: new memory has to be made page by page.
@@ -403,11 +403,11 @@ impl Drop for Sent {
 
 /// Chunks on their way, made while they are sent.
 struct Pieces {
-    parcel: Arc<Parcel>,
+    chunk_source: Arc<ChunkSource>,
     share: std::vec::IntoIter<u32>,
-    pace: Arc<Pace>,
+    rate_limiter: Arc<RateLimiter>,
     progress: Arc<Progress>,
-    is_wanted: IsWanted,
+    retry_policy: CurrentRetryPolicy,
     buffers: Buffers,
 }
 
@@ -416,15 +416,15 @@ impl Iterator for Pieces {
 
     fn next(&mut self) -> Option<io::Result<Bytes>> {
         let number = self.share.next()?;
-        if let Err(error) = check_wanted(&self.is_wanted) {
+        if let Err(error) = check_cancelled(&self.retry_policy) {
             return Some(Err(error));
         }
-        let bytes = self.parcel.data_bytes(number);
-        self.pace.wait(bytes);
+        let bytes = self.chunk_source.data_bytes(number);
+        self.rate_limiter.wait(bytes);
         self.progress.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
         let mut record = lock(&self.buffers).pop().unwrap_or_default();
         record.clear();
-        let made = self.parcel.record(number, &mut record);
+        let made = self.chunk_source.record(number, &mut record);
         Some(made.map(|()| Bytes::from_owner(Sent { record, buffers: Arc::clone(&self.buffers) })))
     }
 }
@@ -432,38 +432,38 @@ impl Iterator for Pieces {
 /// Sends chunks on several connections, each its own share.
 fn send_memory(
     target: &Target,
-    parcel: &Arc<Parcel>,
+    chunk_source: &Arc<ChunkSource>,
     wanted: Vec<Range<u32>>,
     settings: &SendSettings,
     progress: &Arc<Progress>,
 ) -> Result<(), Error> {
-    let count = parcel.chunks();
+    let count = chunk_source.chunks();
     let wanted: Vec<u32> = wanted.into_iter().flat_map(|range| range.start.min(count)..range.end.min(count)).collect();
-    let wanted_bytes: u64 = wanted.iter().map(|chunk| parcel.data_bytes(*chunk)).sum();
+    let wanted_bytes: u64 = wanted.iter().map(|chunk| chunk_source.data_bytes(*chunk)).sum();
     progress.wanted_bytes.store(wanted_bytes, Ordering::Relaxed);
-    progress.spared_bytes.store(parcel.memory_bytes().saturating_sub(wanted_bytes), Ordering::Relaxed);
+    progress.spared_bytes.store(chunk_source.memory_bytes().saturating_sub(wanted_bytes), Ordering::Relaxed);
     if wanted.is_empty() {
         return Ok(());
     }
-    let pace = Arc::new(Pace::new(settings.bandwidth));
+    let rate_limiter = Arc::new(RateLimiter::new(settings.bandwidth));
     let shares = wanted.chunks(wanted.len().div_ceil(settings.connections.max(1)));
     thread::scope(|scope| {
         let senders = shares.map(|share| {
-            let (pace, is_wanted) = (&pace, &target.is_wanted);
+            let (rate_limiter, retry_policy) = (&rate_limiter, &target.retry_policy);
             thread::Builder::new().name("clone".into()).spawn_scoped(scope, move || {
                 let (mut rest, mut again) = (share.to_vec(), false);
-                target.insist(LEASE, |connection, path| {
+                target.retry_idempotent(LEASE, |connection, path| {
                     // What has come before the connection broke need not come again.
                     if std::mem::replace(&mut again, true) {
-                        let missing = describe(connection, path, iter::once(Ok(parcel.head().clone())))?;
+                        let missing = describe(connection, path, iter::once(Ok(chunk_source.head().clone())))?;
                         rest.retain(|chunk| missing.has(*chunk));
                     }
                     let pieces = Pieces {
-                        parcel: Arc::clone(parcel),
+                        chunk_source: Arc::clone(chunk_source),
                         share: rest.clone().into_iter(),
-                        pace: Arc::clone(pace),
+                        rate_limiter: Arc::clone(rate_limiter),
                         progress: Arc::clone(progress),
-                        is_wanted: Arc::clone(is_wanted),
+                        retry_policy: Arc::clone(retry_policy),
                         buffers: Buffers::default(),
                     };
                     connection.ask(Method::POST, &format!("{path}/chunks"), Content::Pieces(Box::new(pieces)))

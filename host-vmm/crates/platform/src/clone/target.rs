@@ -21,9 +21,9 @@ use vmm::memory::Grant;
 
 use super::{
     LEASE, MAX_RANGES, Missing, Order, Stage,
-    decisions::{Decision, MAX_IN_ALL, MAX_REMEMBERED, forgettable},
-    filling::{self, Filling},
-    supply::Supplier,
+    decisions::{Decision, MAX_IN_ALL, MAX_REMEMBERED, evictable},
+    page_server::PageClient,
+    postcopy::{self, PostcopyMemory},
 };
 use crate::{Copies, Platform, Reservation};
 
@@ -79,7 +79,7 @@ pub enum Error {
     Incompatible(#[from] Incompatible),
     /// The memory of a lazy clone can't be filled.
     #[error("the memory can't be filled")]
-    Filling(#[from] filling::Error),
+    Postcopy(#[from] postcopy::Error),
     /// A chunk came that nobody could make use of.
     #[error("chunks can't be taken")]
     Chunks(#[source] io::Error),
@@ -100,7 +100,7 @@ struct Incoming {
     /// Hash of what it has said of itself. Held by whoever takes that in: it takes a while to look for what is here already.
     described: Mutex<Option<blake3::Hash>>,
     /// When something was heard of its source, or it was decided.
-    heard: Mutex<Instant>,
+    last_contact: Mutex<Instant>,
     /// Bytes of memory that have come.
     received_bytes: AtomicU64,
 }
@@ -130,24 +130,24 @@ struct Launched {
 /// A memory that nobody needs any more once this is dropped, unless the rest of it is on its way.
 #[derive(Debug)]
 struct Begun {
-    filling: Arc<Filling>,
+    postcopy: Arc<PostcopyMemory>,
     /// Where the rest is to be had from, as soon as the copies run: until then, it would only keep them from that.
-    rest: Option<Supplier>,
+    rest: Option<PageClient>,
 }
 
 impl Begun {
     /// Has what copies wait for come from their source.
-    fn new(platform: &Platform, filling: Arc<Filling>, source: &str, clone: Uuid) -> Result<Self, Error> {
-        let supplier = || platform.supplier(&filling, source, clone);
-        let (awaited, rest) = (supplier()?, supplier()?);
-        filling.serve_faults(awaited).map_err(crate::Error::Start)?;
-        Ok(Self { rest: Some(rest), filling })
+    fn new(platform: &Platform, postcopy: Arc<PostcopyMemory>, source: &str, clone: Uuid) -> Result<Self, Error> {
+        let page_client = || platform.page_client(&postcopy, source, clone);
+        let (awaited, rest) = (page_client()?, page_client()?);
+        postcopy.serve_faults(awaited).map_err(crate::Error::Start)?;
+        Ok(Self { rest: Some(rest), postcopy })
     }
 
     /// Has all of it come.
     fn go_on(mut self, platform: &Arc<Platform>) {
         if let Some(rest) = self.rest.take() {
-            platform.fill(&self.filling, rest);
+            platform.fill(&self.postcopy, rest);
         }
     }
 }
@@ -155,7 +155,7 @@ impl Begun {
 impl Drop for Begun {
     fn drop(&mut self) {
         if self.rest.is_some() {
-            self.filling.cancel();
+            self.postcopy.cancel();
         }
     }
 }
@@ -166,13 +166,13 @@ enum Memory {
     /// As a whole, before the copies run.
     Whole(Arc<Assembly>),
     /// For a part, and the rest while they run.
-    Lazy(Arc<Filling>),
+    Lazy(Arc<PostcopyMemory>),
 }
 
 /// One of which as much has come as its copies need to run.
 enum Complete {
     Whole(Box<Assembly>),
-    Lazy(Arc<Filling>),
+    Lazy(Arc<PostcopyMemory>),
 }
 
 impl Memory {
@@ -187,7 +187,7 @@ impl Memory {
     /// Takes it, once nobody puts anything into it any more; else says what has come too early.
     fn into_complete(self) -> Result<Complete, (Self, &'static str)> {
         let assembly = match self {
-            Self::Lazy(filling) => return Ok(Complete::Lazy(filling)),
+            Self::Lazy(postcopy) => return Ok(Complete::Lazy(postcopy)),
             Self::Whole(assembly) => assembly,
         };
         match Arc::try_unwrap(assembly) {
@@ -230,7 +230,7 @@ impl Progress {
 impl Incoming {
     /// How far it is, for somebody who acts for its source.
     fn progress(&self) -> MutexGuard<'_, Progress> {
-        *lock(&self.heard) = Instant::now();
+        *lock(&self.last_contact) = Instant::now();
         lock(&self.progress)
     }
 
@@ -255,7 +255,12 @@ impl Incoming {
             Progress::Aborted(_) => false,
             _ => return None,
         };
-        Some(Decision { id: self.id, source: self.order.source.clone(), since: *lock(&self.heard), is_committed })
+        Some(Decision {
+            id: self.id,
+            source: self.order.source.clone(),
+            since: *lock(&self.last_contact),
+            is_committed,
+        })
     }
 
     /// Undoes it, unless it is decided, or about to be.
@@ -279,24 +284,24 @@ impl Clones {
     }
 
     /// Undoes clones whose source is not heard of any more, and forgets those that were decided long ago. To be called now and then.
-    pub fn tend(&self) {
+    pub fn sweep(&self) {
         let all: Vec<Arc<Incoming>> = lock(&self.by_id).values().cloned().collect();
         for incoming in &all {
-            if !incoming.is_decided() && !incoming.is_at_work() && lock(&incoming.heard).elapsed() >= LEASE {
+            if !incoming.is_decided() && !incoming.is_at_work() && lock(&incoming.last_contact).elapsed() >= LEASE {
                 tracing::warn!(clone = %incoming.id, source = incoming.order.source, "a clone's source is gone");
                 incoming.abort("its source was not heard of for the time of its lease");
             }
         }
-        self.forget(Instant::now());
+        self.evict(Instant::now());
     }
 
     /// Forgets what became of clones for which nobody asks any more.
-    fn forget(&self, now: Instant) {
+    fn evict(&self, now: Instant) {
         let mut by_id = lock(&self.by_id);
         let decisions = by_id.values().filter_map(|incoming| incoming.decision()).collect();
-        let forgotten: Vec<_> = forgettable(decisions, now).iter().filter_map(|id| by_id.remove(id)).collect();
+        let evicted: Vec<_> = evictable(decisions, now).iter().filter_map(|id| by_id.remove(id)).collect();
         drop(by_id);
-        drop(forgotten);
+        drop(evicted);
     }
 
     /// How many clones of a source are decided.
@@ -339,7 +344,7 @@ impl Platform {
         }
         // Nobody may have them be remembered without end, between one look after them and the next.
         if self.clones().decided_of(&order.source) >= MANY {
-            self.clones().forget(Instant::now());
+            self.clones().evict(Instant::now());
         }
         let mut by_id = lock(&self.clones().by_id);
         if let Some(known) = by_id.get(&id).cloned() {
@@ -352,9 +357,9 @@ impl Platform {
         }
         check_count(&by_id)?;
         let progress = Mutex::new(Progress::Reserved(self.reserve(order.slots.len())?));
-        let (heard, received_bytes) = (Mutex::new(Instant::now()), AtomicU64::new(0));
+        let (last_contact, received_bytes) = (Mutex::new(Instant::now()), AtomicU64::new(0));
         let described = Mutex::default();
-        by_id.insert(id, Arc::new(Incoming { id, order, progress, described, heard, received_bytes }));
+        by_id.insert(id, Arc::new(Incoming { id, order, progress, described, last_contact, received_bytes }));
         Ok(Stage::Reserved)
     }
 
@@ -388,7 +393,7 @@ impl Platform {
         }
         self.expect(&description, incoming.order.slots.len())?;
         let memory = if incoming.order.lazy {
-            Memory::Lazy(Arc::new(self.begin_filling(description)?))
+            Memory::Lazy(Arc::new(self.begin_postcopy(description)?))
         } else {
             Memory::Whole(Arc::new(self.assemble(description)?))
         };
@@ -480,10 +485,10 @@ impl Platform {
                 let copies = self.launch_capsule(capsule, description, slots, *total, room)?;
                 Ok(Launched { copies, memory: None })
             }
-            Complete::Lazy(filling) => {
+            Complete::Lazy(postcopy) => {
                 // Copies may wait for memory before they are launched: KVM reads some of it when it is given what vCPUs had in their registers.
-                let begun = Begun::new(self, Arc::clone(&filling), source, incoming.id)?;
-                let copies = self.launch_lazily(&filling, slots, *total, room)?;
+                let begun = Begun::new(self, Arc::clone(&postcopy), source, incoming.id)?;
+                let copies = self.launch_lazily(&postcopy, slots, *total, room)?;
                 Ok(Launched { copies, memory: Some(begun) })
             }
         }
@@ -562,7 +567,7 @@ impl Intake {
                 let number = usize::try_from(chunk).map_err(io::Error::other)?;
                 assembly.put(number, data).map_err(io::Error::other)?;
             }
-            Memory::Lazy(filling) => filling.put(chunk, data).map_err(io::Error::other)?,
+            Memory::Lazy(postcopy) => postcopy.put(chunk, data).map_err(io::Error::other)?,
         }
         incoming.received_bytes.fetch_add(data.len() as u64, Ordering::Relaxed);
         Ok(())

@@ -43,7 +43,7 @@ const MAX_PAUSE_SECONDS: u64 = 10;
 /// The least that it can be, and the most.
 const MAX_PAUSE_RANGE: std::ops::RangeInclusive<u64> = 1..=600;
 
-/// Ready shells.
+/// Warm VMs.
 const READY: usize = 4;
 
 /// Connections for the memory of one clone.
@@ -127,7 +127,7 @@ pub struct PlatformConfig {
     pub max_vms: usize,
     /// Longest pause of a VM for a fork.
     pub max_pause: Duration,
-    /// How many shells of each shape to keep ready.
+    /// How many warm VMs of each shape to keep ready.
     pub ready: usize,
     /// Whether copies make pages ready that others before them have written to.
     pub prefetch: bool,

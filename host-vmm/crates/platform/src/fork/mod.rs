@@ -1,4 +1,5 @@
-//! The platform's part of a fork: it chooses where the children go, and gives shells the order to become them.
+//! The platform's part of a fork: it chooses where the children go, and gives warm VMs the order to become
+//! them.
 
 use std::{
     fs::File,
@@ -23,19 +24,19 @@ pub(crate) mod remote;
 
 use super::{
     Error, Platform,
-    images::Keeping,
+    images::PendingImage,
     launcher::{Launch, list, slots},
     limits::Recent,
-    node_server::{Awaited, Node},
-    process::{Process, Shell},
+    node_server::{LaunchWaiter, Node},
+    process::{Process, WarmNode},
     registry::Reservation,
     seals::{Frozen, Seal, Unsealed},
-    working_sets::Learned,
+    working_sets::WorkingSetHistory,
 };
-use remote::Placed;
+use remote::PlacementResult;
 
 /// How long children have to themselves before the platform goes on with what nobody waits for.
-const HEAD_START: Duration = Duration::from_millis(1);
+const CHILD_GRACE: Duration = Duration::from_millis(1);
 
 /// How long a parent may take beyond its longest pause to say itself what becomes of a fork: it gives up
 /// before.
@@ -71,7 +72,7 @@ pub(crate) struct Order {
 
 /// Who is copied.
 #[derive(Debug)]
-pub(crate) struct Original<'a> {
+pub(crate) struct ForkParent<'a> {
     /// The VM.
     pub(crate) vm: &'a VmIdentity,
     /// Its shape.
@@ -79,9 +80,9 @@ pub(crate) struct Original<'a> {
     /// Its forks within the last second.
     pub(crate) recent: &'a mut Recent,
     /// What is known of its copies.
-    pub(crate) learned: &'a Arc<Learned>,
+    pub(crate) history: &'a Arc<WorkingSetHistory>,
     /// Whether it was shown another CPU than this platform's guests are.
-    pub(crate) is_foreign: bool,
+    pub(crate) has_foreign_cpu: bool,
     /// The connection to its node.
     pub(crate) link: &'a PlatformLink,
     /// The process of its node.
@@ -90,22 +91,22 @@ pub(crate) struct Original<'a> {
     pub(crate) unsealed: &'a Unsealed,
 }
 
-impl Original<'_> {
+impl ForkParent<'_> {
     /// Whether its node is gone, or about to be.
     fn is_gone(&self) -> bool {
         self.link.is_closed() || self.process.is_none_or(Process::has_ended)
     }
 }
 
-/// Where a fork's children come into being.
+/// Files of a fork, and the warm VM that has them already.
 #[derive(Debug)]
-pub(crate) struct Place {
+pub(crate) struct ForkFiles {
     /// The rendezvous, then those of the image.
     pub(crate) files: Vec<File>,
     /// The rendezvous, where there was time to open it.
     pub(crate) rendezvous: Option<Rendezvous>,
-    /// A shell that has the files.
-    pub(crate) standby: Option<Shell>,
+    /// A warm VM that has the files.
+    pub(crate) standby: Option<WarmNode>,
 }
 
 /// A fork whose children are not all certain to stay yet.
@@ -116,7 +117,7 @@ pub(crate) struct Fork {
     /// The processor on which the parent runs, where its children are to be elsewhere.
     parents_processor: Option<u32>,
     /// What is kept of it once it is certain, with the state.
-    keeping: Mutex<Option<(Keeping, Vec<u8>)>>,
+    pending_image: Mutex<Option<(PendingImage, Vec<u8>)>>,
     /// What is to be sealed then.
     frozen: Mutex<Option<Frozen>>,
     /// Whether its image is sealed.
@@ -177,11 +178,11 @@ impl Fork {
     /// [`Error::Rendezvous`] where there is no rendezvous: nobody can be told then.
     pub(crate) fn begin(
         platform: &Arc<Platform>,
-        original: &mut Original<'_>,
+        parent: &mut ForkParent<'_>,
         order: &Order,
-        place: Place,
+        fork_files: ForkFiles,
     ) -> Result<Arc<Self>, Error> {
-        let Place { files, rendezvous, mut standby } = place;
+        let ForkFiles { files, rendezvous, mut standby } = fork_files;
         let open = || open_rendezvous(files.first());
         let rendezvous = Arc::new(rendezvous.map_or_else(open, Ok)?.with_children(order.count));
         let files: Vec<Arc<File>> = files.into_iter().map(Arc::new).collect();
@@ -190,12 +191,12 @@ impl Fork {
         *lock(&fork.until) = Some(Instant::now() + platform.max_pause + GRACE);
         // Where this fails, the parent is told before it is let go.
         let mut hold = platform.images.wants(&order.vm_type).then(|| rendezvous.hold()).transpose()?;
-        let mut keeping = None;
-        let placed = platform.place(original, order);
-        let Original { config, vm, learned, is_foreign, unsealed, .. } = *original;
-        let (parent, ram_bytes, unsealed) = (vm.id, config.ram_bytes, unsealed.clone());
-        *lock(&fork.frozen) = Some(Frozen { files: image.to_vec(), parent, ram_bytes, unsealed });
-        let launched = placed.and_then(|Placed { here, away }| {
+        let mut pending_image = None;
+        let placed = platform.place(parent, order);
+        let ForkParent { config, vm, history, has_foreign_cpu, unsealed, .. } = *parent;
+        let (ram_bytes, unsealed) = (config.ram_bytes, unsealed.clone());
+        *lock(&fork.frozen) = Some(Frozen { files: image.to_vec(), parent: vm.id, ram_bytes, unsealed });
+        let launched = placed.and_then(|PlacementResult { here, away }| {
             let launch = Launch {
                 config,
                 original: vm,
@@ -205,12 +206,12 @@ impl Fork {
                 arrivals: order.count,
                 seq: order.seq,
                 fault: order.fault,
-                learned,
-                is_foreign,
-                filling: None,
+                history,
+                has_foreign_cpu,
+                postcopy: None,
             };
             if hold.is_some() {
-                keeping = Some(Keeping::new(launch, image.to_vec()));
+                pending_image = Some(PendingImage::new(launch, image.to_vec()));
             }
             if !away.is_empty() {
                 fork.send_away(platform, &rendezvous, &launch, &order.target, away, image)?;
@@ -223,14 +224,14 @@ impl Fork {
             fork.launch(platform, launch, &files, standby.take(), room)
         });
         let served = launched.and_then(|nodes| {
-            if let Some(keeping) = keeping {
+            if let Some(pending_image) = pending_image {
                 // Once its copies run, they may write there.
-                let state = rendezvous.wait_state(|| fork.is_off() || fork.is_late() || original.is_gone())?;
-                *lock(&fork.keeping) = Some((keeping, state));
+                let state = rendezvous.wait_state(|| fork.is_off() || fork.is_late() || parent.is_gone())?;
+                *lock(&fork.pending_image) = Some((pending_image, state));
             }
             drop(hold.take());
             // The children are at work. What serves them can wait, and should not take the processor away from them.
-            thread::sleep(HEAD_START);
+            thread::sleep(CHILD_GRACE);
             nodes.into_iter().try_for_each(Node::serve)
         });
         if let Err(error) = served {
@@ -248,7 +249,7 @@ impl Fork {
         Arc::new(Self {
             parents_processor: rendezvous.parents_processor(),
             rendezvous: Mutex::new(Some(rendezvous)),
-            keeping: Mutex::default(),
+            pending_image: Mutex::default(),
             frozen: Mutex::default(),
             seal,
             state: Mutex::default(),
@@ -262,21 +263,21 @@ impl Fork {
         platform: &Arc<Platform>,
         launch: Launch<'_>,
         files: &[impl AsFd],
-        standby: Option<Shell>,
+        standby: Option<WarmNode>,
         mut room: Reservation,
     ) -> Result<Vec<Node>, Error> {
-        let Launch { config, original, vm_type, slots, total, arrivals, seq, fault, learned, is_foreign, filling } =
-            launch;
+        let Launch { config, original, vm_type, slots, total, arrivals, seq, fault, .. } = launch;
+        let Launch { history, has_foreign_cpu, postcopy, .. } = launch;
         let wanted = slots.len();
         let names = platform.registry.names(vm_type, wanted);
         let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
         let (mut first, others) = match platform.prefetches {
-            true => learned.next_fork(),
+            true => history.next_fork(),
             false => (Prefetch::None, Prefetch::None),
         };
         let mut nodes = Vec::with_capacity(wanted);
         let mut files_for_next = if standby.is_some() { &[] } else { &files[..] };
-        let mut shells: Vec<Shell> = standby.into_iter().collect();
+        let mut warm_nodes: Vec<WarmNode> = standby.into_iter().collect();
         for (CopySpec { id, index }, name) in slots.iter().copied().zip(names) {
             if fault == Some(ForkStep::Launch) && index > total / 2 {
                 return Err(Error::Injected(ForkStep::Launch));
@@ -286,14 +287,14 @@ impl Fork {
             if self.rendezvous().is_some_and(|rendezvous| rendezvous.is_aborted()) {
                 return Err(rendezvous::Error::Aborted.into());
             }
-            if shells.is_empty() {
+            if warm_nodes.is_empty() {
                 let wanted = wanted - nodes.len();
-                shells = match is_foreign {
+                warm_nodes = match has_foreign_cpu {
                     true => platform.pool.take_cold(config, wanted)?,
                     false => platform.pool.take(config, wanted)?,
                 };
             }
-            let shell = shells.pop().ok_or(Error::Stopping)?;
+            let warm_node = warm_nodes.pop().ok_or(Error::Stopping)?;
             let identity = VmIdentity {
                 id,
                 parent: original.id,
@@ -308,38 +309,38 @@ impl Fork {
                 identity,
                 seq,
                 arrivals,
-                lazy: filling.is_some(),
+                lazy: postcopy.is_some(),
                 working_set: prefetch,
                 first_vcpu_late: fault == Some(ForkStep::FirstRun),
             };
-            let mut node = self.order(platform, shell, order, learned, files_for_next)?;
+            let mut node = self.order(platform, warm_node, order, history, files_for_next)?;
             room.is_used();
-            node.come_from(is_foreign, filling);
+            node.come_from(has_foreign_cpu, postcopy);
             nodes.push(node);
             files_for_next = &files;
         }
         Ok(nodes)
     }
 
-    /// Gives a shell the order to become a copy.
+    /// Gives a warm VM the order to become a copy.
     fn order(
         self: &Arc<Self>,
         platform: &Arc<Platform>,
-        shell: Shell,
+        warm_node: WarmNode,
         order: CopyOrder,
-        learned: &Arc<Learned>,
+        history: &Arc<WorkingSetHistory>,
         files: &[BorrowedFd<'_>],
     ) -> Result<Node, Error> {
         if let Some(processor) = self.parents_processor() {
-            shell.process.keep_off(processor);
+            warm_node.process.keep_off(processor);
         }
-        let mut node = Node::new(platform, shell, order.identity.clone(), Awaited::Fork(Arc::clone(self)))?;
+        let mut node = Node::new(platform, warm_node, order.identity.clone(), LaunchWaiter::Fork(Arc::clone(self)))?;
         self.add(node.link());
         if matches!(order.working_set, Prefetch::Record) {
-            node.teach(learned);
+            node.record_to(history);
         }
         let name = order.identity.name.clone();
-        // A shell that stands by may have been kept from reading.
+        // A warm VM that stands by may have been kept from reading.
         let sent = node.link().try_send(&ToNode::Copy(order), files);
         sent.map_err(|source| Error::Node { name, source })?;
         Ok(node)
@@ -434,9 +435,9 @@ impl Fork {
     /// Says that its copies will run: its image is sealed, and what is to be kept of it is kept then.
     pub(crate) fn is_certain(&self, platform: &Platform) {
         // Whoever else says so too waits until the image is there: it must be when its seal is decided.
-        let mut keeping = lock(&self.keeping);
-        if let Some((keeping, state)) = keeping.take()
-            && let Err(error) = platform.keep(keeping, state, &self.seal)
+        let mut pending_image = lock(&self.pending_image);
+        if let Some((pending_image, state)) = pending_image.take()
+            && let Err(error) = platform.keep(pending_image, state, &self.seal)
         {
             tracing::warn!(error = chain(&error), "an image is not kept");
         }
@@ -444,7 +445,7 @@ impl Fork {
         if let Some(frozen) = frozen {
             platform.seal(&self.seal, frozen);
         }
-        drop(keeping);
+        drop(pending_image);
     }
 
     /// Takes in the parent's report that its copies run: they may be gone before they say so themselves.
@@ -558,7 +559,7 @@ fn tell_failure(rendezvous: &Rendezvous) {
 
 impl Platform {
     /// Chooses where the copies of a fork go, where there may be any.
-    fn place(&self, original: &mut Original<'_>, order: &Order) -> Result<Placed, Error> {
+    fn place(&self, parent: &mut ForkParent<'_>, order: &Order) -> Result<PlacementResult, Error> {
         if order.fault == Some(ForkStep::Place) {
             return Err(Error::Injected(ForkStep::Place));
         }
@@ -571,19 +572,19 @@ impl Platform {
             return Err(Error::Count(order.count));
         }
         if !self.limits.are_none() {
-            let Original { vm, config, recent, .. } = original;
+            let ForkParent { vm, config, recent, .. } = parent;
             self.check_limits(vm, *config, recent, (&order.vm_type, order.count))?;
         }
-        self.check_unsealed(original.unsealed)?;
+        self.check_unsealed(parent.unsealed)?;
         let slots = slots(order.count)?;
         let location = match &order.target {
             Target::Chosen(location) => *location,
-            Target::Platform { name, .. } => return Ok(Placed::on(name, slots)),
+            Target::Platform { name, .. } => return Ok(PlacementResult::on(name, slots)),
         };
         let wish = Wish {
             vm_type: order.vm_type.clone(),
             count: order.count,
-            config: original.config,
+            config: parent.config,
             location,
             images: Vec::new(),
             source: self.name().to_owned(),

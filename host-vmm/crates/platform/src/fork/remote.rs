@@ -7,7 +7,7 @@ use std::{fs::File, sync::Arc, thread, time::Duration};
 
 use api::{Copied, ForkedVm, Placement};
 use base::{clock::wall_clock_ns, error::chain, text::Reason, threads};
-use capsule::{About, Capsule, Parcel};
+use capsule::{Capsule, ChunkSource, ImageMetadata};
 use cluster::placement::{Claim, Wish};
 use node::fork::rendezvous::Rendezvous;
 use types::{CopySpec, Locality, new_id};
@@ -20,8 +20,8 @@ use crate::{
     clone::{
         self,
         outgoing::short,
-        source::{self, IsWanted, Wanted},
-        supply::Supply,
+        page_server::PageServer,
+        source::{self, CurrentRetryPolicy, RetryPolicy},
     },
     events::Event,
     launcher::{Launch, list, ordered},
@@ -37,7 +37,7 @@ const LEARNT_WITHIN: Duration = Duration::from_secs(10);
 
 /// Copies for one other platform.
 #[derive(Debug)]
-pub(crate) struct Share {
+pub(crate) struct RemoteCopies {
     /// Its name.
     platform: String,
     slots: Vec<CopySpec>,
@@ -47,24 +47,24 @@ pub(crate) struct Share {
 
 /// Where the copies of a fork go.
 #[derive(Debug, Default)]
-pub(crate) struct Placed {
+pub(crate) struct PlacementResult {
     /// Those that stay here.
     pub(crate) here: Vec<CopySpec>,
     /// Those that go away.
-    pub(crate) away: Vec<Share>,
+    pub(crate) away: Vec<RemoteCopies>,
 }
 
-impl Placed {
+impl PlacementResult {
     /// All of them on one other platform.
     pub(crate) fn on(platform: &str, slots: Vec<CopySpec>) -> Self {
-        Self { here: Vec::new(), away: vec![Share { platform: platform.to_owned(), slots, claim: None }] }
+        Self { here: Vec::new(), away: vec![RemoteCopies { platform: platform.to_owned(), slots, claim: None }] }
     }
 }
 
 /// What is sent.
 enum Sent {
     /// All of it, before the copies run.
-    Whole(Arc<Parcel>),
+    Whole(Arc<ChunkSource>),
     /// A part, and the rest while they run.
     Lazily(Box<Capsule>),
 }
@@ -76,13 +76,13 @@ struct Away {
     rendezvous: Arc<Rendezvous>,
     /// The image's files.
     files: Vec<Arc<File>>,
-    about: About,
+    metadata: ImageMetadata,
     total: u32,
     target: Target,
     /// Whether they run before all of their memory is there.
     lazy: bool,
     /// Whether they were shown another CPU than this platform's guests are.
-    is_foreign: bool,
+    has_foreign_cpu: bool,
     /// What copies write to first, if that is known.
     working_set: Option<WorkingSet>,
 }
@@ -92,18 +92,18 @@ impl Platform {
     ///
     /// # Errors
     /// [`Error::Place`] or [`Error::Alone`].
-    pub(crate) fn choose(&self, slots: Vec<CopySpec>, wish: &Wish, but: &[String]) -> Result<Placed, Error> {
+    pub(crate) fn choose(&self, slots: Vec<CopySpec>, wish: &Wish, but: &[String]) -> Result<PlacementResult, Error> {
         let Some(cluster) = self.cluster.get() else {
             let is_here = wish.location != Locality::Remote;
-            return if is_here { Ok(Placed { here: slots, away: Vec::new() }) } else { Err(Error::Alone) };
+            return if is_here { Ok(PlacementResult { here: slots, away: Vec::new() }) } else { Err(Error::Alone) };
         };
         let shares = cluster.place(wish, but).map_err(|why| Error::Place(Box::new(why)))?;
         let mut slots = slots.into_iter();
-        let mut placed = Placed::default();
+        let mut placed = PlacementResult::default();
         for (share, claim) in shares {
             let own: Vec<CopySpec> = slots.by_ref().take(usize::try_from(share.count).unwrap_or(usize::MAX)).collect();
             match claim {
-                Some(_) => placed.away.push(Share { platform: share.platform, slots: own, claim }),
+                Some(_) => placed.away.push(RemoteCopies { platform: share.platform, slots: own, claim }),
                 None => placed.here.extend(own),
             }
         }
@@ -122,10 +122,10 @@ impl Fork {
         rendezvous: &Arc<Rendezvous>,
         launch: &Launch<'_>,
         target: &Target,
-        shares: Vec<Share>,
+        shares: Vec<RemoteCopies>,
         files: &[Arc<File>],
     ) -> Result<(), Error> {
-        let about = About {
+        let metadata = ImageMetadata {
             id: new_id().map_err(Error::Id)?,
             created_ns: wall_clock_ns(),
             vm_type: launch.vm_type.to_owned(),
@@ -142,12 +142,12 @@ impl Fork {
             fork: Arc::clone(self),
             rendezvous: Arc::clone(rendezvous),
             files: files.to_vec(),
-            about,
+            metadata,
             total: launch.total,
             target: target.clone(),
             lazy,
-            is_foreign: launch.is_foreign,
-            working_set: launch.learned.of_next_fork(),
+            has_foreign_cpu: launch.has_foreign_cpu,
+            working_set: launch.history.of_next_fork(),
         };
         let count = shares.iter().map(|share| share.slots.len()).sum();
         self.expect(count);
@@ -160,27 +160,27 @@ impl Fork {
 }
 
 impl Away {
-    fn send(&self, shares: Vec<Share>) {
+    fn send(&self, shares: Vec<RemoteCopies>) {
         match self.content() {
             // To make it takes a while.
             Ok(_) if self.fork.is_off() => self.gone(&shares, "the fork was called off".into()),
             Ok(content) => {
-                self.dispatch(Placed { here: Vec::new(), away: shares }, &content, &[]);
+                self.dispatch(PlacementResult { here: Vec::new(), away: shares }, &content, &[]);
                 drop(content);
-                self.learn();
+                self.learn_digests();
             }
             Err(error) => self.gone(&shares, Reason::of_error(&error)),
         }
     }
 
     /// Reports that no copies of these shares will run.
-    fn gone(&self, shares: &[Share], why: Reason) {
+    fn gone(&self, shares: &[RemoteCopies], why: Reason) {
         self.fork.gone(shares.iter().map(|share| share.slots.len()).sum(), why);
     }
 
     /// Reads the image once more when it is sealed: digests from before are remembered by nobody. The next fork, while
     /// which its parent stands still, need not read the same files then.
-    fn learn(&self) {
+    fn learn_digests(&self) {
         if self.lazy || self.fork.is_off() {
             return;
         }
@@ -195,16 +195,16 @@ impl Away {
     /// Takes the state, once it is there, and makes of it what can be sent.
     fn content(&self) -> Result<Sent, Error> {
         let state = self.rendezvous.wait_state(|| self.fork.is_off())?;
-        let capsule = Capsule { about: self.about.clone(), state, files: self.files.clone() };
+        let capsule = Capsule { metadata: self.metadata.clone(), state, files: self.files.clone() };
         if self.lazy {
             return Ok(Sent::Lazily(Box::new(capsule)));
         }
-        let parcel = Parcel::of_while(&capsule, &self.platform.digests, &|| !self.fork.is_off());
-        Ok(Sent::Whole(Arc::new(parcel.map_err(Error::Capsule)?)))
+        let chunk_source = ChunkSource::of_while(&capsule, &self.platform.digests, &|| !self.fork.is_off());
+        Ok(Sent::Whole(Arc::new(chunk_source.map_err(Error::Capsule)?)))
     }
 
     /// Has copies launched where they are to go, all at once. `tried` are platforms that could not.
-    fn dispatch(&self, Placed { here, away }: Placed, content: &Sent, tried: &[String]) {
+    fn dispatch(&self, PlacementResult { here, away }: PlacementResult, content: &Sent, tried: &[String]) {
         thread::scope(|scope| {
             for share in away {
                 let (count, send) = (share.slots.len(), move || self.send_share(share, content, tried));
@@ -220,12 +220,12 @@ impl Away {
     }
 
     /// Sends copies to where they are to go, or, where that can't be, to the next platform that may take them.
-    fn send_share(&self, mut share: Share, content: &Sent, tried: &[String]) {
+    fn send_share(&self, mut share: RemoteCopies, content: &Sent, tried: &[String]) {
         let error = match self.prepare(&mut share, content) {
             Ok(prepared) => return self.finish(&share, prepared),
             Err(error) => error,
         };
-        let Share { platform, slots, .. } = share;
+        let RemoteCopies { platform, slots, .. } = share;
         let count = slots.len();
         if self.fork.is_off() {
             return self.fork.gone(count, Reason::of_error(&error));
@@ -239,47 +239,49 @@ impl Away {
         }
     }
 
-    fn prepare(&self, share: &mut Share, content: &Sent) -> Result<source::Prepared, Error> {
+    fn prepare(&self, share: &mut RemoteCopies, content: &Sent) -> Result<source::Prepared, Error> {
         let cluster = self.platform.cluster.get().ok_or(Error::Alone)?;
         let failed = |error| Error::Send { platform: share.platform.clone(), source: Box::new(error) };
-        let link = cluster.find(&share.platform).map_err(Error::Cluster)?;
+        let client = cluster.find(&share.platform).map_err(Error::Cluster)?;
         let platform = short(&share.platform);
         list(&self.rendezvous, &share.slots, platform, Location::Remote)?;
         let (source, slots) = (cluster.name.clone(), share.slots.clone());
         let order = clone::Order { source, slots, total: self.total, lazy: self.lazy };
-        let (id, is_wanted) = (new_id().map_err(Error::Id)?, self.is_wanted_at(&share.platform));
+        let (id, retry_policy) = (new_id().map_err(Error::Id)?, self.retry_policy_at(&share.platform));
         // The first thing that the target does is to keep room for them.
         drop(share.claim.take());
-        let listed = self.platform.transfers.list(id, &self.about, &share.platform);
+        let listed = self.platform.transfers.list(id, &self.metadata, &share.platform);
         match content {
-            Sent::Whole(parcel) => {
-                source::send(link, id, &order, parcel, &cluster.sending, &listed.progress, is_wanted).map_err(failed)
+            Sent::Whole(chunk_source) => {
+                source::send(client, id, &order, chunk_source, &cluster.sending, &listed.progress, retry_policy)
+                    .map_err(failed)
             }
             Sent::Lazily(capsule) => {
-                let supply =
-                    Arc::new(Supply::of(capsule, platform, cluster.sending.bandwidth).map_err(Error::Capsule)?);
-                self.platform.supplies.add(id, &supply);
-                self.fork.seal().supplies(id);
-                let sent = source::send_lazily(link, id, &order, &supply, self.working_set.as_ref(), is_wanted);
-                sent.inspect_err(|_| self.platform.supplies.remove(id)).map_err(failed)
+                let page_server =
+                    Arc::new(PageServer::of(capsule, platform, cluster.sending.bandwidth).map_err(Error::Capsule)?);
+                self.platform.page_servers.add(id, &page_server);
+                self.fork.seal().add_page_server(id);
+                let sent =
+                    source::send_lazily(client, id, &order, &page_server, self.working_set.as_ref(), retry_policy);
+                sent.inspect_err(|_| self.platform.page_servers.remove(id)).map_err(failed)
             }
         }
     }
 
     /// Says how much copies are wanted on a platform. Their parent stands still until they are ready: it does not wait for one that is taken
     /// for gone, or while this one is cut off itself.
-    fn is_wanted_at(&self, platform: &str) -> IsWanted {
+    fn retry_policy_at(&self, platform: &str) -> CurrentRetryPolicy {
         let (fork, own, name) = (Arc::clone(&self.fork), Arc::clone(&self.platform), platform.to_owned());
         Arc::new(move || match own.cluster.get() {
-            _ if fork.is_off() => Wanted::No,
-            Some(Cluster { directory, .. }) if directory.is_partitioned() => Wanted::WhileItWorks,
-            Some(cluster) if cluster.find(&name).is_err() => Wanted::WhileItWorks,
-            _ => Wanted::Yes,
+            _ if fork.is_off() => RetryPolicy::Cancelled,
+            Some(Cluster { directory, .. }) if directory.is_partitioned() => RetryPolicy::FailFast,
+            Some(cluster) if cluster.find(&name).is_err() => RetryPolicy::FailFast,
+            _ => RetryPolicy::Retry,
         })
     }
 
     /// Says that these copies are ready, and has them run when all are.
-    fn finish(&self, Share { platform, slots, .. }: &Share, mut prepared: source::Prepared) {
+    fn finish(&self, RemoteCopies { platform, slots, .. }: &RemoteCopies, mut prepared: source::Prepared) {
         // The parent is about to go on: who is woken up on its processor waits for the next tick.
         if let Some(processor) = self.fork.parents_processor()
             && let Err(error) = threads::keep_off(None, processor)
@@ -296,7 +298,7 @@ impl Away {
         if let Err(error) = decided {
             // The parent does not wait until the target is told.
             self.fork.fail(ErrorCode::Place, Reason::of_error(&error));
-            self.platform.supplies.remove(prepared.id());
+            self.platform.page_servers.remove(prepared.id());
             drop(prepared);
             return self.fork.settled(slots.len());
         }
@@ -304,7 +306,7 @@ impl Away {
         let vms = self.commit(platform, slots, prepared);
         let platform = short(platform);
         for vm in &vms {
-            self.platform.events.write(&Event::Sent { id: vm.id, name: &vm.name, platform, seq: self.about.seq });
+            self.platform.events.write(&Event::Sent { id: vm.id, name: &vm.name, platform, seq: self.metadata.seq });
         }
         let copy = |CopySpec { id, index }: &CopySpec| {
             let name = vms.iter().find(|vm| vm.id == *id)?.name.clone();
@@ -332,7 +334,7 @@ impl Away {
                     // What runs may still need its memory.
                     self.fork.lost_sight(slots.len());
                 } else {
-                    self.platform.supplies.remove(id);
+                    self.platform.page_servers.remove(id);
                 }
                 tracing::error!(platform, error = chain(&error), "copies that were sent there may not run");
                 Vec::new()
@@ -342,11 +344,11 @@ impl Away {
 
     /// Launches copies here after all.
     fn launch_here(&self, slots: &[CopySpec]) {
-        let learned = Arc::default();
+        let history = Arc::default();
         let launch = Launch {
             arrivals: self.total,
-            is_foreign: self.is_foreign,
-            ..Launch::of_image(&self.about, &learned, slots, self.total)
+            has_foreign_cpu: self.has_foreign_cpu,
+            ..Launch::of_image(&self.metadata, &history, slots, self.total)
         };
         let files = std::iter::once(self.rendezvous.file()).chain(self.files.iter().map(AsRef::as_ref));
         let listed = list(&self.rendezvous, slots, self.platform.name(), Location::Local).map_err(Error::from);
@@ -361,9 +363,9 @@ impl Away {
 
     fn wish(&self, count: usize, location: Locality) -> Wish {
         Wish {
-            vm_type: self.about.vm_type.clone(),
+            vm_type: self.metadata.vm_type.clone(),
             count: u32::try_from(count).unwrap_or(u32::MAX),
-            config: self.about.config,
+            config: self.metadata.config,
             location,
             images: Vec::new(),
             source: self.platform.name().to_owned(),

@@ -12,8 +12,8 @@ use axum::{
     http::{StatusCode, request::Parts},
 };
 use base::text::Reason;
-use capsule::{self, Header, chunk_stream::Records, file::DESCRIPTION_COPIES, header::MAX_DESCRIPTION_BYTES};
-use cluster::peer::{Peer, Role};
+use capsule::{self, Header, chunk_stream::ChunkDecoder, file::DESCRIPTION_COPIES, header::MAX_DESCRIPTION_BYTES};
+use cluster::principal::{ConnectionPeer, Role};
 use http_body_util::BodyExt;
 use utoipa_axum::{router::OpenApiRouter, routes};
 use uuid::Uuid;
@@ -21,7 +21,7 @@ use uuid::Uuid;
 use super::{Refusal, work};
 use crate::{
     Platform,
-    clone::{Error, Missing, Order, Stage, filling},
+    clone::{Error, Missing, Order, Stage, postcopy},
 };
 
 pub(super) fn routes() -> OpenApiRouter<Arc<Platform>> {
@@ -44,8 +44,8 @@ impl FromRequestParts<Arc<Platform>> for Ordered {
 
     async fn from_request_parts(parts: &mut Parts, platform: &Arc<Platform>) -> Result<Self, Refusal> {
         let Path(id) = parts.extract().await.map_err(|error: PathRejection| refuse(&error))?;
-        let ConnectInfo(peer) = parts.extract().await.map_err(|error: ExtensionRejection| refuse(&error))?;
-        check_source(&peer, &platform.clone_source(id)?)?;
+        let ConnectInfo(caller) = parts.extract().await.map_err(|error: ExtensionRejection| refuse(&error))?;
+        check_source(&caller, &platform.clone_source(id)?)?;
         Ok(Self { platform: Arc::clone(platform), id })
     }
 }
@@ -55,15 +55,15 @@ fn refuse(error: &(dyn std::error::Error + 'static)) -> Refusal {
 }
 
 /// Checks whether somebody may act for the source of a clone.
-fn check_source(peer: &Peer, source: &str) -> Result<(), Refusal> {
-    let is_source = match peer {
-        Peer::Certified(holder) => holder.role() == Role::Platform && holder.name() == source,
-        Peer::Local => true,
+fn check_source(caller: &ConnectionPeer, source: &str) -> Result<(), Refusal> {
+    let is_source = match caller {
+        ConnectionPeer::Certified(principal) => principal.role() == Role::Platform && principal.name() == source,
+        ConnectionPeer::Local => true,
     };
     if is_source {
         return Ok(());
     }
-    let why = Reason::of(format_args!("{peer} can't send clones in the name of the platform {source}"));
+    let why = Reason::of(format_args!("{caller} can't send clones in the name of the platform {source}"));
     Err(Refusal(StatusCode::FORBIDDEN, why))
 }
 
@@ -71,11 +71,11 @@ fn check_source(peer: &Peer, source: &str) -> Result<(), Refusal> {
 #[utoipa::path(put, path = "/v1/clones/{id}", params(("id" = Uuid, Path)), request_body = Order, responses((status = 200, description = "How far it is", body = Stage)))]
 async fn order_clone(
     State(platform): State<Arc<Platform>>,
-    ConnectInfo(peer): ConnectInfo<Peer>,
+    ConnectInfo(caller): ConnectInfo<ConnectionPeer>,
     Path(id): Path<Uuid>,
     Json(order): Json<Order>,
 ) -> Result<Json<Stage>, Refusal> {
-    check_source(&peer, &order.source)?;
+    check_source(&caller, &order.source)?;
     Ok(Json(work(|| platform.order_clone(id, order))?))
 }
 
@@ -143,12 +143,12 @@ async fn next_piece(body: &mut Body) -> Result<Option<Bytes>, Error> {
 /// Takes in records: those of a first piece, and of what comes behind it.
 async fn take_records(platform: &Platform, id: Uuid, first: Bytes, body: &mut Body) -> Result<(), Error> {
     let intake = platform.clone_memory(id)?;
-    let (mut records, mut piece) = (Records::default(), Some(first));
+    let (mut decoder, mut piece) = (ChunkDecoder::default(), Some(first));
     while let Some(data) = piece {
-        records.push(&data, |chunk, data| intake.take(chunk, data)).map_err(Error::Chunks)?;
+        decoder.push(&data, |chunk, data| intake.take(chunk, data)).map_err(Error::Chunks)?;
         piece = next_piece(body).await?;
     }
-    records.finish().map_err(Error::Chunks)
+    decoder.finish().map_err(Error::Chunks)
 }
 
 /// Takes chunks of a clone's memory in as they come, on as many connections as the source likes.
@@ -187,8 +187,8 @@ impl From<Error> for Refusal {
     fn from(error: Error) -> Self {
         let status = match error {
             Error::Capsule(capsule::Error::NoRoom(_))
-            | Error::Filling(filling::Error::Capsule(capsule::Error::NoRoom(_))) => StatusCode::INSUFFICIENT_STORAGE,
-            Error::Order(_) | Error::Capsule(_) | Error::Chunks(_) | Error::Filling(_) => StatusCode::BAD_REQUEST,
+            | Error::Postcopy(postcopy::Error::Capsule(capsule::Error::NoRoom(_))) => StatusCode::INSUFFICIENT_STORAGE,
+            Error::Order(_) | Error::Capsule(_) | Error::Chunks(_) | Error::Postcopy(_) => StatusCode::BAD_REQUEST,
             Error::Other(_) | Error::Stage { .. } | Error::CutOff => StatusCode::CONFLICT,
             Error::TooMany | Error::TooManyRemembered => StatusCode::TOO_MANY_REQUESTS,
             Error::Unknown(_) => StatusCode::NOT_FOUND,

@@ -27,7 +27,7 @@ use axum::{
 };
 use base::{text::Reason, threads};
 use cluster::{
-    peer::{Peer, Role},
+    principal::{ConnectionPeer, Role},
     tls::{self, Credentials},
 };
 use tokio::{
@@ -125,7 +125,7 @@ pub fn serve(platform: &Arc<Platform>, path: &Path, network: Option<&Network>) -
         })?;
         address = Some(listener.address().map_err(ServeError::Address)?);
         let routes = in_words(shared_routes().into()).with_state(Arc::clone(platform));
-        let service = routes.into_make_service_with_connect_info::<Peer>();
+        let service = routes.into_make_service_with_connect_info::<ConnectionPeer>();
         let stop = wait(stopped.clone());
         tasks.spawn_on(async { axum::serve(listener, service).with_graceful_shutdown(stop).await }, runtime.handle());
     }
@@ -133,7 +133,7 @@ pub fn serve(platform: &Arc<Platform>, path: &Path, network: Option<&Network>) -
     let server = Server { path: path.to_owned(), address, stop: Some(stop), ended };
     listener.set_nonblocking(true).map_err(failed)?;
     let routes = in_words(all_routes().into()).with_state(Arc::clone(platform));
-    let service = routes.into_make_service_with_connect_info::<Peer>();
+    let service = routes.into_make_service_with_connect_info::<ConnectionPeer>();
     let local = async {
         let listener = tokio::net::UnixListener::from_std(listener)?;
         axum::serve(listener, service).with_graceful_shutdown(wait(stopped)).await
@@ -215,22 +215,22 @@ async fn tell(response: Response) -> Response {
 
 /// Refuses other platforms.
 async fn check_operator(
-    ConnectInfo(peer): ConnectInfo<Peer>,
+    ConnectInfo(caller): ConnectInfo<ConnectionPeer>,
     request: Request,
     next: Next,
 ) -> Result<Response, Refusal> {
-    if is_operator(&peer) {
+    if is_operator(&caller) {
         return Ok(next.run(request).await);
     }
-    let why = Reason::of(format_args!("{peer} is no operator, and only operators may ask that"));
+    let why = Reason::of(format_args!("{caller} is no operator, and only operators may ask that"));
     Err(Refusal(StatusCode::FORBIDDEN, why))
 }
 
 /// Whether somebody may do what an operator may: users of this host may do that too.
-fn is_operator(peer: &Peer) -> bool {
-    match peer {
-        Peer::Certified(holder) => holder.role() == Role::Operator,
-        Peer::Local => true,
+fn is_operator(caller: &ConnectionPeer) -> bool {
+    match caller {
+        ConnectionPeer::Certified(principal) => principal.role() == Role::Operator,
+        ConnectionPeer::Local => true,
     }
 }
 

@@ -9,7 +9,7 @@ use axum::{
     http::StatusCode,
 };
 use base::text::{Name, Reason};
-use cluster::peer::Peer;
+use cluster::principal::ConnectionPeer;
 use serde::de::DeserializeOwned;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
@@ -22,16 +22,16 @@ pub(super) fn routes() -> OpenApiRouter<Arc<Platform>> {
 }
 
 /// Checks whether somebody may order a clone. Platforms order none from third ones by this one's certificate.
-fn check(platform: &Platform, peer: &Peer, wish: &CloneWish) -> Result<(), Refusal> {
+fn check(platform: &Platform, caller: &ConnectionPeer, wish: &CloneWish) -> Result<(), Refusal> {
     check_count(wish.count)?;
-    match peer {
-        Peer::Certified(holder) if !is_operator(peer) => {
+    match caller {
+        ConnectionPeer::Certified(principal) if !is_operator(caller) => {
             if let Some(from) = &wish.from {
-                let why = Reason::of(format_args!("{peer} is no operator, and must ask the platform {from} itself"));
+                let why = Reason::of(format_args!("{caller} is no operator, and must ask the platform {from} itself"));
                 return Err(Refusal(StatusCode::FORBIDDEN, why));
             }
-            platform.cluster().ok_or(Error::Alone)?.check_order(holder).map_err(Error::Cluster)?;
-            tracing::info!(%peer, to = &*Name::from(wish.to.as_str()), count = wish.count, "a clone is ordered by another platform");
+            platform.cluster().ok_or(Error::Alone)?.check_order(principal).map_err(Error::Cluster)?;
+            tracing::info!(%caller, to = &*Name::from(wish.to.as_str()), count = wish.count, "a clone is ordered by another platform");
             Ok(())
         }
         _ => Ok(()),
@@ -58,11 +58,11 @@ async fn pass_on<T: DeserializeOwned + Send + 'static>(
 )]
 async fn clone_vm(
     State(platform): State<Arc<Platform>>,
-    ConnectInfo(peer): ConnectInfo<Peer>,
+    ConnectInfo(caller): ConnectInfo<ConnectionPeer>,
     Path(id): Path<String>,
     Json(wish): Json<CloneWish>,
 ) -> Result<Json<Forked>, Refusal> {
-    check(&platform, &peer, &wish)?;
+    check(&platform, &caller, &wish)?;
     match wish {
         CloneWish { from: None, to, count, lazy } => {
             fork(platform, id, count, Target::Platform { name: to, lazy }).await
@@ -82,11 +82,11 @@ async fn clone_vm(
 )]
 async fn clone_image(
     State(platform): State<Arc<Platform>>,
-    ConnectInfo(peer): ConnectInfo<Peer>,
+    ConnectInfo(caller): ConnectInfo<ConnectionPeer>,
     Path(id): Path<String>,
     Json(wish): Json<CloneWish>,
 ) -> Result<Json<Spawned>, Refusal> {
-    check(&platform, &peer, &wish)?;
+    check(&platform, &caller, &wish)?;
     match wish {
         CloneWish { from: None, to, count, lazy } => {
             Ok(Json(Spawned { vms: work(|| platform.clone_image(&id, &to, count, lazy))? }))

@@ -38,7 +38,7 @@ async fn platforms(State(platform): State<Arc<Platform>>) -> Result<Json<Platfor
     let own = api::Platform { member, age_ms: 0 };
     let (view, now) = (cluster.directory.members(), Instant::now());
     let others = view.members.iter().map(|seen| {
-        let age = now.saturating_duration_since(seen.heard);
+        let age = now.saturating_duration_since(seen.last_seen);
         api::Platform {
             member: Member::clone(&seen.member),
             age_ms: u64::try_from(age.as_millis()).unwrap_or(u64::MAX),

@@ -9,14 +9,14 @@ use axum::{
     http::StatusCode,
 };
 use base::text::Reason;
-use cluster::peer::{Peer, Role};
+use cluster::principal::{ConnectionPeer, Role};
 use utoipa_axum::{router::OpenApiRouter, routes};
 use uuid::Uuid;
 
 use super::{Refusal, work};
 use crate::{
     Platform,
-    clone::{Need, supply::Supply},
+    clone::{Need, page_server::PageServer},
 };
 
 pub(super) fn routes() -> OpenApiRouter<Arc<Platform>> {
@@ -24,19 +24,21 @@ pub(super) fn routes() -> OpenApiRouter<Arc<Platform>> {
 }
 
 /// The memory of a clone, for the platform that it is for.
-fn find(platform: &Platform, id: Uuid, peer: &Peer) -> Result<Arc<Supply>, Refusal> {
-    let supply = platform.supplies().find(id);
-    let supply = supply.ok_or_else(|| {
+fn find(platform: &Platform, id: Uuid, caller: &ConnectionPeer) -> Result<Arc<PageServer>, Refusal> {
+    let page_server = platform.page_servers().find(id);
+    let page_server = page_server.ok_or_else(|| {
         Refusal(StatusCode::NOT_FOUND, Reason::of(format_args!("there is no memory of the clone {id}")))
     })?;
-    let is_target = match peer {
-        Peer::Certified(holder) => holder.role() == Role::Platform && holder.name() == supply.target(),
-        Peer::Local => true,
+    let is_target = match caller {
+        ConnectionPeer::Certified(principal) => {
+            principal.role() == Role::Platform && principal.name() == page_server.target()
+        }
+        ConnectionPeer::Local => true,
     };
     if is_target {
-        return Ok(supply);
+        return Ok(page_server);
     }
-    let why = Reason::of(format_args!("{peer} is not where the clone {id} runs"));
+    let why = Reason::of(format_args!("{caller} is not where the clone {id} runs"));
     Err(Refusal(StatusCode::FORBIDDEN, why))
 }
 
@@ -50,11 +52,11 @@ fn find(platform: &Platform, id: Uuid, peer: &Peer) -> Result<Arc<Supply>, Refus
 )]
 async fn supply_chunks(
     State(platform): State<Arc<Platform>>,
-    ConnectInfo(peer): ConnectInfo<Peer>,
+    ConnectInfo(caller): ConnectInfo<ConnectionPeer>,
     Path(id): Path<Uuid>,
     Json(need): Json<Need>,
 ) -> Result<Body, Refusal> {
-    Ok(Body::new(find(&platform, id, &peer)?.chunks(need)?))
+    Ok(Body::new(find(&platform, id, &caller)?.chunks(need)?))
 }
 
 /// Tells what all of that memory is.
@@ -67,11 +69,11 @@ async fn supply_chunks(
 )]
 async fn supply_manifest(
     State(platform): State<Arc<Platform>>,
-    ConnectInfo(peer): ConnectInfo<Peer>,
+    ConnectInfo(caller): ConnectInfo<ConnectionPeer>,
     Path(id): Path<Uuid>,
 ) -> Result<Bytes, Refusal> {
-    let supply = find(&platform, id, &peer)?;
-    work(|| platform.manifest(&supply))
+    let page_server = find(&platform, id, &caller)?;
+    work(|| platform.manifest(&page_server))
 }
 
 /// Lets go of that memory, since all of it has come.
@@ -81,12 +83,12 @@ async fn supply_manifest(
 )]
 async fn end_supply(
     State(platform): State<Arc<Platform>>,
-    ConnectInfo(peer): ConnectInfo<Peer>,
+    ConnectInfo(caller): ConnectInfo<ConnectionPeer>,
     Path(id): Path<Uuid>,
 ) -> Result<StatusCode, Refusal> {
-    find(&platform, id, &peer)?;
+    find(&platform, id, &caller)?;
     work(|| {
-        platform.supplies().remove(id);
+        platform.page_servers().remove(id);
         Ok::<_, Refusal>(StatusCode::NO_CONTENT)
     })
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use base::random;
 
 use super::{ControlPage, Device, Error};
-use crate::{arch::layout::GENERATION_ID_GSI, kvm::CurrentVm};
+use crate::{arch::layout::GENERATION_ID_GSI, kvm::VmHandle};
 
 /// Size of an ID in bytes.
 pub const GENERATION_ID_BYTES: usize = 16;
@@ -36,7 +36,7 @@ impl GenerationId {
     ///
     /// # Errors
     /// [`Error::Random`], [`Error::Memory`] or [`Error::Kvm`].
-    pub(super) fn restore(is_known: bool, page: &ControlPage, vm: &Arc<CurrentVm>) -> Result<Self, Error> {
+    pub(super) fn restore(is_known: bool, page: &ControlPage, vm: &Arc<VmHandle>) -> Result<Self, Error> {
         if is_known {
             page.write_generation_id(&draw()?)?;
             vm.get().pulse(GENERATION_ID_GSI)?;

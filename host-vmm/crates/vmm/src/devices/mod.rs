@@ -27,7 +27,7 @@ use crate::{
         CONTROL_PAGE, CONTROL_REGION_BYTES, DOORBELL_PORT, GENERATION_ID, I8042_PORT, IO_APIC, KVM_IDENTITY_MAP,
         KVM_TSS, LOCAL_APIC, RESET_PORT, SERIAL_PORT, SLEEP_CONTROL_PORT, ram_pieces,
     },
-    kvm::{self, CurrentVm},
+    kvm::{self, VmHandle},
     memory,
 };
 use bus::{Action, Bus, Overlap, Range, Space};
@@ -139,7 +139,7 @@ impl Devices {
     /// # Errors
     /// [`Error`] where one can't be built.
     pub fn power_on(
-        vm: &Arc<CurrentVm>,
+        vm: &Arc<VmHandle>,
         ram_bytes: u64,
         control_page: &ControlPage,
         output: File,
@@ -153,7 +153,7 @@ impl Devices {
     /// [`Error`] where a state is not one that the device can have.
     pub fn restore(
         state: &DevicesState,
-        vm: &Arc<CurrentVm>,
+        vm: &Arc<VmHandle>,
         ram_bytes: u64,
         control_page: &ControlPage,
         output: File,

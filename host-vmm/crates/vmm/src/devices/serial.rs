@@ -14,12 +14,12 @@ use super::{
 };
 use crate::{
     arch::layout::SERIAL_GSI,
-    kvm::{self, CurrentVm},
+    kvm::{self, VmHandle},
 };
 
 /// The console's interrupt line.
 #[derive(Debug)]
-struct Interrupt(Arc<CurrentVm>);
+struct Interrupt(Arc<VmHandle>);
 
 impl Trigger for Interrupt {
     type E = kvm::Error;
@@ -61,12 +61,12 @@ impl SerialState {
 
 impl Serial {
     /// A console as it is after power-on.
-    pub(super) fn power_on(vm: &Arc<CurrentVm>, output: File) -> Self {
+    pub(super) fn power_on(vm: &Arc<VmHandle>, output: File) -> Self {
         Self { uart: Uart::new(Interrupt(Arc::clone(vm)), output), has_output: false }
     }
 
     /// A console with this state. An interrupt that was pending is raised again.
-    pub(super) fn restore(state: &SerialState, vm: &Arc<CurrentVm>, output: File) -> Result<Self, Error> {
+    pub(super) fn restore(state: &SerialState, vm: &Arc<VmHandle>, output: File) -> Result<Self, Error> {
         let uart = Uart::from_state(&state.into(), Interrupt(Arc::clone(vm)), NoEvents, output)
             .map_err(|error| Error::State { device: Self::NAME, why: error.to_string() })?;
         Ok(Self { uart, has_output: false })

@@ -38,7 +38,7 @@ pub struct Hypervisor {
 
 /// What this host gives to a vCPU: read once, since it takes a while and stays the same.
 #[derive(Debug)]
-pub struct Model {
+pub struct HostModel {
     /// The CPUID leaves that KVM can show to a guest.
     pub cpuid: Vec<CpuidEntry>,
     /// Those that guests are shown: the same, or what a profile leaves of them.
@@ -73,7 +73,7 @@ pub struct Host {
     /// Its KVM.
     pub hypervisor: Hypervisor,
     /// What it gives to a vCPU.
-    pub model: Model,
+    pub model: HostModel,
 }
 
 impl Host {
@@ -93,7 +93,7 @@ struct Tsc {
     khz: Option<u32>,
     /// They can be shifted against the host's.
     shift: bool,
-    /// [`Model::tsc_steady`].
+    /// [`HostModel::tsc_steady`].
     steady: bool,
 }
 
@@ -135,11 +135,11 @@ impl Hypervisor {
     ///
     /// # Errors
     /// [`Error::Call`].
-    fn model(&self) -> Result<Model, Error> {
+    fn model(&self) -> Result<HostModel, Error> {
         let cpuid = self.supported_cpuid()?;
         let given = GIVEN.iter().filter(|(cap, _)| self.kvm.check_extension(*cap));
         let Tsc { khz: tsc_khz, shift: tsc_shift, steady: tsc_steady } = self.tsc()?;
-        Ok(Model {
+        Ok(HostModel {
             shown: cpuid.clone(),
             cpuid,
             msrs: self.msr_indices()?,

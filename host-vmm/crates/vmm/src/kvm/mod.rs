@@ -17,13 +17,13 @@ mod vcpu_state;
 mod vm;
 
 pub use exit::Exit;
-pub use hypervisor::{Host, Hypervisor, Model};
+pub use hypervisor::{Host, HostModel, Hypervisor};
 pub use kick::Kicker;
 pub use older::VcpuState as OlderVcpuState;
 pub use time::{ClockReading, HostTime, Time, TscRate, align, set_counters};
 pub use vcpu::Vcpu;
 pub use vcpu_state::VcpuState;
-pub use vm::{CurrentVm, Vm, VmState};
+pub use vm::{Vm, VmHandle, VmState};
 
 use crate::arch::VcpuId;
 

@@ -23,8 +23,9 @@ pub enum Time {
     /// From the instant of the capture, as if none had passed since: a child's.
     FromCapture,
     /// With the time that has passed since the capture, on this host: the parent's own.
-    Onward,
-    /// With the host's time-stamp counter, where a guest's can't be shifted against it ([`Model::tsc_shift`](super::Model::tsc_shift)).
+    Continuous,
+    /// With the host's time-stamp counter, where a guest's can't be shifted against it
+    /// ([`HostModel::tsc_shift`](super::HostModel::tsc_shift)).
     WithTsc {
         /// The guest's counter at the capture.
         captured: u64,
@@ -180,7 +181,7 @@ pub fn set_counters(
     let (Some(first), Some(first_state)) = (vcpus.first(), states.first()) else { return Ok(()) };
     match time {
         // It stands in the same relation to the same host's counter as before.
-        Time::Onward => set_offsets(vcpus, states, first_state.tsc_offset),
+        Time::Continuous => set_offsets(vcpus, states, first_state.tsc_offset),
         Time::FromCapture => {
             let Some(captured) = first_state.tsc() else { return Ok(()) };
             let tsc = captured.wrapping_add(rate.cycles(set.clock_ns.saturating_sub(captured_ns)));

@@ -77,7 +77,7 @@ fn what_reads_the_hosts_counter_goes_on_with_it() {
     let rate = TscRate::new(Some(2_000_000), Some(2_000_000));
     let past = state(1, 0, 0);
     assert_eq!(Time::FromCapture.of_unshifted(Some(&past), rate), Time::WithTsc { captured: 1, khz: 2_000_000 });
-    assert_eq!(Time::Onward.of_unshifted(Some(&past), rate), Time::Onward);
+    assert_eq!(Time::Continuous.of_unshifted(Some(&past), rate), Time::Continuous);
     let ahead = state(u64::MAX, 0, 0);
     assert_eq!(Time::FromCapture.of_unshifted(Some(&ahead), rate), Time::FromCapture);
     assert_eq!(Time::FromCapture.of_unshifted(None, rate), Time::FromCapture);

@@ -5,7 +5,7 @@ use std::io;
 use kvm_bindings::{CpuId, Msrs};
 use kvm_ioctls::VcpuFd;
 
-use super::{Error, Exit, HostTime, Kicker, Model, VcpuState, calls};
+use super::{Error, Exit, HostModel, HostTime, Kicker, VcpuState, calls};
 use crate::arch::{
     CpuidEntry, Registers, SystemRegisters, VcpuId, features,
     layout::Gpa,
@@ -67,7 +67,7 @@ impl Vcpu {
     ///
     /// # Errors
     /// [`Error::VcpuCall`] or [`Error::Unfit`].
-    pub fn set_model(&mut self, cpuid: Vec<CpuidEntry>, model: &Model) -> Result<(), Error> {
+    pub fn set_model(&mut self, cpuid: Vec<CpuidEntry>, model: &HostModel) -> Result<(), Error> {
         let leaves = leaf::leaves(&cpuid);
         self.set_cpuid(cpuid)?;
         self.tsc_shift = model.tsc_shift;
@@ -187,7 +187,8 @@ impl Vcpu {
     /// but what kvmclock tells.
     ///
     /// # Errors
-    /// [`Error::VcpuCall`], as where this host can't scale the counter ([`Model::tsc_scaling`](super::Model::tsc_scaling)) and counts otherwise.
+    /// [`Error::VcpuCall`], as where this host can't scale the counter
+    /// ([`HostModel::tsc_scaling`](super::HostModel::tsc_scaling)) and counts otherwise.
     pub fn set_tsc_khz(&self, khz: u32) -> Result<(), Error> {
         self.fd.set_tsc_khz(khz).map_err(self.call("KVM_SET_TSC_KHZ"))
     }

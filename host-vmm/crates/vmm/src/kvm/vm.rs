@@ -49,9 +49,9 @@ pub struct Vm {
 
 /// The VM in which a machine runs at present. It becomes another one when the parent of a fork goes on as its own first child.
 #[derive(Debug)]
-pub struct CurrentVm(RwLock<Arc<Vm>>);
+pub struct VmHandle(RwLock<Arc<Vm>>);
 
-impl CurrentVm {
+impl VmHandle {
     /// It is `vm` at first.
     pub fn new(vm: Vm) -> Self {
         Self(RwLock::new(Arc::new(vm)))
@@ -281,7 +281,7 @@ impl Vm {
                 self.set_clock(state.clock_ns)?;
                 self.read_clock()
             }
-            Time::Onward => self.have_clock_follow(|host| after_ns(host.raw_ns.saturating_sub(state.host_ns))),
+            Time::Continuous => self.have_clock_follow(|host| after_ns(host.raw_ns.saturating_sub(state.host_ns))),
             Time::WithTsc { captured, khz } => {
                 self.have_clock_follow(|host| after_ns(nanoseconds(host.tsc.saturating_sub(captured), khz)))
             }

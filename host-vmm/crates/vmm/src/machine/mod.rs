@@ -6,43 +6,43 @@ use base::sync::lock;
 use serde::{Deserialize, Serialize};
 use types::{VmIdentity, VmShape};
 
+mod blank;
 mod exits;
-mod gate;
 mod run;
-mod shell;
-mod successor;
+mod vcpu_barrier;
+mod vm_switch;
 
+pub use blank::{AnonymousMachine, BlankMachine, Error, HostHandles};
 pub use exits::{Exits, FirstExit};
-pub use gate::{Gate, GateError, Stopped};
-pub use run::{Call, run};
-pub use shell::{Error, Shell, Unnamed, Workshop};
-pub use successor::{LeftBehind, Spare, Successor};
+pub use run::{ServiceRequest, run};
+pub use vcpu_barrier::{BarrierError, StoppedVcpus, VcpuBarrier};
+pub use vm_switch::{RetiredVm, SpareVm, VmSwitch};
 
 use crate::{
     devices::{ControlPage, ControlPageState, Devices, DevicesState},
-    kvm::{CurrentVm, Vcpu, VcpuState, VmState},
-    memory::{self, Faults, View},
+    kvm::{Vcpu, VcpuState, VmHandle, VmState},
+    memory::{self, Faults, GuestMemory},
 };
 
 /// A VM without its vCPUs, which belong to the threads that run them.
 #[derive(Debug)]
 pub struct Machine {
-    /// What it was built with.
-    pub workshop: Arc<Workshop>,
+    /// Host descriptors that it was built with.
+    pub handles: Arc<HostHandles>,
     /// What it was built as.
     pub config: VmShape,
     /// KVM's part.
-    pub vm: Arc<CurrentVm>,
+    pub vm: Arc<VmHandle>,
     /// The guest's memory.
-    pub memory: Mutex<View>,
+    pub memory: Mutex<GuestMemory>,
     /// The page by which the guest and this VMM speak.
     pub control_page: ControlPage,
     /// The devices.
     pub devices: Devices,
-    /// What stops the vCPUs, and ends them.
-    pub gate: Gate,
-    /// Where it goes on as a view of its own image.
-    pub spare: Spare,
+    /// The barrier that stops the vCPUs, and ends them.
+    pub vcpu_barrier: VcpuBarrier,
+    /// The VM in which it goes on once its memory is its own image.
+    pub spare_vm: SpareVm,
     /// When it shows a sign of life.
     pub exits: Exits,
     /// How fast its time-stamp counters run, in kHz; `None` where nobody can tell.

@@ -10,7 +10,7 @@ use base::{clock, text::Reason};
 use types::ExitReason;
 use vmfork_abi::doorbell;
 
-use super::{Machine, gate::Passage};
+use super::{Machine, vcpu_barrier::Resume};
 use crate::{
     arch::layout::CONTROL_PAGE,
     devices::bus::{Action, Space},
@@ -26,29 +26,30 @@ enum Next {
     /// The doorbell was rung with this command, if it was one.
     Ring(Option<u32>),
     /// The vCPU was kicked.
-    Pass,
+    Checkpoint,
     End(ExitReason),
 }
 
-/// For what a vCPU's thread has left its guest, between two instructions. The guest goes on when it is served.
+/// The request for which a vCPU's thread has left its guest, between two instructions. The guest goes on when
+/// it is served.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Call {
+pub enum ServiceRequest {
     /// The guest has rung the doorbell: with this command, or `None` where the access was malformed.
-    Ring(Option<u32>),
-    /// Somebody [calls](super::Gate::call).
-    Gate,
+    Doorbell(Option<u32>),
+    /// A thread of this process [has asked](super::VcpuBarrier::request_service) for a vCPU's thread.
+    Host,
 }
 
 /// Runs the vCPUs until the VM ends, and says how it did: the first one on the calling thread, each of the
 /// others on its own. The others [have a head start](await_others) before the first one, which is none but where
 /// a test asks for it.
 ///
-/// `answer` is called on the thread of the vCPU that has left its guest for a call.
+/// `answer` is called on the thread of the vCPU that has left its guest for a request.
 pub fn run(
     machine: &Arc<Machine>,
     vcpus: Vec<Vcpu>,
     head_start: Duration,
-    answer: impl Fn(&mut Vcpu, Call) + Send + Sync,
+    answer: impl Fn(&mut Vcpu, ServiceRequest) + Send + Sync,
 ) -> ExitReason {
     let mut vcpus = vcpus.into_iter();
     let first = vcpus.next();
@@ -59,7 +60,9 @@ pub fn run(
             let run = move || run_vcpu(machine, vcpu, answer);
             let spawned = thread::Builder::new().name(name).spawn_scoped(scope, run);
             if let Err(error) = spawned {
-                machine.gate.end(ExitReason::Broken(Reason::of(format_args!("can't start a vCPU's thread: {error}"))));
+                machine
+                    .vcpu_barrier
+                    .end(ExitReason::Broken(Reason::of(format_args!("can't start a vCPU's thread: {error}"))));
             }
         }
         if let Some(first) = first {
@@ -70,7 +73,7 @@ pub fn run(
         }
     });
     // Each vCPU has left because of it.
-    machine.gate.ended().unwrap_or_else(|| ExitReason::Broken("no vCPU is left".into()))
+    machine.vcpu_barrier.ended().unwrap_or_else(|| ExitReason::Broken("no vCPU is left".into()))
 }
 
 /// Waits until this process has used `head_start` of processor time, which only the vCPUs do that run: on a busy
@@ -83,27 +86,27 @@ fn await_others(head_start: Duration) {
 }
 
 /// Runs a vCPU until the VM ends. Where it can't go on, the VM has ended.
-fn run_vcpu(machine: &Machine, vcpu: Vcpu, answer: impl Fn(&mut Vcpu, Call)) {
+fn run_vcpu(machine: &Machine, vcpu: Vcpu, answer: impl Fn(&mut Vcpu, ServiceRequest)) {
     if let Err(error) = serve_vcpu(machine, vcpu, answer) {
-        machine.gate.end(ExitReason::Broken(Reason::of_error(&error)));
+        machine.vcpu_barrier.end(ExitReason::Broken(Reason::of_error(&error)));
     }
 }
 
-fn serve_vcpu(machine: &Machine, mut vcpu: Vcpu, answer: impl Fn(&mut Vcpu, Call)) -> Result<(), kvm::Error> {
+fn serve_vcpu(machine: &Machine, mut vcpu: Vcpu, answer: impl Fn(&mut Vcpu, ServiceRequest)) -> Result<(), kvm::Error> {
     vcpu.kicker().adopt();
     loop {
         let exit = vcpu.run()?;
         machine.exits.happened();
         match serve(machine, exit) {
             Next::Run => {}
-            Next::Ring(command) => answer(&mut vcpu, Call::Ring(command)),
-            Next::Pass => match machine.gate.pass(&mut vcpu)? {
-                Passage::Free => {}
-                Passage::Called => answer(&mut vcpu, Call::Gate),
-                Passage::Ended => return Ok(()),
+            Next::Ring(command) => answer(&mut vcpu, ServiceRequest::Doorbell(command)),
+            Next::Checkpoint => match machine.vcpu_barrier.checkpoint(&mut vcpu)? {
+                Resume::Guest => {}
+                Resume::Service => answer(&mut vcpu, ServiceRequest::Host),
+                Resume::Ended => return Ok(()),
             },
             Next::End(end) => {
-                machine.gate.end(end);
+                machine.vcpu_barrier.end(end);
                 return Ok(());
             }
         }
@@ -127,7 +130,7 @@ fn serve(machine: &Machine, exit: Exit<'_>) -> Next {
             *result = answer.cast_unsigned();
             next
         }
-        Exit::Interrupted => Next::Pass,
+        Exit::Interrupted => Next::Checkpoint,
         Exit::Shutdown => Next::End(ExitReason::Reset),
         Exit::Broken(why) => Next::End(ExitReason::Broken(why.into())),
     }

@@ -5,7 +5,7 @@ use std::{fs::File, sync::Arc};
 use serde::{Deserialize, Serialize};
 use types::{MAX_RAM_BYTES, PAGE_BYTES};
 
-use super::{Error, Ground};
+use super::{Error, PremappedRam};
 
 /// Most pieces that an image may consist of: each costs every VM that maps it a mapping, of which Linux allows a process
 /// 65,530 by default (vm.max_map_count).
@@ -126,12 +126,13 @@ impl Image {
         Ok(Self { pages, layers, extents })
     }
 
-    /// What the next layer over this image is to lie on, and the pages that it has to hold beside its own. That is this image and none; and
-    /// once this image has grown long, or much of its layers does not show, its lowest layer, and all that lie over it.
+    /// The base of the next delta, and the pages that the delta has to hold beside its own. That is this
+    /// image and none; where it has many layers or extents, or most pages of its layers are hidden, its
+    /// lowest layer and all pages above that, which compacts the chain.
     ///
     /// # Errors
     /// As [`Image::new`].
-    pub fn footing(&self) -> Result<(Self, Vec<Run>), Error> {
+    pub fn delta_base(&self) -> Result<(Self, Vec<Run>), Error> {
         let upper = || self.extents.iter().filter(|extent| extent.layer > 0).map(|extent| extent.run);
         let showing_pages: u64 = upper().map(|run| run.pages).sum();
         let held_pages: u64 = self.layers.iter().skip(1).flat_map(|layer| &layer.runs).map(|run| run.pages).sum();
@@ -182,13 +183,13 @@ impl Image {
         Some((*layer, run.file_page + (page - run.page)))
     }
 
-    /// Maps the image over all of the ground as a private view.
+    /// Maps all of the image as a private view.
     ///
     /// # Errors
     /// [`Error::Map`] where a piece can't be mapped.
-    pub(super) fn map_private(&self, ground: &Ground) -> Result<(), Error> {
+    pub(super) fn map_private(&self, premapped: &PremappedRam) -> Result<(), Error> {
         self.extents.iter().try_for_each(|Extent { layer, run }| {
-            ground.map(run.page, run.pages, &self.layers[*layer].file, run.file_page)
+            premapped.map(run.page, run.pages, &self.layers[*layer].file, run.file_page)
         })
     }
 }
@@ -303,12 +304,12 @@ mod tests {
         let mut image = Image::new(MANY, vec![Arc::new(Layer::whole(file(), MANY))]).unwrap();
         // Each hides all of the one before it but a page.
         for page in 0..3 {
-            assert_eq!(image.footing().unwrap().1, []);
+            assert_eq!(image.delta_base().unwrap().1, []);
             image = image.with_layers(part(page, MANY - 10)).unwrap();
         }
         image = image.with_layers(part(3, MANY - 10)).unwrap();
-        let (footing, upper) = image.footing().unwrap();
-        assert_eq!(footing.layers().len(), 1);
+        let (base, upper) = image.delta_base().unwrap();
+        assert_eq!(base.layers().len(), 1);
         assert_eq!(upper.iter().map(|run| run.pages).sum::<u64>(), MANY - 7);
     }
 

@@ -180,7 +180,7 @@ impl Mapping {
     pub fn populate(&self, at: usize, bytes: usize) -> Result<(), Error> {
         self.check(at, bytes)?;
         let start = self.start.addr().get() + at;
-        touch(start..start + bytes, Access::Write)
+        populate(start..start + bytes, Access::Write)
     }
 
     /// Writes bytes of this mapping to a file. All of them must be mapped, and nobody may write to them meanwhile.
@@ -274,7 +274,7 @@ pub enum Access {
 ///
 /// # Errors
 /// [`Error::Map`] where something of the range is not mapped, or not for this access.
-pub fn touch(range: Range<usize>, access: Access) -> Result<(), Error> {
+pub fn populate(range: Range<usize>, access: Access) -> Result<(), Error> {
     let fail = |source: nix::Error| Error::Map { what: "touched memory", bytes: range.len(), source: source.into() };
     let start = NonNull::new(std::ptr::without_provenance_mut(range.start)).ok_or_else(|| fail(nix::Error::EINVAL))?;
     let advice = match access {

@@ -15,45 +15,46 @@
 //!                       └────────────┘                   └──────────────┘
 //! ```
 //!
-//! A freshly booted VM's memory is a memfd mapped shared, so its pages are in the file already. Freezing it forbids
-//! everybody to map the file writable again (F_SEAL_FUTURE_WRITE); once the parent has left its old mapping behind, the
-//! platform seals the file, and the kernel lets nobody write to it (F_SEAL_WRITE). The parent goes on as a private view of it, in another address range, and what it has left is taken down
-//! ([`machine::Successor`](crate::machine::Successor)): nothing is copied. A VM that is a private view already needs no switch: its
-//! dirty pages are written into a delta, which its children map over the rest. Where there are many layers already, the next one
-//! takes in all but the lowest: no chain of forks is too long. A VM that has had much copied goes on as a view of the new image, as its
-//! children do.
+//! A freshly booted VM's memory is a memfd mapped shared, so its pages are in the file already. Freezing it
+//! forbids everybody to map the file writable again (F_SEAL_FUTURE_WRITE); once the parent has left its old
+//! mapping behind, the platform seals the file, and the kernel lets nobody write to it (F_SEAL_WRITE). The
+//! parent goes on as a private view of it, in another address range, and what it has left is taken down
+//! ([`machine::VmSwitch`](crate::machine::VmSwitch)): nothing is copied. A VM that is a private view already
+//! needs no switch: its dirty pages are written into a delta, which its children map over the rest. Where
+//! there are many layers already, the next one takes in all but the lowest: no chain of forks is too long. A
+//! VM that has had much copied goes on as a view of the new image, as its children do.
 //!
-//! A shell that stands by for a fork maps the lowest layer of the image to come, and makes the pages its own that copies write to first
-//! ([`Ground`], [`WorkingSet`]).
+//! A warm VM that stands by for a fork maps the lowest layer of the image to come, and makes the pages its
+//! own that copies write to first ([`PremappedRam`], [`WorkingSet`]).
 
 use std::io;
 
 pub mod budget;
 pub mod dirty;
 pub mod faults;
-mod ground;
+mod guest_memory;
 mod image;
 mod mapping;
 mod memfd;
+mod premapped;
 mod sealing;
-mod view;
 mod working_set;
 
 pub use budget::{Budget, Grant};
 pub use dirty::PageMap;
 pub use faults::Faults;
-pub use ground::Ground;
+pub use guest_memory::{Changes, Delta, GuestMemory, Plan, Rebase};
 pub use image::{Extent, Image, Layer, MAX_EXTENTS, MAX_LAYERS, Run};
-pub use mapping::{Access, Mapping, touch};
+pub use mapping::{Access, Mapping, populate};
 pub use memfd::{
     check_unresizable, decide, decided, fillable, has_data, is_being_filled, is_frozen, is_sealed, read_only, seal,
     sealed, try_seal, unresizable, unsealed,
 };
+pub use premapped::PremappedRam;
 pub use sealing::{SealRetry, seal_filled};
-pub use view::{Changes, Delta, Onward, Plan, View};
 pub use working_set::WorkingSet;
 
-use view::MAX_DELTA_FILES;
+use guest_memory::MAX_DELTA_FILES;
 
 /// What can go wrong with guest memory.
 #[derive(Debug, thiserror::Error)]

@@ -59,7 +59,7 @@ impl WorkingSet {
     ///
     /// # Errors
     /// [`Error::Invalid`] where they are not all within the mapping, [`Error::Map`] where there is no memory for them.
-    pub fn fill(&self, mapping: &Mapping, goes_on: impl Fn() -> bool) -> Result<(), Error> {
+    pub fn prefault(&self, mapping: &Mapping, goes_on: impl Fn() -> bool) -> Result<(), Error> {
         let bytes = |pages: u64| {
             let bytes = pages.checked_mul(PAGE_BYTES).and_then(|bytes| usize::try_from(bytes).ok());
             bytes.ok_or(Error::Invalid("a working set reaches out of the memory"))
@@ -104,14 +104,14 @@ mod tests {
         let file = memory::sealed("test", &[7; 200 * 4096]).unwrap();
         let mapping = Mapping::reserve(200 * 4096).unwrap();
         mapping.map_private(0, 200 * 4096, &file, 0).unwrap();
-        WorkingSet(vec![(3, 2), (10, 130)]).fill(&mapping, || true).unwrap();
+        WorkingSet(vec![(3, 2), (10, 130)]).prefault(&mapping, || true).unwrap();
         let own = PageMap::open().unwrap().dirty_runs(&mapping).unwrap();
         assert_eq!(own.iter().map(|run| (run.page, run.pages)).collect::<Vec<_>>(), [(3, 2), (10, 130)]);
         let mut byte = [0];
         mapping.read(10 * 4096, &mut byte).unwrap();
         assert_eq!(byte, [7]);
         for beyond in [(199, 2), (200, 1), (u64::MAX, 1), (1, u64::MAX)] {
-            assert!(WorkingSet(vec![beyond]).fill(&mapping, || true).is_err());
+            assert!(WorkingSet(vec![beyond]).prefault(&mapping, || true).is_err());
         }
     }
 }

@@ -35,7 +35,7 @@ const PREFIX: &str = "/host-vmm/v1/web/platforms/";
 #[test]
 fn mistakes_that_take_turns_are_told_once_each() {
     let silent = || Error::Silent { address: "192.0.2.1:2379".parse().unwrap(), call: "Connect" };
-    let mut told = session::Told::default();
+    let mut told = session::ReportedErrors::default();
     let attempts = [silent(), Error::LeaseLost, silent(), Error::LeaseLost];
     assert_eq!(attempts.map(|error| told.is_first(&error)), [true, true, false, false]);
 }
@@ -60,7 +60,7 @@ struct Platform {
 impl Platform {
     fn join(etcd: Etcd, name: &'static str) -> Result<Self, membership::Error> {
         let vms = Arc::new(AtomicU32::new(0));
-        let own: Arc<Own> = {
+        let own: Arc<SelfReport> = {
             let vms = Arc::clone(&vms);
             Arc::new(move || member(name, vms.load(Ordering::SeqCst)))
         };
@@ -113,7 +113,7 @@ fn platforms_see_each_other_come_and_change_and_go() {
     std::thread::sleep(LEASE + SLACK);
     assert_eq!(admin.list(PREFIX), before);
     let later = a.directory.members();
-    assert!(later.members[0].heard > view.members[0].heard, "etcd has confirmed it");
+    assert!(later.members[0].last_seen > view.members[0].last_seen, "etcd has confirmed it");
 
     let start = Instant::now();
     drop(b);
@@ -138,7 +138,7 @@ fn one_that_is_cut_off_is_gone_after_its_lease_and_knows_it_first() {
     assert!(took < LEASE + SLACK, "{took:?}");
     let view = b.directory.members();
     assert_eq!(seen(&view), ["a"], "it keeps its view");
-    assert!(view.members[0].heard.elapsed() >= LEASE, "which ages");
+    assert!(view.members[0].last_seen.elapsed() >= LEASE, "which ages");
 
     proxy.mend();
     b.until_status(Status::Joined);
@@ -256,7 +256,7 @@ fn platforms_of_an_etcd_that_is_full_are_members_for_as_long_as_their_leases_liv
         std::thread::sleep(Duration::from_millis(20));
     }
     let view = a.directory.members();
-    assert!(view.members[0].heard.elapsed() < LEASE, "it is certain that it is there");
+    assert!(view.members[0].last_seen.elapsed() < LEASE, "it is certain that it is there");
     assert_eq!(view.members[0].member.load.vms, 0, "what it has to do is not known");
     // A new one can't come in.
     assert_eq!(Platform::new(server.etcd(), "c").directory.status(), Status::Partitioned);

@@ -24,7 +24,7 @@ use tonic::{Status, metadata::errors::InvalidMetadataValue, transport};
 use types::new_id;
 use uuid::Uuid;
 
-use super::{Own, Shared, check};
+use super::{SelfReport, Shared, check};
 use crate::{member::Member, settings};
 
 mod client;
@@ -151,7 +151,7 @@ pub(super) struct Handle {
 /// that will not go away.
 pub(super) fn start(
     etcd: &settings::Etcd,
-    own: Arc<Own>,
+    own: Arc<SelfReport>,
     member: &Member,
     lease: Duration,
     shared: Arc<Shared>,

@@ -28,7 +28,7 @@ use super::{
 use crate::{
     member::Member,
     membership::{
-        Own, Shared, check,
+        SelfReport, Shared, check,
         view::{MAX_MEMBERS, Registered},
     },
 };
@@ -49,7 +49,7 @@ const TELL_MS: u64 = 1000;
 /// How a platform joins.
 pub(super) struct Settings {
     pub(super) servers: Vec<Server>,
-    pub(super) own: Arc<Own>,
+    pub(super) own: Arc<SelfReport>,
     pub(super) instance: Uuid,
     pub(super) name: String,
     pub(super) cluster: String,
@@ -72,7 +72,7 @@ pub(super) struct Registrar {
     lease_id: Option<i64>,
     /// The revision at which the own entry was created, and what it is.
     created: i64,
-    told: Vec<u8>,
+    reported: Vec<u8>,
     /// What was seen first of another platform with the own name: when its entry was written, and when it was seen.
     holder: Option<(i64, Instant)>,
     /// What is wrong with entries that are left out.
@@ -90,7 +90,7 @@ impl Registrar {
             client: None,
             lease_id: None,
             created: 0,
-            told: Vec::new(),
+            reported: Vec::new(),
             holder: None,
             bad: BTreeMap::new(),
             is_full: false,
@@ -117,7 +117,7 @@ impl Registrar {
     /// Has one session after another. Ends only where it never got in, and never will.
     async fn stay(&mut self) {
         let longest = (self.settings.lease / 4).min(LONGEST_PAUSE);
-        let (mut pause, mut failures, mut told) = (SHORTEST_PAUSE, 0, Told::default());
+        let (mut pause, mut failures, mut reported) = (SHORTEST_PAUSE, 0, ReportedErrors::default());
         loop {
             let began = Instant::now();
             let Err(error) = self.session(failures).await;
@@ -127,9 +127,9 @@ impl Registrar {
                 return self.answer(Err(error));
             }
             if began.elapsed() > self.settings.lease {
-                (pause, told) = (SHORTEST_PAUSE, Told::default());
+                (pause, reported) = (SHORTEST_PAUSE, ReportedErrors::default());
             }
-            if told.is_first(&error) {
+            if reported.is_first(&error) {
                 tracing::warn!(why = chain(&error), "not a member of the cluster at present; trying again");
             }
             failures += 1;
@@ -228,14 +228,14 @@ impl Registrar {
             && let Some(found) = client.get(self.key()).await?
             && self.is_own(&found)
         {
-            self.told = found.value;
+            self.reported = found.value;
             return Ok(());
         }
         let value = self.describe()?;
         let absent = Compare { create_revision: Some(0), ..self.compare(messages::CREATE_REVISION) };
         let found = match client.put_if(absent, self.put(value.clone())?).await? {
             Put::Done(revision) => {
-                (self.created, self.told) = (revision, value);
+                (self.created, self.reported) = (revision, value);
                 self.takes_writes();
                 return Ok(());
             }
@@ -248,7 +248,7 @@ impl Registrar {
         }
         let unchanged = Compare { mod_revision: Some(found.mod_revision), ..self.compare(messages::MOD_REVISION) };
         match client.put_if(unchanged, self.put(value.clone())?).await? {
-            Put::Done(_) => (self.created, self.told) = (found.create_revision, value),
+            Put::Done(_) => (self.created, self.reported) = (found.create_revision, value),
             Put::Not(_) => return Err(Error::EntryLost),
         }
         Ok(())
@@ -257,12 +257,12 @@ impl Registrar {
     /// Writes the own entry anew if it has changed.
     async fn tell(&mut self, client: &Client) -> Result<(), Error> {
         let value = self.describe()?;
-        if value == self.told {
+        if value == self.reported {
             return Ok(());
         }
         let own = Compare { create_revision: Some(self.created), ..self.compare(messages::CREATE_REVISION) };
         match client.put_if(own, self.put(value.clone())?).await? {
-            Put::Done(_) => self.told = value,
+            Put::Done(_) => self.reported = value,
             Put::Not(_) => return Err(Error::EntryLost),
         }
         self.takes_writes();
@@ -404,11 +404,11 @@ impl Registrar {
     }
 }
 
-/// Which kinds of mistakes were told: each is once, not each of the many attempts.
+/// Kinds of errors that were reported: each is once, not each of the many attempts.
 #[derive(Debug, Default)]
-pub(super) struct Told(HashSet<mem::Discriminant<Error>>);
+pub(super) struct ReportedErrors(HashSet<mem::Discriminant<Error>>);
 
-impl Told {
+impl ReportedErrors {
     /// Whether this one is the first of its kind.
     pub(super) fn is_first(&mut self, error: &Error) -> bool {
         self.0.insert(mem::discriminant(error))

@@ -1,4 +1,4 @@
-//! Where the rest of a clone's memory is had from, while the clone runs: the source's side, and the target's.
+//! Page server and page client: the two sides of a lazy clone's memory, which comes while the clone runs.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -10,13 +10,13 @@ use std::{
 };
 
 use api::{
-    client::{self, Content, Link},
+    client::{self, Content, PooledClient},
     steady::LEAST_RATE,
 };
 use base::sync::lock;
 use capsule::{
     self, Capsule, Description, Digests, Header, Manifest,
-    chunk_stream::{self, Records},
+    chunk_stream::{self, ChunkDecoder},
 };
 use http_body_util::channel::{Channel, Sender};
 use hyper::{Method, body::Bytes};
@@ -29,9 +29,9 @@ use vmm::{
 
 use super::{
     LEASE, Need,
-    filling::Positions,
-    pace::Pace,
-    source::{IsWanted, Target},
+    postcopy::Positions,
+    rate_limiter::RateLimiter,
+    source::{CurrentRetryPolicy, Target},
 };
 
 /// Most chunks that are had at once.
@@ -60,17 +60,17 @@ pub enum Error {
     Answer(#[source] io::Error),
     /// What it sends can't be used.
     #[error("what the source has sent can't be used")]
-    Take(#[source] Box<super::filling::Error>),
+    Take(#[source] Box<super::postcopy::Error>),
 }
 
-/// The target's side of one connection to the source.
+/// Page client: the target's side of one connection to the source.
 #[derive(Debug)]
-pub struct Supplier(Target);
+pub struct PageClient(Target);
 
-impl Supplier {
-    /// Has the memory of a clone from its source, for as long as that is wanted.
-    pub fn new(source: Link, id: Uuid, is_wanted: IsWanted) -> Self {
-        Self(Target::at(source, format!("/v1/supplies/{id}"), is_wanted))
+impl PageClient {
+    /// Has the memory of a clone from its source, for as long as `retry_policy` says so.
+    pub fn new(source: PooledClient, id: Uuid, retry_policy: CurrentRetryPolicy) -> Self {
+        Self(Target::at(source, format!("/v1/supplies/{id}"), retry_policy))
     }
 
     /// Has some chunks, and gives each of them to `take`. They come before others where somebody waits for them.
@@ -81,7 +81,7 @@ impl Supplier {
         &mut self,
         chunks: &[u32],
         urgent: bool,
-        mut take: impl FnMut(u32, &[u8]) -> Result<(), super::filling::Error>,
+        mut take: impl FnMut(u32, &[u8]) -> Result<(), super::postcopy::Error>,
     ) -> Result<(), Error> {
         let mut needs = chunks.chunks(MAX_AT_ONCE).map(|chunks| Need { chunks: chunks.to_vec(), urgent });
         needs.try_for_each(|need| self.fetch_at_once(&need, &mut take))
@@ -90,15 +90,15 @@ impl Supplier {
     fn fetch_at_once(
         &mut self,
         need: &Need,
-        take: &mut impl FnMut(u32, &[u8]) -> Result<(), super::filling::Error>,
+        take: &mut impl FnMut(u32, &[u8]) -> Result<(), super::postcopy::Error>,
     ) -> Result<(), Error> {
         let most = chunk_stream::MAX_BYTES.saturating_mul(need.chunks.len() as u64);
-        let answer = self.0.insist(LEASE, |connection, path| {
+        let answer = self.0.retry_idempotent(LEASE, |connection, path| {
             connection.ask_long(Method::POST, &format!("{path}/chunks"), Content::json(need)?, most)
         })?;
-        let (mut records, mut failure) = (Records::default(), None);
+        let (mut decoder, mut failure) = (ChunkDecoder::default(), None);
         let mut awaited: BTreeSet<u32> = need.chunks.iter().copied().collect();
-        let taken = records.push(&answer, |chunk, data| {
+        let taken = decoder.push(&answer, |chunk, data| {
             if !awaited.remove(&chunk) {
                 return Err(io::Error::other(format!("nobody has asked for the chunk {chunk}")));
             }
@@ -107,7 +107,7 @@ impl Supplier {
                 io::ErrorKind::InvalidData.into()
             })
         });
-        match (failure, taken.and_then(|()| records.finish())) {
+        match (failure, taken.and_then(|()| decoder.finish())) {
             (Some(error), _) => Err(Error::Take(Box::new(error))),
             (None, Ok(())) if !awaited.is_empty() => {
                 let why = format!("{} of the chunks that were asked for did not come", awaited.len());
@@ -121,10 +121,10 @@ impl Supplier {
     ///
     /// # Errors
     /// [`Error::Source`], or [`Error::Answer`].
-    pub fn manifest(&mut self, outline: &Manifest) -> Result<Manifest, Error> {
-        let most = outline.most_bytes();
-        let answer = self.0.insist(LEASE, |connection, path| {
-            connection.set_patience(LOOKED_AT);
+    pub fn manifest(&mut self, sparse: &Manifest) -> Result<Manifest, Error> {
+        let most = sparse.most_bytes();
+        let answer = self.0.retry_idempotent(LEASE, |connection, path| {
+            connection.set_timeout(LOOKED_AT);
             connection.ask_long(Method::GET, &format!("{path}/manifest"), Content::none(), most)
         })?;
         let manifest = capsule::codec::decode(&answer).map_err(|error| Error::Answer(io::Error::other(error)))?;
@@ -133,18 +133,18 @@ impl Supplier {
 
     /// Says that all of it is there.
     pub fn is_done(&mut self) {
-        let told = self
-            .0
-            .insist(Duration::ZERO, |connection, path| connection.ask(Method::DELETE, path, Content::none()).map(drop));
+        let told = self.0.retry_idempotent(Duration::ZERO, |connection, path| {
+            connection.ask(Method::DELETE, path, Content::none()).map(drop)
+        });
         if let Err(error) = told {
             tracing::debug!(%error, "a source keeps a memory for a while that nobody needs any more");
         }
     }
 }
 
-/// A memory that is sent while copies of it run already.
+/// Page server: a memory that is sent while copies of it run already.
 #[derive(Debug)]
-pub struct Supply {
+pub struct PageServer {
     /// Name of the platform that may have it.
     target: String,
     image: Image,
@@ -153,7 +153,7 @@ pub struct Supply {
     head: Bytes,
     positions: Positions,
     files: Vec<Arc<File>>,
-    pace: Pace,
+    rate_limiter: RateLimiter,
     /// What all of it is, once somebody has wanted to know that.
     manifest: Mutex<Option<Bytes>>,
     began: Instant,
@@ -163,22 +163,22 @@ pub struct Supply {
     asked: Mutex<Instant>,
 }
 
-/// Why a memory is not kept for its target any more.
+/// Reason for which a memory is not kept for its target any more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Over {
+enum Expiry {
     /// Nobody has asked for it in a while.
     Idle,
     /// All of it could have been sent, however slowly.
     Late,
 }
 
-impl Supply {
+impl PageServer {
     /// The memory of an image, for one other platform, which gets no more of it within a second than `bandwidth`.
     ///
     /// # Errors
     /// [`capsule::Error`].
     pub fn of(capsule: &Capsule, target: &str, bandwidth: Option<u64>) -> Result<Self, capsule::Error> {
-        let (description, image) = capsule.outline()?;
+        let (description, image) = capsule.describe_sparse()?;
         let bytes = description.to_bytes()?;
         let header = Header::new(false, 0, &bytes);
         let file_bytes = description.memory.file_bytes();
@@ -190,7 +190,7 @@ impl Supply {
             description,
             image,
             files,
-            pace: Pace::new(bandwidth),
+            rate_limiter: RateLimiter::new(bandwidth),
             manifest: Mutex::default(),
             began: Instant::now(),
             longest: KEPT.saturating_add(Duration::from_secs(file_bytes / LEAST_RATE)),
@@ -209,12 +209,12 @@ impl Supply {
     }
 
     /// Reason to keep it no longer, if there is one.
-    fn over(&self, is_in_use: bool, now: Instant) -> Option<Over> {
+    fn expiry(&self, is_in_use: bool, now: Instant) -> Option<Expiry> {
         if now.saturating_duration_since(self.began) >= self.longest {
-            return Some(Over::Late);
+            return Some(Expiry::Late);
         }
         let is_idle = now.saturating_duration_since(*lock(&self.asked)) >= KEPT;
-        (is_idle && !is_in_use).then_some(Over::Idle)
+        (is_idle && !is_in_use).then_some(Expiry::Idle)
     }
 
     /// The chunks that are sent before the clone runs: the first ones, what vCPUs need to go on, and those of a working set.
@@ -253,7 +253,7 @@ impl Supply {
     pub fn record_in_turn(&self, position: u32) -> io::Result<Bytes> {
         let mut record = Vec::new();
         self.append(position, &mut record)?;
-        self.pace.wait(record.len() as u64);
+        self.rate_limiter.wait(record.len() as u64);
         Ok(record.into())
     }
 
@@ -283,7 +283,7 @@ impl Supply {
         for (chunk, left) in chunks.iter().zip((0..chunks.len()).rev()) {
             self.append(*chunk, &mut records)?;
             if records.len() >= PIECE_BYTES || left == 0 {
-                self.pace.wait_for_turn(records.len() as u64, urgent).await;
+                self.rate_limiter.wait_for_turn(records.len() as u64, urgent).await;
                 // For a target that takes nothing of what it has asked for, it is not kept either.
                 let taken = tokio::time::timeout(KEPT, body.send_data(std::mem::take(&mut records).into())).await;
                 taken.map_err(|_| io::ErrorKind::TimedOut)?.map_err(io::Error::other)?;
@@ -310,21 +310,21 @@ impl Supply {
     }
 }
 
-/// The memories that a platform still sends.
+/// Page servers of a platform: the memories that it still sends.
 #[derive(Debug, Default)]
-pub struct Supplies {
-    by_id: Mutex<BTreeMap<Uuid, Arc<Supply>>>,
+pub struct PageServers {
+    by_id: Mutex<BTreeMap<Uuid, Arc<PageServer>>>,
     changed: Condvar,
 }
 
-impl Supplies {
+impl PageServers {
     /// Adds one, for the clone with this ID.
-    pub fn add(&self, id: Uuid, supply: &Arc<Supply>) {
-        lock(&self.by_id).insert(id, Arc::clone(supply));
+    pub fn add(&self, id: Uuid, page_server: &Arc<PageServer>) {
+        lock(&self.by_id).insert(id, Arc::clone(page_server));
     }
 
     /// The one for a clone.
-    pub fn find(&self, id: Uuid) -> Option<Arc<Supply>> {
+    pub fn find(&self, id: Uuid) -> Option<Arc<PageServer>> {
         lock(&self.by_id).get(&id).cloned()
     }
 
@@ -351,21 +351,22 @@ impl Supplies {
 
     /// Lets go of those that nobody has asked for in a while, and nobody works with; and of those that their targets
     /// have not got within the longest time. To be called now and then.
-    pub fn tend(&self) {
-        self.tend_at(Instant::now());
+    pub fn sweep(&self) {
+        self.sweep_at(Instant::now());
     }
 
-    fn tend_at(&self, now: Instant) {
-        let over = |supply: &Arc<Supply>| supply.over(Arc::strong_count(supply) > 1, now);
-        let forgotten: Vec<_> = lock(&self.by_id).extract_if(.., |_, supply| over(supply).is_some()).collect();
+    fn sweep_at(&self, now: Instant) {
+        let expiry = |page_server: &Arc<PageServer>| page_server.expiry(Arc::strong_count(page_server) > 1, now);
+        let evicted: Vec<_> =
+            lock(&self.by_id).extract_if(.., |_, page_server| expiry(page_server).is_some()).collect();
         self.changed.notify_all();
-        for (clone, supply) in &forgotten {
-            let platform = &supply.target;
-            match supply.over(false, now) {
-                Some(Over::Late) => tracing::warn!(
+        for (clone, page_server) in &evicted {
+            let platform = &page_server.target;
+            match page_server.expiry(false, now) {
+                Some(Expiry::Late) => tracing::warn!(
                     %clone,
                     platform,
-                    longest = ?supply.longest,
+                    longest = ?page_server.longest,
                     "the memory of a clone is not kept for it any more: it has not got all of it within the longest time"
                 ),
                 _ => tracing::warn!(
@@ -376,7 +377,7 @@ impl Supplies {
                 ),
             }
         }
-        drop(forgotten);
+        drop(evicted);
     }
 }
 
@@ -387,31 +388,31 @@ mod tests {
 
     #[test]
     fn a_memory_is_not_kept_for_ever_for_a_target_that_asks_now_and_then() {
-        let (supplies, id) = (Supplies::default(), Uuid::from_u128(1));
+        let (page_servers, id) = (PageServers::default(), Uuid::from_u128(1));
         let add = || {
-            let supply = Arc::new(Supply::of(&capsule(&[]), "b", None).unwrap());
-            supplies.add(id, &supply);
-            supply
+            let page_server = Arc::new(PageServer::of(&capsule(&[]), "b", None).unwrap());
+            page_servers.add(id, &page_server);
+            page_server
         };
-        let supply = add();
-        let (began, longest) = (supply.began, supply.longest);
+        let page_server = add();
+        let (began, longest) = (page_server.began, page_server.longest);
         assert_eq!(longest, KEPT + Duration::from_secs(40 * PAGE_BYTES / LEAST_RATE));
         let moment = Duration::from_millis(1);
         let last = began + longest - moment;
         // Somebody works with it, or has just asked.
-        supplies.tend_at(last);
-        *lock(&supply.asked) = last;
-        drop(supply);
-        supplies.tend_at(last);
-        let supply = supplies.find(id).expect("it is kept");
-        supplies.tend_at(began + longest);
-        assert!(supplies.find(id).is_none(), "it has had its time");
-        drop(supply);
+        page_servers.sweep_at(last);
+        *lock(&page_server.asked) = last;
+        drop(page_server);
+        page_servers.sweep_at(last);
+        let page_server = page_servers.find(id).expect("it is kept");
+        page_servers.sweep_at(began + longest);
+        assert!(page_servers.find(id).is_none(), "it has had its time");
+        drop(page_server);
         // Without anybody who asks, it is not kept for so long.
         let asked = *lock(&add().asked);
-        supplies.tend_at(asked + KEPT - moment);
-        assert!(supplies.find(id).is_some());
-        supplies.tend_at(asked + KEPT);
-        assert!(supplies.find(id).is_none());
+        page_servers.sweep_at(asked + KEPT - moment);
+        assert!(page_servers.find(id).is_some());
+        page_servers.sweep_at(asked + KEPT);
+        assert!(page_servers.find(id).is_none());
     }
 }

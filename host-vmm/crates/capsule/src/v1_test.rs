@@ -37,7 +37,7 @@ pub(crate) fn saved_as_version_1(capsule: &Capsule) -> Vec<u8> {
         }
         described.push(LayerDescription { pages: content.len() as u64 / PAGE_BYTES, runs });
     }
-    let About { id, created_ns, vm_type, original, config, seq } = capsule.about.clone();
+    let ImageMetadata { id, created_ns, vm_type, original, config, seq } = capsule.metadata.clone();
     let state = codec::encode(&contents).unwrap();
     let data_digest = blake3::hash(&data).into();
     file(&Description { id, created_ns, vm_type, original, config, seq, state, layers: described, data_digest }, &data)
@@ -62,7 +62,7 @@ fn loaded(bytes: &[u8]) -> Result<Capsule, Error> {
 fn what_a_program_of_that_version_has_written_is_loaded_and_can_be_described() {
     let bytes = zstd::stream::decode_all(GOLDEN).unwrap();
     let capsule = loaded(&bytes).unwrap();
-    let About { vm_type, original, config, seq, .. } = &capsule.about;
+    let ImageMetadata { vm_type, original, config, seq, .. } = &capsule.metadata;
     assert_eq!((vm_type.as_str(), original.name.as_str(), *seq), ("web", "vm", 1));
     assert_eq!((config.ram_bytes, config.vcpus), (32 << 20, 1));
     let (machine, image) = unpack(&capsule.state, &capsule.files).unwrap();
@@ -94,7 +94,7 @@ fn a_state_of_version_1_gets_what_it_lacks_as_it_is_at_boot() {
 fn forged_descriptions_are_refused() {
     // Somebody who knows how digests are made.
     let forge = |pages: u64, runs: Vec<(u64, u64)>, data: &[u8]| {
-        let About { original, config, .. } = crate::samples::capsule(&[]).about;
+        let ImageMetadata { original, config, .. } = crate::samples::capsule(&[]).metadata;
         let description = Description {
             id: Uuid::nil(),
             created_ns: 0,

@@ -1,4 +1,4 @@
-//! Telling each side of a fork who it is, through its control page.
+//! Role signals: each side of a fork is told who it is, through its control page.
 
 use std::io;
 
@@ -21,10 +21,10 @@ pub enum Error {
     Page(#[from] memory::Error),
 }
 
-/// What a VM is to be told.
+/// Role and identity that a VM is to be told, and the answer to its request.
 #[derive(Debug)]
 #[must_use]
-pub struct Signal {
+pub struct RoleSignal {
     identity: VmIdentity,
     page: Identity,
     answer: Option<Answer>,
@@ -38,7 +38,7 @@ struct Answer {
     copies: Vec<ListedCopy>,
 }
 
-impl Signal {
+impl RoleSignal {
     /// Tells a VM that it was booted.
     ///
     /// # Errors

@@ -1,18 +1,19 @@
-//! A shell does once what it will have to do fast.
+//! Warm-up of the restore path: a warm VM does once what it will have to do fast.
 //!
-//! The first time that a process uses a page of its heap or stack costs it a page fault: 4 to 10 us each, and 80 us in all between a
-//! child's order and its run (measured). So a shell that has nothing else to do goes through the motions.
+//! The first time that a process uses a page of its heap or stack costs it a page fault: 4 to 10 us each, and
+//! 80 us in all between a child's order and its run (measured). So a warm VM that has nothing else to do hands a
+//! state over to itself.
 
 use std::{slice, sync::Arc, time::Duration};
 
 use vmm::{
-    machine::Shell,
+    machine::BlankMachine,
     memory::{self, Image, Layer},
 };
 
 use crate::fork::rendezvous::{self, Rendezvous};
 
-/// What can go wrong with it. A shell is as good without it, only slower.
+/// Reasons for which a warm-up fails. A warm VM is as good without it, only slower.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Error {
     #[error("can't copy a descriptor")]
@@ -25,10 +26,10 @@ pub(super) enum Error {
     Capsule(#[from] capsule::Error),
 }
 
-/// Hands a state over to itself.
-pub(super) fn rehearse(shell: &Shell) -> Result<(), Error> {
-    let Some(state) = shell.fresh_state() else { return Ok(()) };
-    let file = Arc::new(memory::sealed("vm-rehearsal", &[0; 4096])?);
+/// Hands the state of a blank machine over to this process itself.
+pub(super) fn warm_up_restore(blank: &BlankMachine) -> Result<(), Error> {
+    let Some(state) = blank.fresh_state() else { return Ok(()) };
+    let file = Arc::new(memory::sealed("vm-warm-up", &[0; 4096])?);
     let image = Image::new(1, vec![Arc::new(Layer::whole(Arc::clone(&file), 1))])?;
     let parent = Rendezvous::new()?;
     parent.publish(&capsule::pack(&state, &image, slice::from_ref(&file))?)?;

@@ -1,4 +1,4 @@
-//! How fast the memory of a clone is sent.
+//! Rate limiter of what is sent of clones' memories.
 
 use std::{
     sync::Mutex,
@@ -14,14 +14,14 @@ const MAX_BURST: Duration = Duration::from_millis(50);
 /// For how long what nobody waits for lets all else go first: who has asked for it takes its source for gone where nothing comes.
 const MAX_DELAY: Duration = Duration::from_secs(1);
 
-/// Keeps what is sent below a bandwidth.
+/// Token bucket that keeps what is sent below a bandwidth.
 #[derive(Debug)]
-pub(super) struct Pace {
+pub(super) struct RateLimiter {
     bytes_per_second: Option<u64>,
     free_at: Mutex<Instant>,
 }
 
-impl Pace {
+impl RateLimiter {
     /// One of so many bytes within a second, or of as many as possible.
     pub(super) fn new(bytes_per_second: Option<u64>) -> Self {
         Self { bytes_per_second, free_at: Mutex::new(Instant::now()) }
@@ -29,7 +29,7 @@ impl Pace {
 
     /// Waits until so many bytes may be sent.
     pub(super) fn wait(&self, bytes: u64) {
-        thread::sleep(self.turn(bytes, Instant::now()));
+        thread::sleep(self.reserve(bytes, Instant::now()));
     }
 
     /// The same, on a thread that has other things to do. What is not urgent lets all else go first, for a while.
@@ -38,7 +38,7 @@ impl Pace {
         loop {
             let now = Instant::now();
             let gap = if is_urgent || now - began >= MAX_DELAY { None } else { Some(self.gap(bytes, now)) };
-            let wait = gap.unwrap_or_else(|| self.turn(bytes, now));
+            let wait = gap.unwrap_or_else(|| self.reserve(bytes, now));
             if !wait.is_zero() {
                 tokio::time::sleep(wait).await;
             }
@@ -48,8 +48,8 @@ impl Pace {
         }
     }
 
-    /// Takes the next turn, and says how long it is until then.
-    fn turn(&self, bytes: u64, now: Instant) -> Duration {
+    /// Reserves the next free time, and says how long it is until then.
+    fn reserve(&self, bytes: u64, now: Instant) -> Duration {
         let Some(rate) = self.bytes_per_second.filter(|rate| *rate > 0) else { return Duration::ZERO };
         let mut free_at = lock(&self.free_at);
         let start = (*free_at).max(now.checked_sub(MAX_BURST).unwrap_or(now));
@@ -57,10 +57,10 @@ impl Pace {
         start.saturating_duration_since(now)
     }
 
-    /// Takes a turn where nobody else's is at present; else says when it makes sense to try again.
+    /// Reserves the present time where nobody else has; else says when it makes sense to try again.
     fn gap(&self, bytes: u64, now: Instant) -> Duration {
         let wait = lock(&self.free_at).saturating_duration_since(now);
-        if wait.is_zero() { self.turn(bytes, now) } else { wait }
+        if wait.is_zero() { self.reserve(bytes, now) } else { wait }
     }
 }
 
@@ -72,33 +72,33 @@ mod tests {
 
     #[test]
     fn no_more_is_sent_than_the_bandwidth_and_a_short_burst() {
-        let pace = Pace::new(Some(1000));
+        let rate_limiter = RateLimiter::new(Some(1000));
         let start = Instant::now() + SECOND;
-        let waits: Vec<Duration> = (0..4).map(|_| pace.turn(100, start)).collect();
+        let waits: Vec<Duration> = (0..4).map(|_| rate_limiter.reserve(100, start)).collect();
         assert_eq!(waits, [0, 50, 150, 250].map(Duration::from_millis));
-        assert_eq!(pace.turn(1, start + 10 * SECOND), Duration::ZERO);
-        assert!((0..100).all(|_| Pace::new(None).turn(u64::MAX, start).is_zero()));
+        assert_eq!(rate_limiter.reserve(1, start + 10 * SECOND), Duration::ZERO);
+        assert!((0..100).all(|_| RateLimiter::new(None).reserve(u64::MAX, start).is_zero()));
     }
 
     #[test]
     fn what_somebody_waits_for_goes_first() {
-        let pace = Pace::new(Some(1000));
+        let rate_limiter = RateLimiter::new(Some(1000));
         let start = Instant::now() + SECOND;
-        assert_eq!(pace.gap(1050, start), Duration::ZERO);
-        // Whoever waits for a gap has taken no turn.
-        assert_eq!(pace.gap(1000, start), SECOND);
-        assert_eq!(pace.turn(1000, start), SECOND);
-        assert_eq!(pace.gap(1000, start + SECOND), SECOND);
-        assert_eq!(pace.gap(1000, start + 2 * SECOND), Duration::ZERO);
-        assert_eq!(pace.turn(1000, start + 2 * SECOND), SECOND);
+        assert_eq!(rate_limiter.gap(1050, start), Duration::ZERO);
+        // Whoever waits for a gap has reserved nothing.
+        assert_eq!(rate_limiter.gap(1000, start), SECOND);
+        assert_eq!(rate_limiter.reserve(1000, start), SECOND);
+        assert_eq!(rate_limiter.gap(1000, start + SECOND), SECOND);
+        assert_eq!(rate_limiter.gap(1000, start + 2 * SECOND), Duration::ZERO);
+        assert_eq!(rate_limiter.reserve(1000, start + 2 * SECOND), SECOND);
     }
 
     #[tokio::test]
     async fn what_nobody_waits_for_is_sent_too() {
-        let pace = Pace::new(Some(1000));
-        pace.turn(3000, Instant::now());
+        let rate_limiter = RateLimiter::new(Some(1000));
+        rate_limiter.reserve(3000, Instant::now());
         let began = Instant::now();
-        pace.wait_for_turn(1, false).await;
+        rate_limiter.wait_for_turn(1, false).await;
         assert!(began.elapsed() >= 2 * SECOND);
     }
 }

@@ -1,4 +1,4 @@
-//! Building a machine: first a shell, which then boots, or becomes a copy.
+//! Machines without content, which then boot or become copies.
 
 use std::{
     fs::File,
@@ -7,7 +7,7 @@ use std::{
 
 use types::{PAGE_BYTES, VmIdentity, VmShape};
 
-use super::{Built, Exits, Gate, Machine, MachineState, Spare};
+use super::{Built, Exits, Machine, MachineState, SpareVm, VcpuBarrier};
 use crate::{
     arch::{
         VcpuId, cpuid,
@@ -16,8 +16,8 @@ use crate::{
     },
     boot::{self, Payload},
     devices::{self, ControlPage, ControlPageState, Devices, DevicesState, GENERATION_ID_OFFSET},
-    kvm::{self, CurrentVm, Host, Model, Time, TscRate, Vcpu, Vm},
-    memory::{self, Faults, Ground, Image, Mapping, PageMap, View, WorkingSet},
+    kvm::{self, Host, HostModel, Time, TscRate, Vcpu, Vm, VmHandle},
+    memory::{self, Faults, GuestMemory, Image, Mapping, PageMap, PremappedRam, WorkingSet},
 };
 
 /// `out 0x80, al`: to a port at which nothing happens.
@@ -43,9 +43,9 @@ pub enum Error {
     Mismatch(&'static str),
 }
 
-/// What machines are built with in this process. It is opened once: a node can open nothing later.
+/// Host descriptors that machines are built with. They are opened once, before the seccomp filter forbids it.
 #[derive(Debug)]
-pub struct Workshop {
+pub struct HostHandles {
     /// The host.
     pub host: Arc<Host>,
     /// In which it is found what VMs have written to.
@@ -54,8 +54,8 @@ pub struct Workshop {
     faults: Option<File>,
 }
 
-impl Workshop {
-    /// The one of this process.
+impl HostHandles {
+    /// Opens those of this process.
     ///
     /// # Errors
     /// [`Error::Memory`].
@@ -75,25 +75,25 @@ impl Workshop {
     }
 }
 
-/// A machine without content: everything that takes long to make is made, and it can become a booted VM or a copy.
+/// A machine without content: all that takes long to make is made, and it can become a booted VM or a copy.
 #[derive(Debug)]
-pub struct Shell {
-    workshop: Arc<Workshop>,
+pub struct BlankMachine {
+    handles: Arc<HostHandles>,
     config: VmShape,
     vm: Vm,
     vcpus: Vec<Vcpu>,
-    /// Where its memory will be.
-    ground: Ground,
+    /// Addresses of its memory to come.
+    premapped: PremappedRam,
     control_page: ControlPage,
 }
 
-impl Shell {
+impl BlankMachine {
     /// Builds one.
     ///
     /// # Errors
     /// [`Error`]: whatever could not be made.
-    pub fn build(workshop: &Arc<Workshop>, config: VmShape) -> Result<Self, Error> {
-        Self::build_around(workshop, config, ControlPage::new()?)
+    pub fn build(handles: &Arc<HostHandles>, config: VmShape) -> Result<Self, Error> {
+        Self::build_around(handles, config, ControlPage::new()?)
     }
 
     /// Does beforehand, where there is time, what would make its launch take longer.
@@ -112,14 +112,14 @@ impl Shell {
     /// # Errors
     /// [`Error`]: whatever could not be made.
     pub fn build_spare(machine: &Machine) -> Result<Self, Error> {
-        let mut spare = Self::build_around(&machine.workshop, machine.config, machine.control_page.clone())?;
+        let mut spare = Self::build_around(&machine.handles, machine.config, machine.control_page.clone())?;
         spare.settle()?;
         Ok(spare)
     }
 
     /// Makes the VM, its memory slots, its interrupt controllers and its vCPUs, in the order that costs no waiting (see [`Vm::map`]).
-    fn build_around(workshop: &Arc<Workshop>, config: VmShape, control_page: ControlPage) -> Result<Self, Error> {
-        let Host { hypervisor, model } = &*workshop.host;
+    fn build_around(handles: &Arc<HostHandles>, config: VmShape, control_page: ControlPage) -> Result<Self, Error> {
+        let Host { hypervisor, model } = &*handles.host;
         let bytes = usize::try_from(config.ram_bytes).map_err(|_| Error::Mismatch("the memory is too large"))?;
         let mapping = Arc::new(Mapping::reserve(bytes)?);
         let mut vm = hypervisor.create_vm()?;
@@ -137,22 +137,22 @@ impl Shell {
             Ok(vcpu)
         });
         let vcpus = vcpus.collect::<Result<_, kvm::Error>>()?;
-        Ok(Self { workshop: Arc::clone(workshop), config, vm, vcpus, ground: mapping.into(), control_page })
+        Ok(Self { handles: Arc::clone(handles), config, vm, vcpus, premapped: mapping.into(), control_page })
     }
 
     /// Maps the lowest layer of the image that it is likely to become a copy of, and makes the pages ready that such copies write to first,
     /// for as long as `goes_on` says so.
     ///
     /// # Errors
-    /// [`Error::Memory`]: the shell is as good as before.
+    /// [`Error::Memory`]: the machine is as good as before.
     pub fn prepare_memory(
         &mut self,
         lowest: &Arc<File>,
         working_set: &WorkingSet,
         goes_on: impl Fn() -> bool,
     ) -> Result<(), Error> {
-        self.ground.lay(lowest)?;
-        Ok(self.ground.fill(working_set, goes_on)?)
+        self.premapped.premap_base(lowest)?;
+        Ok(self.premapped.prefault(working_set, goes_on)?)
     }
 
     fn settle(&mut self) -> Result<(), Error> {
@@ -163,7 +163,7 @@ impl Shell {
     /// What it holds by itself, as a state that a machine could be restored from; `None` before it is settled.
     pub fn fresh_state(&self) -> Option<MachineState> {
         let vcpus = self.vcpus.iter().map(|vcpu| vcpu.fresh_state().cloned()).collect::<Option<_>>()?;
-        let Model { tsc_khz, capabilities, .. } = &self.workshop.host.model;
+        let HostModel { tsc_khz, capabilities, .. } = &self.handles.host.model;
         Some(MachineState {
             config: self.config,
             vm: self.vm.save().ok()?.0,
@@ -180,9 +180,9 @@ impl Shell {
     ///
     /// # Errors
     /// [`Error`]: whatever does not fit.
-    pub fn boot(self, payload: &mut Payload, prealloc: bool, console: File) -> Result<Unnamed, Error> {
-        let Self { workshop, config, vm, vcpus, ground, control_page } = self;
-        let memory = View::own(ground.into_mapping())?;
+    pub fn boot(self, payload: &mut Payload, prealloc: bool, console: File) -> Result<AnonymousMachine, Error> {
+        let Self { handles, config, vm, vcpus, premapped, control_page } = self;
+        let memory = GuestMemory::own(premapped.into_mapping())?;
         if prealloc {
             memory.mapping().populate(0, memory.mapping().bytes())?;
         }
@@ -193,16 +193,27 @@ impl Shell {
         if let Some(first) = vcpus.first() {
             first.set_entry(&regs::entry(entry), regs::entry_system)?;
         }
-        let vm = Arc::new(CurrentVm::new(vm));
+        let vm = Arc::new(VmHandle::new(vm));
         let devices = Devices::power_on(&vm, config.ram_bytes, &control_page, console)?;
-        let tsc_khz = workshop.host.model.tsc_khz;
+        let tsc_khz = handles.host.model.tsc_khz;
         let (clock_began_ns, faults) = (None, None);
-        Ok(Unnamed { workshop, config, vm, memory, control_page, devices, vcpus, tsc_khz, clock_began_ns, faults })
+        Ok(AnonymousMachine {
+            handles,
+            config,
+            vm,
+            memory,
+            control_page,
+            devices,
+            vcpus,
+            tsc_khz,
+            clock_began_ns,
+            faults,
+        })
     }
 
     /// Address of the memory that it will have.
     pub fn memory_start(&self) -> u64 {
-        self.ground.start() as u64
+        self.premapped.start() as u64
     }
 
     /// Makes it a machine that goes on where `state` and `image` were captured. Where the image is still being filled, `faults` are those of
@@ -216,16 +227,27 @@ impl Shell {
         image: Arc<Image>,
         console: File,
         faults: Option<Faults>,
-    ) -> Result<Unnamed, Error> {
-        let (workshop, control_page, config) = (Arc::clone(&self.workshop), self.control_page.clone(), self.config);
+    ) -> Result<AnonymousMachine, Error> {
+        let (handles, control_page, config) = (Arc::clone(&self.handles), self.control_page.clone(), self.config);
         let restored = self.take_state(state, image, Time::FromCapture, faults.as_ref())?;
-        let Restored { vm, vcpus, memory, clock_began_ns } = restored;
-        let vm = Arc::new(CurrentVm::new(vm));
+        let RestoredVm { vm, vcpus, memory, clock_began_ns } = restored;
+        let vm = Arc::new(VmHandle::new(vm));
         control_page.restore(&state.control_page)?;
         let devices = Devices::restore(&state.devices, &vm, config.ram_bytes, &control_page, console)?;
-        let tsc_khz = state.tsc_khz.or(workshop.host.model.tsc_khz);
+        let tsc_khz = state.tsc_khz.or(handles.host.model.tsc_khz);
         let clock_began_ns = Some(clock_began_ns);
-        Ok(Unnamed { workshop, config, vm, memory, control_page, devices, vcpus, tsc_khz, clock_began_ns, faults })
+        Ok(AnonymousMachine {
+            handles,
+            config,
+            vm,
+            memory,
+            control_page,
+            devices,
+            vcpus,
+            tsc_khz,
+            clock_began_ns,
+            faults,
+        })
     }
 
     /// Brings VM, vCPUs and memory to where `state` and `image` were captured.
@@ -235,7 +257,7 @@ impl Shell {
         image: Arc<Image>,
         time: Time,
         faults: Option<&Faults>,
-    ) -> Result<Restored, Error> {
+    ) -> Result<RestoredVm, Error> {
         if state.config != self.config {
             return Err(Error::Mismatch("it was captured in a machine of another shape"));
         }
@@ -245,10 +267,10 @@ impl Shell {
         if state.vcpus.len() != self.vcpus.len() {
             return Err(Error::Mismatch("the number of vCPUs differs"));
         }
-        let memory = View::of_image(image, self.ground)?;
+        let memory = GuestMemory::of_image(image, self.premapped)?;
         // Before KVM looks at the guest's memory, which it does when it takes a state in.
         faults.map_or(Ok(()), |faults| faults.watch(memory.mapping()))?;
-        let Model { tsc_khz: host_khz, tsc_shift, .. } = self.workshop.host.model;
+        let HostModel { tsc_khz: host_khz, tsc_shift, .. } = self.handles.host.model;
         let rate = TscRate::new(state.tsc_khz, host_khz);
         // Captured on a host whose counters run at another speed, the guest goes on with the one that it has measured.
         if let Some(khz) = rate.scaled() {
@@ -261,27 +283,27 @@ impl Shell {
         self.vcpus.iter_mut().zip(&state.vcpus).try_for_each(|(vcpu, state)| vcpu.restore(state))?;
         // What its clock shows more than at the capture has passed since.
         let clock_began_ns = set.host.raw_ns.saturating_sub(set.clock_ns.saturating_sub(captured_ns));
-        Ok(Restored { vm: self.vm, vcpus: self.vcpus, memory, clock_began_ns })
+        Ok(RestoredVm { vm: self.vm, vcpus: self.vcpus, memory, clock_began_ns })
     }
 }
 
-/// What a machine runs in, restored.
+/// A KVM VM with vCPUs and memory, restored.
 #[derive(Debug)]
-pub(super) struct Restored {
+pub(super) struct RestoredVm {
     pub(super) vm: Vm,
     pub(super) vcpus: Vec<Vcpu>,
-    pub(super) memory: View,
+    pub(super) memory: GuestMemory,
     pub(super) clock_began_ns: u64,
 }
 
-/// A machine that lacks nothing but a name.
+/// A machine that could run, but has no identity yet.
 #[derive(Debug)]
 #[must_use]
-pub struct Unnamed {
-    workshop: Arc<Workshop>,
+pub struct AnonymousMachine {
+    handles: Arc<HostHandles>,
     config: VmShape,
-    vm: Arc<CurrentVm>,
-    memory: View,
+    vm: Arc<VmHandle>,
+    memory: GuestMemory,
     control_page: ControlPage,
     devices: Devices,
     vcpus: Vec<Vcpu>,
@@ -290,19 +312,19 @@ pub struct Unnamed {
     faults: Option<Faults>,
 }
 
-impl Unnamed {
-    /// Says which VM it is.
-    pub fn name(self, identity: VmIdentity) -> Built {
-        let Self { workshop, config, vm, memory, control_page, devices, vcpus, tsc_khz, clock_began_ns, faults } = self;
+impl AnonymousMachine {
+    /// Gives it the identity, and with that makes it a machine.
+    pub fn with_identity(self, identity: VmIdentity) -> Built {
+        let Self { handles, config, vm, memory, control_page, devices, vcpus, tsc_khz, clock_began_ns, faults } = self;
         let machine = Machine {
-            workshop,
+            handles,
             config,
             vm,
             memory: Mutex::new(memory),
             control_page,
             devices,
-            gate: Gate::new(&vcpus),
-            spare: Spare::default(),
+            vcpu_barrier: VcpuBarrier::new(&vcpus),
+            spare_vm: SpareVm::default(),
             exits: Exits::default(),
             tsc_khz,
             clock_began_ns,

@@ -1,7 +1,7 @@
-//! A clone's memory that comes while the clone runs.
+//! Postcopy: the memory of a clone that is received while the clone runs.
 //!
 //! ```text
-//!  guest touches a page ──► fault ──►  filling  ── asks for its chunk ──►  source
+//!  guest touches a page ──► fault ──►  postcopy  ── asks for its chunk ──►  source
 //!  goes on              ◄── wakes ───  writes it to the layer's file  ◄──
 //!                                      meanwhile: all other chunks, in order
 //!                                      in the end: compares all that is there, seals the files
@@ -33,16 +33,16 @@ use rustix::fs::{FallocateFlags, fallocate};
 use types::PAGE_BYTES;
 use vmm::memory::{self, Budget, Faults, Grant, Image, Layer};
 
-use super::supply::{Error as SupplyError, Supplier};
+use super::page_server::{Error as PageError, PageClient};
 
 /// Chunks that are asked for at once where nobody waits for one.
 const BATCH: usize = 32;
 
 /// How long copies have to themselves, once they run, until all else comes.
-const HEAD_START: Duration = Duration::from_millis(20);
+const GRACE: Duration = Duration::from_millis(20);
 
 /// How long it is waited for faults, until it is looked whether there is anything else to do.
-const LOOK: Duration = Duration::from_secs(1);
+const POLL_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Bytes of memory for each chunk beside its content: in the manifest of what has come, in the source's, and in that
 /// as it was sent.
@@ -53,7 +53,7 @@ const CHUNK_COST: u64 = 3 * size_of::<Chunk>() as u64;
 pub enum Error {
     /// The source does not give it.
     #[error("the source of its memory is gone")]
-    Source(#[from] SupplyError),
+    Source(#[from] PageError),
     /// What came makes no sense, or there is no memory for it.
     #[error("the memory that came can't be used")]
     Capsule(#[from] capsule::Error),
@@ -61,10 +61,10 @@ pub enum Error {
     #[error("can't deal with a fault")]
     Memory(#[from] memory::Error),
     /// Somebody else has come to an end with it.
-    #[error("it is known already that it will not be whole")]
+    #[error("the transfer of its memory has ended already")]
     Over,
     /// What came is not what the source has.
-    #[error("the memory that came is another one than the source has")]
+    #[error("the memory that was received differs from the source's")]
     Different,
     /// Memory is there that nobody has put there.
     #[error("a node has changed the memory that it runs in, or this kernel fills more of it than one page at a time")]
@@ -81,43 +81,43 @@ pub enum Error {
     HugePages,
 }
 
-/// Who is told what becomes of a memory: one of the VMs that run in it.
-pub trait Told: std::fmt::Debug + Send + Sync {
+/// Observer of a memory, who is told what becomes of it: one of the VMs that run in it.
+pub trait MemoryObserver: std::fmt::Debug + Send + Sync {
     /// All of it is there.
     fn is_whole(&self);
     /// It will not come any more.
     fn is_lost(&self, why: &str);
 }
 
-/// One VM's view of the memory.
+/// VM that runs in the memory, and depends on it.
 #[derive(Debug)]
-struct View {
+struct DependentVm {
     faults: Faults,
     /// Address of the memory in the VM's process.
     start: u64,
-    vm: Arc<dyn Told>,
+    observer: Arc<dyn MemoryObserver>,
 }
 
-/// A memory that is being filled.
+/// Memory of a lazy clone, from its first chunks to the end of its transfer.
 #[derive(Debug)]
-pub struct Filling {
+pub struct PostcopyMemory {
     description: Description,
     files: Vec<Arc<File>>,
     /// Where each page of the guest's memory is.
     image: Image,
     positions: Positions,
-    /// The positions of what has come: those with the same remainder together.
-    come: [Mutex<BTreeSet<u32>>; 16],
-    views: Mutex<Vec<Arc<View>>>,
-    /// Rung when there is another view, or an end.
-    bell: EventFd,
+    /// Positions of the chunks that were received: those with the same remainder together.
+    received: [Mutex<BTreeSet<u32>>; 16],
+    vms: Mutex<Vec<Arc<DependentVm>>>,
+    /// Written to when there is another VM, or an end.
+    wake_event: EventFd,
     outcome: OnceLock<Result<(), String>>,
     missing: AtomicU64,
     /// Memory for what tells of chunks.
     _grant: Grant,
 }
 
-impl Filling {
+impl PostcopyMemory {
     /// An empty memory, for all of which there is room in the budget: what is in it is not known yet.
     ///
     /// # Errors
@@ -139,16 +139,17 @@ impl Filling {
             Arc::new(Layer { file: Arc::clone(file), runs: layer.runs.clone() })
         };
         let image = Image::new(memory.pages, layers.map(layer).collect())?;
-        let bell = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
-        let bell = bell.map_err(|errno| memory::Error::Faults { operation: "get ready for", source: errno.into() })?;
+        let wake_event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
+        let wake_event =
+            wake_event.map_err(|errno| memory::Error::Faults { operation: "get ready for", source: errno.into() })?;
         Ok(Self {
             files,
             image,
-            come: Default::default(),
+            received: Default::default(),
             missing: AtomicU64::new(u64::from(positions.count())),
             positions,
-            views: Mutex::default(),
-            bell,
+            vms: Mutex::default(),
+            wake_event,
             outcome: OnceLock::new(),
             description,
             _grant: grant,
@@ -186,41 +187,41 @@ impl Filling {
     /// [`Error::Capsule`] where it can't be one of this memory, or there is no memory for it.
     pub fn put(&self, position: u32, data: &[u8]) -> Result<(), Error> {
         let (layer, number) = self.positions.find(position).ok_or(capsule::Error::Invalid("there is no such chunk"))?;
-        let mut come = self.come(position);
-        if !come.contains(&position) {
+        let mut received = self.received(position);
+        if !received.contains(&position) {
             // A node that reads where nobody watches makes an empty page be there, for all others too.
             let start = u64::from(number) * CHUNK_BYTES;
             if memory::has_data(&self.files[layer], start..start + CHUNK_BYTES)? {
                 return Err(Error::Changed);
             }
             self.description.memory.layers[layer].write_unknown(&self.files[layer], number, data)?;
-            come.insert(position);
+            received.insert(position);
             self.missing.fetch_sub(1, Ordering::Relaxed);
         }
         Ok(())
     }
 
     fn is_there(&self, position: u32) -> bool {
-        self.come(position).contains(&position)
+        self.received(position).contains(&position)
     }
 
-    fn come(&self, position: u32) -> MutexGuard<'_, BTreeSet<u32>> {
-        lock(&self.come[position as usize % self.come.len()])
+    fn received(&self, position: u32) -> MutexGuard<'_, BTreeSet<u32>> {
+        lock(&self.received[position as usize % self.received.len()])
     }
 
     /// Deals with the faults of one more VM, in whose process the memory is at this address.
-    pub fn add_view(&self, faults: Faults, start: u64, vm: Arc<dyn Told>) {
-        let mut views = lock(&self.views);
+    pub fn add_vm(&self, faults: Faults, start: u64, observer: Arc<dyn MemoryObserver>) {
+        let mut vms = lock(&self.vms);
         match self.outcome.get() {
-            Some(outcome) => tell(&*vm, outcome),
-            None => views.push(Arc::new(View { faults, start, vm })),
+            Some(outcome) => notify(&*observer, outcome),
+            None => vms.push(Arc::new(DependentVm { faults, start, observer })),
         }
-        drop(views);
-        self.ring();
+        drop(vms);
+        self.wake();
     }
 
-    fn ring(&self) {
-        if let Err(errno) = self.bell.write(1) {
+    fn wake(&self) {
+        if let Err(errno) = self.wake_event.write(1) {
             tracing::debug!(%errno, "who deals with faults hears of a change a second later");
         }
     }
@@ -232,29 +233,29 @@ impl Filling {
 
     /// Says what becomes of it, once.
     fn decide(&self, outcome: Result<(), String>) {
-        let views = {
-            let mut views = lock(&self.views);
+        let vms = {
+            let mut vms = lock(&self.vms);
             if self.outcome.set(outcome).is_err() {
                 return;
             }
-            std::mem::take(&mut *views)
+            std::mem::take(&mut *vms)
         };
         if let Some(outcome) = self.outcome.get() {
-            views.iter().for_each(|view| tell(&*view.vm, outcome));
+            vms.iter().for_each(|vm| notify(&*vm.observer, outcome));
         }
-        self.ring();
+        self.wake();
     }
 
     /// Deals with faults, in the background: what somebody waits for is had from `source`.
     ///
     /// # Errors
     /// Where there is no thread for it.
-    pub fn serve_faults(self: &Arc<Self>, mut source: Supplier) -> io::Result<()> {
-        let filling = Arc::clone(self);
+    pub fn serve_faults(self: &Arc<Self>, mut source: PageClient) -> io::Result<()> {
+        let postcopy = Arc::clone(self);
         let deal = move || {
-            while !filling.is_over() {
-                if let Err(error) = filling.deal_with_faults(&mut source) {
-                    filling.decide(Err(chain(&error)));
+            while !postcopy.is_over() {
+                if let Err(error) = postcopy.deal_with_faults(&mut source) {
+                    postcopy.decide(Err(chain(&error)));
                 }
             }
         };
@@ -262,20 +263,20 @@ impl Filling {
     }
 
     /// Has all come from `source` that nobody waits for, in the background. Once all is there, that is given to `whole`.
-    pub fn fill_in_background(
+    pub fn receive_in_background(
         self: &Arc<Self>,
-        mut source: Supplier,
+        mut source: PageClient,
         whole: impl FnOnce(Capsule, Description) + Send + 'static,
     ) {
-        let filling = Arc::clone(self);
-        let started = threads::background("filling", move || {
-            thread::sleep(HEAD_START);
-            match filling.stream(&mut source) {
+        let postcopy = Arc::clone(self);
+        let started = threads::background("postcopy", move || {
+            thread::sleep(GRACE);
+            match postcopy.stream(&mut source) {
                 Ok((capsule, description)) => {
-                    filling.decide(Ok(()));
+                    postcopy.decide(Ok(()));
                     whole(capsule, description);
                 }
-                Err(error) => filling.decide(Err(chain(&error))),
+                Err(error) => postcopy.decide(Err(chain(&error))),
             }
         });
         if let Err(error) = started {
@@ -284,31 +285,30 @@ impl Filling {
     }
 
     /// Waits for faults, and has done what they wait for.
-    fn deal_with_faults(&self, source: &mut Supplier) -> Result<(), Error> {
-        let views = lock(&self.views).clone();
-        let mut fds = vec![PollFd::new(self.bell.as_fd(), PollFlags::POLLIN)];
-        fds.extend(views.iter().map(|view| PollFd::new(view.faults.as_fd(), PollFlags::POLLIN)));
-        let limit = PollTimeout::try_from(LOOK).unwrap_or(PollTimeout::NONE);
+    fn deal_with_faults(&self, source: &mut PageClient) -> Result<(), Error> {
+        let vms = lock(&self.vms).clone();
+        let mut fds = vec![PollFd::new(self.wake_event.as_fd(), PollFlags::POLLIN)];
+        fds.extend(vms.iter().map(|vm| PollFd::new(vm.faults.as_fd(), PollFlags::POLLIN)));
+        let limit = PollTimeout::try_from(POLL_TIMEOUT).unwrap_or(PollTimeout::NONE);
         match poll(&mut fds, limit) {
             Ok(_) | Err(nix::Error::EINTR) => {}
             Err(errno) => return Err(memory::Error::Faults { operation: "wait for", source: errno.into() }.into()),
         }
-        match self.bell.read() {
-            // Nobody has rung.
+        match self.wake_event.read() {
+            // Nobody has written to it.
             Ok(_) | Err(nix::Error::EAGAIN) => {}
             Err(errno) => return Err(memory::Error::Faults { operation: "hear of", source: errno.into() }.into()),
         }
         let is_ready = fds[1..].iter().map(|fd| fd.any().unwrap_or(true));
         let mut waiting = Vec::new();
-        for (view, _) in views.iter().zip(is_ready).filter(|(_, is_ready)| *is_ready) {
-            match view.faults.read() {
-                Ok(addresses) => waiting.extend(addresses.into_iter().map(|address| (view, address))),
+        for (vm, _) in vms.iter().zip(is_ready).filter(|(_, is_ready)| *is_ready) {
+            match vm.faults.read() {
+                Ok(addresses) => waiting.extend(addresses.into_iter().map(|address| (vm, address))),
                 // Its process is gone.
-                Err(_) => lock(&self.views).retain(|other| !Arc::ptr_eq(other, view)),
+                Err(_) => lock(&self.vms).retain(|other| !Arc::ptr_eq(other, vm)),
             }
         }
-        let places: Vec<_> =
-            waiting.iter().map(|(view, address)| self.place(address.wrapping_sub(view.start))).collect();
+        let places: Vec<_> = waiting.iter().map(|(vm, address)| self.place(address.wrapping_sub(vm.start))).collect();
         let position = |place: &Option<(usize, u64)>| {
             let (layer, file_page) = (*place)?;
             self.positions.of_page(layer, file_page)
@@ -319,15 +319,15 @@ impl Filling {
         if !wanted.is_empty() {
             source.fetch(&wanted, true, |chunk, data| self.put(chunk, data))?;
         }
-        for ((view, address), place) in waiting.iter().zip(places) {
+        for ((vm, address), place) in waiting.iter().zip(places) {
             let Some((layer, file_page)) = place else {
-                lock(&self.views).retain(|other| !Arc::ptr_eq(other, view));
-                view.vm.is_lost("it waits for memory that it does not have");
+                lock(&self.vms).retain(|other| !Arc::ptr_eq(other, vm));
+                vm.observer.is_lost("it waits for memory that it does not have");
                 continue;
             };
             make(&self.files[layer], file_page)?;
             // Who is gone waits for nothing.
-            drop(view.faults.wake(address - address % PAGE_BYTES, PAGE_BYTES));
+            drop(vm.faults.wake(address - address % PAGE_BYTES, PAGE_BYTES));
         }
         Ok(())
     }
@@ -338,7 +338,7 @@ impl Filling {
     }
 
     /// Has all come that is not there yet, checks it, and seals it.
-    fn stream(&self, source: &mut Supplier) -> Result<(Capsule, Description), Error> {
+    fn stream(&self, source: &mut PageClient) -> Result<(Capsule, Description), Error> {
         let all: Vec<u32> = (0..self.positions.count()).collect();
         for batch in all.chunks(BATCH) {
             let wanted: Vec<u32> = batch.iter().copied().filter(|chunk| !self.is_there(*chunk)).collect();
@@ -368,10 +368,10 @@ impl Filling {
     }
 }
 
-fn tell(vm: &dyn Told, outcome: &Result<(), String>) {
+fn notify(observer: &dyn MemoryObserver, outcome: &Result<(), String>) {
     match outcome {
-        Ok(()) => vm.is_whole(),
-        Err(why) => vm.is_lost(why),
+        Ok(()) => observer.is_whole(),
+        Err(why) => observer.is_lost(why),
     }
 }
 

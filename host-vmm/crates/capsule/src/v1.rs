@@ -18,7 +18,7 @@ use vmm::{
     memory::{self, Budget, MAX_LAYERS},
 };
 
-use super::{About, Capsule, Error, Header, LayerContents, MAX_BYTES, codec, header::DATA_OFFSET, image, pack};
+use super::{Capsule, Error, Header, ImageMetadata, LayerContents, MAX_BYTES, codec, header::DATA_OFFSET, image, pack};
 
 /// Bytes that are read at once.
 const PIECE_BYTES: u64 = 1 << 20;
@@ -90,9 +90,9 @@ pub(super) fn load(file: &File, header: &Header, description: &[u8], budget: &Bu
     let machine = MachineState { config, vm, vcpus, devices, control_page, tsc_khz: None, capabilities: Vec::new() };
     let state = pack(&machine, &image(pages, layers, &files)?, &files)?;
     let Description { id, created_ns, vm_type, original, config, seq, .. } = description;
-    let about = About { id, created_ns, vm_type, original, config, seq };
-    about.check()?;
-    Ok(Capsule { about, state, files })
+    let metadata = ImageMetadata { id, created_ns, vm_type, original, config, seq };
+    metadata.check()?;
+    Ok(Capsule { metadata, state, files })
 }
 
 /// Checks that the layers are of a possible size, that their runs are sorted and within them, and that the pages are all theirs.
@@ -147,5 +147,5 @@ impl Reader<'_> {
 }
 
 #[cfg(test)]
-#[path = "older_test.rs"]
+#[path = "v1_test.rs"]
 pub(crate) mod tests;

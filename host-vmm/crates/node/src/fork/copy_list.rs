@@ -1,4 +1,4 @@
-//! Where the copies of a fork went, for the parent's guest to know.
+//! The list of a fork's copies, and where they went, for the parent's guest to know.
 //!
 //! The platform knows it, and writes it down where all sides meet, before a copy arrives. Once copies run, they can
 //! change it. So the parent copies it out once, before its commit, and tells its guest of all copies, or, where one

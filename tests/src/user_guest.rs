@@ -11,7 +11,7 @@ use tempfile::NamedTempFile;
 use vmfork_abi::{Header, PAGE, Role, Status, doorbell};
 
 use crate::{
-    bare::{CONTROL_PAGE, DOORBELL},
+    bare_guest::{CONTROL_PAGE, DOORBELL},
     elf,
 };
 

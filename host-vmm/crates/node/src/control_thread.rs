@@ -1,7 +1,7 @@
-//! The threads beside the vCPUs: they speak with the platform.
+//! The control thread of a node, and the threads that it starts: they exchange messages with the platform.
 //!
-//! The first of them is started with the shell, since making a thread takes as long as restoring a vCPU. It waits until the machine may
-//! run, tells the platform so, and starts the others.
+//! The control thread is started with the warm VM, since making a thread takes as long as restoring a vCPU.
+//! It waits until the machine may run, tells the platform so, and starts the others.
 
 use std::{
     io,
@@ -20,9 +20,9 @@ use vmm::{
     memory::WorkingSet,
 };
 
-use super::alarm::Alarm;
+use super::delayed_wakeup::DelayedWakeup;
 use crate::{
-    fork::{Engine, Served, rendezvous::Rendezvous},
+    fork::{Engine, ForkOutcome, rendezvous::Rendezvous},
     wire::{NodeLink, Prefetch, ToNode, ToPlatform, link},
 };
 
@@ -63,47 +63,48 @@ pub(super) struct Launch {
     pub(super) working_set: Prefetch,
 }
 
-/// What the thread hears from the vCPUs' threads.
-enum News {
+/// Event that the vCPUs' threads tell the control thread.
+enum ControlEvent {
     /// The machine runs.
-    Begun { machine: Arc<Machine>, engine: Arc<Engine>, launch: Option<Launch> },
+    Started { machine: Arc<Machine>, engine: Arc<Engine>, launch: Option<Launch> },
     /// A fork was made, or not.
-    Served(Served),
+    ForkEnded(ForkOutcome),
 }
 
-/// The thread that waits for the machine.
+/// The control thread, which waits for the machine.
 #[derive(Debug)]
-pub(super) struct Companion {
-    news: mpsc::SyncSender<News>,
-    alarm: Arc<Alarm>,
+pub(super) struct ControlThread {
+    events: mpsc::SyncSender<ControlEvent>,
+    wakeup: Arc<DelayedWakeup>,
     thread: JoinHandle<()>,
 }
 
 /// The same thread, which reports what the machine does.
 #[derive(Debug)]
 pub(super) struct Reporter {
-    companion: Companion,
+    control_thread: ControlThread,
     failures: Mutex<Failures>,
 }
 
-/// What the companion has been told.
+/// Events that the control thread has not taken yet.
 #[derive(Debug)]
-struct Mailbox {
-    receiver: mpsc::Receiver<News>,
-    alarm: Arc<Alarm>,
+struct EventQueue {
+    receiver: mpsc::Receiver<ControlEvent>,
+    wakeup: Arc<DelayedWakeup>,
 }
 
-impl Mailbox {
-    /// Waits for the next news; `None` where there will be none any more. Where nothing has come for a while, `when_calm` is called.
-    fn next(&mut self, when_calm: impl FnOnce()) -> Option<News> {
+impl EventQueue {
+    /// Waits for the next event; `None` where there will be none any more. Where nothing has come for a
+    /// while, `when_calm` is called.
+    fn next(&mut self, when_calm: impl FnOnce()) -> Option<ControlEvent> {
         let mut when_calm = Some(when_calm);
         loop {
             match self.receiver.try_recv() {
-                Ok(news) => return Some(news),
+                Ok(event) => return Some(event),
                 Err(TryRecvError::Disconnected) => return None,
                 Err(TryRecvError::Empty) => {}
             }
-            match self.alarm.wait(when_calm.is_some().then_some(CALM)) {
+            match self.wakeup.wait(when_calm.is_some().then_some(CALM)) {
                 Ok(true) => {}
                 Ok(false) => {
                     if let Some(when_calm) = when_calm.take() {
@@ -111,7 +112,7 @@ impl Mailbox {
                     }
                 }
                 Err(error) => {
-                    tracing::error!(%error, "the thread that speaks with the platform can't wait");
+                    tracing::error!(%error, "the control thread can't wait");
                     return None;
                 }
             }
@@ -144,73 +145,73 @@ impl Failures {
     }
 }
 
-impl Companion {
+impl ControlThread {
     /// Starts it. What the platform answers to forks will go to `replies`.
     pub(super) fn start(link: &Arc<NodeLink>, replies: mpsc::Sender<ToNode>) -> io::Result<Self> {
         let (sender, receiver) = mpsc::sync_channel(QUEUE);
-        let alarm = Arc::new(Alarm::new()?);
-        let (link, mut mailbox) = (Arc::clone(link), Mailbox { receiver, alarm: Arc::clone(&alarm) });
-        let thread = thread::Builder::new().name("companion".into()).spawn(move || {
-            // A shell that ends without having become anything ends this thread too.
-            if let Some(News::Begun { machine, engine, launch }) = mailbox.next(|| {}) {
-                accompany(&machine, &engine, launch, &link, replies, &mut mailbox);
+        let wakeup = Arc::new(DelayedWakeup::new()?);
+        let (link, mut events) = (Arc::clone(link), EventQueue { receiver, wakeup: Arc::clone(&wakeup) });
+        let thread = thread::Builder::new().name("control".into()).spawn(move || {
+            // A warm VM that ends without having become anything ends this thread too.
+            if let Some(ControlEvent::Started { machine, engine, launch }) = events.next(|| {}) {
+                run(&machine, &engine, launch, &link, replies, &mut events);
             }
         })?;
-        Ok(Self { news: sender, alarm, thread })
+        Ok(Self { events: sender, wakeup, thread })
     }
 
     /// Says that the machine runs.
     pub(super) fn begin(self, machine: Arc<Machine>, engine: Arc<Engine>, launch: Option<Launch>) -> Reporter {
         // A guest that may soon need pages has no time to lose, and one that is booted has time.
         let is_left_alone = launch.as_ref().is_some_and(|launch| !matches!(launch.working_set, Prefetch::Fill(_)));
-        self.tell(News::Begun { machine, engine, launch });
+        self.tell(ControlEvent::Started { machine, engine, launch });
         if !is_left_alone {
-            self.alarm.ring();
+            self.wakeup.wake_now();
         }
-        Reporter { companion: self, failures: Mutex::default() }
+        Reporter { control_thread: self, failures: Mutex::default() }
     }
 
-    fn tell(&self, news: News) {
-        if self.news.send(news).is_err() {
-            tracing::warn!("the thread that speaks with the platform is gone: a fork is not reported");
+    fn tell(&self, event: ControlEvent) {
+        if self.events.send(event).is_err() {
+            tracing::warn!("the control thread is gone: a fork is not reported");
         }
-        self.alarm.set(HEAD_START);
+        self.wakeup.schedule(HEAD_START);
     }
 }
 
 impl Reporter {
-    /// Reports a fork, and clears up after it. Of forks that fail, no more than some are told.
-    pub(super) fn report(&self, mut served: Served) {
-        if served.remains.is_none() {
+    /// Reports a fork, and cleans up after it. Of forks that fail, no more than some are told.
+    pub(super) fn report(&self, mut outcome: ForkOutcome) {
+        if outcome.cleanup.is_none() {
             let Some(untold) = lock(&self.failures).enter(Instant::now()) else { return };
-            served.report.untold = untold;
+            outcome.report.untold = untold;
         }
-        self.companion.tell(News::Served(served));
+        self.control_thread.tell(ControlEvent::ForkEnded(outcome));
     }
 
     /// Waits until all of it is told. A VM that has ended has come to an exit, so that this does not take long.
     pub(super) fn finish(self) {
-        let Companion { news, alarm, thread } = self.companion;
-        drop(news);
-        alarm.ring();
+        let ControlThread { events, wakeup, thread } = self.control_thread;
+        drop(events);
+        wakeup.wake_now();
         if thread.join().is_err() {
-            tracing::error!("the thread that speaks with the platform panicked");
+            tracing::error!("the control thread panicked");
         }
     }
 }
 
-fn accompany(
+fn run(
     machine: &Arc<Machine>,
     engine: &Arc<Engine>,
     launch: Option<Launch>,
     link: &Arc<NodeLink>,
     replies: mpsc::Sender<ToNode>,
-    mailbox: &mut Mailbox,
+    events: &mut EventQueue,
 ) {
     let generation_id = machine.devices.has_generation_id();
     let told = link.send(&ToPlatform::Running { generation_id }, &[]);
     if let Err(error) = listen(machine, engine, link, replies) {
-        machine.gate.end(ExitReason::Broken(Reason::of(format_args!("can't start a thread: {error}"))));
+        machine.vcpu_barrier.end(ExitReason::Broken(Reason::of(format_args!("can't start a thread: {error}"))));
     }
     if let Some(Launch { working_set: Prefetch::Fill(working_set), .. }) = &launch {
         // As important as the guest, which it saves more work than it does.
@@ -218,9 +219,9 @@ fn accompany(
     }
     threads::step_back();
     let told = told.and_then(|()| launch.map_or(Ok(()), |launch| report_launch(machine, launch, link)));
-    if let Err(error) = told.and_then(|()| report_forks(engine, link, mailbox)) {
+    if let Err(error) = told.and_then(|()| report_forks(engine, link, events)) {
         tracing::debug!(error = chain(&error), "the platform is gone");
-        machine.gate.end(ExitReason::Orphaned);
+        machine.vcpu_barrier.end(ExitReason::Orphaned);
     }
 }
 
@@ -228,7 +229,7 @@ fn accompany(
 /// again and again, to change what is mapped or to look at it, and the guest with them.
 fn prefetch(machine: &Machine, working_set: &WorkingSet) {
     let mapping = Arc::clone(lock(&machine.memory).mapping());
-    if let Err(error) = working_set.fill(&mapping, || machine.gate.ended().is_none()) {
+    if let Err(error) = working_set.prefault(&mapping, || machine.vcpu_barrier.ended().is_none()) {
         tracing::warn!(error = chain(&error), "a working set can't be made ready");
     }
 }
@@ -236,11 +237,11 @@ fn prefetch(machine: &Machine, working_set: &WorkingSet) {
 /// Waits for the first output, the end, or long enough, and tells what was written to until then.
 fn record(machine: &Machine, link: &NodeLink) -> Result<(), link::Error> {
     let began = Instant::now();
-    while !machine.devices.has_output() && machine.gate.ended().is_none() && began.elapsed() < RECORDED {
+    while !machine.devices.has_output() && machine.vcpu_barrier.ended().is_none() && began.elapsed() < RECORDED {
         thread::sleep(RECORD_INTERVAL);
     }
     let mapping = Arc::clone(lock(&machine.memory).mapping());
-    match machine.workshop.page_map.dirty_runs(&mapping) {
+    match machine.handles.page_map.dirty_runs(&mapping) {
         Ok(runs) => link.send(&ToPlatform::Touched(WorkingSet::new(&runs)), &[]),
         Err(error) => {
             tracing::warn!(error = chain(&error), "a working set can't be recorded");
@@ -257,15 +258,16 @@ fn report_launch(machine: &Machine, launch: Launch, link: &NodeLink) -> Result<(
     if matches!(working_set, Prefetch::Record) { record(machine, link) } else { Ok(()) }
 }
 
-/// Reports each fork, once the VM has come to its first exit after it, clears up, and gets ready for the next one when there is time.
-fn report_forks(engine: &Engine, link: &NodeLink, mailbox: &mut Mailbox) -> Result<(), link::Error> {
+/// Reports each fork, once the VM has come to its first exit after it, cleans up, and prepares the next one
+/// when there is time.
+fn report_forks(engine: &Engine, link: &NodeLink, events: &mut EventQueue) -> Result<(), link::Error> {
     loop {
-        let Some(News::Served(served)) = mailbox.next(|| engine.get_ready()) else { return Ok(()) };
-        let Served { mut report, first_exit, remains } = served;
+        let Some(ControlEvent::ForkEnded(outcome)) = events.next(|| engine.prepare_next()) else { return Ok(()) };
+        let ForkOutcome { mut report, first_exit, cleanup } = outcome;
         add_first_run(&mut report.steps, &first_exit);
         link.send(&ToPlatform::Report(report), &[])?;
-        if let Some(remains) = remains {
-            engine.clear_away(remains);
+        if let Some(cleanup) = cleanup {
+            engine.clean_up(cleanup);
         }
     }
 }
@@ -290,7 +292,7 @@ fn listen(
             Ok(()) => ExitReason::Orphaned,
             Err(error) => ExitReason::Broken(Reason::of(format_args!("can't start a thread: {error}"))),
         };
-        machine.gate.end(end);
+        machine.vcpu_barrier.end(end);
     })?;
     Ok(())
 }
@@ -309,7 +311,7 @@ fn take_messages(
         let connected = match link.receive() {
             Ok((ToNode::Whole, _)) => {
                 if let Err(error) = machine.become_whole() {
-                    machine.gate.end(ExitReason::Broken(Reason::of_error(&error)));
+                    machine.vcpu_barrier.end(ExitReason::Broken(Reason::of_error(&error)));
                 }
                 true
             }

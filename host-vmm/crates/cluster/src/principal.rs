@@ -1,4 +1,4 @@
-//! Who is at the other end of a connection: what a certificate of the cluster says of its holder.
+//! Principals: name and role in a certificate of the cluster, and the peer at the other end of a connection.
 //!
 //! Name and role are the certificate's only DNS name: `NAME.platform.host-vmm.internal`, or `NAME.operator.host-vmm.internal`. Such names
 //! are there to be compared (`internal` is set aside for private use, and nobody resolves it): whoever connects gives an address, and
@@ -13,7 +13,7 @@ use webpki::EndEntityCert;
 /// What all names end with.
 const DOMAIN: &str = "host-vmm.internal";
 
-/// What the holder of a certificate is in the cluster.
+/// Role of a principal in the cluster.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Role {
     /// A host that runs VMs.
@@ -31,15 +31,16 @@ impl fmt::Display for Role {
     }
 }
 
-/// The holder of a certificate.
+/// Principal: the holder of a certificate, by name and role.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct Holder {
+pub struct Principal {
     name: String,
     role: Role,
 }
 
-impl Holder {
-    /// A holder of this name, which must be valid by [`is_vm_type`], as a type's is: it is a part of a DNS name.
+impl Principal {
+    /// A principal of this name, which must be valid by [`is_vm_type`], as a type's is: it is a part of a DNS
+    /// name.
     pub fn new(name: &str, role: Role) -> Option<Self> {
         is_vm_type(name).then(|| Self { name: name.to_owned(), role })
     }
@@ -64,7 +65,7 @@ impl Holder {
         ServerName::try_from(self.dns_name()).ok()
     }
 
-    /// The holder that has this name in its certificate.
+    /// The principal that has this name in its certificate.
     pub(super) fn from_dns_name(text: &str) -> Option<Self> {
         let (name, rest) = text.split_once('.')?;
         let (label, domain) = rest.split_once('.')?;
@@ -72,38 +73,39 @@ impl Holder {
         if domain == DOMAIN { Self::new(name, role) } else { None }
     }
 
-    /// The holder of a certificate; none where it has another name than ours, or several. Whose signature it has is not looked at.
+    /// The principal of a certificate; none where it has another name than ours, or several. Whose signature
+    /// it has is not looked at.
     pub(super) fn of(certificate: &CertificateDer<'_>) -> Option<Self> {
         let certificate = EndEntityCert::try_from(certificate).ok()?;
         let mut names = certificate.valid_dns_names();
         let (Some(name), None) = (names.next(), names.next()) else { return None };
-        let holder = Self::from_dns_name(name)?;
+        let principal = Self::from_dns_name(name)?;
         // What it would be taken for where it answers, it is where it asks too.
-        certificate.verify_is_valid_for_subject_name(&holder.server_name()?).ok()?;
-        Some(holder)
+        certificate.verify_is_valid_for_subject_name(&principal.server_name()?).ok()?;
+        Some(principal)
     }
 }
 
-impl fmt::Display for Holder {
+impl fmt::Display for Principal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "the {} {}", self.role, self.name)
     }
 }
 
-/// Who is at the other end of a connection.
+/// Peer of a connection: who is at its other end.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub enum Peer {
+pub enum ConnectionPeer {
     /// The holder of a certificate of this cluster, which was verified.
-    Certified(Holder),
+    Certified(Principal),
     /// Somebody on this host, of whom nothing else is known: over a UNIX socket that only some users can reach, or a loopback address that
     /// all can.
     Local,
 }
 
-impl fmt::Display for Peer {
+impl fmt::Display for ConnectionPeer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Certified(holder) => holder.fmt(f),
+            Self::Certified(principal) => principal.fmt(f),
             Self::Local => f.write_str("somebody on this host"),
         }
     }
@@ -124,9 +126,9 @@ mod tests {
 
     #[test]
     fn a_certificate_tells_name_and_role() {
-        let holder = |name| Holder::of(&certificate(&[name])).unwrap();
-        assert_eq!(holder("alpha.platform.host-vmm.internal"), Holder::new("alpha", Role::Platform).unwrap());
-        assert_eq!(holder("alice.operator.host-vmm.internal"), Holder::new("alice", Role::Operator).unwrap());
+        let principal = |name| Principal::of(&certificate(&[name])).unwrap();
+        assert_eq!(principal("alpha.platform.host-vmm.internal"), Principal::new("alpha", Role::Platform).unwrap());
+        assert_eq!(principal("alice.operator.host-vmm.internal"), Principal::new("alice", Role::Operator).unwrap());
     }
 
     #[test]
@@ -144,7 +146,7 @@ mod tests {
             &["alpha.platform.host-vmm.internal", "beta.platform.host-vmm.internal"],
         ];
         for names in bad {
-            assert_eq!(Holder::of(&certificate(names)), None, "{names:?}");
+            assert_eq!(Principal::of(&certificate(names)), None, "{names:?}");
         }
     }
 
@@ -152,9 +154,9 @@ mod tests {
         #[test]
         fn each_name_of_a_holder_can_be_verified(name in "[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?", operator: bool) {
             let role = if operator { Role::Operator } else { Role::Platform };
-            let holder = Holder::new(&name, role).unwrap();
-            prop_assert!(holder.server_name().is_some());
-            prop_assert_eq!(Holder::from_dns_name(&holder.dns_name()), Some(holder));
+            let principal = Principal::new(&name, role).unwrap();
+            prop_assert!(principal.server_name().is_some());
+            prop_assert_eq!(Principal::from_dns_name(&principal.dns_name()), Some(principal));
         }
 
         #[test]
@@ -162,8 +164,8 @@ mod tests {
             let mut bytes = certificate(&["alpha.platform.host-vmm.internal"]).to_vec();
             let at = at.index(bytes.len());
             bytes[at] = byte;
-            if let Some(holder) = Holder::of(&CertificateDer::from(bytes)) {
-                prop_assert!(is_vm_type(holder.name()));
+            if let Some(principal) = Principal::of(&CertificateDer::from(bytes)) {
+                prop_assert!(is_vm_type(principal.name()));
             }
         }
     }

@@ -1,9 +1,11 @@
-//! Where vCPU threads stop, and how they end.
+//! The barrier at which vCPU threads stop, and by which they end.
 //!
-//! A vCPU that was kicked comes to [`Gate::pass`]. While somebody holds [`Stopped`], it completes its pending exit, reads its own
-//! state (KVM wants a vCPU's calls from its own thread), and waits there. Each vCPU of a fork thus saves itself, all at once.
+//! A vCPU that was kicked comes to [`VcpuBarrier::checkpoint`]. While somebody holds [`StoppedVcpus`], it
+//! completes its pending exit, reads its own state (KVM wants a vCPU's calls from its own thread), and waits
+//! there. Each vCPU of a fork thus saves itself, all at once.
 //!
-//! Who needs the thread of a vCPU, whichever it is, [calls](Gate::call): the next one that passes hears of it.
+//! A thread that needs the thread of a vCPU, whichever it is, [asks for one](VcpuBarrier::request_service):
+//! the next one that comes to the checkpoint takes the request.
 
 use std::{
     sync::{Condvar, Mutex, PoisonError},
@@ -23,7 +25,7 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Why the vCPUs can't be stopped.
 #[derive(Debug, thiserror::Error)]
-pub enum GateError {
+pub enum BarrierError {
     /// Somebody else is stopping them.
     #[error("the vCPUs are being stopped already")]
     Busy,
@@ -38,20 +40,20 @@ pub enum GateError {
     Save(#[source] kvm::Error),
 }
 
-/// How a vCPU comes out of the gate.
+/// What a vCPU does after a checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Passage {
-    /// It runs on.
-    Free,
-    /// It is called, and runs on when it has seen what for.
-    Called,
+pub(super) enum Resume {
+    /// It runs its guest on.
+    Guest,
+    /// It takes the request that is there, and then runs its guest on.
+    Service,
     /// The VM has ended.
     Ended,
 }
 
-/// The gate of one VM.
+/// The barrier of one VM's vCPUs.
 #[derive(Debug)]
-pub struct Gate {
+pub struct VcpuBarrier {
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -60,17 +62,17 @@ pub struct Gate {
 struct State {
     /// A handle to each vCPU.
     kickers: Vec<Kicker>,
-    /// The vCPUs as which those that wait are to go on.
-    successors: Vec<Option<Vcpu>>,
-    /// What they have been until then.
-    left_behind: Vec<Vcpu>,
+    /// The vCPUs that replace those that wait, when these go on.
+    replacements: Vec<Option<Vcpu>>,
+    /// The vCPUs that were replaced.
+    retired: Vec<Vcpu>,
     /// The stop that is in force. Each has a number of its own, so that a vCPU can't take one for the next.
     stop: Option<u64>,
     /// Stops so far.
     stops: u64,
-    /// Whether somebody calls, and none has heard of it yet.
-    is_called: bool,
-    /// What each vCPU that waits at the gate has saved.
+    /// Whether a request is there that no vCPU has taken yet.
+    has_request: bool,
+    /// What each vCPU that waits at the barrier has saved.
     parked: Vec<Option<Result<VcpuState, kvm::Error>>>,
     end: Option<ExitReason>,
 }
@@ -85,28 +87,28 @@ impl State {
     }
 }
 
-impl Gate {
-    /// The gate for these vCPUs.
+impl VcpuBarrier {
+    /// The barrier for these vCPUs.
     pub fn new(vcpus: &[Vcpu]) -> Self {
         let parked = vcpus.iter().map(|_| None).collect();
-        let successors = vcpus.iter().map(|_| None).collect();
+        let replacements = vcpus.iter().map(|_| None).collect();
         let kickers = vcpus.iter().map(|vcpu| vcpu.kicker().clone()).collect();
-        let (left_behind, stop, stops, is_called, end) = (Vec::new(), None, 0, false, None);
-        let state = State { kickers, successors, left_behind, stop, stops, is_called, parked, end };
+        let (retired, stop, stops, has_request, end) = (Vec::new(), None, 0, false, None);
+        let state = State { kickers, replacements, retired, stop, stops, has_request, parked, end };
         Self { state: Mutex::new(state), changed: Condvar::new() }
     }
 
     /// Stops all vCPUs but `me`, which the caller runs. They go on when the result is dropped.
     ///
     /// # Errors
-    /// [`GateError`]; the vCPUs run on then.
-    pub fn stop_others(&self, me: VcpuId) -> Result<Stopped<'_>, GateError> {
+    /// [`BarrierError`]; the vCPUs run on then.
+    pub fn stop_others(&self, me: VcpuId) -> Result<StoppedVcpus<'_>, BarrierError> {
         let mut state = lock(&self.state);
         if state.end.is_some() {
-            return Err(GateError::Ended);
+            return Err(BarrierError::Ended);
         }
         if state.stop.is_some() {
-            return Err(GateError::Busy);
+            return Err(BarrierError::Busy);
         }
         state.stops += 1;
         state.stop = Some(state.stops);
@@ -115,12 +117,12 @@ impl Gate {
         }
         drop(state);
         // From here on, dropping it lets everybody go on.
-        let stopped = Stopped { gate: self, me };
+        let stopped = StoppedVcpus { vcpu_barrier: self, me };
         self.wait_parked(me)?;
         Ok(stopped)
     }
 
-    fn wait_parked(&self, me: VcpuId) -> Result<(), GateError> {
+    fn wait_parked(&self, me: VcpuId) -> Result<(), BarrierError> {
         let deadline = Instant::now() + STOP_TIMEOUT;
         let mut state = lock(&self.state);
         loop {
@@ -128,21 +130,21 @@ impl Gate {
                 return Ok(());
             };
             if state.end.is_some() {
-                return Err(GateError::Ended);
+                return Err(BarrierError::Ended);
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(GateError::Timeout(missing));
+                return Err(BarrierError::Timeout(missing));
             }
             state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
-    /// Calls the thread of some vCPU out of the guest, between two instructions: of the last one, for the first one has most to do in most
-    /// guests.
-    pub fn call(&self) {
+    /// Requests that the thread of some vCPU leaves its guest, between two instructions: of the last one, for
+    /// the first one has most to do in most guests.
+    pub fn request_service(&self) {
         let mut state = lock(&self.state);
-        state.is_called = true;
+        state.has_request = true;
         if let Some(last) = state.kickers.last() {
             last.kick();
         }
@@ -152,17 +154,17 @@ impl Gate {
     ///
     /// # Errors
     /// [`kvm::Error`] where the guest can't be told that it was stopped.
-    pub(super) fn pass(&self, vcpu: &mut Vcpu) -> Result<Passage, kvm::Error> {
+    pub(super) fn checkpoint(&self, vcpu: &mut Vcpu) -> Result<Resume, kvm::Error> {
         loop {
             // Before the state is looked at: a kick that comes later is for something that comes later.
             vcpu.kicker().clear();
             let mut state = lock(&self.state);
             let Some(stop) = state.wants_stop() else {
-                let is_called = std::mem::take(&mut state.is_called);
+                let has_request = std::mem::take(&mut state.has_request);
                 return Ok(match state.end {
-                    Some(_) => Passage::Ended,
-                    None if is_called => Passage::Called,
-                    None => Passage::Free,
+                    Some(_) => Resume::Ended,
+                    None if has_request => Resume::Service,
+                    None => Resume::Guest,
                 });
             };
             drop(state);
@@ -183,20 +185,20 @@ impl Gate {
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         state.parked[me.index()] = None;
-        if let Some(successor) = state.successors[me.index()].take() {
-            successor.kicker().adopt();
-            state.left_behind.push(std::mem::replace(vcpu, successor));
+        if let Some(replacement) = state.replacements[me.index()].take() {
+            replacement.kicker().adopt();
+            state.retired.push(std::mem::replace(vcpu, replacement));
             self.changed.notify_all();
         }
     }
 
-    /// Waits until each vCPU that was to go on as another one does, and takes what they have been until then.
-    pub(super) fn take_left_behind(&self) -> Vec<Vcpu> {
+    /// Waits until each vCPU that is to be replaced is, and takes those that were.
+    pub(super) fn take_retired(&self) -> Vec<Vcpu> {
         let mut state = lock(&self.state);
-        while state.end.is_none() && state.successors.iter().any(Option::is_some) {
+        while state.end.is_none() && state.replacements.iter().any(Option::is_some) {
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
-        std::mem::take(&mut state.left_behind)
+        std::mem::take(&mut state.retired)
     }
 
     /// Ends the VM, unless it has ended already: all vCPU threads leave.
@@ -219,43 +221,46 @@ impl Gate {
 /// All vCPUs but the caller's own are stopped for as long as this lives.
 #[derive(Debug)]
 #[must_use]
-pub struct Stopped<'g> {
-    gate: &'g Gate,
+pub struct StoppedVcpus<'g> {
+    vcpu_barrier: &'g VcpuBarrier,
     me: VcpuId,
 }
 
-impl Stopped<'_> {
-    /// States of all vCPUs, lowest first: those that wait at the gate, and the caller's own. Can be had once.
+impl StoppedVcpus<'_> {
+    /// States of all vCPUs, lowest first: those that wait at the barrier, and the caller's own. Can be had
+    /// once.
     ///
     /// # Errors
-    /// [`GateError::Save`] where a vCPU could not read its state, [`GateError::Ended`] where the VM ended meanwhile.
-    pub fn states(&self, own: VcpuState) -> Result<Vec<VcpuState>, GateError> {
-        let mut state = lock(&self.gate.state);
+    /// [`BarrierError::Save`] where a vCPU could not read its state, [`BarrierError::Ended`] where the VM
+    /// ended meanwhile.
+    pub fn states(&self, own: VcpuState) -> Result<Vec<VcpuState>, BarrierError> {
+        let mut state = lock(&self.vcpu_barrier.state);
         // The vCPUs go on waiting here: it is the stop that holds them, not what they saved.
         state.parked[self.me.index()] = Some(Ok(own));
-        let states = state.parked.iter_mut().map(|slot| slot.take().ok_or(GateError::Ended)?.map_err(GateError::Save));
+        let states =
+            state.parked.iter_mut().map(|slot| slot.take().ok_or(BarrierError::Ended)?.map_err(BarrierError::Save));
         states.collect()
     }
 
-    /// Makes each vCPU go on as another one when the stop is over: `vcpu`, which is the caller's, at once.
-    pub(super) fn hand_on(&self, successors: Vec<Vcpu>, vcpu: &mut Vcpu) {
-        let mut state = lock(&self.gate.state);
-        state.kickers = successors.iter().map(|successor| successor.kicker().clone()).collect();
-        state.successors = successors.into_iter().map(Some).collect();
-        if let Some(own) = state.successors[self.me.index()].take() {
+    /// Replaces each vCPU when the stop is over: `vcpu`, which is the caller's, at once.
+    pub(super) fn replace_vcpus(&self, replacements: Vec<Vcpu>, vcpu: &mut Vcpu) {
+        let mut state = lock(&self.vcpu_barrier.state);
+        state.kickers = replacements.iter().map(|replacement| replacement.kicker().clone()).collect();
+        state.replacements = replacements.into_iter().map(Some).collect();
+        if let Some(own) = state.replacements[self.me.index()].take() {
             own.kicker().adopt();
-            state.left_behind.push(std::mem::replace(vcpu, own));
+            state.retired.push(std::mem::replace(vcpu, own));
         }
-        // An end or a call that came meanwhile has kicked those that are left behind.
-        if state.end.is_some() || state.is_called {
+        // An end or a request that came meanwhile has kicked those that were replaced.
+        if state.end.is_some() || state.has_request {
             state.kickers.iter().for_each(Kicker::kick);
         }
     }
 }
 
-impl Drop for Stopped<'_> {
+impl Drop for StoppedVcpus<'_> {
     fn drop(&mut self) {
-        lock(&self.gate.state).stop = None;
-        self.gate.changed.notify_all();
+        lock(&self.vcpu_barrier.state).stop = None;
+        self.vcpu_barrier.changed.notify_all();
     }
 }

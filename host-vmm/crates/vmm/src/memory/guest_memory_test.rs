@@ -8,39 +8,39 @@ const PAGES: usize = 48;
 const PAGE: usize = 4096;
 
 /// The first byte of a page stands for all of it.
-fn poke(view: &View, page: usize, value: u8) {
-    view.mapping().write(page * PAGE, &[value]).unwrap();
+fn poke(memory: &GuestMemory, page: usize, value: u8) {
+    memory.mapping().write(page * PAGE, &[value]).unwrap();
 }
 
-fn peek(view: &View, page: usize) -> u8 {
+fn peek(memory: &GuestMemory, page: usize) -> u8 {
     let mut byte = [0];
-    view.mapping().read(page * PAGE, &mut byte).unwrap();
+    memory.mapping().read(page * PAGE, &mut byte).unwrap();
     byte[0]
 }
 
-fn content(view: &View) -> Vec<u8> {
-    (0..PAGES).map(|page| peek(view, page)).collect()
+fn content(memory: &GuestMemory) -> Vec<u8> {
+    (0..PAGES).map(|page| peek(memory, page)).collect()
 }
 
-fn fresh() -> View {
-    View::own(reserved()).unwrap()
+fn fresh() -> GuestMemory {
+    GuestMemory::own(reserved()).unwrap()
 }
 
 fn reserved() -> Arc<Mapping> {
     Arc::new(Mapping::reserve(PAGES * PAGE).unwrap())
 }
 
-fn freeze(view: &View) -> Arc<Image> {
-    let changes = view.changes(&PageMap::open().unwrap()).unwrap();
-    view.freeze(view.plan(&Delta::new().unwrap()), changes).unwrap()
+fn freeze(memory: &GuestMemory) -> Arc<Image> {
+    let changes = memory.changes(&PageMap::open().unwrap()).unwrap();
+    memory.freeze(memory.plan(&Delta::new().unwrap()), changes).unwrap()
 }
 
 /// A parent whose memory is still its own goes on as a view of the image, as its child does.
-fn fork(view: &mut View) -> View {
-    let image = freeze(view);
-    let child = View::of_image(Arc::clone(&image), reserved()).unwrap();
-    if view.own_file().is_some() {
-        *view = View::of_image(image, reserved()).unwrap();
+fn fork(memory: &mut GuestMemory) -> GuestMemory {
+    let image = freeze(memory);
+    let child = GuestMemory::of_image(Arc::clone(&image), reserved()).unwrap();
+    if memory.own_file().is_some() {
+        *memory = GuestMemory::of_image(image, reserved()).unwrap();
     }
     child
 }
@@ -69,14 +69,14 @@ proptest! {
             match step {
                 Step::Write { vm, page, value } => {
                     let count = vms.len();
-                    let (view, model) = &mut vms[vm % count];
-                    poke(view, page, value);
+                    let (memory, model) = &mut vms[vm % count];
+                    poke(memory, page, value);
                     model[page] = value;
                 }
                 Step::Fork { vm } => {
                     let count = vms.len();
-                    let (view, model) = &mut vms[vm % count];
-                    let copy = (fork(view), model.clone());
+                    let (memory, model) = &mut vms[vm % count];
+                    let copy = (fork(memory), model.clone());
                     vms.push(copy);
                 }
                 Step::FailedFork { vm } => {
@@ -84,8 +84,8 @@ proptest! {
                     drop(freeze(&vms[vm % count].0));
                 }
             }
-            for (view, model) in &vms {
-                prop_assert_eq!(&content(view), model);
+            for (memory, model) in &vms {
+                prop_assert_eq!(&content(memory), model);
             }
         }
     }
@@ -93,14 +93,14 @@ proptest! {
 
 #[test]
 fn an_image_can_not_be_written() {
-    let mut view = fresh();
-    let file = Arc::clone(view.own_file().unwrap());
-    poke(&view, 3, 7);
-    drop(fork(&mut view));
+    let mut memory = fresh();
+    let file = Arc::clone(memory.own_file().unwrap());
+    poke(&memory, 3, 7);
+    drop(fork(&mut memory));
     assert!(file.write_at(b"x", 0).is_err());
     let again = Mapping::reserve(PAGES * PAGE).unwrap();
     assert!(again.map_shared(&file).is_err());
-    poke(&view, 3, 8);
+    poke(&memory, 3, 8);
     let mut stored = [0];
     file.read_exact_at(&mut stored, 3 * 4096).unwrap();
     assert_eq!(stored, [7]);
@@ -108,11 +108,11 @@ fn an_image_can_not_be_written() {
 
 #[test]
 fn a_failed_freeze_leaves_the_file_the_vms_own() {
-    let view = fresh();
-    drop(freeze(&view));
-    poke(&view, 5, 9);
+    let memory = fresh();
+    drop(freeze(&memory));
+    poke(&memory, 5, 9);
     let mut stored = [0];
-    view.own_file().unwrap().read_exact_at(&mut stored, 5 * 4096).unwrap();
+    memory.own_file().unwrap().read_exact_at(&mut stored, 5 * 4096).unwrap();
     assert_eq!(stored, [9]);
 }
 
@@ -143,21 +143,21 @@ fn much_is_copied_to_several_files_and_then_no_more() {
     const PAGES: usize = 4096;
     let page_map = PageMap::open().unwrap();
     let reserved = || Arc::new(Mapping::reserve(PAGES * PAGE).unwrap());
-    let first = View::own(reserved()).unwrap();
+    let first = GuestMemory::own(reserved()).unwrap();
     let changes = first.changes(&page_map).unwrap();
-    assert_eq!(changes.onward(), Onward::Leave);
+    assert_eq!(changes.rebase(), Rebase::Required);
     let image = first.freeze(first.plan(&Delta::new().unwrap()), changes).unwrap();
-    let view = View::of_image(image, reserved()).unwrap();
+    let memory = GuestMemory::of_image(image, reserved()).unwrap();
     // All but every fifth page, each with content of its own.
     let dirty: Vec<usize> = (0..PAGES).filter(|page| page % 50 >= 10).collect();
     for page in &dirty {
-        view.mapping().write(page * PAGE, &u64::try_from(page + 1).unwrap().to_le_bytes()).unwrap();
+        memory.mapping().write(page * PAGE, &u64::try_from(page + 1).unwrap().to_le_bytes()).unwrap();
     }
-    let changes = view.changes(&page_map).unwrap();
-    assert_eq!(changes.onward(), Onward::Prefer);
-    let image = view.freeze(view.plan(&Delta::new().unwrap()), changes).unwrap();
+    let changes = memory.changes(&page_map).unwrap();
+    assert_eq!(changes.rebase(), Rebase::Preferred);
+    let image = memory.freeze(memory.plan(&Delta::new().unwrap()), changes).unwrap();
     assert_eq!(image.layers().len(), 1 + threads::processors().min(3));
-    let next = View::of_image(image, reserved()).unwrap();
+    let next = GuestMemory::of_image(image, reserved()).unwrap();
     for page in 0..PAGES {
         let mut word = [0; 8];
         next.mapping().read(page * PAGE, &mut word).unwrap();
@@ -165,14 +165,14 @@ fn much_is_copied_to_several_files_and_then_no_more() {
         assert_eq!(u64::from_le_bytes(word), expected, "page {page}");
     }
     let changes = next.changes(&page_map).unwrap();
-    assert_eq!(changes.onward(), Onward::Stay);
+    assert_eq!(changes.rebase(), Rebase::No);
     assert!(matches!(changes, Changes::Over { runs, .. } if runs.is_empty()));
 }
 
 #[test]
 fn an_idle_view_adds_no_layer() {
-    let mut view = fresh();
-    let mut child = fork(&mut view);
+    let mut memory = fresh();
+    let mut child = fork(&mut memory);
     let grandchild = fork(&mut child);
     assert_eq!(content(&grandchild), vec![0; PAGES]);
     let Backing::Image(image) = &grandchild.backing else { panic!("not an image") };
@@ -182,20 +182,20 @@ fn an_idle_view_adds_no_layer() {
 #[test]
 fn long_chains_are_folded() {
     const GENERATIONS: usize = 150;
-    let mut view = fresh();
+    let mut memory = fresh();
     let mut model = vec![0; PAGES];
     let mut relatives = Vec::new();
     for generation in 0..GENERATIONS {
         for page in [generation % PAGES, generation * 7 % PAGES] {
             let value = u8::try_from(generation % 250 + 1).unwrap();
-            poke(&view, page, value);
+            poke(&memory, page, value);
             model[page] = value;
         }
-        let child = fork(&mut view);
+        let child = fork(&mut memory);
         let Backing::Image(image) = &child.backing else { panic!("not an image") };
         assert!(image.layers().len() <= 40, "{} layers", image.layers().len());
         assert_eq!(content(&child), model);
-        relatives.push((std::mem::replace(&mut view, child), model.clone()));
+        relatives.push((std::mem::replace(&mut memory, child), model.clone()));
     }
-    assert!(relatives.iter().all(|(view, model)| &content(view) == model));
+    assert!(relatives.iter().all(|(memory, model)| &content(memory) == model));
 }

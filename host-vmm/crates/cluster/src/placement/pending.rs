@@ -1,4 +1,4 @@
-//! What was placed on platforms since they have told of themselves.
+//! Pending placements: copies that were placed on platforms since these have reported on themselves.
 //!
 //! What a source knows of others is a little old. If it did not count what it has placed since, it would send the next copies there too.
 
@@ -28,26 +28,26 @@ impl Drop for Claim {
     }
 }
 
-/// The same, as it is counted.
+/// Copies on their way to a platform, as they are counted.
 #[derive(Debug)]
-struct Placed {
+struct PendingPlacement {
     config: VmShape,
     copies: u32,
     /// Since when their platform may know of them.
     known: Arc<OnceLock<Instant>>,
 }
 
-impl Placed {
+impl PendingPlacement {
     fn counts(&self, now: Instant) -> bool {
         self.known.get().is_none_or(|known| now.saturating_duration_since(*known) < COUNTED)
     }
 }
 
-/// Copies that were placed of late, by the names of their platforms.
+/// Pending placements, by the names of their platforms.
 #[derive(Debug, Default)]
-pub struct Recent(HashMap<String, Vec<Placed>>);
+pub struct PendingPlacements(HashMap<String, Vec<PendingPlacement>>);
 
-impl Recent {
+impl PendingPlacements {
     /// Copies are placed on a platform.
     pub fn enter(&mut self, platform: &str, config: VmShape, copies: u32, now: Instant) -> Claim {
         self.0.retain(|_, placed| {
@@ -56,15 +56,17 @@ impl Recent {
         });
         let known = Arc::default();
         let claim = Claim(Arc::clone(&known));
-        self.0.entry(platform.to_owned()).or_default().push(Placed { config, copies, known });
+        self.0.entry(platform.to_owned()).or_default().push(PendingPlacement { config, copies, known });
         claim
     }
 
-    /// What a platform has told of itself at a time, with the copies of which it did not know then.
-    pub fn count<'m>(&self, member: &'m Member, told: Instant, now: Instant) -> Cow<'m, Member> {
-        let is_untold = |placed: &&Placed| placed.counts(now) && placed.known.get().is_none_or(|known| told <= *known);
-        let placed = self.0.get(&member.name).into_iter().flatten().filter(is_untold);
-        placed.fold(Cow::Borrowed(member), |mut member, Placed { config, copies, .. }| {
+    /// A platform as it has reported itself at a time, with the copies of which it did not know then.
+    pub fn count<'m>(&self, member: &'m Member, reported_at: Instant, now: Instant) -> Cow<'m, Member> {
+        let is_unreported = |placed: &&PendingPlacement| {
+            placed.counts(now) && placed.known.get().is_none_or(|known| reported_at <= *known)
+        };
+        let placed = self.0.get(&member.name).into_iter().flatten().filter(is_unreported);
+        placed.fold(Cow::Borrowed(member), |mut member, PendingPlacement { config, copies, .. }| {
             count(&mut member.to_mut().load, *config, *copies, false);
             member
         })

@@ -1,4 +1,4 @@
-//! The pages of the program that nodes run.
+//! Prefault of the pages of the program that nodes run.
 //!
 //! A process that was forked has its parent's pages, but has to ask for most of them again: for those of the program's file, one page
 //! fault for each 64 KiB, and for what it writes to, one for each page. A node takes 90 of them until it runs, 450 us in all (measured).
@@ -20,13 +20,13 @@ const PRESENT: u64 = 1 << 63;
 /// Gaps of up to so many pages between those that are used are asked for too: asking once more costs as much.
 const SHORT_GAP_PAGES: usize = 32;
 
-/// Which pages nodes will use: the same addresses in each, since all are forked from one process.
+/// Pages that nodes will use: the same addresses in each, since all are forked from one process.
 #[derive(Debug)]
-pub(super) struct Pages {
+pub(super) struct PrefaultSet {
     ranges: Vec<(Range<usize>, Access)>,
 }
 
-impl Pages {
+impl PrefaultSet {
     /// Those of this process: of what it only reads or runs, as much as it has used by now.
     pub(super) fn of_this_process() -> io::Result<Self> {
         let maps = fs::read_to_string("/proc/self/maps")?;
@@ -41,10 +41,10 @@ impl Pages {
         Ok(Self { ranges })
     }
 
-    /// Asks for them. What can't be had now will be asked for when it is used.
-    pub(super) fn touch(&self) {
+    /// Prefaults them. What can't be had now will be asked for when it is used.
+    pub(super) fn prefault(&self) {
         for (range, access) in &self.ranges {
-            if let Err(error) = memory::touch(range.clone(), *access) {
+            if let Err(error) = memory::populate(range.clone(), *access) {
                 tracing::debug!(%error, "a node's pages can't be asked for beforehand");
             }
         }
@@ -109,8 +109,8 @@ mod tests {
 
     #[test]
     fn all_of_them_can_be_had() {
-        let pages = Pages::of_this_process().unwrap();
-        assert!(pages.ranges.len() >= 3);
-        pages.touch();
+        let prefault_set = PrefaultSet::of_this_process().unwrap();
+        assert!(prefault_set.ranges.len() >= 3);
+        prefault_set.prefault();
     }
 }

@@ -1,4 +1,4 @@
-//! One VM's view of its memory, and how it is frozen into an image.
+//! The memory of one VM, and how it is frozen into an image.
 
 use std::{fs::File, sync::Arc, thread};
 
@@ -6,7 +6,7 @@ use base::threads;
 use rustix::fs::{FallocateFlags, fallocate};
 use types::PAGE_BYTES;
 
-use super::{Error, Ground, Image, Layer, Mapping, PageMap, Run, dirty, memfd};
+use super::{Error, Image, Layer, Mapping, PageMap, PremappedRam, Run, dirty, memfd};
 
 /// Name of a booted VM's memory file, as `/proc` shows it.
 const RAM_NAME: &str = "vm-ram";
@@ -28,9 +28,9 @@ pub(super) const MAX_DELTA_FILES: usize = 4;
 /// write to again costs it a fault.
 const MUCH_BYTES: u64 = 8 << 20;
 
-/// A VM's memory: one address range, and what it shows.
+/// The memory of one VM: an address range, and what is mapped there.
 #[derive(Debug)]
-pub struct View {
+pub struct GuestMemory {
     mapping: Arc<Mapping>,
     backing: Backing,
 }
@@ -65,30 +65,31 @@ pub enum Changes {
     /// What an image consists of that shows it: so many pages of this VM's memory, over those of another image.
     Over {
         /// The image below.
-        footing: Image,
+        base: Image,
         /// The pages, packed in the file of a layer to come.
         runs: Vec<Run>,
     },
 }
 
-/// Where a VM goes on once an image was made of it.
+/// Whether a VM is rebased onto the image that was made of it: whether it goes on as a private view of that
+/// image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Onward {
-    /// Where it is.
-    Stay,
-    /// As a view of the image, if that can be had: it saves memory, and work at the next fork.
-    Prefer,
-    /// As a view of the image: its memory is the image now.
-    Leave,
+pub enum Rebase {
+    /// It keeps its memory.
+    No,
+    /// It is, if it can be: that saves memory, and work at the next fork.
+    Preferred,
+    /// It has to be: its memory is the image now.
+    Required,
 }
 
 impl Changes {
-    /// Where the VM goes on.
-    pub fn onward(&self) -> Onward {
+    /// Whether the VM is rebased.
+    pub fn rebase(&self) -> Rebase {
         match self {
-            Self::Whole => Onward::Leave,
-            Self::Over { runs, .. } if pages(runs) * PAGE_BYTES >= MUCH_BYTES => Onward::Prefer,
-            Self::Over { .. } => Onward::Stay,
+            Self::Whole => Rebase::Required,
+            Self::Over { runs, .. } if pages(runs) * PAGE_BYTES >= MUCH_BYTES => Rebase::Preferred,
+            Self::Over { .. } => Rebase::No,
         }
     }
 }
@@ -98,7 +99,7 @@ fn pages(runs: &[Run]) -> u64 {
     runs.last().map_or(0, |run| run.file_page + run.pages)
 }
 
-impl View {
+impl GuestMemory {
     /// The empty memory of a VM that is about to boot, in `mapping`.
     ///
     /// # Errors
@@ -109,14 +110,14 @@ impl View {
         Ok(Self { mapping, backing: Backing::Own(Arc::new(file)) })
     }
 
-    /// A private view of an image, on this ground.
+    /// A private view of an image, in this range.
     ///
     /// # Errors
     /// [`Error::Map`] where a piece of it can't be mapped.
-    pub fn of_image(image: Arc<Image>, ground: impl Into<Ground>) -> Result<Self, Error> {
-        let ground = ground.into();
-        image.map_private(&ground)?;
-        Ok(Self { mapping: ground.into_mapping(), backing: Backing::Image(image) })
+    pub fn of_image(image: Arc<Image>, premapped: impl Into<PremappedRam>) -> Result<Self, Error> {
+        let premapped = premapped.into();
+        image.map_private(&premapped)?;
+        Ok(Self { mapping: premapped.into_mapping(), backing: Backing::Image(image) })
     }
 
     /// Takes it down without holding others up, if nobody else has its address range.
@@ -158,11 +159,11 @@ impl View {
         let Backing::Image(image) = &self.backing else { return Ok(Changes::Whole) };
         let dirty = page_map.dirty_runs(&self.mapping)?;
         if dirty.is_empty() {
-            return Ok(Changes::Over { footing: Image::clone(image), runs: dirty });
+            return Ok(Changes::Over { base: Image::clone(image), runs: dirty });
         }
-        let (footing, upper) = image.footing()?;
-        let runs = dirty::join_for(&footing, dirty::union(&dirty, &upper));
-        Ok(Changes::Over { footing, runs })
+        let (base, upper) = image.delta_base()?;
+        let runs = dirty::join_for(&base, dirty::union(&dirty, &upper));
+        Ok(Changes::Over { base, runs })
     }
 
     /// Makes an image of the memory as it is now, with these changes. The VM must still be stopped.
@@ -176,8 +177,8 @@ impl View {
                 memfd::seal_future(RAM_NAME, file)?;
                 Image::new(pages, vec![Arc::new(Layer::whole(Arc::clone(file), pages))])?
             }
-            (_, Changes::Over { footing, runs }) if !runs.is_empty() => {
-                footing.with_layers(self.copy_out(&runs, plan.delta)?)?
+            (_, Changes::Over { base, runs }) if !runs.is_empty() => {
+                base.with_layers(self.copy_out(&runs, plan.delta)?)?
             }
             (Backing::Image(image), _) => return Ok(Arc::clone(image)),
         };
@@ -265,5 +266,5 @@ fn to_usize(bytes: u64) -> Result<usize, Error> {
 }
 
 #[cfg(test)]
-#[path = "view_test.rs"]
+#[path = "guest_memory_test.rs"]
 mod tests;

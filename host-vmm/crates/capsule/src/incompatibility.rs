@@ -1,4 +1,4 @@
-//! What a captured VM needs and a platform has not, in words.
+//! Incompatibilities of a captured VM with a platform, in words.
 
 use std::{fmt, ops::RangeInclusive};
 
@@ -10,15 +10,15 @@ use vmm::arch::{
 /// A platform can't run a VM.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("this platform can't run the VM: {}", list(.0))]
-pub struct Incompatible(pub Vec<Difference>);
+pub struct Incompatible(pub Vec<Incompatibility>);
 
-fn list(differences: &[Difference]) -> String {
-    differences.iter().map(Difference::to_string).collect::<Vec<_>>().join("; ")
+fn list(differences: &[Incompatibility]) -> String {
+    differences.iter().map(Incompatibility::to_string).collect::<Vec<_>>().join("; ")
 }
 
 /// One thing that a VM needs and a platform has not.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Difference {
+pub enum Incompatibility {
     /// Another maker's CPU: its instructions for hypercalls, its registers and its flaws are others.
     Vendor {
         /// Who made the one that the guest has seen.
@@ -98,7 +98,7 @@ pub enum Difference {
     },
 }
 
-impl fmt::Display for Difference {
+impl fmt::Display for Incompatibility {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Vendor { needed, offered } => write!(f, "CPU of {needed} vs {offered}"),

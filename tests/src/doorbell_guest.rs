@@ -5,8 +5,8 @@ use std::{arch::global_asm, slice};
 use tempfile::NamedTempFile;
 
 use crate::{
-    bare::{CONTROL_PAGE, DOORBELL},
-    elf, user,
+    bare_guest::{CONTROL_PAGE, DOORBELL},
+    elf, user_guest,
 };
 
 /// A port that nothing listens to.
@@ -157,6 +157,6 @@ pub fn kernel(level: Level) -> NamedTempFile {
     let code = unsafe { slice::from_raw_parts(start, end as usize - start as usize) };
     match level {
         Level::Kernel => elf::kernel(code),
-        Level::User => elf::kernel(&[user::way_to_user_code(), code].concat()),
+        Level::User => elf::kernel(&[user_guest::way_to_user_code(), code].concat()),
     }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! One fork at a time, whoever asks.
+//! Guard of forks: there is one fork at a time, whoever asks.
 
 use kernel::{
     prelude::*,
@@ -13,15 +13,15 @@ use crate::{bindings, device::Device, fork::errno, identity::monotonic_ns};
 /// Longest wait in one go, in milliseconds.
 const LONG: u64 = 60_000;
 
-/// The right to fork this VM, given up on drop. A copy of the VM holds it in its own kernel, and
-/// gives it up there.
-pub(crate) struct Turn<'a> {
+/// Guard for as long as a caller forks this VM: the right to fork, given up on drop. A copy of the VM
+/// holds it in its own kernel, and gives it up there.
+pub(crate) struct ForkGuard<'a> {
     device: &'a Device,
     /// ID of the VM that the caller has asked in.
     asker: [u8; 16],
 }
 
-impl<'a> Turn<'a> {
+impl<'a> ForkGuard<'a> {
     /// Waits until no other caller has it, or until the monotonic time `deadline_ns` where that is
     /// not zero.
     ///
@@ -58,7 +58,7 @@ impl<'a> Turn<'a> {
     ///
     /// # Errors
     ///
-    /// As [`Turn::take`].
+    /// As [`ForkGuard::take`].
     pub(crate) fn pause(&self, pause_ms: u32, deadline_ns: u64) -> Result {
         // SAFETY: The caller may sleep, and holds no lock.
         let left_ms = unsafe { bindings::msleep_interruptible(pause_ms) };
@@ -75,12 +75,12 @@ impl<'a> Turn<'a> {
     }
 }
 
-/// Waits until nobody has the turn, and sets `State::forking`.
+/// Waits until nobody has the guard, and sets `State::forking`.
 fn wait(device: &Device, deadline_ns: u64) -> Result {
     let mut state = device.state().lock();
     while state.forking {
         let signalled = if deadline_ns == 0 {
-            device.turn().wait_interruptible(&mut state)
+            device.fork_ended().wait_interruptible(&mut state)
         } else {
             let left_ns = deadline_ns.saturating_sub(monotonic_ns());
             if left_ns == 0 {
@@ -88,7 +88,9 @@ fn wait(device: &Device, deadline_ns: u64) -> Result {
             }
             let left_ms = left_ns.div_ceil(1_000_000).min(LONG) as Msecs;
             let left = msecs_to_jiffies(left_ms);
-            let woken = device.turn().wait_interruptible_timeout(&mut state, left);
+            let woken = device
+                .fork_ended()
+                .wait_interruptible_timeout(&mut state, left);
             matches!(woken, CondVarTimeoutResult::Signal { .. })
         };
         if signalled {
@@ -102,10 +104,10 @@ fn wait(device: &Device, deadline_ns: u64) -> Result {
     Ok(())
 }
 
-impl Drop for Turn<'_> {
+impl Drop for ForkGuard<'_> {
     fn drop(&mut self) {
         self.device.state().lock().forking = false;
-        self.device.turn().notify_all();
+        self.device.fork_ended().notify_all();
     }
 }
 

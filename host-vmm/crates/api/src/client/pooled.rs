@@ -1,4 +1,5 @@
-//! A platform that is asked again and again: connections to it stay open between questions, since it takes longer to make one than to ask.
+//! Pooled client of a platform that is asked again and again: connections to it stay open between questions,
+//! since it takes longer to make one than to ask.
 
 use std::{
     collections::BTreeMap,
@@ -13,7 +14,7 @@ use super::{Connection, Endpoint, Error, GoesOn};
 /// How long a connection stays open that nobody uses.
 const IDLE: Duration = Duration::from_secs(60);
 
-/// Connections that nobody uses, one for each platform.
+/// Pool of connections that nobody uses, one for each platform.
 #[derive(Debug, Clone, Default)]
 pub struct Connections(Arc<Mutex<BTreeMap<String, Idle>>>);
 
@@ -23,18 +24,18 @@ struct Idle {
     connection: Connection,
 }
 
-/// The way to one platform.
+/// Client of one platform, which takes its connections from the pool.
 #[derive(Debug, Clone)]
-pub struct Link {
+pub struct PooledClient {
     endpoint: Endpoint,
-    patience: Duration,
+    timeout: Duration,
     connections: Connections,
 }
 
 impl Connections {
-    /// The way to the platform at this endpoint, which has so much time for each answer.
-    pub fn link(&self, endpoint: Endpoint, patience: Duration) -> Link {
-        Link { endpoint, patience, connections: self.clone() }
+    /// Client of the platform at this endpoint, which has so much time for each answer.
+    pub fn client(&self, endpoint: Endpoint, timeout: Duration) -> PooledClient {
+        PooledClient { endpoint, timeout, connections: self.clone() }
     }
 
     fn take(&self, platform: &str) -> Option<Connection> {
@@ -49,8 +50,8 @@ impl Connections {
     }
 }
 
-impl Link {
-    /// Asks something that does no harm when it is asked twice: a connection that was open may turn out to be closed.
+impl PooledClient {
+    /// Makes idempotent requests, twice where need be: a connection that was open may turn out to be closed.
     ///
     /// # Errors
     /// As `ask`, and [`Error`] where there is no connection.
@@ -61,7 +62,7 @@ impl Link {
     /// The same, for as long as somebody waits for the answer.
     ///
     /// # Errors
-    /// As [`Link::ask`], and [`Error::GivenUp`].
+    /// As [`PooledClient::ask`], and [`Error::GivenUp`].
     pub fn ask_while<T>(
         &self,
         goes_on: &GoesOn,
@@ -77,28 +78,28 @@ impl Link {
     ) -> Result<T, Error> {
         let platform = self.endpoint.to_string();
         if let Some(connection) = self.connections.take(&platform) {
-            let mut connection = connection.with_patience(self.patience).wanted_while(goes_on.cloned());
+            let mut connection = connection.with_timeout(self.timeout).wanted_while(goes_on.cloned());
             match ask(&mut connection) {
                 Err(Error::Exchange { .. }) => {}
                 answer => return self.answered(platform, connection, answer),
             }
         }
         let connection = Connection::open_while(&self.endpoint, goes_on.cloned())?;
-        let mut connection = connection.with_patience(self.patience);
+        let mut connection = connection.with_timeout(self.timeout);
         let answer = ask(&mut connection);
         self.answered(platform, connection, answer)
     }
 
-    /// Asks something that must not be asked twice, and may take as long as `patience`.
+    /// Makes requests that must not be made twice, and may take as long as `timeout`.
     ///
     /// # Errors
     /// As `ask`, and [`Error`] where there is no connection.
     pub fn ask_once<T>(
         &self,
-        patience: Duration,
+        timeout: Duration,
         ask: impl FnOnce(&mut Connection) -> Result<T, Error>,
     ) -> Result<T, Error> {
-        ask(&mut Connection::open(&self.endpoint)?.with_patience(patience))
+        ask(&mut Connection::open(&self.endpoint)?.with_timeout(timeout))
     }
 
     fn answered<T>(&self, platform: String, connection: Connection, answer: Result<T, Error>) -> Result<T, Error> {
@@ -142,13 +143,13 @@ mod tests {
         let path = folder.path().join("socket");
         let listener = UnixListener::bind(&path).unwrap();
         let server = thread::spawn(move || answer(&listener, &[3, 2]));
-        let link = Connections::default().link(Endpoint::Socket(path), Duration::from_secs(10));
+        let client = Connections::default().client(Endpoint::Socket(path), Duration::from_secs(10));
         for _ in 0..5 {
-            let answer = link.ask(|connection| connection.ask(Method::GET, "/", Content::none())).unwrap();
+            let answer = client.ask(|connection| connection.ask(Method::GET, "/", Content::none())).unwrap();
             assert_eq!(answer, "{}");
         }
         server.join().unwrap();
-        assert!(link.ask(|connection| connection.ask(Method::GET, "/", Content::none())).is_err());
-        assert!(lock(&link.connections.0).is_empty());
+        assert!(client.ask(|connection| connection.ask(Method::GET, "/", Content::none())).is_err());
+        assert!(lock(&client.connections.0).is_empty());
     }
 }
