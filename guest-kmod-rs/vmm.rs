@@ -6,7 +6,7 @@ use core::arch::x86_64::__cpuid;
 
 use kernel::prelude::*;
 use vmfork_abi::{
-    cpuid::{Interface, Registers, LEAF_INTERFACE, LEAF_SIGNATURE},
+    cpuid::{Interface, Registers, LEAF_SIGNATURE},
     ABI_VERSION,
 };
 
@@ -16,8 +16,7 @@ use vmfork_abi::{
 ///
 /// `ENODEV` where there is no such VMM, or it speaks another version; the kernel's log tells which.
 pub(crate) fn detect() -> Result<Interface> {
-    let Some(interface) = Interface::from_leaves([leaf(LEAF_SIGNATURE), leaf(LEAF_INTERFACE)])
-    else {
+    let Some(interface) = Interface::read(leaf) else {
         pr_err!("no VMM that can fork this machine answers at CPUID leaf {LEAF_SIGNATURE:#x}\n");
         return Err(ENODEV);
     };

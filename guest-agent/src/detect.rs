@@ -1,7 +1,7 @@
 //! Is there a VMM, and does it speak this ABI? CPUID tells without privilege.
 
 use vmfork_abi::ABI_VERSION;
-use vmfork_abi::cpuid::{Interface, LEAF_INTERFACE, LEAF_SIGNATURE, Registers};
+use vmfork_abi::cpuid::{Interface, LEAF_SIGNATURE, Registers};
 
 use crate::{Vmm, raw};
 
@@ -29,13 +29,13 @@ impl Vmm {
     ///
     /// [`DetectError`] where no VMM of this kind is there, or it speaks another version of the ABI.
     pub fn detect() -> Result<Interface, DetectError> {
-        interface([raw::cpuid(LEAF_SIGNATURE), raw::cpuid(LEAF_INTERFACE)])
+        interface(raw::cpuid)
     }
 }
 
-/// The interface that the two leaves announce, if it is one that this crate speaks.
-fn interface(leaves: [Registers; 2]) -> Result<Interface, DetectError> {
-    let interface = Interface::from_leaves(leaves).ok_or(DetectError::NoVmm)?;
+/// The interface that CPUID announces, if it is one that this crate speaks.
+fn interface(cpuid: impl Fn(u32) -> Registers) -> Result<Interface, DetectError> {
+    let interface = Interface::read(cpuid).ok_or(DetectError::NoVmm)?;
     if interface.abi_version != ABI_VERSION {
         return Err(DetectError::Version { vmm: interface.abi_version, ours: ABI_VERSION });
     }
@@ -46,24 +46,36 @@ fn interface(leaves: [Registers; 2]) -> Result<Interface, DetectError> {
 mod tests {
     use super::*;
 
-    const INTERFACE: Interface =
-        Interface { abi_version: ABI_VERSION, control_page_gpa: 0xd000_0000, doorbell_port: 0x560 };
+    const INTERFACE: Interface = Interface {
+        abi_version: ABI_VERSION,
+        control_page_gpa: 0xd000_0000,
+        doorbell_port: 0x560,
+        features: u64::MAX,
+    };
+
+    /// What CPUID answers on a VMM with this interface.
+    fn shown(interface: Interface) -> impl Fn(u32) -> Registers {
+        move |leaf| interface.to_leaves()[(leaf - LEAF_SIGNATURE) as usize]
+    }
 
     #[test]
-    fn our_leaves_announce_the_interface() {
-        assert_eq!(interface(INTERFACE.to_leaves()), Ok(INTERFACE));
+    fn our_leaves_announce_the_interface_whatever_features_it_has() {
+        for features in [0, 1, u64::MAX] {
+            let told = Interface { features, ..INTERFACE };
+            assert_eq!(interface(shown(told)), Ok(told));
+        }
     }
 
     #[test]
     fn foreign_leaves_are_no_vmm() {
         let nothing = Registers { eax: 0, ebx: 0, ecx: 0, edx: 0 };
-        assert_eq!(interface([nothing; 2]), Err(DetectError::NoVmm));
+        assert_eq!(interface(|_| nothing), Err(DetectError::NoVmm));
     }
 
     #[test]
     fn another_version_is_refused_by_both_names() {
         let newer = Interface { abi_version: ABI_VERSION + 1, ..INTERFACE };
-        let error = interface(newer.to_leaves()).unwrap_err();
+        let error = interface(shown(newer)).unwrap_err();
         assert_eq!(error.to_string(), "the VMM speaks ABI version 2, and this program version 1");
     }
 }

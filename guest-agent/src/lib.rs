@@ -62,7 +62,7 @@ pub use request::{ForkRequest, Placement, RequestError};
 pub use route::doorbell::{HeaderError, LockError, PrivilegeError};
 pub use route::{UnknownVia, Via};
 pub use vmfork_abi::cpuid::Interface;
-pub use vmfork_abi::{ErrorCode, Location, Role};
+pub use vmfork_abi::{ErrorCode, Location, Role, features};
 pub use vmm::{OpenError, StatusError, Vmm};
 pub use watch::{Notice, Watch, WatchError};
 

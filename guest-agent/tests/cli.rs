@@ -46,7 +46,7 @@ fn detect_says_what_is_missing_and_what_to_do() {
 fn detect_prints_the_same_as_json() {
     let found = concat!(
         r#""abi_version":null,"control_page_gpa":null,"doorbell_port":null,"#,
-        r#""dev_mem":null,"ioperm":null,"vm":null"#
+        r#""features":null,"dev_mem":null,"ioperm":null,"vm":null"#
     );
     let advice = "run this in a VM that host-vmm has launched";
     let load = "load the kernel module that offers it, or go by the doorbell";

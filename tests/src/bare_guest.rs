@@ -63,6 +63,8 @@ global_asm!(
     "    je 150f",
     "    cmp eax, 16",
     "    je 160f",
+    "    cmp eax, 17",
+    "    je 170f",
     "3:  hlt",
     "    jmp 3b",
     "10: mov [rbx], ecx", // store 4 bytes
@@ -183,6 +185,15 @@ global_asm!(
     "    inc dword ptr [rsi + 20]",
     "165: mov [rsi], r10",
     "    mov [rsi + 8], rax",
+    "    jmp 2b",
+    "170: mov rdi, rcx", // store what CPUID answers
+    "    mov eax, ebx",
+    "    xor ecx, ecx",
+    "    cpuid",
+    "    mov [rdi], eax",
+    "    mov [rdi + 4], ebx",
+    "    mov [rdi + 8], ecx",
+    "    mov [rdi + 12], edx",
     "    jmp 2b",
     elf::print_line!("bare_line"),
     "bare_end:",
@@ -308,6 +319,12 @@ impl Script {
     #[must_use]
     pub fn look_at_clocks(self, clock: u64, result: u64) -> Self {
         self.step(16, clock, result)
+    }
+
+    /// Stores what CPUID answers to a leaf: EAX, EBX, ECX and EDX, 4 bytes each.
+    #[must_use]
+    pub fn cpuid(self, leaf: u32, result: u64) -> Self {
+        self.step(17, u64::from(leaf), result)
     }
 
     /// Stands still.

@@ -30,6 +30,7 @@
 pub mod cpuid;
 pub mod device;
 pub mod doorbell;
+pub mod features;
 pub mod flags;
 mod page;
 mod part;
@@ -41,7 +42,8 @@ pub use page::{
 };
 pub use status::{ErrorCode, Location, Role, Status};
 
-/// Version of everything in this crate: a guest refuses a VMM whose version differs.
+/// Version of everything in this crate: a guest refuses a VMM whose version differs. What a VMM has beside,
+/// it says by its [`features`].
 pub const ABI_VERSION: u32 = 1;
 
 /// First field of the control page: `VMFORKCP` in ASCII, read as a little-endian integer.

@@ -71,7 +71,11 @@ part! {
         /// zero where this VMM has none.
         24 generation_offset: u32,
         /// Zero.
-        28 reserved: [u8; 36],
+        28 padding: u32,
+        /// [`features`](crate::features) of this VMM; zero where it does not say.
+        32 features: u64,
+        /// Zero.
+        40 reserved: [u8; 24],
     }
 }
 
@@ -215,6 +219,16 @@ mod tests {
         assert_eq!(Request::from_bytes(&request.to_bytes()), request);
         assert_eq!(request.to_bytes()[0], 7);
         assert_eq!(&request.to_bytes()[16..20], b"web\0");
+    }
+
+    #[test]
+    fn a_header_of_before_the_features_says_nothing_of_them() {
+        let header = Header { features: 0x8000_0000_0000_0001, ..Default::default() };
+        assert_eq!(header.to_bytes()[32..40], [1, 0, 0, 0, 0, 0, 0, 0x80]);
+        // There, all behind the offsets was zero.
+        let mut before = [0; Header::BYTES];
+        before[..28].fill(0xff);
+        assert_eq!(Header::from_bytes(&before).features, 0);
     }
 
     #[test]

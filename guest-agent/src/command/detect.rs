@@ -4,7 +4,7 @@
 use std::process::ExitCode;
 
 use serde::Serialize;
-use vmfork::{Fork, ForkError, Interface, OpenError, Via, Vmm};
+use vmfork::{Fork, ForkError, Interface, OpenError, Via, Vmm, features};
 
 use super::advice::advice;
 use super::{CommandError, FAILURE, chain, open, print, print_json};
@@ -17,6 +17,9 @@ struct Report {
     abi_version: Option<u32>,
     control_page_gpa: Option<u64>,
     doorbell_port: Option<u16>,
+    /// Names of the features that the VMM has shown the guest at its boot, and behind them, in hexadecimal,
+    /// the bits that have none.
+    features: Option<Vec<String>>,
     /// Whether this caller can map the control page through /dev/mem.
     dev_mem: Option<bool>,
     /// Whether this caller can have the doorbell port.
@@ -107,6 +110,7 @@ impl Report {
             abi_version: interface.map(|interface| interface.abi_version),
             control_page_gpa: interface.map(|interface| interface.control_page_gpa),
             doorbell_port: interface.map(|interface| interface.doorbell_port),
+            features: interface.map(|interface| feature_names(interface.features)),
             dev_mem,
             ioperm,
             routes: routes.iter().map(Followed::looked).collect(),
@@ -133,6 +137,13 @@ impl Report {
         self.error = Some(chain(error));
         self.advice = advice(error);
     }
+}
+
+/// The features of a word as texts.
+fn feature_names(word: u64) -> Vec<String> {
+    let unknown = Some(features::unknown(word)).filter(|&bits| bits != 0);
+    let unknown = unknown.map(|bits| format!("{bits:#x}"));
+    features::names(word).map(str::to_owned).chain(unknown).collect()
 }
 
 /// Whether /dev/mem and the port can be used, as far as that is known from where the doorbell's route ends.
@@ -163,6 +174,11 @@ fn print_lines(report: &Report) -> Result<(), CommandError> {
         (report.abi_version, report.control_page_gpa, report.doorbell_port)
     {
         print(&format!("VMM: ABI version {version}, control page at {gpa:#x}, doorbell at port {port:#x}"))?;
+    }
+    match report.features.as_deref() {
+        None => {}
+        Some([]) => print("features: the VMM does not say")?,
+        Some(names) => print(&format!("features: {}", names.join(", ")))?,
     }
     for Looked { route, error, .. } in &report.routes {
         match error {
@@ -224,6 +240,24 @@ mod tests {
         let [device, doorbell] = report.routes.as_slice() else { panic!("two routes: {report:?}") };
         let error = "there is no /dev/vmfork: No such file or directory (os error 2)";
         assert_eq!((device.works, device.error.as_deref(), doorbell.works), (false, Some(error), true));
+    }
+
+    #[test]
+    fn features_are_told_by_name_and_unknown_ones_by_their_bits() {
+        let told = |features| {
+            let interface =
+                Interface { abi_version: 1, control_page_gpa: 0xd000_0000, doorbell_port: 0x560, features };
+            Report::of(None, Some(interface), vec![no_device()], Ok(Via::Device)).features.unwrap()
+        };
+        assert_eq!(
+            told(features::COPIES | features::ASKER | 3 << 62),
+            ["copies", "asker", "0xc000000000000000"]
+        );
+        assert_eq!(told(features::LOCATION), ["location"]);
+        assert_eq!(told(1 << 63), ["0x8000000000000000"]);
+        // As in a guest that was booted before there was this word.
+        assert!(told(0).is_empty());
+        assert_eq!(Report::of(None, None, vec![no_device()], Ok(Via::Device)).features, None);
     }
 
     #[test]

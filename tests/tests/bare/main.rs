@@ -12,6 +12,7 @@ use vmfork_tests::{
 
 mod asker;
 mod clones;
+mod features;
 mod forked;
 mod generation;
 mod left_behind;

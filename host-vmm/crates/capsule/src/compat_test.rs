@@ -1,6 +1,7 @@
 //! A VM goes on where it was captured, and wherever nothing is missing; what is missing is named.
 
 use proptest::{prelude::*, sample::Index};
+use vmfork_abi::cpuid::{LEAF_FEATURES, LEAF_INTERFACE, LEAF_SIGNATURE};
 use vmm::arch::{
     CpuidEntry,
     features::Feature,
@@ -10,7 +11,7 @@ use vmm::arch::{
 };
 
 use super::*;
-use crate::codec;
+use crate::{codec, older::tests::written_before, unpack};
 
 const ARCH_CAPABILITIES: u64 = 0b1010_1011;
 
@@ -189,6 +190,50 @@ fn frequencies_may_differ_by_what_a_clock_is_disciplined_by() {
         assert_eq!(is_same_frequency(needed, offered), same, "{needed} {offered}");
     }
     assert_eq!(told(|_, host| (host.tsc_khz, host.tsc_scaling) = (Some(1), true)), []);
+}
+
+/// Leaves as a program of before the features shows them.
+fn without_features(leaves: &mut Vec<Leaf>) {
+    leaves.retain(|leaf| leaf.function != LEAF_FEATURES);
+    set(leaves, Word::new(LEAF_SIGNATURE, 0, Register::Eax), LEAF_INTERFACE);
+}
+
+#[test]
+fn a_guest_goes_on_where_the_vmm_has_other_features_and_keeps_its_own_leaves() {
+    let set_features = |leaves: &mut Vec<Leaf>, low| set(leaves, Word::new(LEAF_FEATURES, 0, Register::Eax), low);
+    // One of before, here; one of today, with a program of before, which compares these leaves as little.
+    assert_eq!(told(|needs, _| without_features(&mut needs.leaves)), []);
+    assert_eq!(told(|_, offer| without_features(&mut offer.leaves)), []);
+    assert_eq!(told(|needs, _| set_features(&mut needs.leaves, u32::MAX)), []);
+    assert_eq!(told(|_, offer| set_features(&mut offer.leaves, 0)), []);
+    // A vCPU that has run with today's leaves can't take others: such a guest gets one that has not.
+    let (Requirements(mut needs), offer) = (captured(&rich(), 1), Offer::of(&rich()));
+    assert!(!offer.is_foreign(&Requirements(needs.clone()), 1));
+    without_features(&mut needs.leaves);
+    assert!(offer.is_foreign(&Requirements(needs), 1));
+}
+
+#[test]
+fn images_of_before_the_features_are_accepted_where_their_cpu_is() {
+    for capsule in written_before() {
+        let (machine, _) = unpack(&capsule.state, &capsule.files).unwrap();
+        let requirements = Requirements::of(&machine);
+        let needs = &requirements.0;
+        // The host that has what they were shown: KVM's part of it, to which this program adds its own.
+        let of_kvm = needs.leaves.iter().filter(|leaf| !(LEAF_SIGNATURE..=LEAF_INTERFACE).contains(&leaf.function));
+        let host = Model {
+            xsave_bytes: usize::try_from(needs.xsave_bytes).unwrap(),
+            arch_capabilities: needs.arch_capabilities.unwrap_or(0),
+            tsc_khz: needs.tsc_khz,
+            capabilities: needs.capabilities.clone(),
+            ..model(entries(&of_kvm.copied().collect::<Vec<_>>()), needs.msrs.clone())
+        };
+        // The older one does not say how fast its guest's TSC runs.
+        let expected: &[&str] = if needs.tsc_khz.is_some() { &[] } else { &["TSC of unknown frequency"] };
+        let differences = check(&requirements, &Offer::of(&host)).err().map(|Incompatible(differences)| differences);
+        let differences = differences.unwrap_or_default();
+        assert_eq!(differences.iter().map(Difference::to_string).collect::<Vec<_>>(), expected);
+    }
 }
 
 #[test]

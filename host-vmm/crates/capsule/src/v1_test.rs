@@ -1,3 +1,12 @@
+use vmfork_abi::{
+    ABI_VERSION,
+    cpuid::{Interface, LEAF_FEATURES, Registers},
+};
+use vmm::arch::{
+    layout::{CONTROL_PAGE, DOORBELL_PORT},
+    leaf,
+};
+
 use super::*;
 use crate::{
     file::tests::{content, roomy},
@@ -9,6 +18,11 @@ const GOLDEN: &[u8] = include_bytes!("version-1.capsule.zst");
 
 /// A file in the format of today whose states are of version 1, of the same guest.
 const STATE_1: &[u8] = include_bytes!("state-1.capsule.zst");
+
+/// The capsules that earlier programs have written.
+pub(crate) fn written_before() -> [Capsule; 2] {
+    [GOLDEN, STATE_1].map(|bytes| loaded(&zstd::stream::decode_all(bytes).unwrap()).unwrap())
+}
 
 /// A capsule without what programs of that version did not know.
 pub(crate) fn as_version_1_has_it(capsule: Capsule) -> Capsule {
@@ -88,6 +102,26 @@ fn a_state_of_version_1_gets_what_it_lacks_as_it_is_at_boot() {
     let description = capsule.describe(&crate::Digests::default()).unwrap().0;
     let offer = crate::compat::Requirements::of(&machine);
     assert_eq!(description.requirements, offer);
+}
+
+#[test]
+fn guests_of_before_the_features_keep_their_cpuid() {
+    for capsule in written_before() {
+        let (machine, _) = unpack(&capsule.state, &capsule.files).unwrap();
+        let leaves = leaf::leaves(machine.vcpus[0].cpuid());
+        let interface = Interface::read(|number| {
+            let leaf = leaf::find(&leaves, number, 0).expect("a leaf that is said to be there");
+            let [eax, ebx, ecx, edx] = leaf.registers;
+            Registers { eax, ebx, ecx, edx }
+        });
+        // Page and doorbell are where they look for them, and no third leaf is asked for.
+        let (control_page_gpa, doorbell_port) = (CONTROL_PAGE.0, DOORBELL_PORT);
+        assert_eq!(
+            interface,
+            Some(Interface { abi_version: ABI_VERSION, control_page_gpa, doorbell_port, features: 0 })
+        );
+        assert_eq!(leaf::find(&leaves, LEAF_FEATURES, 0), None);
+    }
 }
 
 #[test]

@@ -1,6 +1,10 @@
 //! What CPUID shows to a guest: what KVM supports, the topology of this VM, and the leaves by which guests find the VMM.
 
-use vmfork_abi::{ABI_VERSION, cpuid::Interface, cpuid::LEAF_SIGNATURE, cpuid::Registers};
+use vmfork_abi::{
+    ABI_VERSION,
+    cpuid::{Interface, LEAF_SIGNATURE, Registers},
+    features,
+};
 
 use super::layout::{CONTROL_PAGE, DOORBELL_PORT};
 use crate::arch::{CpuidEntry, VcpuId};
@@ -26,6 +30,10 @@ const AMD_ECX_SVM: u32 = 1 << 2;
 /// The entry's subleaf (ECX) matters (KVM_CPUID_FLAG_SIGNIFCANT_INDEX).
 const SUBLEAF_MATTERS: u32 = 1;
 
+/// What this VMM promises its guests, as a word of [`features`]: in CPUID to those that boot here, and in
+/// the control page's header to all.
+pub const ABI_FEATURES: u64 = features::LOCATION | features::COPIES | features::GENERATION_PAGE | features::ASKER;
+
 /// What differs from what KVM supports.
 #[derive(Debug, Clone, Copy)]
 pub struct Shape {
@@ -48,8 +56,12 @@ pub fn for_vcpu(supported: &[CpuidEntry], shape: Shape, vcpu: VcpuId) -> Vec<Cpu
     if supported.iter().any(|entry| entry.function == TOPOLOGY) {
         entries.extend(topology(shape, vcpu));
     }
-    let interface =
-        Interface { abi_version: ABI_VERSION, control_page_gpa: CONTROL_PAGE.0, doorbell_port: DOORBELL_PORT };
+    let interface = Interface {
+        abi_version: ABI_VERSION,
+        control_page_gpa: CONTROL_PAGE.0,
+        doorbell_port: DOORBELL_PORT,
+        features: ABI_FEATURES,
+    };
     entries.extend((LEAF_SIGNATURE..).zip(interface.to_leaves()).map(|(function, leaf)| entry(function, leaf)));
     entries
 }
@@ -129,11 +141,15 @@ mod tests {
     #[test]
     fn a_guest_finds_the_vmm() {
         let shown = for_vcpu(&[], Shape { vcpus: 1, tsc_deadline_timer: true }, VcpuId(0));
-        let leaves = [find(&shown, 0x4000_0100, 0), find(&shown, 0x4000_0101, 0)];
-        let leaves = leaves.map(|CpuidEntry { eax, ebx, ecx, edx, .. }| Registers { eax, ebx, ecx, edx });
-        let interface = Interface::from_leaves(leaves).unwrap();
+        let interface = Interface::read(|leaf| {
+            let CpuidEntry { eax, ebx, ecx, edx, .. } = find(&shown, leaf, 0);
+            Registers { eax, ebx, ecx, edx }
+        });
+        let interface = interface.unwrap();
         assert_eq!(interface.control_page_gpa, CONTROL_PAGE.0);
         assert_eq!(interface.doorbell_port, DOORBELL_PORT);
+        assert_eq!(interface.features, ABI_FEATURES);
+        assert!(find(&shown, 0x4000_0100, 0).eax == 0x4000_0102 && shown.len() == 3);
     }
 
     #[test]

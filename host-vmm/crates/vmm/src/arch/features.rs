@@ -339,7 +339,8 @@ pub fn kind(leaf: &Leaf) -> Kind {
         0x1d | 0x1e => Kind::Tiles,
         // Vendor, caches, MONITOR, DCA, topology, SGX, frequencies, core types.
         0 | 0x2 | 0x4 | 0x5 | 0x9 | 0xb | 0x12 | 0x15 | 0x16 | 0x1a | 0x1f => Kind::Free,
-        // Signatures of KVM and of this VMM.
+        // Signatures of KVM and of this VMM. No image is refused for what a VMM has promised: where a guest
+        // goes on, the control page says what there is.
         0x4000_0000 | 0x4000_0100..=0x4000_01ff => Kind::Free,
         // Vendor, brand, caches, SVM, TLBs, optimisations, caches, topology.
         0x8000_0000 | 0x8000_0002..=0x8000_0006 | 0x8000_000a | 0x8000_0019 | 0x8000_001a => Kind::Free,
@@ -454,6 +455,7 @@ mod tests {
             (0x1d, 1, Kind::Tiles),
             (0xb, 1, Kind::Free),
             (0x4000_0101, 0, Kind::Free),
+            (0x4000_0102, 0, Kind::Free),
             (0x14, 0, Kind::Unknown),
             (0x8000_0008, 0, Kind::Known),
         ] {

@@ -17,7 +17,10 @@ use vmfork_abi::{
 
 use super::{Device, Error, GENERATION_ID_BYTES};
 use crate::{
-    arch::layout::{CONTROL_PAGE, GENERATION_ID},
+    arch::{
+        cpuid::ABI_FEATURES,
+        layout::{CONTROL_PAGE, GENERATION_ID},
+    },
     memory::{self, Mapping},
 };
 
@@ -79,6 +82,7 @@ impl ControlPage {
             copies_offset: u32::try_from(PAGE.copies.offset).unwrap_or(0),
             copies_bytes: u32::try_from(PAGE.copies.bytes).unwrap_or(0),
             generation_offset: u32::try_from(PAGE.generation.offset).unwrap_or(0),
+            features: ABI_FEATURES,
             ..Default::default()
         };
         self.mapping.write(PAGE.header.offset, &header.to_bytes())
@@ -176,19 +180,36 @@ impl Device for ControlPage {
 
 #[cfg(test)]
 mod tests {
-    use vmfork_abi::MAX_CHILDREN;
+    use vmfork_abi::{MAX_CHILDREN, features};
 
     use super::*;
 
+    fn header(page: &ControlPage) -> Header {
+        let mut header = [0; Header::BYTES];
+        page.mapping().read(PAGE.header.offset, &mut header).unwrap();
+        Header::from_bytes(&header)
+    }
+
     /// What a process finds that looks where the header says.
     fn generation(page: &ControlPage) -> u64 {
-        let mut header = [0; Header::BYTES];
-        page.mapping().read(0, &mut header).unwrap();
-        let offset = Header::from_bytes(&header).generation_offset as usize;
+        let offset = header(page).generation_offset as usize;
         assert!(offset.is_multiple_of(PAGE_BYTES) && offset + PAGE_BYTES <= page.mapping().bytes());
         let mut generation = [0; Generation::BYTES];
         page.mapping().read(offset, &mut generation).unwrap();
         Generation::from_bytes(&generation).generation
+    }
+
+    #[test]
+    fn what_the_header_promises_the_page_has() {
+        let page = ControlPage::new().unwrap();
+        let shown = header(&page);
+        assert_eq!((shown.abi_version, shown.features, shown.padding, shown.reserved), (1, ABI_FEATURES, 0, [0; 24]));
+        assert_eq!(shown.features & features::COPIES != 0, shown.copies_offset != 0);
+        assert_eq!(shown.features & features::GENERATION_PAGE != 0, shown.generation_offset != 0);
+        // A state says nothing of it: the header is its VMM's own, also where code stood in its place.
+        page.with_code(&[0x90; Header::BYTES], || ()).unwrap();
+        page.restore(&ControlPageState::forked(7)).unwrap();
+        assert_eq!(header(&page), shown);
     }
 
     #[test]
@@ -250,7 +271,7 @@ mod tests {
             page.mapping().read(at, &mut bytes).unwrap();
             bytes
         };
-        let header = Header::from_bytes(&read(0));
+        let header = header(&page);
         let (offset, bytes) = (header.copies_offset as usize, header.copies_bytes as usize);
         assert!(offset + bytes <= page.mapping().bytes());
         let copies: Vec<_> = (1..=MAX_CHILDREN).map(|index| ListedCopy { index, ..Default::default() }).collect();

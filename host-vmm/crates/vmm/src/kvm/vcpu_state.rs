@@ -343,9 +343,15 @@ fn indices(msrs: &[Msr]) -> impl Iterator<Item = u32> {
 mod tests {
     use std::sync::Arc;
 
+    use vmfork_abi::cpuid::{LEAF_FEATURES, LEAF_INTERFACE, LEAF_SIGNATURE};
+
     use super::*;
     use crate::{
-        arch::{Registers, VcpuId, layout::Gpa},
+        arch::{
+            MAX_CPUID_LEAVES, Registers, VcpuId,
+            cpuid::{self, Shape},
+            layout::Gpa,
+        },
         kvm::{Hypervisor, Vm},
         memory::{self, Mapping},
     };
@@ -390,6 +396,28 @@ mod tests {
         let (_other_vm, mut copy, _other_ram) = self::vcpu(in_memory).unwrap();
         copy.restore(&state).unwrap();
         assert_eq!(copy.save().unwrap().pdptrs, state.pdptrs);
+    }
+
+    #[test]
+    fn a_guest_that_was_shown_fewer_leaves_goes_on_with_these() {
+        let ours = |supported: &[CpuidEntry]| {
+            cpuid::for_vcpu(supported, Shape { vcpus: 1, tsc_deadline_timer: false }, VcpuId(0))
+        };
+        let Some((_vm, mut vcpu, _ram)) = vcpu([0; 4]) else { return };
+        let supported = vcpu.cpuid.clone();
+        // As a program of before the features has made them.
+        let mut before = ours(&supported);
+        before.retain(|entry| entry.function != LEAF_FEATURES);
+        let signature = before.iter_mut().find(|entry| entry.function == LEAF_SIGNATURE).unwrap();
+        signature.eax = LEAF_INTERFACE;
+        vcpu.set_cpuid(before.clone()).unwrap();
+        let state = vcpu.save().unwrap();
+        let (_other_vm, mut copy, _other_ram) = self::vcpu([0; 4]).unwrap();
+        copy.set_cpuid(ours(&supported)).unwrap();
+        copy.restore(&state).unwrap();
+        assert_eq!(copy.save().unwrap().cpuid(), before);
+        let shown = copy.fd.get_cpuid2(MAX_CPUID_LEAVES).unwrap();
+        assert!(shown.as_slice().iter().all(|entry| entry.function != LEAF_FEATURES));
     }
 
     #[test]
