@@ -55,8 +55,8 @@ pub(crate) enum Command {
     Cert(Cert),
     /// Find out whether guests can run here, and what to do where they can't.
     Check(Check),
-    /// Print what guests can be shown of this host's CPU; or, of hosts whose profiles are in files, what they have in common: a profile for
-    /// `host-vmm run --cpu-profile`.
+    /// Print what guests can be shown of this host's CPU; or, of hosts whose profiles are in files, what they
+    /// have in common: a profile for `host-vmm run --cpu-profile`.
     CpuProfile(CpuProfile),
     /// Start nodes (itself started by the platform, not by people).
     #[command(hide = true)]
@@ -84,7 +84,8 @@ pub(crate) struct Run {
     /// Guest memory: bytes, or with K, M or G.
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = memory_size)]
     pub(crate) mem: u64,
-    /// Take all of the guest's memory from the host before the guest starts, instead of page by page when it is used.
+    /// Take all of the guest's memory from the host before the guest starts, instead of page by page when it
+    /// is used.
     #[arg(long)]
     pub(crate) prealloc: bool,
     /// Number of vCPUs.
@@ -105,7 +106,8 @@ pub(crate) struct Run {
     /// Write the timeline of each fork, of parent and children, to FILE, which ui.perfetto.dev opens.
     #[arg(long, value_name = "FILE")]
     pub(crate) trace: Option<PathBuf>,
-    /// Be a platform of a cluster too, which is set up by this file. It says what other options say otherwise.
+    /// Be a platform of a cluster too, which is set up by this file. It says what other options say
+    /// otherwise.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["log_dir", "events", "trace", "max_vms", "max_pause", "limits", "keep", "image_memory", "ready", "no_prefetch", "cpu_profile"])]
     pub(crate) config: Option<PathBuf>,
     /// Answer `host-vmm ps` and others on this socket, instead of one in the folder for this user's sockets.
@@ -119,13 +121,15 @@ pub(crate) struct Run {
     /// the copies.
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=600))]
     pub(crate) max_pause: u64,
-    /// Limit what VMs of a type may do; * stands for all types. Names: fork-children (children of one fork), children (that one VM has at
-    /// a time), rate (forks of one VM within a second), generations, memory (of all VMs of the type, with K, M or G). A fork beyond
-    /// a limit fails with an error code. May be given again.
+    /// Limit what VMs of a type may do; * stands for all types. Names: fork-children (children of one fork),
+    /// children (that one VM has at a time), rate (forks of one VM within a second), generations, memory (of
+    /// all VMs of the type, with K, M or G). A fork beyond a limit fails with an error code. May be given
+    /// again.
     #[arg(long = "limit", value_name = "TYPE:NAME=VALUE,...")]
     pub(crate) limits: Vec<Limit>,
-    /// Keep the image of the latest fork into children of a type, or of the latest NUMBER forks; * stands for all types. Copies of a kept
-    /// image can be launched at any time (`host-vmm spawn`), and this command goes on for as long as it is kept. May be given again.
+    /// Keep the image of the latest fork into children of a type, or of the latest NUMBER forks; * stands for
+    /// all types. Copies of a kept image can be launched at any time (`host-vmm spawn`), and this command
+    /// goes on for as long as it is kept. May be given again.
     #[arg(long, value_name = "TYPE[:NUMBER]")]
     pub(crate) keep: Vec<Keep>,
     /// Most memory that images from elsewhere take, which clones and `host-vmm image load` bring: bytes, or
@@ -133,19 +137,22 @@ pub(crate) struct Run {
     /// sixteenth of that stays available in any case.
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub(crate) image_memory: Option<u64>,
-    /// Ready machines to keep for the children of the next fork; up to as many more stand by, each for one VM that forks. Children beyond
-    /// that number take longer.
+    /// Ready machines to keep for the children of the next fork; up to as many more stand by, each for one VM
+    /// that forks. Children beyond that number take longer.
     #[arg(long, value_name = "N", default_value_t = 4)]
     pub(crate) ready: usize,
-    /// CPU that guests are shown: all of this host's (host), what a level of x86-64 has (x86-64-v2, x86-64-v3, x86-64-v4), or what a file
-    /// says that `host-vmm cpu-profile` has printed. A guest can go on on each host that has what it was shown.
+    /// CPU that guests are shown: all of this host's (host), what a level of x86-64 has (x86-64-v2,
+    /// x86-64-v3, x86-64-v4), or what a file says that `host-vmm cpu-profile` has printed. A guest can go on
+    /// on each host that has what it was shown.
     #[arg(long, value_name = "NAME|FILE", default_value = "host", value_parser = cpu_profile)]
     pub(crate) cpu_profile: Profile,
-    /// Make no pages ready for a child beforehand that the first child of its parent has written to before its first output.
+    /// Make no pages ready for a child beforehand that the first child of its parent has written to before
+    /// its first output.
     #[arg(long)]
     pub(crate) no_prefetch: bool,
     /// For tests: let the booted VM's forks fail, one for each step that is named, in order. A fork with
-    /// `first-run` does not fail: in its copies, the other vCPUs have 50 ms of processor time before the first one runs.
+    /// `first-run` does not fail: in its copies, the other vCPUs have 50 ms of processor time before the
+    /// first one runs.
     #[arg(long, value_name = "STEP", value_delimiter = ',', hide = true)]
     pub(crate) inject_fault: Vec<ForkStep>,
 }
@@ -270,14 +277,15 @@ pub(crate) struct Clone {
     /// The platform that is asked.
     #[command(flatten)]
     pub(crate) platform: Platform,
-    /// Name of the platform that has what is copied, where that is another one than is asked: the order is passed on to it. CLUSTER/NAME where
-    /// several clusters have one of that name.
+    /// Name of the platform that has what is copied, where that is another one than is asked: the order is
+    /// passed on to it. CLUSTER/NAME where several clusters have one of that name.
     #[arg(long, value_name = "PLATFORM")]
     pub(crate) from: Option<String>,
     /// What is copied.
     #[command(flatten)]
     pub(crate) original: Original,
-    /// Name of the platform where the copies are to run; CLUSTER/NAME where several clusters have one of that name.
+    /// Name of the platform where the copies are to run; CLUSTER/NAME where several clusters have one of that
+    /// name.
     #[arg(long, value_name = "PLATFORM")]
     pub(crate) to: String,
     /// Let the copies run before all of their memory has come. They depend on this platform until it has.
@@ -298,7 +306,8 @@ pub(crate) struct Original {
     /// The image's ID, or how that begins.
     #[arg(long, value_name = "ID")]
     pub(crate) image: Option<String>,
-    /// The VM's name, or its ID, or how that begins. It is forked, though its guest has not asked for it, and goes on.
+    /// The VM's name, or its ID, or how that begins. It is forked, though its guest has not asked for it, and
+    /// goes on.
     #[arg(long, value_name = "VM")]
     pub(crate) vm: Option<String>,
 }
@@ -431,7 +440,8 @@ fn copies() -> impl TypedValueParser<Value = u32> {
 /// Options of `zygote`.
 #[derive(Debug, Args)]
 pub(crate) struct Zygote {
-    /// CPU that guests are shown: a name, or the text of a file. The platform has it in the environment, where it can be long.
+    /// CPU that guests are shown: a name, or the text of a file. The platform has it in the environment,
+    /// where it can be long.
     #[arg(long, env = CPU_PROFILE_VARIABLE, default_value = "host")]
     pub(crate) cpu_profile: Profile,
 }
@@ -442,7 +452,8 @@ fn cpu_profile(text: &str) -> Result<Profile, String> {
         return Ok(profile);
     }
     let names = || Profile::names().collect::<Vec<_>>().join(", ");
-    let file = fs::read_to_string(text).map_err(|error| format!("neither {} nor a file: {error}", names()))?;
+    let file =
+        fs::read_to_string(text).map_err(|error| format!("neither {} nor a file: {error}", names()))?;
     Subset::from_json(&file).map(Profile::Common).map_err(|error| chain(&error))
 }
 
@@ -456,7 +467,8 @@ fn memory_size(text: &str) -> Result<u64, String> {
     use types::{MAX_RAM_BYTES, MIN_RAM_BYTES, PAGE_BYTES};
     let bytes = size(text)?;
     let bytes = Some(bytes).filter(|bytes| (MIN_RAM_BYTES..=MAX_RAM_BYTES).contains(bytes));
-    let bytes = bytes.ok_or_else(|| format!("must be from {}M to {}G", MIN_RAM_BYTES >> 20, MAX_RAM_BYTES >> 30))?;
+    let bytes =
+        bytes.ok_or_else(|| format!("must be from {}M to {}G", MIN_RAM_BYTES >> 20, MAX_RAM_BYTES >> 30))?;
     if bytes % PAGE_BYTES == 0 { Ok(bytes) } else { Err("must be a multiple of 4096 bytes".to_owned()) }
 }
 
@@ -488,7 +500,9 @@ mod tests {
         fs::write(file.path(), text).unwrap();
         assert_eq!(cpu_profile(file.path().to_str().unwrap()), Ok(Profile::Common(Subset::of_host(&[]))));
         fs::write(file.path(), "{}").unwrap();
-        assert!(cpu_profile(file.path().to_str().unwrap()).unwrap_err().starts_with("this is no CPU profile: "));
+        assert!(
+            cpu_profile(file.path().to_str().unwrap()).unwrap_err().starts_with("this is no CPU profile: ")
+        );
         assert!(cpu_profile("x86-64-v9").unwrap_err().starts_with("neither host, x86-64-v2"));
     }
 

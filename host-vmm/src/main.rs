@@ -62,7 +62,8 @@ fn log(command: &Command) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Has a file that may not become longer be an error for whoever writes it, instead of the end of a platform with all its VMs.
+/// Has a file that may not become longer be an error for whoever writes it, instead of the end of a platform
+/// with all its VMs.
 fn ignore_file_limit() -> anyhow::Result<()> {
     SigSet::from(Signal::SIGXFSZ).thread_block().context("can't block SIGXFSZ")
 }

@@ -15,8 +15,8 @@ pub(crate) struct Platform {
     /// Ask a platform over the network instead: its name, and the address where it serves others.
     #[arg(long, value_name = "NAME@ADDRESS", requires = "certificate")]
     pub(crate) at: Option<Elsewhere>,
-    /// By whose certificate it is asked over the network: DIR holds NAME.pem, NAME.key and the cluster's ca.pem, as `host-vmm cert issue
-    /// NAME --operator` leaves them.
+    /// By whose certificate it is asked over the network: DIR holds NAME.pem, NAME.key and the cluster's
+    /// ca.pem, as `host-vmm cert issue NAME --operator` leaves them.
     #[arg(long = "as", value_name = "DIR/NAME", env = "HOST_VMM_AS")]
     pub(crate) certificate: Option<PathBuf>,
 }
@@ -34,10 +34,12 @@ impl FromStr for Elsewhere {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let (name, address) = text.split_once('@').ok_or("must be NAME@ADDRESS, such as north@192.0.2.1:7070")?;
+        let (name, address) =
+            text.split_once('@').ok_or("must be NAME@ADDRESS, such as north@192.0.2.1:7070")?;
         let name = vm_name(name).map_err(|why| format!("the name {name:?} {why}"))?;
-        let address =
-            address.parse().map_err(|_| format!("{address:?} is no address with a port, such as 192.0.2.1:7070"))?;
+        let address = address
+            .parse()
+            .map_err(|_| format!("{address:?} is no address with a port, such as 192.0.2.1:7070"))?;
         Ok(Self { name, address })
     }
 }
@@ -94,18 +96,22 @@ mod tests {
 
     #[test]
     fn a_platform_elsewhere_has_a_name_and_an_address() {
-        let elsewhere = |name: &str, address: &str| Elsewhere { name: name.into(), address: address.parse().unwrap() };
+        let elsewhere =
+            |name: &str, address: &str| Elsewhere { name: name.into(), address: address.parse().unwrap() };
         assert_eq!("north@192.0.2.1:7070".parse(), Ok(elsewhere("north", "192.0.2.1:7070")));
         assert_eq!("a@[2001:db8::1]:1".parse(), Ok(elsewhere("a", "[2001:db8::1]:1")));
-        for bad in ["", "north", "@192.0.2.1:7070", "north@", "north@192.0.2.1", "No@192.0.2.1:1", "a@b@192.0.2.1:1"] {
+        for bad in
+            ["", "north", "@192.0.2.1:7070", "north@", "north@192.0.2.1", "No@192.0.2.1:1", "a@b@192.0.2.1:1"]
+        {
             assert!(bad.parse::<Elsewhere>().is_err(), "{bad}");
         }
     }
 
     #[test]
     fn over_the_network_nobody_asks_without_a_certificate() {
-        let parse =
-            |more: &[&str]| Cli::try_parse_from([&["host-vmm", "stop", "web.1", "--at", "a@[::1]:1"], more].concat());
+        let parse = |more: &[&str]| {
+            Cli::try_parse_from([&["host-vmm", "stop", "web.1", "--at", "a@[::1]:1"], more].concat())
+        };
         assert!(parse(&[]).is_err());
         assert!(parse(&["--as", "certs/alice"]).is_ok());
     }

@@ -13,7 +13,8 @@ pub(super) fn endpoint(options: &Platform) -> anyhow::Result<Option<Endpoint>> {
     let Some(Elsewhere { name, address }) = &options.at else {
         return Ok(options.api.clone().map(Endpoint::Socket));
     };
-    let own = options.certificate.as_deref().context("--at needs --as: nobody is asked without a certificate")?;
+    let own =
+        options.certificate.as_deref().context("--at needs --as: nobody is asked without a certificate")?;
     let ca = ca_certificate(own.parent().unwrap_or(Path::new("")));
     let credentials = Credentials::load(&ca, &own.with_extension("pem"), &own.with_extension("key"))?;
     Ok(Some(Endpoint::of_platform(name, *address, Some(&credentials))))
@@ -41,7 +42,8 @@ mod tests {
     fn an_operator_shows_a_certificate_elsewhere_and_none_here() {
         let folder = tempfile::tempdir().unwrap();
         certificates::init(folder.path(), false).unwrap();
-        certificates::issue(folder.path(), &Principal::new("alice", Role::Operator).unwrap(), 1, false).unwrap();
+        certificates::issue(folder.path(), &Principal::new("alice", Role::Operator).unwrap(), 1, false)
+            .unwrap();
         let at = |certificate: &str| Platform {
             api: Some("/socket".into()),
             at: Some("north@192.0.2.1:7070".parse().unwrap()),

@@ -26,7 +26,11 @@ pub(crate) fn cert(command: &CertCommand) -> anyhow::Result<ExitCode> {
             let role = if *operator { Role::Operator } else { Role::Platform };
             let principal = Principal::new(name, role).context("no such name can be given")?;
             let issued = certificates::issue(dir, &principal, *days, *force)?;
-            println!("{}  the certificate of {principal}, until {}", issued.certificate.display(), issued.until);
+            println!(
+                "{}  the certificate of {principal}, until {}",
+                issued.certificate.display(),
+                issued.until
+            );
             println!("{}  its key", issued.key.display());
             println!("\nCopy to {principal}: these two, and {}", certificates::ca_certificate(dir).display());
         }

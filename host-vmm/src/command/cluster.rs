@@ -142,7 +142,8 @@ fn with_progress<T: Send + 'static>(
         drop(sender.send(ask(asked.as_ref())));
     });
     let bar = stderr().is_terminal().then(|| {
-        let style = ProgressStyle::with_template("{msg} {bar:30} {bytes}/{total_bytes} {binary_bytes_per_sec}");
+        let style =
+            ProgressStyle::with_template("{msg} {bar:30} {bytes}/{total_bytes} {binary_bytes_per_sec}");
         ProgressBar::new(0)
             .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
             .with_message(to.to_owned())
@@ -155,7 +156,9 @@ fn with_progress<T: Send + 'static>(
                 return result;
             }
             Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => anyhow::bail!("the thread that asks the platform panicked"),
+            Err(RecvTimeoutError::Disconnected) => {
+                anyhow::bail!("the thread that asks the platform panicked")
+            }
         }
         let transfers = client::transfers(platform.as_ref()).unwrap_or_default();
         let transfer = transfers.iter().find(|sent| sent.to == to && sent.wanted_bytes > 0 && is_it(sent));

@@ -10,7 +10,8 @@ use crate::cli;
 /// Prints this host's CPU profile, or what those in files have in common.
 ///
 /// # Errors
-/// Where a file can't be read or is no profile, or the profiles are of different makers' processors; without files, where KVM can't be used.
+/// Where a file can't be read or is no profile, or the profiles are of different makers' processors; without
+/// files, where KVM can't be used.
 pub(crate) fn cpu_profile(options: &cli::CpuProfile) -> anyhow::Result<ExitCode> {
     let mut subsets = options.files.iter().map(|path| read(path));
     let first = match subsets.next() {

@@ -1,4 +1,5 @@
-//! A platform with its API, and its place among others: what `host-vmm run` and `host-vmm serve` have in common.
+//! A platform with its API, and its place among others: what `host-vmm run` and `host-vmm serve` have in
+//! common.
 
 use std::{
     fs::{self, File},
@@ -38,8 +39,8 @@ use vmm::{
     kvm::Hypervisor,
 };
 
-/// Files that a platform has open for each VM: its connection, its console, its process, its log, and what its next fork will come with,
-/// which is more for a late generation.
+/// Files that a platform has open for each VM: its connection, its console, its process, its log, and what
+/// its next fork will come with, which is more for a late generation.
 const FILES_PER_VM: usize = 10;
 
 /// Files that it has room for in any case.
@@ -66,7 +67,8 @@ impl Daemon {
         make_room(settings.max_vms)?;
         let platform = Platform::new(settings)?;
         let credentials = config.and_then(|config| config.tls.as_ref());
-        let credentials = credentials.map(|tls| Credentials::load(&tls.ca, &tls.cert, &tls.key)).transpose()?;
+        let credentials =
+            credentials.map(|tls| Credentials::load(&tls.ca, &tls.cert, &tls.key)).transpose()?;
         if let (Some(config), Some(credentials)) = (config, &credentials) {
             check_principal(credentials.principal(), &config.name)?;
         }
@@ -107,7 +109,9 @@ fn serve_api(
     if network.is_some() {
         return served.map(Some);
     }
-    Ok(served.inspect_err(|error| tracing::warn!("no API: `host-vmm ps` will not find these VMs: {error:#}")).ok())
+    Ok(served
+        .inspect_err(|error| tracing::warn!("no API: `host-vmm ps` will not find these VMs: {error:#}"))
+        .ok())
 }
 
 /// Finds the others.
@@ -133,7 +137,9 @@ fn join(
             tracing::warn!(error = chain(&error), "other platforms are not told what this host has left");
             Load::default()
         });
-        let load = weak.upgrade().map_or(Load { draining: true, ..Load::default() }, |platform| platform.fill_in(load));
+        let load = weak
+            .upgrade()
+            .map_or(Load { draining: true, ..Load::default() }, |platform| platform.fill_in(load));
         Member { load, ..member.clone() }
     });
     let connections = Connections::default();
@@ -141,7 +147,8 @@ fn join(
         let (credentials, connections) = (credentials.clone(), connections.clone());
         move |peer: &Peer| {
             let endpoint = Endpoint::of_platform(&peer.name, peer.address, credentials.as_ref());
-            let ask = |connection: &mut Connection| connection.ask(Method::GET, "/v1/platform", Content::none());
+            let ask =
+                |connection: &mut Connection| connection.ask(Method::GET, "/v1/platform", Content::none());
             Ok(check::parse(&connections.client(endpoint, ANSWER).ask(ask)?)?)
         }
     };
@@ -163,7 +170,8 @@ fn join(
 fn make_room(max_vms: usize) -> anyhow::Result<()> {
     let limit = descriptors::raise_limit().context("can't raise the limit of open files")?;
     let wanted = max_vms.saturating_mul(FILES_PER_VM) as u64;
-    descriptors::make_room(&stdin(), wanted.max(MIN_FILES).min(limit)).context("can't make room for open files")
+    descriptors::make_room(&stdin(), wanted.max(MIN_FILES).min(limit))
+        .context("can't make room for open files")
 }
 
 /// Has all threads to come leave the signals to the one that waits for them.

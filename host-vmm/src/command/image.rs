@@ -44,7 +44,8 @@ pub(crate) fn image(command: &ImageCommand) -> anyhow::Result<ExitCode> {
             client::save_image(endpoint_here(platform)?.as_ref(), id, file, *compress)?;
         }
         ImageCommand::Inspect { file } => {
-            let inspection = Inspection::of(file).with_context(|| format!("can't read {}", file.display()))?;
+            let inspection =
+                Inspection::of(file).with_context(|| format!("can't read {}", file.display()))?;
             println!("{}", json_lines(&inspection)?);
         }
         ImageCommand::Verify { file } => {

@@ -57,8 +57,9 @@ fn list(vms: &[Vm]) -> String {
         ("SHARED", Numbers),
     ];
     let rows = vms.iter().map(|vm| {
-        let memory =
-            |bytes: fn(&Memory) -> u64| vm.memory.as_ref().map_or_else(|| "-".to_owned(), |all| size(bytes(all)));
+        let memory = |bytes: fn(&Memory) -> u64| {
+            vm.memory.as_ref().map_or_else(|| "-".to_owned(), |all| size(bytes(all)))
+        };
         [
             vm.name.clone(),
             vm.vm_type.clone(),
@@ -103,13 +104,18 @@ fn trees(vms: &Vms) -> Vec<Tree<String>> {
     roots.map(|root| grow(*root, &labels, &children)).collect()
 }
 
-fn grow(id: Uuid, labels: &BTreeMap<Uuid, String>, children: &BTreeMap<Option<Uuid>, Vec<Uuid>>) -> Tree<String> {
+fn grow(
+    id: Uuid,
+    labels: &BTreeMap<Uuid, String>,
+    children: &BTreeMap<Option<Uuid>, Vec<Uuid>>,
+) -> Tree<String> {
     let leaves = children.get(&Some(id)).into_iter().flatten().map(|child| grow(*child, labels, children));
     Tree::new(labels.get(&id).cloned().unwrap_or_default()).with_leaves(leaves)
 }
 
 fn label(vm: &Vm) -> String {
-    let private = vm.memory.map_or_else(String::new, |memory| format!(", {} of its own", size(memory.private_bytes)));
+    let private =
+        vm.memory.map_or_else(String::new, |memory| format!(", {} of its own", size(memory.private_bytes)));
     let missing = vm.missing_bytes.map_or_else(String::new, |bytes| format!(", {} to come", size(bytes)));
     format!("{} ({} for {}{private}{missing})", Name::from(vm.name.as_str()), state(vm.state), uptime(vm))
 }
@@ -178,10 +184,15 @@ mod tests {
         let all = [None, Some(false), Some(true)].map(|sealed| Vm { sealed, ..vm(1, None, "vm") });
         let text = list(&all);
         let at = text.find("SEALED").unwrap();
-        let shown: Vec<&str> = text.lines().map(|line| line[at..].split_whitespace().next().unwrap()).collect();
+        let shown: Vec<&str> =
+            text.lines().map(|line| line[at..].split_whitespace().next().unwrap()).collect();
         assert_eq!(shown, ["SEALED", "-", "no", "yes"], "{text}");
-        let ended =
-            |why: Option<&str>| Ended { id: Uuid::nil(), name: "web.1".into(), parent: None, why: why.map(Into::into) };
+        let ended = |why: Option<&str>| Ended {
+            id: Uuid::nil(),
+            name: "web.1".into(),
+            parent: None,
+            why: why.map(Into::into),
+        };
         assert_eq!(list_ended(&[ended(None), ended(Some("a reason"))]), "web.1 was ended: a reason\n");
         let hostile = Ended { name: "\x1b]2;mine\x07\n".into(), ..ended(Some("a reason")) };
         let told = list_ended(&[hostile]);
@@ -190,9 +201,16 @@ mod tests {
 
     #[test]
     fn a_tree_has_the_ended_too() {
-        let ended = Ended { id: Uuid::from_u128(2), name: "web.1".into(), parent: Some(Uuid::from_u128(1)), why: None };
-        let vms =
-            Vms { vms: vec![vm(1, None, "vm"), vm(3, Some(2), "web.2"), vm(4, Some(1), "web.3")], ended: vec![ended] };
+        let ended = Ended {
+            id: Uuid::from_u128(2),
+            name: "web.1".into(),
+            parent: Some(Uuid::from_u128(1)),
+            why: None,
+        };
+        let vms = Vms {
+            vms: vec![vm(1, None, "vm"), vm(3, Some(2), "web.2"), vm(4, Some(1), "web.3")],
+            ended: vec![ended],
+        };
         let trees = trees(&vms);
         assert_eq!(trees.len(), 1);
         let text = trees[0].to_string();

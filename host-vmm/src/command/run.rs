@@ -20,7 +20,8 @@ use types::{ExitReason, VmShape};
 use super::daemon::{self, Daemon, block_signals, create, on_signal};
 use crate::cli;
 
-/// What every kernel command line starts with: the console; a panic ends the VM at once; there is no PCI to look for.
+/// What every kernel command line starts with: the console; a panic ends the VM at once; there is no PCI to
+/// look for.
 const CMDLINE: &str = "console=ttyS0 panic=-1 pci=off";
 
 /// Exit code of a VM that was reset.
@@ -37,8 +38,9 @@ const NOT_STOPPED: u8 = u8::MAX;
 /// # Errors
 /// Where a file can't be used, or the VM can't be launched.
 pub(crate) fn run(options: cli::Run) -> anyhow::Result<ExitCode> {
-    let open =
-        |what, path: &Path| File::open(path).with_context(|| format!("can't open the {what} {}", path.display()));
+    let open = |what, path: &Path| {
+        File::open(path).with_context(|| format!("can't open the {what} {}", path.display()))
+    };
     let boot = Boot {
         config: VmShape { ram_bytes: options.mem, vcpus: options.cpus },
         prealloc: options.prealloc,

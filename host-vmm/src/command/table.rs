@@ -27,7 +27,8 @@ pub(super) fn json_lines(value: &impl Serialize) -> serde_json::Result<String> {
     Ok(in_ascii(&serde_json::to_string_pretty(value)?))
 }
 
-/// The same JSON in ASCII, in which no terminal finds control characters. Beyond ASCII, JSON has strings alone.
+/// The same JSON in ASCII, in which no terminal finds control characters. Beyond ASCII, JSON has strings
+/// alone.
 fn in_ascii(json: &str) -> String {
     let mut ascii = String::with_capacity(json.len());
     for character in json.chars() {
@@ -44,7 +45,10 @@ fn in_ascii(json: &str) -> String {
 }
 
 /// A table: its head, and its rows, with columns that line up.
-pub(super) fn table<const N: usize>(head: [(&str, Column); N], rows: impl Iterator<Item = [String; N]>) -> String {
+pub(super) fn table<const N: usize>(
+    head: [(&str, Column); N],
+    rows: impl Iterator<Item = [String; N]>,
+) -> String {
     let rows: Vec<[String; N]> =
         std::iter::once(head.map(|(title, _)| title.to_owned())).chain(rows.map(shown)).collect();
     let mut text = String::new();
@@ -89,7 +93,8 @@ mod tests {
         let text = table([("A", Column::Words), ("B", Column::Words)], rows.into_iter());
         assert_eq!(text.lines().count(), 3, "{text}");
         assert!(
-            text.lines().all(|line| !line.chars().any(|character| character.is_control() || character == '\u{202e}'))
+            text.lines()
+                .all(|line| !line.chars().any(|character| character.is_control() || character == '\u{202e}'))
         );
         for json in [json(&[hostile]).unwrap(), json_lines(&[hostile]).unwrap()] {
             assert!(json.bytes().all(|byte| matches!(byte, b'\n' | b' '..=b'~')), "{json}");

@@ -7,7 +7,7 @@ use vmfork_abi::{
     cpuid::{LEAF_FEATURES, LEAF_SIGNATURE},
     features::{ASKER, COPIES, GENERATION_PAGE, LOCATION},
 };
-use vmfork_tests::bare::{Script, control};
+use vmfork_tests::bare_guest::{Script, control};
 
 use super::{join, printed, run};
 

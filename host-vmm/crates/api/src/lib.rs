@@ -1,4 +1,5 @@
-//! The API of a platform: HTTP/1.1 with JSON, on a UNIX socket that only its user can reach, and over mutual TLS where it serves others.
+//! The API of a platform: HTTP/1.1 with JSON, on a UNIX socket that only its user can reach, and over mutual
+//! TLS where it serves others.
 //!
 //! | request | answer |
 //! | --- | --- |
@@ -23,11 +24,12 @@
 //! | `POST /v1/place`, with a [`Wish`](cluster::placement::Wish) | an [`Explanation`](cluster::placement::Explanation) |
 //! | `/v1/clones/ID`, `/v1/supplies/ID` | see `clone` in the crate `platform` |
 //!
-//! An ID may be cut short, for as long as it stands for one image only, or one VM; a VM may be called by its name too. What fails is told as
-//! a [`Failure`].
+//! An ID may be cut short, for as long as it stands for one image only, or one VM; a VM may be called by its
+//! name too. What fails is told as a [`Failure`].
 //!
-//! Over a network, nobody saves or loads images, for that names files of the platform's host; and only operators stop and fork VMs and read
-//! their logs. They order clones too, and where its configuration says so, other platforms of its cluster do.
+//! Over a network, nobody saves or loads images, for that names files of the platform's host; and only
+//! operators stop and fork VMs and read their logs. They order clones too, and where its configuration says
+//! so, other platforms of its cluster do.
 
 #![forbid(unsafe_code)]
 
@@ -56,7 +58,8 @@ pub const VERSION: u32 = 1;
 /// The header of a piece of a log that tells where the next one begins, in bytes.
 pub const NEXT_OFFSET: &str = "host-vmm-next-offset";
 
-/// The header of a piece of a log that tells whether the VM has ended, and nothing comes after it: `true` or `false`.
+/// The header of a piece of a log that tells whether the VM has ended, and nothing comes after it: `true` or
+/// `false`.
 pub const LAST_PIECE: &str = "host-vmm-last-piece";
 
 /// What a platform understands.
@@ -86,8 +89,8 @@ pub struct Versions {
 pub struct Vms {
     /// Those that there are, parents before their children.
     pub vms: Vec<Vm>,
-    /// VMs that have ended, and of which there are copies; and the latest ones that the platform has ended, for their image
-    /// could be changed.
+    /// VMs that have ended, and of which there are copies; and the latest ones that the platform has ended,
+    /// for their image could be changed.
     pub ended: Vec<Ended>,
 }
 
@@ -115,8 +118,8 @@ pub struct Vm {
     pub vcpus: u8,
     /// Size of its guest's memory in bytes.
     pub ram_bytes: u64,
-    /// Whether the image that its memory is a view of is sealed: the kernel lets nobody write to it then. Null where there
-    /// is none, for it was booted, and has never forked.
+    /// Whether the image that its memory is a view of is sealed: the kernel lets nobody write to it then.
+    /// Null where there is none, for it was booted, and has never forked.
     pub sealed: Option<bool>,
     /// Whether its guest's kernel can know by a VM generation ID (ACPI) that it runs in a copy: not where
     /// it was booted by a program that had none. Null while the VM is being made.
@@ -186,7 +189,8 @@ pub struct Image {
     pub created_ms: u64,
     /// Files that its memory consists of.
     pub layers: usize,
-    /// Whether they are sealed: the kernel lets nobody write to them then. Before, whoever uses the image waits for that.
+    /// Whether they are sealed: the kernel lets nobody write to them then. Before, whoever uses the image
+    /// waits for that.
     #[serde(default)]
     pub sealed: bool,
     /// Size of its state in bytes.
@@ -235,7 +239,8 @@ pub struct Copied {
 /// A wish for copies on another platform.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct CloneWish {
-    /// Name of the platform that has what is copied, or CLUSTER/NAME: the order is passed on to it. Null: the one that is asked.
+    /// Name of the platform that has what is copied, or CLUSTER/NAME: the order is passed on to it. Null: the
+    /// one that is asked.
     #[serde(default)]
     pub from: Option<String>,
     /// Name of the platform, or CLUSTER/NAME.

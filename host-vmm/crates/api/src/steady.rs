@@ -67,12 +67,15 @@ where
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
         let this = &mut *self;
-        let frame = Pin::new(&mut this.body).poll_frame(context).map(|frame| Some(frame?.map_err(Into::into)));
+        let frame =
+            Pin::new(&mut this.body).poll_frame(context).map(|frame| Some(frame?.map_err(Into::into)));
         let Some(limits) = this.limits else { return frame };
         let whole = this.whole(limits);
         match &frame {
             Poll::Ready(None | Some(Err(_))) => frame,
-            Poll::Ready(Some(Ok(_))) if this.began.elapsed() >= whole => Poll::Ready(Some(Err(Slow(whole).into()))),
+            Poll::Ready(Some(Ok(_))) if this.began.elapsed() >= whole => {
+                Poll::Ready(Some(Err(Slow(whole).into())))
+            }
             Poll::Ready(Some(Ok(piece))) => {
                 this.bytes += piece.data_ref().map_or(0, |data| data.len() as u64);
                 this.alarm = None;

@@ -4,12 +4,14 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::time::{ClockId, clock_gettime};
 
-/// CLOCK_MONOTONIC in nanoseconds. It is the same in all processes of a host, so that their times can be compared.
+/// CLOCK_MONOTONIC in nanoseconds. It is the same in all processes of a host, so that their times can be
+/// compared.
 pub fn monotonic_ns() -> u64 {
     nanoseconds(ClockId::CLOCK_MONOTONIC)
 }
 
-/// CLOCK_MONOTONIC_RAW in nanoseconds: it has the rate of the hardware, whatever disciplines the other clocks.
+/// CLOCK_MONOTONIC_RAW in nanoseconds: it has the rate of the hardware, whatever disciplines the other
+/// clocks.
 pub fn monotonic_raw_ns() -> u64 {
     nanoseconds(ClockId::CLOCK_MONOTONIC_RAW)
 }

@@ -1,7 +1,8 @@
 //! Room for file descriptors.
 //!
-//! Linux lets a process's table of descriptors grow as it is needed, and in a process of several threads waits for an RCU grace period each
-//! time: 16 ms (measured). So whoever will need many has the table grow before it starts a thread, or while nobody waits for it.
+//! Linux lets a process's table of descriptors grow as it is needed, and in a process of several threads
+//! waits for an RCU grace period each time: 16 ms (measured). So whoever will need many has the table grow
+//! before it starts a thread, or while nobody waits for it.
 
 use std::{io, os::fd::AsFd};
 

@@ -50,8 +50,7 @@ mod tests {
 
     #[test]
     fn memory_is_read_in_bytes() {
-        let text =
-            "MemTotal:       24689764 kB\nMemFree:         1000000 kB\nMemAvailable:   20000000 kB\nBuffers:  1 kB\n";
+        let text = "MemTotal:       24689764 kB\nMemFree:         1000000 kB\nMemAvailable:   20000000 kB\nBuffers:  1 kB\n";
         let memory = HostMemory { total: 24_689_764 << 10, available: 20_000_000 << 10 };
         assert_eq!(HostMemory::parse(text).unwrap(), memory);
     }

@@ -3,7 +3,8 @@
 //! - [`error`], [`text`]: errors and other text, cut and escaped where it comes in.
 //! - [`clock`], [`random`], [`units`], [`sync`]: the system's clocks and random bytes, sizes, locks.
 //! - [`threads`]: threads that leave processors to those that run vCPUs.
-//! - [`descriptors`], [`host_memory`]: how many files a process may have open, and how much memory a host has.
+//! - [`descriptors`], [`host_memory`]: how many files a process may have open, and how much memory a host
+//!   has.
 //! - [`output`], [`outage`]: output that never makes a VM or a fork wait, and reports of writes that fail.
 
 pub mod clock;

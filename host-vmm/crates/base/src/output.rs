@@ -68,9 +68,9 @@ pub struct Kind {
 /// How a file is written to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Way {
-    /// By whoever has something to write, while the file takes it at once, and else by a background thread: what
-    /// was written is not lost with this process. The file must have been opened by this process, since it is made
-    /// not to wait (O_NONBLOCK).
+    /// By whoever has something to write, while the file takes it at once, and else by a background thread:
+    /// what was written is not lost with this process. The file must have been opened by this process, since
+    /// it is made not to wait (O_NONBLOCK).
     Direct,
     /// By a [background](threads::step_back) thread, which takes no processor from a vCPU.
     Background,
@@ -275,7 +275,13 @@ fn messages_are_missing(count: u64) -> Vec<u8> {
 pub fn take_messages() -> io::Result<()> {
     let file = File::from(io::stderr().as_fd().try_clone_to_owned()?);
     let note = messages_are_missing;
-    let kind = Kind { name: "standard error", capacity: SHOWN_BYTES, unit: Unit::Messages, note, way: Way::Ordinary };
+    let kind = Kind {
+        name: "standard error",
+        capacity: SHOWN_BYTES,
+        unit: Unit::Messages,
+        note,
+        way: Way::Ordinary,
+    };
     if MESSAGES.set(Output::new(file, kind)?).is_ok() {
         panic::set_hook(Box::new(|panic| {
             let thread = thread::current();

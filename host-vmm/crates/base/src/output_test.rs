@@ -82,7 +82,8 @@ fn where_writes_fail_nobody_waits_for_them() {
     let begun = Instant::now();
     assert!(!output.flush(LONG));
     assert!(begun.elapsed() < LONG);
-    let full = Output::new(File::options().write(true).open("/dev/full").unwrap(), kind(100, Unit::Messages)).unwrap();
+    let full = Output::new(File::options().write(true).open("/dev/full").unwrap(), kind(100, Unit::Messages))
+        .unwrap();
     full.push(b"x");
     assert!(!full.flush(LONG));
 }
@@ -90,7 +91,8 @@ fn where_writes_fail_nobody_waits_for_them() {
 #[test]
 fn what_is_written_directly_is_there_at_once_and_waits_for_nobody() {
     let (mut reader, writer) = pipe().unwrap();
-    let output = Output::new(file(writer), Kind { way: Way::Direct, ..kind(100_000, Unit::Messages) }).unwrap();
+    let output =
+        Output::new(file(writer), Kind { way: Way::Direct, ..kind(100_000, Unit::Messages) }).unwrap();
     output.push(b"first\n");
     assert!(lock(&output.0.state).is_done(), "it is written, whatever becomes of this process");
     for _ in 0..100_000 {

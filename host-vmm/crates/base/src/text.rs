@@ -1,9 +1,9 @@
 //! Text from outside, cut and escaped once: from then on it can be kept, sent on, logged and shown.
 //!
-//! Peers, nodes, guests and etcd send reasons and names of any length, with any content: escape sequences that
-//! a terminal executes, or bidirectional controls that reorder what it shows. Such text becomes a [`Text`] where
-//! it enters, and each message that carries some has it as a [`Text`]. What one side can build, the other
-//! accepts: both use one constructor.
+//! Peers, nodes, guests and etcd send reasons and names of any length, with any content: escape sequences
+//! that a terminal executes, or bidirectional controls that reorder what it shows. Such text becomes a
+//! [`Text`] where it enters, and each message that carries some has it as a [`Text`]. What one side can
+//! build, the other accepts: both use one constructor.
 
 use std::{
     error::Error,
@@ -13,8 +13,8 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-/// A reason for a failure, with its causes: at most 4096 bytes. The longest one of an honest platform, the list
-/// of all that a host lacks for a VM, has some 3 KB.
+/// A reason for a failure, with its causes: at most 4096 bytes. The longest one of an honest platform, the
+/// list of all that a host lacks for a VM, has some 3 KB.
 pub type Reason = Text<4096>;
 
 /// A name of a VM or a platform: at most 128 bytes. Valid ones have at most 65 bytes (CLUSTER/NAME).
@@ -25,8 +25,8 @@ const CUT: char = '…';
 
 /// Printable text of at most `MAX` bytes.
 ///
-/// Control characters, format characters and combining marks are escaped as Rust escapes them (`\n`, `\u{1b}`).
-/// To make a [`Text`] of a [`Text`] changes nothing.
+/// Control characters, format characters and combining marks are escaped as Rust escapes them (`\n`,
+/// `\u{1b}`). To make a [`Text`] of a [`Text`] changes nothing.
 #[derive(Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(from = "String")]
 pub struct Text<const MAX: usize>(String);

@@ -12,7 +12,8 @@ use rustix::{
     thread::{CpuSet, sched_getaffinity, sched_setaffinity},
 };
 
-/// Number of processors that this process may use, as it was when it was first asked for: finding out takes 100 us.
+/// Number of processors that this process may use, as it was when it was first asked for: finding out takes
+/// 100 us.
 pub fn processors() -> usize {
     static PROCESSORS: OnceLock<usize> = OnceLock::new();
     *PROCESSORS.get_or_init(|| thread::available_parallelism().map_or(1, usize::from))
@@ -24,8 +25,8 @@ pub fn current_processor() -> u32 {
     unsafe { libc::sched_getcpu() }.cast_unsigned()
 }
 
-/// The processors that this process may use, for as long as it lives: what it was started with, or, where that was all of its control group's,
-/// whatever that will have.
+/// The processors that this process may use, for as long as it lives: what it was started with, or, where
+/// that was all of its control group's, whatever that will have.
 fn all() -> io::Result<CpuSet> {
     static ALL: OnceLock<CpuSet> = OnceLock::new();
     if let Some(all) = ALL.get() {
@@ -39,10 +40,12 @@ fn all() -> io::Result<CpuSet> {
     Ok(*ALL.get_or_init(|| all))
 }
 
-/// Keeps a thread off one processor, if there are others (sched_setaffinity): the calling one, or the first one of another process.
+/// Keeps a thread off one processor, if there are others (sched_setaffinity): the calling one, or the first
+/// one of another process.
 ///
-/// Linux wakes a thread up where it has slept, or where it was woken from, and moves none that waits for its turn before its next tick: what
-/// is woken up for a busy VM, on its processor, takes that from it, or comes up to 4 ms late (measured, with another processor idle).
+/// Linux wakes a thread up where it has slept, or where it was woken from, and moves none that waits for its
+/// turn before its next tick: what is woken up for a busy VM, on its processor, takes that from it, or comes
+/// up to 4 ms late (measured, with another processor idle).
 ///
 /// # Errors
 /// Where the system refuses it, or the process is gone.
@@ -51,7 +54,8 @@ pub fn keep_off(process: Option<u32>, processor: u32) -> io::Result<()> {
     let processor = usize::try_from(processor).ok().filter(|processor| *processor < CpuSet::MAX_CPU);
     let Some(processor) = processor.filter(|_| processors() > 1) else { return Ok(()) };
     others.unset(processor);
-    let process = process.map(|process| i32::try_from(process).ok().and_then(Pid::from_raw).ok_or(Errno::INVAL));
+    let process =
+        process.map(|process| i32::try_from(process).ok().and_then(Pid::from_raw).ok_or(Errno::INVAL));
     match sched_setaffinity(process.transpose()?, &others) {
         // There are no others any more.
         Err(Errno::INVAL) => Ok(()),
@@ -66,8 +70,8 @@ pub fn use_all_processors() {
     }
 }
 
-/// Has all threads allocate from one heap. With a heap for each, as glibc does it, a thread that allocates little costs 40 us more to
-/// start, and 20 KiB.
+/// Has all threads allocate from one heap. With a heap for each, as glibc does it, a thread that allocates
+/// little costs 40 us more to start, and 20 KiB.
 pub fn share_one_heap() {
     // SAFETY: the call changes a setting of the allocator, from the one thread that there is.
     if unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) } == 0 {
@@ -78,12 +82,14 @@ pub fn share_one_heap() {
 /// How much less a background thread gets of a processor that it shares with others (its nice value).
 const NICENESS: i32 = 10;
 
-/// How long its turns are, in nanoseconds, if nobody else wants the processor. Linux lets a thread that wakes up and has shorter turns take
-/// the processor at once, since 6.12; it would wait up to 4 ms otherwise (measured).
+/// How long its turns are, in nanoseconds, if nobody else wants the processor. Linux lets a thread that wakes
+/// up and has shorter turns take the processor at once, since 6.12; it would wait up to 4 ms otherwise
+/// (measured).
 const TURN_NS: u64 = 10_000_000;
 
-/// Starts a thread for work that nobody waits for. When it wakes up it takes no processor from a thread that runs a vCPU
-/// (SCHED_BATCH): it finds another one, or waits for its turn; and it gives the processor up when such a thread wakes up.
+/// Starts a thread for work that nobody waits for. When it wakes up it takes no processor from a thread that
+/// runs a vCPU (SCHED_BATCH): it finds another one, or waits for its turn; and it gives the processor up when
+/// such a thread wakes up.
 ///
 /// # Errors
 /// Where the system has no room for a thread.
@@ -123,7 +129,8 @@ fn schedule(policy: libc::c_int, niceness: i32, turn_ns: u64) -> io::Result<()> 
         sched_deadline: 0,
         sched_period: 0,
     };
-    // SAFETY: the call reads one struct that lives across it and names its own size, and is about the calling thread alone.
+    // SAFETY: the call reads one struct that lives across it and names its own size, and is about the calling
+    // thread alone.
     let result = unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

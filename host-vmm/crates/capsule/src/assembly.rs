@@ -34,7 +34,8 @@ impl LayerFile {
     }
 }
 
-/// A memory that is being put together. Chunks have numbers here, in the order of [`Manifest::chunks`](super::Manifest::chunks).
+/// A memory that is being put together. Chunks have numbers here, in the order of
+/// [`Manifest::chunks`](super::Manifest::chunks).
 #[derive(Debug)]
 pub struct Assembly {
     description: Description,
@@ -70,7 +71,8 @@ impl Assembly {
             })
             .collect();
         let cost = assembly.chunks.len().saturating_mul(CHUNK_COST) as u64;
-        let mut grant = budget.reserve(new.iter().fold(cost, |sum, (_, bytes)| sum.saturating_add(*bytes)))?;
+        let mut grant =
+            budget.reserve(new.iter().fold(cost, |sum, (_, bytes)| sum.saturating_add(*bytes)))?;
         new.into_iter().for_each(|(file, bytes)| grant.pass_on(file, bytes));
         Ok(Self { _grant: Some(grant), ..assembly })
     }
@@ -85,7 +87,9 @@ impl Assembly {
     ) -> Result<Self, Error> {
         let files = description.memory.layers.iter().map(|layer| match shared(layer) {
             Some(file) => Ok(LayerFile::Shared(file)),
-            None => Ok(LayerFile::New(Arc::new(memory::unsealed(LAYER_NAME, layer.file_pages * PAGE_BYTES)?))),
+            None => {
+                Ok(LayerFile::New(Arc::new(memory::unsealed(LAYER_NAME, layer.file_pages * PAGE_BYTES)?)))
+            }
         });
         let files: Vec<LayerFile> = files.collect::<Result<_, Error>>()?;
         let chunks: Vec<_> = description.memory.chunks().map(|(layer, chunk)| (layer, *chunk)).collect();
@@ -136,7 +140,8 @@ impl Assembly {
     /// The chunks that are missing, as ranges of their numbers.
     pub fn missing(&self) -> Vec<Range<u32>> {
         let mut missing: Vec<Range<u32>> = Vec::new();
-        for (number, _) in (0..).zip(&self.is_there).filter(|(_, is_there)| !is_there.load(Ordering::Acquire)) {
+        for (number, _) in (0..).zip(&self.is_there).filter(|(_, is_there)| !is_there.load(Ordering::Acquire))
+        {
             match missing.last_mut() {
                 Some(last) if last.end == number => last.end += 1,
                 _ => missing.push(number..number + 1),

@@ -1,4 +1,5 @@
-//! A chunk of a layer's file: 256 KiB, of which only the pages that are not zero are kept, sent and written, one behind another.
+//! A chunk of a layer's file: 256 KiB, of which only the pages that are not zero are kept, sent and written,
+//! one behind another.
 
 use std::{fs::File, iter, ops::Range, os::unix::fs::FileExt};
 
@@ -115,12 +116,19 @@ fn write(file: &File, offset: u64, pages: u64, data: &[u8]) -> Result<(), Error>
 ///
 /// # Errors
 /// [`Error::Invalid`] where they are others, or none of this piece; [`Error::Io`].
-pub(super) fn write_piece(file: &File, offset: u64, bytes: u64, pages: u64, data: &[u8]) -> Result<(), Error> {
+pub(super) fn write_piece(
+    file: &File,
+    offset: u64,
+    bytes: u64,
+    pages: u64,
+    data: &[u8],
+) -> Result<(), Error> {
     check(pages, data, bytes)?;
     write(file, offset, pages, data)
 }
 
-/// Reads a piece of a layer's file, and appends those of its pages that are not zero to `data`. Says which these are.
+/// Reads a piece of a layer's file, and appends those of its pages that are not zero to `data`. Says which
+/// these are.
 ///
 /// # Errors
 /// [`Error::Io`].

@@ -115,13 +115,16 @@ impl ChunkIndex {
         Self { chunks: all.collect(), sources }
     }
 
-    /// The file of a layer that has the same content, and to which nobody can write any more: a node may have kept a way to do so to what it has
-    /// frozen itself.
+    /// The file of a layer that has the same content, and to which nobody can write any more: a node may have
+    /// kept a way to do so to what it has frozen itself.
     pub fn layer(&self, wanted: &LayerManifest) -> Option<Arc<File>> {
-        let is_same = |layer: &LayerManifest| layer.file_pages == wanted.file_pages && layer.chunks == wanted.chunks;
+        let is_same =
+            |layer: &LayerManifest| layer.file_pages == wanted.file_pages && layer.chunks == wanted.chunks;
         self.sources.iter().find_map(|source| {
             let at = source.description.memory.layers.iter().position(is_same)?;
-            Some(&source.files[at]).filter(|file| memory::is_sealed(file).is_ok_and(|sealed| sealed)).map(Arc::clone)
+            Some(&source.files[at])
+                .filter(|file| memory::is_sealed(file).is_ok_and(|sealed| sealed))
+                .map(Arc::clone)
         })
     }
 

@@ -43,7 +43,11 @@ impl ChunkDecoder {
     ///
     /// # Errors
     /// Where a record is longer than a chunk, or `take` fails.
-    pub fn push(&mut self, piece: &[u8], mut take: impl FnMut(u32, &[u8]) -> io::Result<()>) -> io::Result<()> {
+    pub fn push(
+        &mut self,
+        piece: &[u8],
+        mut take: impl FnMut(u32, &[u8]) -> io::Result<()>,
+    ) -> io::Result<()> {
         let mut rest = piece;
         while !rest.is_empty() {
             if self.begun.is_empty()
@@ -90,7 +94,8 @@ fn whole(bytes: &[u8]) -> io::Result<Option<(u32, &[u8])>> {
     Ok(bytes.get(HEAD_BYTES..HEAD_BYTES + length).map(|data| (chunk, data)))
 }
 
-/// How many bytes are missing of a record of which these are there; or of its head, as long as that is not there.
+/// How many bytes are missing of a record of which these are there; or of its head, as long as that is not
+/// there.
 fn missing(begun: &[u8]) -> io::Result<usize> {
     Ok(head(begun)?.map_or(HEAD_BYTES, |(_, length)| HEAD_BYTES + length) - begun.len())
 }

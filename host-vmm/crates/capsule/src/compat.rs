@@ -5,9 +5,11 @@
 //! capsule against its [`HostCapabilities`] before it builds anything, and tells all differences at once, so
 //! that whoever plans a cluster need not find them one by one.
 //!
-//! More than a guest was shown is no difference. What only describes the CPU (its model, its caches, its topology) is not compared.
+//! More than a guest was shown is no difference. What only describes the CPU (its model, its caches, its
+//! topology) is not compared.
 //!
-//! The requirements are the word of whoever sent them. One who lies gets an error of KVM's later, or a guest that fails: his own.
+//! The requirements are the word of whoever sent them. One who lies gets an error of KVM's later, or a guest
+//! that fails: his own.
 
 use std::ops::RangeInclusive;
 
@@ -28,15 +30,17 @@ use vmm::{
 
 use super::{Incompatibility, Incompatible};
 
-/// Version of the state in a capsule: another one with each change of [`MachineState`], of guest-physical addresses, or of the interface
-/// between VMMs; but for what only some states have, in a part of its own, which programs refuse that do not know it.
+/// Version of the state in a capsule: another one with each change of [`MachineState`], of guest-physical
+/// addresses, or of the interface between VMMs; but for what only some states have, in a part of its own,
+/// which programs refuse that do not know it.
 pub const STATE_VERSION: u32 = 2;
 
 /// Versions of the state that this program can restore.
 pub const READABLE_STATE_VERSIONS: RangeInclusive<u32> = 1..=STATE_VERSION;
 
-/// How far frequencies of time-stamp counters may be apart, in millionths: what KVM itself takes for the same one (kernel source,
-/// tsc_tolerance_ppm), half of what NTP can correct. A guest's clock then drifts by no more than that until it is disciplined.
+/// How far frequencies of time-stamp counters may be apart, in millionths: what KVM itself takes for the same
+/// one (kernel source, tsc_tolerance_ppm), half of what NTP can correct. A guest's clock then drifts by no
+/// more than that until it is disciplined.
 const TSC_TOLERANCE_PPM: u64 = 250;
 
 /// Most registers that a state has: KVM's two lists have at most 256 each.
@@ -68,7 +72,8 @@ struct Needs {
     msrs: Vec<u32>,
     /// Frequency of the guest's time-stamp counter in kHz.
     tsc_khz: Option<u32>,
-    /// Capabilities of KVM that the guest, or its state, uses; those that every platform needs are not among them.
+    /// Capabilities of KVM that the guest, or its state, uses; those that every platform needs are not among
+    /// them.
     capabilities: Vec<String>,
     /// Size of a page in bytes.
     page_bytes: u64,
@@ -107,7 +112,8 @@ impl TryFrom<Needs> for Requirements {
 impl Requirements {
     /// Those of a captured machine.
     ///
-    /// A register that is zero in the state needs nothing: KVM lets registers be read as zero that the guest can't use.
+    /// A register that is zero in the state needs nothing: KVM lets registers be read as zero that the guest
+    /// can't use.
     pub fn of(state: &MachineState) -> Self {
         Self::of_vcpus(&state.vcpus, &state.capabilities, state.tsc_khz)
     }
@@ -176,13 +182,16 @@ impl HostCapabilities {
             tsc_scaling: model.tsc_scaling,
             capabilities: model.capabilities.clone(),
             page_bytes: PAGE_BYTES,
-            devices: devices::VERSIONS.iter().map(|&(name, version)| (name.to_owned(), version..=version)).collect(),
+            devices: devices::VERSIONS
+                .iter()
+                .map(|&(name, version)| (name.to_owned(), version..=version))
+                .collect(),
             state_versions: READABLE_STATE_VERSIONS,
         }
     }
 
-    /// Whether a VM of so many vCPUs was shown another CPU than the platform's own guests are: a vCPU that has run can't become such a one any
-    /// more (KVM_SET_CPUID2).
+    /// Whether a VM of so many vCPUs was shown another CPU than the platform's own guests are: a vCPU that
+    /// has run can't become such a one any more (KVM_SET_CPUID2).
     pub fn has_foreign_cpu(&self, requirements: &Requirements, vcpus: u8) -> bool {
         let shape = Shape { vcpus: vcpus.max(1), tsc_deadline_timer: self.tsc_deadline_timer };
         requirements.0.leaves != leaf::leaves(&cpuid::for_vcpu(&self.shown, shape, VcpuId(0)))
@@ -226,10 +235,12 @@ fn missing_features(needs: &Needs, host: &HostCapabilities) -> impl Iterator<Ite
     })
 }
 
-/// What the guest relies on by IA32_ARCH_CAPABILITIES: that the CPU has what it says, and no flaw that it does not tell of.
+/// What the guest relies on by IA32_ARCH_CAPABILITIES: that the CPU has what it says, and no flaw that it
+/// does not tell of.
 fn arch_capabilities(needs: &Needs, host: &HostCapabilities) -> impl Iterator<Item = Incompatibility> {
     let promised = |value: u64| value ^ ARCH_FLAWS;
-    let broken = needs.arch_capabilities.map_or(0, |needed| promised(needed) & !promised(host.arch_capabilities));
+    let broken =
+        needs.arch_capabilities.map_or(0, |needed| promised(needed) & !promised(host.arch_capabilities));
     (0..u64::BITS).filter(move |bit| broken >> bit & 1 != 0).map(Incompatibility::ArchCapability)
 }
 
@@ -243,16 +254,21 @@ fn numbers(needs: &Needs, host: &HostCapabilities) -> impl Iterator<Item = Incom
 /// Leaves that hold something of which this program does not know what it is: they have to be the same.
 fn unknown_leaves(needs: &Needs, host: &HostCapabilities) -> impl Iterator<Item = Incompatibility> {
     let is_seen = move |leaf: &&Leaf| leaf::find(&needs.leaves, leaf.function, leaf.index) == Some(*leaf);
-    let unknown =
-        needs.leaves.iter().filter(is_seen).filter(|leaf| matches!(features::kind(leaf), Kind::Unknown | Kind::Tiles));
+    let unknown = needs
+        .leaves
+        .iter()
+        .filter(is_seen)
+        .filter(|leaf| matches!(features::kind(leaf), Kind::Unknown | Kind::Tiles));
     let differ = unknown.filter(move |leaf| {
-        let offered = leaf::find(&host.leaves, leaf.function, leaf.index).map_or([0; 4], |leaf| leaf.registers);
+        let offered =
+            leaf::find(&host.leaves, leaf.function, leaf.index).map_or([0; 4], |leaf| leaf.registers);
         leaf.registers != [0; 4] && leaf.registers != offered
     });
     differ.map(|&Leaf { function, index, .. }| Incompatibility::Leaf { function, index })
 }
 
-/// Components of the state that are there on both sides, but not alike. Those that are missing are missing features.
+/// Components of the state that are there on both sides, but not alike. Those that are missing are missing
+/// features.
 fn components(needs: &Needs, host: &HostCapabilities) -> impl Iterator<Item = Incompatibility> {
     let both = xstate::shown(&needs.leaves) & xstate::shown(&host.leaves);
     let differ = xstate::numbers(both).filter_map(move |number| {
@@ -272,7 +288,9 @@ fn registers(needs: &Needs, host: &HostCapabilities) -> impl Iterator<Item = Inc
         (Some(needed), Some(offered)) => is_same_frequency(needed, offered),
         _ => false,
     };
-    missing.map(|index| Incompatibility::Msr(*index)).chain((!same).then_some(Incompatibility::Tsc { needed, offered }))
+    missing
+        .map(|index| Incompatibility::Msr(*index))
+        .chain((!same).then_some(Incompatibility::Tsc { needed, offered }))
 }
 
 /// Whether a guest that counts on `needed` kHz can do with `offered`.
@@ -284,7 +302,8 @@ fn is_same_frequency(needed: u32, offered: u32) -> bool {
 fn versions_and_sizes(needs: &Needs, host: &HostCapabilities) -> impl Iterator<Item = Incompatibility> {
     let capabilities = needs.capabilities.iter().filter(move |name| !host.capabilities.contains(name));
     let devices = needs.devices.iter().filter_map(move |(name, needed)| {
-        let offered = host.devices.iter().find(|(known, _)| known == name).map(|(_, versions)| versions.clone());
+        let offered =
+            host.devices.iter().find(|(known, _)| known == name).map(|(_, versions)| versions.clone());
         let fits = offered.as_ref().is_some_and(|versions| versions.contains(needed));
         (!fits).then(|| Incompatibility::Device { name: name.clone(), needed: *needed, offered })
     });

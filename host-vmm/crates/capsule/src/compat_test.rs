@@ -11,7 +11,7 @@ use vmm::arch::{
 };
 
 use super::*;
-use crate::{codec, older::tests::written_before, unpack};
+use crate::{codec, unpack, v1::tests::written_before};
 
 const ARCH_CAPABILITIES: u64 = 0b1010_1011;
 
@@ -56,7 +56,8 @@ fn any_model() -> impl Strategy<Value = HostModel> {
     })
 }
 
-/// What a machine needs that is captured on such a host. Its guest uses all registers, and all components of the state.
+/// What a machine needs that is captured on such a host. Its guest uses all registers, and all components of
+/// the state.
 fn captured(model: &HostModel, vcpus: u8) -> Requirements {
     let states: Vec<_> = (0..vcpus)
         .map(|vcpu| {
@@ -80,7 +81,8 @@ fn told(change: impl FnOnce(&mut Needs, &mut HostCapabilities)) -> Vec<Incompati
 }
 
 fn set(leaves: &mut [Leaf], word: Word, value: u32) {
-    let leaf = leaves.iter_mut().find(|leaf| (leaf.function, leaf.index) == (word.function, word.index)).unwrap();
+    let leaf =
+        leaves.iter_mut().find(|leaf| (leaf.function, leaf.index) == (word.function, word.index)).unwrap();
     leaf.set(word.register, value);
 }
 
@@ -117,7 +119,10 @@ fn each_difference_has_its_words() {
             |_, host| set(&mut host.leaves, Word::new(0x8000_0008, 0, Register::Eax), 0x39_27),
             "physical address bits 46 vs 39",
         ),
-        (|_, host| set(&mut host.leaves, Word::new(0xa, 0, Register::Eax), 0x0730_0402), "PMU counters 8 vs 4"),
+        (
+            |_, host| set(&mut host.leaves, Word::new(0xa, 0, Register::Eax), 0x0730_0402),
+            "PMU counters 8 vs 4",
+        ),
         (
             |needs, _| needs.leaves.push(Leaf { function: 0x1d, index: 1, registers: [1, 2, 3, 4] }),
             "unknown cpuid leaf 1d.1 differs",
@@ -200,17 +205,18 @@ fn without_features(leaves: &mut Vec<Leaf>) {
 
 #[test]
 fn a_guest_goes_on_where_the_vmm_has_other_features_and_keeps_its_own_leaves() {
-    let set_features = |leaves: &mut Vec<Leaf>, low| set(leaves, Word::new(LEAF_FEATURES, 0, Register::Eax), low);
+    let set_features =
+        |leaves: &mut Vec<Leaf>, low| set(leaves, Word::new(LEAF_FEATURES, 0, Register::Eax), low);
     // One of before, here; one of today, with a program of before, which compares these leaves as little.
     assert_eq!(told(|needs, _| without_features(&mut needs.leaves)), []);
     assert_eq!(told(|_, offer| without_features(&mut offer.leaves)), []);
     assert_eq!(told(|needs, _| set_features(&mut needs.leaves, u32::MAX)), []);
     assert_eq!(told(|_, offer| set_features(&mut offer.leaves, 0)), []);
     // A vCPU that has run with today's leaves can't take others: such a guest gets one that has not.
-    let (Requirements(mut needs), offer) = (captured(&rich(), 1), Offer::of(&rich()));
-    assert!(!offer.is_foreign(&Requirements(needs.clone()), 1));
+    let (Requirements(mut needs), offer) = (captured(&rich(), 1), HostCapabilities::of(&rich()));
+    assert!(!offer.has_foreign_cpu(&Requirements(needs.clone()), 1));
     without_features(&mut needs.leaves);
-    assert!(offer.is_foreign(&Requirements(needs), 1));
+    assert!(offer.has_foreign_cpu(&Requirements(needs), 1));
 }
 
 #[test]
@@ -220,8 +226,9 @@ fn images_of_before_the_features_are_accepted_where_their_cpu_is() {
         let requirements = Requirements::of(&machine);
         let needs = &requirements.0;
         // The host that has what they were shown: KVM's part of it, to which this program adds its own.
-        let of_kvm = needs.leaves.iter().filter(|leaf| !(LEAF_SIGNATURE..=LEAF_INTERFACE).contains(&leaf.function));
-        let host = Model {
+        let of_kvm =
+            needs.leaves.iter().filter(|leaf| !(LEAF_SIGNATURE..=LEAF_INTERFACE).contains(&leaf.function));
+        let host = HostModel {
             xsave_bytes: usize::try_from(needs.xsave_bytes).unwrap(),
             arch_capabilities: needs.arch_capabilities.unwrap_or(0),
             tsc_khz: needs.tsc_khz,
@@ -230,9 +237,11 @@ fn images_of_before_the_features_are_accepted_where_their_cpu_is() {
         };
         // The older one does not say how fast its guest's TSC runs.
         let expected: &[&str] = if needs.tsc_khz.is_some() { &[] } else { &["TSC of unknown frequency"] };
-        let differences = check(&requirements, &Offer::of(&host)).err().map(|Incompatible(differences)| differences);
+        let differences = check(&requirements, &HostCapabilities::of(&host))
+            .err()
+            .map(|Incompatible(differences)| differences);
         let differences = differences.unwrap_or_default();
-        assert_eq!(differences.iter().map(Difference::to_string).collect::<Vec<_>>(), expected);
+        assert_eq!(differences.iter().map(Incompatibility::to_string).collect::<Vec<_>>(), expected);
     }
 }
 
@@ -259,11 +268,26 @@ fn requirements_have_bounds() {
 /// Leaves that no CPU has.
 fn forged_leaves() -> impl Strategy<Value = Vec<Leaf>> {
     let function = prop_oneof![
-        proptest::sample::select(vec![0, 1, 7, 0xa, 0xd, 0x14, 0x1d, 0x24, 0x4000_0001, 0x8000_0001, 0x8000_0008]),
+        proptest::sample::select(vec![
+            0,
+            1,
+            7,
+            0xa,
+            0xd,
+            0x14,
+            0x1d,
+            0x24,
+            0x4000_0001,
+            0x8000_0001,
+            0x8000_0008
+        ]),
         any::<u32>(),
     ];
     let leaf = (function, prop_oneof![0..64u32, any::<u32>()], any::<[u32; 4]>());
-    proptest::collection::vec(leaf.prop_map(|(function, index, registers)| Leaf { function, index, registers }), 0..20)
+    proptest::collection::vec(
+        leaf.prop_map(|(function, index, registers)| Leaf { function, index, registers }),
+        0..20,
+    )
 }
 
 proptest! {

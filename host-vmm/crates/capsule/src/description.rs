@@ -1,7 +1,8 @@
 //! What a capsule says beside its memory's content: parts, each with a version of its own.
 //!
-//! A part's version rises with its layout, whatever the others do. A reader knows the version that it writes and the one before. A part that it
-//! does not know at all is an error, unless its kind says that it may be passed over.
+//! A part's version rises with its layout, whatever the others do. A reader knows the version that it writes
+//! and the one before. A part that it does not know at all is an error, unless its kind says that it may be
+//! passed over.
 
 use std::sync::Arc;
 
@@ -79,7 +80,8 @@ impl ImageMetadata {
     /// [`Error::Invalid`].
     pub(super) fn check(&self) -> Result<(), Error> {
         let VmIdentity { name, vm_type, .. } = &self.original;
-        let is_name = |name: &String| name.len() <= MAX_NAME_BYTES && name.bytes().all(|byte| byte.is_ascii_graphic());
+        let is_name =
+            |name: &String| name.len() <= MAX_NAME_BYTES && name.bytes().all(|byte| byte.is_ascii_graphic());
         if vmfork_abi::is_vm_type(&self.vm_type) && [name, vm_type].into_iter().all(is_name) {
             return Ok(());
         }
@@ -152,7 +154,11 @@ impl Part for Vec<VcpuState> {
     fn check_body(body: &[u8]) -> Result<(), Error> {
         let count = body.first_chunk().map_or(0, |count| u64::from_le_bytes(*count));
         let least = count.saturating_mul(size_of::<VcpuState>() as u64 / 2);
-        if body.len() as u64 >= least { Ok(()) } else { Err(Error::Invalid("registers of its vCPUs are missing")) }
+        if body.len() as u64 >= least {
+            Ok(())
+        } else {
+            Err(Error::Invalid("registers of its vCPUs are missing"))
+        }
     }
 }
 
@@ -197,7 +203,8 @@ impl Description {
     /// # Errors
     /// [`Error::Codec`].
     pub fn to_bytes(&self) -> Result<Vec<u8>, Error> {
-        let MachineState { vm, vcpus, devices, control_page, tsc_khz, capabilities, config: _ } = &self.machine;
+        let MachineState { vm, vcpus, devices, control_page, tsc_khz, capabilities, config: _ } =
+            &self.machine;
         let mut sections = vec![
             Section::of(&self.metadata)?,
             Section::of(&self.requirements)?,
@@ -210,14 +217,16 @@ impl Description {
         if let Some(stored) = &self.stored {
             sections.push(Section::of(stored)?);
         }
-        // Most guests have asked for the copies, and been answered. An older program knows that, and nothing else.
+        // Most guests have asked for the copies, and been answered. An older program knows that, and nothing
+        // else.
         if *control_page != ControlPageState::forked(self.metadata.seq) {
             sections.push(Section::of(control_page)?);
         }
         Ok(codec::encode(&sections)?)
     }
 
-    /// What these bytes say. They may come from anybody: all that is bounded is checked here, but for what only a machine can tell.
+    /// What these bytes say. They may come from anybody: all that is bounded is checked here, but for what
+    /// only a machine can tell.
     ///
     /// # Errors
     /// [`Error`]: what is missing, of another version, or can't be.
@@ -226,7 +235,9 @@ impl Description {
         if sections.len() > MAX_PARTS {
             return Err(Error::Invalid("it has too many parts"));
         }
-        if let Some(unknown) = sections.iter().find(|part| part.kind < OPTIONAL && !KINDS.contains(&part.kind)) {
+        if let Some(unknown) =
+            sections.iter().find(|part| part.kind < OPTIONAL && !KINDS.contains(&part.kind))
+        {
             return Err(Error::UnknownPart(unknown.kind));
         }
         let mut parts = Parts(sections);
@@ -234,19 +245,22 @@ impl Description {
         let Machine { tsc_khz, capabilities } = parts.need()?;
         let (vm, vcpus, devices) = (parts.need()?, parts.need()?, parts.need()?);
         let control_page = parts.take()?.unwrap_or_else(|| ControlPageState::forked(metadata.seq));
-        let machine = MachineState { config: metadata.config, vm, vcpus, devices, control_page, tsc_khz, capabilities };
+        let machine =
+            MachineState { config: metadata.config, vm, vcpus, devices, control_page, tsc_khz, capabilities };
         let (memory, stored) = (parts.need::<Manifest>()?, parts.take::<Vec<u32>>()?);
         metadata.check()?;
         memory.check()?;
         if !compat::are_names(machine.capabilities.iter()) {
-            return Err(Error::Invalid("its machine has too many capabilities, or one without a proper name"));
+            return Err(Error::Invalid(
+                "its machine has too many capabilities, or one without a proper name",
+            ));
         }
         if stored.as_ref().is_some_and(|stored| stored.len() != memory.chunks().count()) {
             return Err(Error::Invalid("it does not say how its memory is stored"));
         }
         let VmShape { ram_bytes, vcpus } = metadata.config;
-        let is_of_shape =
-            machine.vcpus.len() == usize::from(vcpus) && memory.pages.checked_mul(PAGE_BYTES) == Some(ram_bytes);
+        let is_of_shape = machine.vcpus.len() == usize::from(vcpus)
+            && memory.pages.checked_mul(PAGE_BYTES) == Some(ram_bytes);
         if vcpus == 0 || !is_of_shape {
             return Err(Error::Invalid("its vCPUs or its memory are not those of its shape"));
         }
@@ -290,14 +304,18 @@ mod tests {
         assert_eq!(read(6, codec::encode(&5u32).unwrap()).unwrap(), Grown { old: 5, new: 0 });
         for version in [0, 5, 8, u32::MAX] {
             let refused = read(version, codec::encode(&5u32).unwrap());
-            assert!(matches!(refused, Err(Error::Version { what: "a test", oldest: 6, newest: 7, .. })), "{version}");
+            assert!(
+                matches!(refused, Err(Error::Version { what: "a test", oldest: 6, newest: 7, .. })),
+                "{version}"
+            );
         }
         assert!(matches!(Parts(Vec::new()).need::<Grown>(), Err(Error::MissingPart("a test"))));
     }
 
     #[test]
     fn devices_of_before_have_no_generation_id() {
-        let read = |version, body| Parts(vec![Section { kind: 6, version, body }]).need::<DevicesState>().unwrap();
+        let read =
+            |version, body| Parts(vec![Section { kind: 6, version, body }]).need::<DevicesState>().unwrap();
         let older = codec::encode(&OlderDevicesState::from(DevicesState::power_on())).unwrap();
         assert!(!read(1, older).has_generation_id());
         assert!(read(2, codec::encode(&DevicesState::power_on()).unwrap()).has_generation_id());
@@ -310,7 +328,9 @@ mod tests {
         assert_eq!(read(whole.clone()).unwrap().len(), 1);
         // As many as the bytes could stand for where nothing is said of any.
         let many = whole.len() as u64 / 90;
-        for body in [many.to_le_bytes().to_vec(), [&many.to_le_bytes()[..], &whole[8..]].concat(), vec![0xff; 4096]] {
+        for body in
+            [many.to_le_bytes().to_vec(), [&many.to_le_bytes()[..], &whole[8..]].concat(), vec![0xff; 4096]]
+        {
             assert!(matches!(read(body), Err(Error::Invalid(_))));
         }
     }

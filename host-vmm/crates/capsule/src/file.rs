@@ -1,7 +1,8 @@
 //! A capsule at rest: one file.
 //!
-//! The memory stands in it page by page, aligned to pages, so that it can be mapped as it is; or, where it is to be small, compressed chunk by
-//! chunk. The header is written last, so that a file that was not finished is none.
+//! The memory stands in it page by page, aligned to pages, so that it can be mapped as it is; or, where it is
+//! to be small, compressed chunk by chunk. The header is written last, so that a file that was not finished
+//! is none.
 
 use std::{
     fs::File,

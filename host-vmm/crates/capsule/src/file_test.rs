@@ -198,7 +198,10 @@ fn forged_descriptions_are_refused() {
     let empty = Run { page: 20, pages: 0, file_page: 0 };
     assert!(matches!(forged(|it| it.memory.layers[1].runs.push(empty)), Err(Error::Invalid(_))));
     let one = |page| Run { page, pages: 1, file_page: 0 };
-    assert!(matches!(forged(|it| it.memory.layers[1].runs.extend([20, 22].map(one))), Err(Error::Invalid(_))));
+    assert!(matches!(
+        forged(|it| it.memory.layers[1].runs.extend([20, 22].map(one))),
+        Err(Error::Invalid(_))
+    ));
 }
 
 #[test]

@@ -19,7 +19,8 @@ pub const HEADER_BYTES: usize = 128;
 /// Where the memory begins in a file.
 pub const DATA_OFFSET: u64 = PAGE_BYTES;
 
-/// Longest description in bytes: a state, and 44 bytes for each 256 KiB of memory, which comes to a memory of 256 GiB.
+/// Longest description in bytes: a state, and 44 bytes for each 256 KiB of memory, which comes to a memory of
+/// 256 GiB.
 pub const MAX_DESCRIPTION_BYTES: u64 = 64 << 20;
 
 /// The memory is compressed (zstd), each chunk by itself.
@@ -34,8 +35,8 @@ const COMPRESSED: u64 = 1 << 0;
 /// 16  offset of the memory  48  zero
 /// ```
 ///
-/// Numbers are little-endian, sizes in bytes; digests are BLAKE3. The description has a digest of each chunk of the memory, so that the
-/// digest of the description stands for all of the image.
+/// Numbers are little-endian, sizes in bytes; digests are BLAKE3. The description has a digest of each chunk
+/// of the memory, so that the digest of the description stands for all of the image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Header {
     /// Version of the format.
@@ -84,7 +85,8 @@ impl Header {
     /// The header that these bytes are.
     ///
     /// # Errors
-    /// [`Error::NoCapsule`], [`Error::Version`], [`Error::Digest`] or [`Error::Invalid`], each for what it says.
+    /// [`Error::NoCapsule`], [`Error::Version`], [`Error::Digest`] or [`Error::Invalid`], each for what it
+    /// says.
     pub fn from_bytes(bytes: &[u8; HEADER_BYTES]) -> Result<Self, Error> {
         let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap_or_default());
         if bytes[..8] != MAGIC {

@@ -28,7 +28,8 @@ pub enum Incompatibility {
     },
     /// A feature that the guest was shown is missing.
     Feature(Feature),
-    /// A bit of IA32_ARCH_CAPABILITIES: it is missing, or where it tells of a flaw, the guest does not know that.
+    /// A bit of IA32_ARCH_CAPABILITIES: it is missing, or where it tells of a flaw, the guest does not know
+    /// that.
     ArchCapability(u32),
     /// There is less of something that is counted.
     Number {
@@ -123,11 +124,15 @@ impl fmt::Display for Incompatibility {
             Self::Msr(index) => write!(f, "missing MSR {index:#x}"),
             Self::Capability(name) => write!(f, "missing {name}"),
             Self::PageSize { needed, offered } => write!(f, "pages of {needed} bytes vs {offered}"),
-            Self::Device { name, needed, offered: None } => write!(f, "missing device {name} version {needed}"),
+            Self::Device { name, needed, offered: None } => {
+                write!(f, "missing device {name} version {needed}")
+            }
             Self::Device { name, needed, offered: Some(offered) } => {
                 write!(f, "device {name} version {needed} vs {}", versions(offered))
             }
-            Self::StateVersion { needed, offered } => write!(f, "state version {needed} vs {}", versions(offered)),
+            Self::StateVersion { needed, offered } => {
+                write!(f, "state version {needed} vs {}", versions(offered))
+            }
         }
     }
 }

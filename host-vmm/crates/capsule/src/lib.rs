@@ -1,4 +1,5 @@
-//! A captured VM as bytes: what a copy needs beside the memory's files, and the capsule, in which all of it travels or rests.
+//! A captured VM as bytes: what a copy needs beside the memory's files, and the capsule, in which all of it
+//! travels or rests.
 //!
 //! ```text
 //!  capsule      header       128 bytes: version, sizes, digests              (header)
@@ -7,7 +8,8 @@
 //!                            platform, the state, and what the memory is
 //! ```
 //!
-//! In a [`mod@file`] the three stand in this order. Between platforms, header and description go first, and then those chunks that are missing.
+//! In a [`mod@file`] the three stand in this order. Between platforms, header and description go first, and
+//! then those chunks that are missing.
 
 #![forbid(unsafe_code)]
 
@@ -93,7 +95,9 @@ pub enum Error {
         newest: u32,
     },
     /// Its end is missing, or something follows.
-    #[error("the capsule is {found} bytes long and should be {expected}: it was cut off, or not written to its end")]
+    #[error(
+        "the capsule is {found} bytes long and should be {expected}: it was cut off, or not written to its end"
+    )]
     Length {
         /// How long it is.
         found: u64,
@@ -110,7 +114,9 @@ pub enum Error {
     #[error("the capsule is not valid: {0} is missing")]
     MissingPart(&'static str),
     /// It has something that must be known to run it.
-    #[error("the capsule has a part of the kind {0}, which this program does not know: it was made by a newer one")]
+    #[error(
+        "the capsule has a part of the kind {0}, which this program does not know: it was made by a newer one"
+    )]
     UnknownPart(u32),
     /// Nobody wants it any more.
     #[error("the capsule was not made: the copies that it was for were called off")]
@@ -132,8 +138,9 @@ pub struct Capsule {
 }
 
 impl Capsule {
-    /// Describes it: what it needs, and what is in its memory, all of which is read for that but for what `digests` knows. The state may
-    /// come from a process that a guest has broken out into; it is checked here.
+    /// Describes it: what it needs, and what is in its memory, all of which is read for that but for what
+    /// `digests` knows. The state may come from a process that a guest has broken out into; it is checked
+    /// here.
     ///
     /// # Errors
     /// [`Error`]: whatever does not fit, or can't be read.
@@ -145,7 +152,11 @@ impl Capsule {
     ///
     /// # Errors
     /// As [`Capsule::describe`], and [`Error::CalledOff`].
-    pub fn describe_while(&self, digests: &Digests, is_wanted: IsWanted<'_>) -> Result<(Description, Image), Error> {
+    pub fn describe_while(
+        &self,
+        digests: &Digests,
+        is_wanted: IsWanted<'_>,
+    ) -> Result<(Description, Image), Error> {
         let (machine, image) = unpack(&self.state, &self.files)?;
         manifest::check_length(&image, MAX_MANIFEST_BYTES)?;
         let requirements = compat::Requirements::of(&machine);
@@ -215,7 +226,8 @@ pub fn pack(machine: &MachineState, image: &Image, files: &[Arc<File>]) -> Resul
     Ok(codec::encode(&Contents { machine: Cow::Borrowed(machine), pages: image.pages(), layers })?)
 }
 
-/// Unpacks what [`pack`] gave, and checks that the image is whole, and frozen at least: platforms seal images.
+/// Unpacks what [`pack`] gave, and checks that the image is whole, and frozen at least: platforms seal
+/// images.
 ///
 /// # Errors
 /// [`Error`]: whatever does not fit.

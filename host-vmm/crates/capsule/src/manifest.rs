@@ -1,7 +1,8 @@
 //! What a capsule says of its memory: layers, the pages that each holds, and a digest of each chunk of them.
 //!
-//! A layer's file is cut into chunks of 256 KiB. A chunk of nothing but zero bytes is left out, and so are the zero pages of the others. Equal
-//! chunks have equal digests, wherever they come from: who has one already need not be sent it.
+//! A layer's file is cut into chunks of 256 KiB. A chunk of nothing but zero bytes is left out, and so are
+//! the zero pages of the others. Equal chunks have equal digests, wherever they come from: who has one
+//! already need not be sent it.
 
 use std::{
     fs::File,
@@ -51,8 +52,8 @@ impl LayerManifest {
         CHUNK_BYTES.min((self.file_pages * PAGE_BYTES).saturating_sub(u64::from(number) * CHUNK_BYTES))
     }
 
-    /// Reads the chunk with this number, whatever it holds, from the layer's file, and appends it to `data`: which pages are not zero (8 bytes,
-    /// little-endian), and these, one behind another.
+    /// Reads the chunk with this number, whatever it holds, from the layer's file, and appends it to `data`:
+    /// which pages are not zero (8 bytes, little-endian), and these, one behind another.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -60,8 +61,9 @@ impl LayerManifest {
         let start = data.len();
         data.extend_from_slice(&[0; size_of::<u64>()]);
         let offset = u64::from(number) * CHUNK_BYTES;
-        // Where nothing is there, it is read at once that there is nothing. To ask for that takes longer: Linux looks for what comes next
-        // up to the end of the file, through all pages that are there and were never written to.
+        // Where nothing is there, it is read at once that there is nothing. To ask for that takes longer:
+        // Linux looks for what comes next up to the end of the file, through all pages that are there and
+        // were never written to.
         let pages = chunk::read_piece(file, offset, self.chunk_bytes(number), data)?;
         data[start..start + size_of::<u64>()].copy_from_slice(&pages.to_le_bytes());
         Ok(())
@@ -103,14 +105,21 @@ impl Manifest {
     pub fn of_while(image: &Image, digests: &Digests, is_wanted: IsWanted<'_>) -> Result<Self, Error> {
         let layers = image.layers().iter().map(|layer| {
             let file = digests.of(&layer.file, is_wanted)?;
-            Ok(LayerManifest { file_pages: file.pages, runs: layer.runs.clone(), chunks: file.chunks.clone() })
+            Ok(LayerManifest {
+                file_pages: file.pages,
+                runs: layer.runs.clone(),
+                chunks: file.chunks.clone(),
+            })
         });
         Ok(Self { pages: image.pages(), layers: layers.collect::<Result<_, Error>>()? })
     }
 
     /// All chunks, layer by layer, each with the number of its layer.
     pub fn chunks(&self) -> impl Iterator<Item = (usize, &Chunk)> {
-        self.layers.iter().enumerate().flat_map(|(number, layer)| layer.chunks.iter().map(move |chunk| (number, chunk)))
+        self.layers
+            .iter()
+            .enumerate()
+            .flat_map(|(number, layer)| layer.chunks.iter().map(move |chunk| (number, chunk)))
     }
 
     /// Size of all pages that are not zero in bytes.
@@ -120,7 +129,9 @@ impl Manifest {
 
     /// Size of the layers' files in bytes: what is in them at most.
     pub fn file_bytes(&self) -> u64 {
-        self.layers.iter().fold(0, |sum: u64, layer| sum.saturating_add(layer.file_pages.saturating_mul(PAGE_BYTES)))
+        self.layers
+            .iter()
+            .fold(0, |sum: u64, layer| sum.saturating_add(layer.file_pages.saturating_mul(PAGE_BYTES)))
     }
 
     /// Size in bytes, as it travels, of the longest manifest with the same layers, whatever is in these.
@@ -132,8 +143,8 @@ impl Manifest {
         })
     }
 
-    /// Checks it, since it comes from elsewhere: layers of a possible size, chunks that are sorted, within them, and not empty. Whether the
-    /// layers make an image is for [`Image::new`] to say.
+    /// Checks it, since it comes from elsewhere: layers of a possible size, chunks that are sorted, within
+    /// them, and not empty. Whether the layers make an image is for [`Image::new`] to say.
     ///
     /// # Errors
     /// [`Error::Invalid`].
@@ -146,7 +157,10 @@ impl Manifest {
             return Err(Error::Invalid("its layers are too large together"));
         }
         for LayerManifest { file_pages, runs, chunks } in &self.layers {
-            if *file_pages > MAX_RAM_BYTES / PAGE_BYTES || runs.len() > MAX_EXTENTS || runs.len() as u64 > *file_pages {
+            if *file_pages > MAX_RAM_BYTES / PAGE_BYTES
+                || runs.len() > MAX_EXTENTS
+                || runs.len() as u64 > *file_pages
+            {
                 return Err(Error::Invalid("a layer is too large, or has too many runs"));
             }
             if runs.iter().any(|run| run.pages == 0) {
@@ -177,8 +191,8 @@ const RUN_LENGTH: u64 = 24;
 const LAYER_LENGTH: u64 = 24;
 const HEAD_LENGTH: u64 = 16;
 
-/// Checks whether an image's manifest is no longer than `most` bytes, before its memory is read for it: a chunk that is all zero counts where
-/// there is memory for it.
+/// Checks whether an image's manifest is no longer than `most` bytes, before its memory is read for it: a
+/// chunk that is all zero counts where there is memory for it.
 ///
 /// # Errors
 /// [`Error::TooLarge`], or [`Error::Io`].
@@ -204,8 +218,8 @@ pub(super) fn check_length(image: &Image, most: u64) -> Result<(), Error> {
     if found > most { Err(Error::TooLarge { found, most }) } else { Ok(()) }
 }
 
-/// Digests of what is in layers' files that are sealed: to read one takes a second for some GiB. Of others nothing is
-/// remembered, since neither length nor time of change tells of a store by a mapping.
+/// Digests of what is in layers' files that are sealed: to read one takes a second for some GiB. Of others
+/// nothing is remembered, since neither length nor time of change tells of a store by a mapping.
 #[derive(Debug, Default)]
 pub struct Digests(Mutex<Vec<(FileId, Arc<FileChunks>)>>);
 
@@ -235,7 +249,8 @@ impl Digests {
     fn of(&self, file: &File, is_wanted: IsWanted<'_>) -> Result<Arc<FileChunks>, Error> {
         let metadata = file.metadata().map_err(|error| Error::Io("look at a layer", error))?;
         let id = (metadata.dev(), metadata.ino(), metadata.ctime(), metadata.ctime_nsec(), metadata.len());
-        let found = lock(&self.0).iter().find(|(known, _)| *known == id).map(|(_, chunks)| Arc::clone(chunks));
+        let found =
+            lock(&self.0).iter().find(|(known, _)| *known == id).map(|(_, chunks)| Arc::clone(chunks));
         if let Some(found) = found {
             return Ok(found);
         }
@@ -250,7 +265,8 @@ impl Digests {
         Ok(made)
     }
 
-    /// Reads these files of which nothing is remembered, so that whoever asks next need not: those that are sealed.
+    /// Reads these files of which nothing is remembered, so that whoever asks next need not: those that are
+    /// sealed.
     ///
     /// # Errors
     /// [`Error::Io`] where one can't be read.
@@ -282,8 +298,10 @@ fn chunks_of(file: &File, bytes: u64, is_wanted: IsWanted<'_>) -> Result<Vec<Chu
             return Err(Error::CalledOff);
         }
         data.clear();
-        let (offset, number) =
-            (number * CHUNK_BYTES, u32::try_from(number).map_err(|_| Error::Invalid("a layer is too large"))?);
+        let (offset, number) = (
+            number * CHUNK_BYTES,
+            u32::try_from(number).map_err(|_| Error::Invalid("a layer is too large"))?,
+        );
         let bytes = CHUNK_BYTES.min(bytes - offset);
         let pages = chunk::read_piece(file, offset, bytes, data)?;
         if pages == 0 { Ok(None) } else { Chunk::of(number, pages, data, bytes).map(Some) }
@@ -349,7 +367,8 @@ mod tests {
     fn what_nobody_wants_any_more_is_not_read_to_its_end() {
         use std::sync::atomic::{AtomicUsize, Ordering};
         let (digests, pages) = (Digests::default(), vec![1u8; 32 * 64]);
-        let image = Image::new(32 * 64, vec![Arc::new(Layer::whole(Arc::new(file(&pages)), 32 * 64))]).unwrap();
+        let image =
+            Image::new(32 * 64, vec![Arc::new(Layer::whole(Arc::new(file(&pages)), 32 * 64))]).unwrap();
         let looks = AtomicUsize::new(0);
         let called_off = Manifest::of_while(&image, &digests, &|| looks.fetch_add(1, Ordering::Relaxed) < 2);
         assert!(matches!(called_off, Err(Error::CalledOff)));
@@ -410,7 +429,8 @@ mod tests {
     fn forged_manifests_are_refused() {
         let chunk = |number, pages| Chunk { number, pages, digest: [0; 32] };
         let check = |file_pages, chunks| {
-            Manifest { pages: 1, layers: vec![LayerManifest { file_pages, runs: Vec::new(), chunks }] }.check()
+            Manifest { pages: 1, layers: vec![LayerManifest { file_pages, runs: Vec::new(), chunks }] }
+                .check()
         };
         assert!(check(65, vec![chunk(0, 1 << 63), chunk(1, 1)]).is_ok());
         for (file_pages, chunks) in [

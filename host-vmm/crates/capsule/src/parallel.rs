@@ -7,8 +7,8 @@ use std::{
 
 use base::threads;
 
-/// Makes something of each item, on all processors, in their order. After the first failure, no more are begun. Each processor has a buffer
-/// of its own for it, which is left as it is from item to item.
+/// Makes something of each item, on all processors, in their order. After the first failure, no more are
+/// begun. Each processor has a buffer of its own for it, which is left as it is from item to item.
 ///
 /// # Errors
 /// One of the failures.
@@ -25,7 +25,8 @@ pub(super) fn map<T: Sync, R: Send, E: Send>(
         while let Some((number, item)) =
             Some(next.fetch_add(1, Ordering::Relaxed)).and_then(|at| Some((at, items.get(at)?)))
         {
-            let result = make(&mut buffer, item).inspect_err(|_| next.store(items.len(), Ordering::Relaxed))?;
+            let result =
+                make(&mut buffer, item).inspect_err(|_| next.store(items.len(), Ordering::Relaxed))?;
             made.push((number, result));
         }
         Ok(made)

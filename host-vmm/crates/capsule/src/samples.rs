@@ -43,7 +43,13 @@ pub fn capsule(layers: &[Vec<u8>]) -> Capsule {
         generation: 3,
     };
     let config = VmShape { ram_bytes: PAGES * PAGE_BYTES, vcpus: 1 };
-    let metadata =
-        ImageMetadata { id: Uuid::from_u128(8), created_ns: 9, vm_type: "web".into(), original, config, seq: 10 };
+    let metadata = ImageMetadata {
+        id: Uuid::from_u128(8),
+        created_ns: 9,
+        vm_type: "web".into(),
+        original,
+        config,
+        seq: 10,
+    };
     Capsule { metadata, state, files }
 }

@@ -18,7 +18,9 @@ use vmm::{
     memory::{self, Budget, MAX_LAYERS},
 };
 
-use super::{Capsule, Error, Header, ImageMetadata, LayerContents, MAX_BYTES, codec, header::DATA_OFFSET, image, pack};
+use super::{
+    Capsule, Error, Header, ImageMetadata, LayerContents, MAX_BYTES, codec, header::DATA_OFFSET, image, pack,
+};
 
 /// Bytes that are read at once.
 const PIECE_BYTES: u64 = 1 << 20;
@@ -69,7 +71,12 @@ struct Machine {
 ///
 /// # Errors
 /// [`Error`]: whatever is wrong with it, or [`Error::NoRoom`].
-pub(super) fn load(file: &File, header: &Header, description: &[u8], budget: &Budget) -> Result<Capsule, Error> {
+pub(super) fn load(
+    file: &File,
+    header: &Header,
+    description: &[u8],
+    budget: &Budget,
+) -> Result<Capsule, Error> {
     let description: Description = codec::decode(description)?;
     check(&description, header.data_bytes)?;
     let mut grant = budget.reserve(header.data_bytes)?;
@@ -87,7 +94,8 @@ pub(super) fn load(file: &File, header: &Header, description: &[u8], budget: &Bu
         codec::decode(&description.state)?;
     let vcpus = OlderVcpuState::into_current(vcpus);
     let (devices, control_page) = (devices.into(), ControlPageState::forked(description.seq));
-    let machine = MachineState { config, vm, vcpus, devices, control_page, tsc_khz: None, capabilities: Vec::new() };
+    let machine =
+        MachineState { config, vm, vcpus, devices, control_page, tsc_khz: None, capabilities: Vec::new() };
     let state = pack(&machine, &image(pages, layers, &files)?, &files)?;
     let Description { id, created_ns, vm_type, original, config, seq, .. } = description;
     let metadata = ImageMetadata { id, created_ns, vm_type, original, config, seq };
@@ -95,7 +103,8 @@ pub(super) fn load(file: &File, header: &Header, description: &[u8], budget: &Bu
     Ok(Capsule { metadata, state, files })
 }
 
-/// Checks that the layers are of a possible size, that their runs are sorted and within them, and that the pages are all theirs.
+/// Checks that the layers are of a possible size, that their runs are sorted and within them, and that the
+/// pages are all theirs.
 fn check(description: &Description, data_bytes: u64) -> Result<(), Error> {
     let Description { layers, state, .. } = description;
     if layers.len() > MAX_LAYERS || state.len() > MAX_BYTES {
@@ -108,7 +117,8 @@ fn check(description: &Description, data_bytes: u64) -> Result<(), Error> {
         }
         let mut free_from = 0;
         for &(page, count) in &layer.runs {
-            let end = page.checked_add(count).filter(|end| count > 0 && page >= free_from && *end <= layer.pages);
+            let end =
+                page.checked_add(count).filter(|end| count > 0 && page >= free_from && *end <= layer.pages);
             free_from = end.ok_or(Error::Invalid("a layer's runs are not sorted, or reach out of it"))?;
             pages += count;
         }
@@ -135,7 +145,9 @@ impl Reader<'_> {
             let (mut to, end) = (page * PAGE_BYTES, (page + pages) * PAGE_BYTES);
             while to < end {
                 let piece = &mut buffer[..usize::try_from(PIECE_BYTES.min(end - to)).unwrap_or(0)];
-                self.file.read_exact_at(piece, self.at).map_err(|error| Error::Io("read the capsule", error))?;
+                self.file
+                    .read_exact_at(piece, self.at)
+                    .map_err(|error| Error::Io("read the capsule", error))?;
                 self.digest.update(piece);
                 target.write_all_at(piece, to).map_err(|error| Error::Io("write to memory", error))?;
                 (self.at, to) = (self.at + piece.len() as u64, to + piece.len() as u64);

@@ -13,7 +13,8 @@ use crate::{
     unpack,
 };
 
-/// A file that a program of that version has written, made smaller: of a guest that had done no more than to fork.
+/// A file that a program of that version has written, made smaller: of a guest that had done no more than to
+/// fork.
 const GOLDEN: &[u8] = include_bytes!("version-1.capsule.zst");
 
 /// A file in the format of today whose states are of version 1, of the same guest.
@@ -39,13 +40,18 @@ pub(crate) fn saved_as_version_1(capsule: &Capsule) -> Vec<u8> {
     let layers = image.layers().iter().enumerate();
     let layers = layers.map(|(file, layer)| LayerContents { file, runs: layer.runs.clone() }).collect();
     let vcpus = vcpus.into_iter().map(OlderVcpuState::of).collect();
-    let contents =
-        Contents { machine: Machine { config, vm, vcpus, devices: devices.into() }, pages: image.pages(), layers };
+    let contents = Contents {
+        machine: Machine { config, vm, vcpus, devices: devices.into() },
+        pages: image.pages(),
+        layers,
+    };
     let (mut data, mut described) = (Vec::new(), Vec::new());
     for layer in image.layers() {
         let content = content(&layer.file);
         let mut runs = Vec::new();
-        for (page, bytes) in (0..).zip(content.chunks(4096)).filter(|(_, page)| page.iter().any(|&byte| byte != 0)) {
+        for (page, bytes) in
+            (0..).zip(content.chunks(4096)).filter(|(_, page)| page.iter().any(|&byte| byte != 0))
+        {
             data.extend_from_slice(bytes);
             runs.push((page, 1));
         }
@@ -54,7 +60,20 @@ pub(crate) fn saved_as_version_1(capsule: &Capsule) -> Vec<u8> {
     let ImageMetadata { id, created_ns, vm_type, original, config, seq } = capsule.metadata.clone();
     let state = codec::encode(&contents).unwrap();
     let data_digest = blake3::hash(&data).into();
-    file(&Description { id, created_ns, vm_type, original, config, seq, state, layers: described, data_digest }, &data)
+    file(
+        &Description {
+            id,
+            created_ns,
+            vm_type,
+            original,
+            config,
+            seq,
+            state,
+            layers: described,
+            data_digest,
+        },
+        &data,
+    )
 }
 
 fn file(description: &Description, data: &[u8]) -> Vec<u8> {

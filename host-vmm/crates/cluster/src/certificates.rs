@@ -5,13 +5,16 @@
 //! NAME.pem  NAME.key    a platform's or an operator's
 //! ```
 //!
-//! A cluster believes in no other CA than its own, so whoever has a certificate of it is a member. Keys are ECDSA's on P-256: fast enough
-//! not to matter, and what every TLS library and hardware module takes, where Ed25519 still is not everywhere.
+//! A cluster believes in no other CA than its own, so whoever has a certificate of it is a member. Keys are
+//! ECDSA's on P-256: fast enough not to matter, and what every TLS library and hardware module takes, where
+//! Ed25519 still is not everywhere.
 //!
-//! The CA's name is made of its key. So the key is all that it takes to issue a certificate, and no two clusters' CAs are mistaken for each
-//! other. Verifiers look at a CA's key and name, not at its dates, which are for people and other tools: what ends is each certificate.
+//! The CA's name is made of its key. So the key is all that it takes to issue a certificate, and no two
+//! clusters' CAs are mistaken for each other. Verifiers look at a CA's key and name, not at its dates, which
+//! are for people and other tools: what ends is each certificate.
 //!
-//! Nobody can take a certificate back. It is short-lived instead, or the cluster gets another CA: `ca.pem` may hold several.
+//! Nobody can take a certificate back. It is short-lived instead, or the cluster gets another CA: `ca.pem`
+//! may hold several.
 
 use std::{
     fs::{self, DirBuilder, Permissions},
@@ -22,8 +25,8 @@ use std::{
 };
 
 use rcgen::{
-    BasicConstraints, Certificate, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
-    KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SerialNumber,
+    BasicConstraints, Certificate, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose,
+    IsCa, Issuer, KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SerialNumber,
 };
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use tempfile::NamedTempFile;
@@ -124,8 +127,8 @@ pub fn init(folder: &Path, force: bool) -> Result<Written, Error> {
     Ok(Written { certificate, key, until: validity.end.date() })
 }
 
-/// Issues a certificate for so many days: `NAME.pem` and `NAME.key`, in the folder of the CA. It is good for connecting, and for being
-/// connected to.
+/// Issues a certificate for so many days: `NAME.pem` and `NAME.key`, in the folder of the CA. It is good for
+/// connecting, and for being connected to.
 ///
 /// # Errors
 /// [`Error`]. Without `force`, a certificate or key that is there stays.
@@ -183,11 +186,16 @@ impl Authority {
     }
 
     /// Makes a key, and a certificate for its holder.
-    pub(super) fn issue(&self, principal: &Principal, validity: &Range<OffsetDateTime>) -> Result<Pair, Error> {
+    pub(super) fn issue(
+        &self,
+        principal: &Principal,
+        validity: &Range<OffsetDateTime>,
+    ) -> Result<Pair, Error> {
         let mut params = params(principal.dns_name(), vec![principal.dns_name()], validity)?;
         params.is_ca = IsCa::ExplicitNoCa;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        params.extended_key_usages =
+            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
         self.sign(&params)
     }
 
@@ -226,7 +234,11 @@ fn named(name: String) -> DistinguishedName {
 }
 
 /// What all certificates have.
-fn params(name: String, dns_names: Vec<String>, validity: &Range<OffsetDateTime>) -> Result<CertificateParams, Error> {
+fn params(
+    name: String,
+    dns_names: Vec<String>,
+    validity: &Range<OffsetDateTime>,
+) -> Result<CertificateParams, Error> {
     let mut params = CertificateParams::new(dns_names).map_err(Error::Make)?;
     params.distinguished_name = named(name);
     (params.not_before, params.not_after) = (validity.start, validity.end);
@@ -243,9 +255,11 @@ fn write(
     key: &KeyPair,
     force: bool,
 ) -> Result<(PathBuf, PathBuf), Error> {
-    let [certificate_path, key_path] = ["pem", "key"].map(|extension| folder.join(format!("{name}.{extension}")));
+    let [certificate_path, key_path] =
+        ["pem", "key"].map(|extension| folder.join(format!("{name}.{extension}")));
     let failed = |path: &Path, source| Error::Write { path: path.to_owned(), source };
-    let key_draft = draft(folder, &key.serialize_pem(), KEY_MODE).map_err(|source| failed(&key_path, source))?;
+    let key_draft =
+        draft(folder, &key.serialize_pem(), KEY_MODE).map_err(|source| failed(&key_path, source))?;
     let draft = draft(folder, &certificate.pem(), CERTIFICATE_MODE);
     let draft = draft.map_err(|source| failed(&certificate_path, source))?;
     publish(key_draft, &key_path, force)?;
@@ -270,7 +284,9 @@ fn publish(draft: NamedTempFile, path: &Path, force: bool) -> Result<(), Error> 
     let published = if force { draft.persist(path) } else { draft.persist_noclobber(path) };
     match published.map_err(|failed| failed.error) {
         Ok(_) => Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Err(Error::Exists { path: path.to_owned() }),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            Err(Error::Exists { path: path.to_owned() })
+        }
         Err(source) => Err(Error::Write { path: path.to_owned(), source }),
     }
 }
@@ -315,7 +331,8 @@ mod tests {
     #[test]
     fn what_is_there_stays_unless_forced() {
         let folder = tempfile::tempdir().unwrap();
-        let content = |written: &Written| [&written.certificate, &written.key].map(|path| fs::read(path).unwrap());
+        let content =
+            |written: &Written| [&written.certificate, &written.key].map(|path| fs::read(path).unwrap());
         let exists = |result: Result<Written, Error>| matches!(result, Err(Error::Exists { .. }));
         let ca = init(folder.path(), false).unwrap();
         let alpha = issue(folder.path(), &principal("alpha"), 1, false).unwrap();

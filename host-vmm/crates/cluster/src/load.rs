@@ -15,8 +15,8 @@ use super::member::Load;
 const CPU_PRESSURE: &str = "/proc/pressure/cpu";
 const MEMORY_PRESSURE: &str = "/proc/pressure/memory";
 
-/// Reads what this host has to do: its memory, its processors, and what waits for them. What VMs and warm VMs the platform has is its own to
-/// fill in, and 0 or empty here.
+/// Reads what this host has to do: its memory, its processors, and what waits for them. What VMs and warm VMs
+/// the platform has is its own to fill in, and 0 or empty here.
 ///
 /// # Errors
 /// [`host_memory::Error`]: the memory can't be told. A kernel that does not tell what waits (no PSI) is taken
@@ -48,7 +48,8 @@ fn read_pressure(path: &'static str) -> u32 {
     0
 }
 
-/// Share of time in which something waited, in thousandths, from the text of a file in `/proc/pressure`: that has percent, with two decimals.
+/// Share of time in which something waited, in thousandths, from the text of a file in `/proc/pressure`: that
+/// has percent, with two decimals.
 fn pressure_permille(text: &str) -> Option<u32> {
     let some = text.lines().find_map(|line| line.strip_prefix("some "))?;
     let percent = some.split_whitespace().find_map(|word| word.strip_prefix("avg10="))?;
@@ -64,13 +65,20 @@ mod tests {
     #[test]
     fn pressure_is_in_thousandths() {
         let full = "full avg10=99.00 avg60=0.00 avg300=0.00 total=1\n";
-        for (avg10, permille) in
-            [("0.00", 0), ("1.23", 12), ("0.09", 0), ("7", 70), ("99.99", 999), ("100.00", 1000), ("400.00", 1000)]
-        {
+        for (avg10, permille) in [
+            ("0.00", 0),
+            ("1.23", 12),
+            ("0.09", 0),
+            ("7", 70),
+            ("99.99", 999),
+            ("100.00", 1000),
+            ("400.00", 1000),
+        ] {
             let text = format!("{full}some avg10={avg10} avg60=2.00 avg300=3.00 total=12345\n");
             assert_eq!(pressure_permille(&text), Some(permille), "{avg10}");
         }
-        for bad in ["", full, "some avg60=1.00\n", "some avg10=\n", "some avg10=-1.00\n", "some avg10=1.x\n"] {
+        for bad in ["", full, "some avg60=1.00\n", "some avg10=\n", "some avg10=-1.00\n", "some avg10=1.x\n"]
+        {
             assert_eq!(pressure_permille(bad), None, "{bad}");
         }
         assert_eq!(pressure_permille("some avg10=99999999999.00"), None);

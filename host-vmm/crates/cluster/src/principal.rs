@@ -1,8 +1,9 @@
 //! Principals: name and role in a certificate of the cluster, and the peer at the other end of a connection.
 //!
-//! Name and role are the certificate's only DNS name: `NAME.platform.host-vmm.internal`, or `NAME.operator.host-vmm.internal`. Such names
-//! are there to be compared (`internal` is set aside for private use, and nobody resolves it): whoever connects gives an address, and
-//! the name that must answer there. The role is a part of the name, so that an operator's certificate is never taken for a platform's.
+//! Name and role are the certificate's only DNS name: `NAME.platform.host-vmm.internal`, or
+//! `NAME.operator.host-vmm.internal`. Such names are there to be compared (`internal` is set aside for
+//! private use, and nobody resolves it): whoever connects gives an address, and the name that must answer
+//! there. The role is a part of the name, so that an operator's certificate is never taken for a platform's.
 
 use std::fmt;
 
@@ -97,8 +98,8 @@ impl fmt::Display for Principal {
 pub enum ConnectionPeer {
     /// The holder of a certificate of this cluster, which was verified.
     Certified(Principal),
-    /// Somebody on this host, of whom nothing else is known: over a UNIX socket that only some users can reach, or a loopback address that
-    /// all can.
+    /// Somebody on this host, of whom nothing else is known: over a UNIX socket that only some users can
+    /// reach, or a loopback address that all can.
     Local,
 }
 
@@ -127,8 +128,14 @@ mod tests {
     #[test]
     fn a_certificate_tells_name_and_role() {
         let principal = |name| Principal::of(&certificate(&[name])).unwrap();
-        assert_eq!(principal("alpha.platform.host-vmm.internal"), Principal::new("alpha", Role::Platform).unwrap());
-        assert_eq!(principal("alice.operator.host-vmm.internal"), Principal::new("alice", Role::Operator).unwrap());
+        assert_eq!(
+            principal("alpha.platform.host-vmm.internal"),
+            Principal::new("alpha", Role::Platform).unwrap()
+        );
+        assert_eq!(
+            principal("alice.operator.host-vmm.internal"),
+            Principal::new("alice", Role::Operator).unwrap()
+        );
     }
 
     #[test]

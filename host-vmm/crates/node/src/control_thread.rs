@@ -161,9 +161,15 @@ impl ControlThread {
     }
 
     /// Says that the machine runs.
-    pub(super) fn begin(self, machine: Arc<Machine>, engine: Arc<Engine>, launch: Option<Launch>) -> Reporter {
+    pub(super) fn begin(
+        self,
+        machine: Arc<Machine>,
+        engine: Arc<Engine>,
+        launch: Option<Launch>,
+    ) -> Reporter {
         // A guest that may soon need pages has no time to lose, and one that is booted has time.
-        let is_left_alone = launch.as_ref().is_some_and(|launch| !matches!(launch.working_set, Prefetch::Fill(_)));
+        let is_left_alone =
+            launch.as_ref().is_some_and(|launch| !matches!(launch.working_set, Prefetch::Fill(_)));
         self.tell(ControlEvent::Started { machine, engine, launch });
         if !is_left_alone {
             self.wakeup.wake_now();
@@ -189,7 +195,8 @@ impl Reporter {
         self.control_thread.tell(ControlEvent::ForkEnded(outcome));
     }
 
-    /// Waits until all of it is told. A VM that has ended has come to an exit, so that this does not take long.
+    /// Waits until all of it is told. A VM that has ended has come to an exit, so that this does not take
+    /// long.
     pub(super) fn finish(self) {
         let ControlThread { events, wakeup, thread } = self.control_thread;
         drop(events);
@@ -211,7 +218,9 @@ fn run(
     let generation_id = machine.devices.has_generation_id();
     let told = link.send(&ToPlatform::Running { generation_id }, &[]);
     if let Err(error) = listen(machine, engine, link, replies) {
-        machine.vcpu_barrier.end(ExitReason::Broken(Reason::of(format_args!("can't start a thread: {error}"))));
+        machine
+            .vcpu_barrier
+            .end(ExitReason::Broken(Reason::of(format_args!("can't start a thread: {error}"))));
     }
     if let Some(Launch { working_set: Prefetch::Fill(working_set), .. }) = &launch {
         // As important as the guest, which it saves more work than it does.
@@ -225,8 +234,9 @@ fn run(
     }
 }
 
-/// Makes pages ready beside the guest. Without them it is only slower. No thread may be started meanwhile: both would wait for each other
-/// again and again, to change what is mapped or to look at it, and the guest with them.
+/// Makes pages ready beside the guest. Without them it is only slower. No thread may be started meanwhile:
+/// both would wait for each other again and again, to change what is mapped or to look at it, and the guest
+/// with them.
 fn prefetch(machine: &Machine, working_set: &WorkingSet) {
     let mapping = Arc::clone(lock(&machine.memory).mapping());
     if let Err(error) = working_set.prefault(&mapping, || machine.vcpu_barrier.ended().is_none()) {
@@ -237,7 +247,10 @@ fn prefetch(machine: &Machine, working_set: &WorkingSet) {
 /// Waits for the first output, the end, or long enough, and tells what was written to until then.
 fn record(machine: &Machine, link: &NodeLink) -> Result<(), link::Error> {
     let began = Instant::now();
-    while !machine.devices.has_output() && machine.vcpu_barrier.ended().is_none() && began.elapsed() < RECORDED {
+    while !machine.devices.has_output()
+        && machine.vcpu_barrier.ended().is_none()
+        && began.elapsed() < RECORDED
+    {
         thread::sleep(RECORD_INTERVAL);
     }
     let mapping = Arc::clone(lock(&machine.memory).mapping());
@@ -262,7 +275,9 @@ fn report_launch(machine: &Machine, launch: Launch, link: &NodeLink) -> Result<(
 /// when there is time.
 fn report_forks(engine: &Engine, link: &NodeLink, events: &mut EventQueue) -> Result<(), link::Error> {
     loop {
-        let Some(ControlEvent::ForkEnded(outcome)) = events.next(|| engine.prepare_next()) else { return Ok(()) };
+        let Some(ControlEvent::ForkEnded(outcome)) = events.next(|| engine.prepare_next()) else {
+            return Ok(());
+        };
         let ForkOutcome { mut report, first_exit, cleanup } = outcome;
         add_first_run(&mut report.steps, &first_exit);
         link.send(&ToPlatform::Report(report), &[])?;
@@ -304,7 +319,8 @@ fn take_messages(
     link: &NodeLink,
     replies: &mpsc::Sender<ToNode>,
 ) -> io::Result<()> {
-    // Few VMs ever get console input. The guest may not take it for long, so that it needs a thread of its own.
+    // Few VMs ever get console input. The guest may not take it for long, so that it needs a thread of its
+    // own.
     let mut console: Option<mpsc::Sender<Vec<u8>>> = None;
     loop {
         // A receiver that is gone means that the VM is ending.

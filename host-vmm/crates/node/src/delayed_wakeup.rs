@@ -33,7 +33,10 @@ impl DelayedWakeup {
     /// One that is not scheduled (timerfd_create).
     pub(super) fn new() -> io::Result<Self> {
         let flags = TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK;
-        Ok(Self { timer: TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?, is_scheduled: AtomicBool::new(false) })
+        Ok(Self {
+            timer: TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?,
+            is_scheduled: AtomicBool::new(false),
+        })
     }
 
     /// Schedules it after a delay, unless it is scheduled already.

@@ -1,8 +1,8 @@
 //! Prefault of the pages of the program that nodes run.
 //!
-//! A process that was forked has its parent's pages, but has to ask for most of them again: for those of the program's file, one page
-//! fault for each 64 KiB, and for what it writes to, one for each page. A node takes 90 of them until it runs, 450 us in all (measured).
-//! Asked for all at once, they cost a tenth of that.
+//! A process that was forked has its parent's pages, but has to ask for most of them again: for those of the
+//! program's file, one page fault for each 64 KiB, and for what it writes to, one for each page. A node takes
+//! 90 of them until it runs, 450 us in all (measured). Asked for all at once, they cost a tenth of that.
 
 use std::{fs, fs::File, io, ops::Range, os::unix::fs::FileExt};
 
@@ -13,7 +13,8 @@ const STACK_BYTES: usize = 64 << 10;
 
 const PAGE_BYTES: usize = 4096;
 
-/// Bytes of one entry of the page map, and the bit of those that are present (kernel documentation, admin-guide/mm/pagemap.rst).
+/// Bytes of one entry of the page map, and the bit of those that are present (kernel documentation,
+/// admin-guide/mm/pagemap.rst).
 const ENTRY_BYTES: usize = 8;
 const PRESENT: u64 = 1 << 63;
 
@@ -34,7 +35,9 @@ impl PrefaultSet {
         let mut ranges = Vec::new();
         for (range, access) in maps.lines().filter_map(needed) {
             match access {
-                Access::Read => ranges.extend(present(&page_map, range)?.into_iter().map(|range| (range, access))),
+                Access::Read => {
+                    ranges.extend(present(&page_map, range)?.into_iter().map(|range| (range, access)))
+                }
                 Access::Write => ranges.push((range, access)),
             }
         }

@@ -56,7 +56,8 @@ pub(super) fn run(host: &Arc<Host>, spawn: &Spawn, link: NodeLink, console: File
         Err(error) => return Ok(link.send(&ToPlatform::Failed(Reason::of(format_args!("{error:#}"))), &[])?),
     };
     let Ready { machine, vcpus, faults, head_start, launch } = ready;
-    let engine = Arc::new(Engine::new(Arc::clone(&machine), Arc::clone(&link), replies, spawn.max_pause, faults));
+    let engine =
+        Arc::new(Engine::new(Arc::clone(&machine), Arc::clone(&link), replies, spawn.max_pause, faults));
     machine.devices.run();
     let control_thread = control_thread.begin(Arc::clone(&machine), Arc::clone(&engine), launch);
     let end = machine::run(&machine, vcpus, head_start, |vcpu, request| {
@@ -83,7 +84,12 @@ fn confine_with_handles(host: &Arc<Host>) -> anyhow::Result<Arc<HostHandles>> {
 }
 
 /// Builds the warm VM, waits for its order, and carries it out.
-fn launch(handles: &Arc<HostHandles>, spawn: &Spawn, link: &NodeLink, console: File) -> anyhow::Result<Ready> {
+fn launch(
+    handles: &Arc<HostHandles>,
+    spawn: &Spawn,
+    link: &NodeLink,
+    console: File,
+) -> anyhow::Result<Ready> {
     let mut blank = BlankMachine::build(handles, spawn.config)?;
     // Where its order is there already, there is no time for this.
     if !spawn.is_cold && !link.is_readable() {
@@ -111,7 +117,8 @@ fn launch(handles: &Arc<HostHandles>, spawn: &Spawn, link: &NodeLink, console: F
             let order = || order.map_or_else(|| receive_order(link), Ok);
             let child = Child::from_blank(blank, copy_source, console, faults, order, || link.is_closed())?;
             let Child { machine, vcpus, seq, working_set, first_vcpu_late, steps, rendezvous } = child;
-            let launch = Some(Launch { seq, steps, first_exit: machine.exits.watch(), rendezvous, working_set });
+            let launch =
+                Some(Launch { seq, steps, first_exit: machine.exits.watch(), rendezvous, working_set });
             let head_start = if first_vcpu_late { LATE } else { Duration::ZERO };
             Ok(Ready { machine: Arc::new(machine), vcpus, faults: Vec::new(), head_start, launch })
         }
@@ -139,7 +146,10 @@ fn await_order(link: &NodeLink, blank: &mut BlankMachine) -> anyhow::Result<Assi
     loop {
         match standby {
             Some(standby) if standby.wait(link)? => {
-                return Ok(Assignment::Copy { copy_source: standby.into_copy_source().with_children(1), order: None });
+                return Ok(Assignment::Copy {
+                    copy_source: standby.into_copy_source().with_children(1),
+                    order: None,
+                });
             }
             _ => {}
         }

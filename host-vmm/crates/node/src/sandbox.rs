@@ -1,12 +1,14 @@
 //! What a node may ask of the kernel: what running a VM takes, and no more (seccomp).
 //!
-//! Whoever breaks out of a guest finds himself in a process that can open no file, make no socket and no process, run no other program,
-//! map nothing as code, and signal nobody else. It has what the platform gave it: its memory, its VM, a pipe for its console, and
-//! its connection. Any other call fails as one that this kernel does not have. What a filter can't keep from him: to find out whether a file
-//! exists, to write to the log that all nodes share, and to take memory, which a control group has to bound.
+//! Whoever breaks out of a guest finds himself in a process that can open no file, make no socket and no
+//! process, run no other program, map nothing as code, and signal nobody else. It has what the platform gave
+//! it: its memory, its VM, a pipe for its console, and its connection. Any other call fails as one that this
+//! kernel does not have. What a filter can't keep from him: to find out whether a file exists, to write to
+//! the log that all nodes share, and to take memory, which a control group has to bound.
 //!
-//! There are two filters. All that nodes and their zygote do is allowed by one that the zygote sets up for itself, once, and that nodes
-//! inherit: to set it up takes 300 us. What only the zygote does, or a node only at its start, a short one takes away from each node.
+//! There are two filters. All that nodes and their zygote do is allowed by one that the zygote sets up for
+//! itself, once, and that nodes inherit: to set it up takes 300 us. What only the zygote does, or a node only
+//! at its start, a short one takes away from each node.
 
 use std::{collections::BTreeMap, process};
 
@@ -16,8 +18,8 @@ use rustix::{
     thread::{CapabilitySet, CapabilitySets, set_capabilities},
 };
 use seccompiler::{
-    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen as Length, SeccompCmpOp as Compare, SeccompCondition,
-    SeccompFilter, SeccompRule, TargetArch,
+    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen as Length, SeccompCmpOp as Compare,
+    SeccompCondition, SeccompFilter, SeccompRule, TargetArch,
 };
 
 /// Why a process can't be confined.
@@ -31,7 +33,8 @@ pub(super) enum Error {
     Apply(#[from] seccompiler::Error),
 }
 
-/// Calls that are allowed whatever they are given. They work on what the process has: its memory, its descriptors, its threads.
+/// Calls that are allowed whatever they are given. They work on what the process has: its memory, its
+/// descriptors, its threads.
 const ALLOWED: &[c_long] = &[
     // Memory.
     libc::SYS_brk,
@@ -84,10 +87,12 @@ const ALLOWED: &[c_long] = &[
 const OF_THE_START: &[c_long] = &[libc::SYS_openat, libc::SYS_pidfd_open, libc::SYS_wait4];
 
 /// What may be done to a descriptor: nothing that makes it send signals to whoever uses the other end.
-const FCNTL: &[c_int] = &[libc::F_ADD_SEALS, libc::F_DUPFD_CLOEXEC, libc::F_GETFD, libc::F_GETFL, libc::F_GET_SEALS];
+const FCNTL: &[c_int] =
+    &[libc::F_ADD_SEALS, libc::F_DUPFD_CLOEXEC, libc::F_GETFD, libc::F_GETFL, libc::F_GET_SEALS];
 
 /// What may be said of memory: nothing that makes a page of it unusable for others who share it.
-const ADVICE: &[c_int] = &[libc::MADV_DONTNEED, libc::MADV_FREE, libc::MADV_POPULATE_READ, libc::MADV_POPULATE_WRITE];
+const ADVICE: &[c_int] =
+    &[libc::MADV_DONTNEED, libc::MADV_FREE, libc::MADV_POPULATE_READ, libc::MADV_POPULATE_WRITE];
 
 /// What may be done to a word that is shared, with any flags: nothing that makes another's wake-up fail.
 const FUTEX: &[c_int] = &[libc::FUTEX_WAIT, libc::FUTEX_WAKE, libc::FUTEX_WAIT_BITSET];
@@ -105,7 +110,8 @@ const FAULT_IOCTLS: u64 = 0xaa00;
 /// PAGEMAP_SCAN (linux/fs.h).
 const PAGEMAP_SCAN: u64 = 0xc060_6610;
 
-/// Confines the calling thread, and all that come from it, to what nodes and their zygote do, and takes all privileges from them.
+/// Confines the calling thread, and all that come from it, to what nodes and their zygote do, and takes all
+/// privileges from them.
 ///
 /// # Errors
 /// [`Error`].
@@ -132,7 +138,10 @@ fn allowed() -> Result<BpfProgram, BackendError> {
     };
     rules.insert(libc::SYS_fcntl, any_of(1, FCNTL)?);
     rules.insert(libc::SYS_madvise, any_of(2, ADVICE)?);
-    rules.insert(libc::SYS_prctl, any_of(0, &[libc::PR_SET_NAME, libc::PR_SET_SECCOMP, libc::PR_SET_NO_NEW_PRIVS])?);
+    rules.insert(
+        libc::SYS_prctl,
+        any_of(0, &[libc::PR_SET_NAME, libc::PR_SET_SECCOMP, libc::PR_SET_NO_NEW_PRIVS])?,
+    );
     let operation = flag(libc::FUTEX_CMD_MASK);
     let futex = FUTEX.iter().map(|futex| argument(1, Compare::MaskedEq(operation), flag(*futex)));
     rules.insert(libc::SYS_futex, futex.collect::<Result<_, _>>()?);
@@ -156,7 +165,8 @@ fn allowed() -> Result<BpfProgram, BackendError> {
 }
 
 fn forbidden() -> Result<BpfProgram, BackendError> {
-    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = OF_THE_START.iter().map(|call| (*call, Vec::new())).collect();
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
+        OF_THE_START.iter().map(|call| (*call, Vec::new())).collect();
     // A process, and no thread.
     let thread = u64::from(libc::CLONE_THREAD.cast_unsigned());
     rules.insert(libc::SYS_clone, vec![argument(0, Compare::MaskedEq(thread), 0)?]);
@@ -204,12 +214,16 @@ mod tests {
             }
             is_missing("making a process", (forked > 0).then_some(()).ok_or_else(io::Error::last_os_error));
             is_missing("running a program", Err::<(), _>(Command::new("/bin/true").exec()));
-            // SAFETY: the descriptor is not open, and the call has no other effect than on what it stands for.
+            // SAFETY: the descriptor is not open, and the call has no other effect than on what it stands
+            // for.
             let owned = unsafe { libc::fcntl(-1, libc::F_SETOWN, 1) };
             is_missing("another's signals", (owned == 0).then_some(()).ok_or_else(io::Error::last_os_error));
             // SAFETY: signal 0 is none.
             let signalled = unsafe { libc::syscall(libc::SYS_tgkill, 1, 1, 0) };
-            is_missing("a signal to another", (signalled == 0).then_some(()).ok_or_else(io::Error::last_os_error));
+            is_missing(
+                "a signal to another",
+                (signalled == 0).then_some(()).ok_or_else(io::Error::last_os_error),
+            );
             let access = libc::PROT_READ | libc::PROT_EXEC;
             let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
             // SAFETY: a new mapping at an address that the kernel chooses touches no existing one.

@@ -1,8 +1,8 @@
 //! Warm-up of the restore path: a warm VM does once what it will have to do fast.
 //!
 //! The first time that a process uses a page of its heap or stack costs it a page fault: 4 to 10 us each, and
-//! 80 us in all between a child's order and its run (measured). So a warm VM that has nothing else to do hands a
-//! state over to itself.
+//! 80 us in all between a child's order and its run (measured). So a warm VM that has nothing else to do
+//! hands a state over to itself.
 
 use std::{slice, sync::Arc, time::Duration};
 

@@ -1,7 +1,8 @@
 //! The zygote: a small process with one thread from which all nodes are forked.
 //!
-//! Starting a program takes a millisecond, and each one has its own copy of what the linker has relocated. A fork of the zygote takes a
-//! tenth of that, shares its pages, and has what all nodes read of the host: KVM's version and capabilities, CPUID, MSRs.
+//! Starting a program takes a millisecond, and each one has its own copy of what the linker has relocated. A
+//! fork of the zygote takes a tenth of that, shares its pages, and has what all nodes read of the host: KVM's
+//! version and capabilities, CPUID, MSRs.
 
 use std::{
     fs::File,
@@ -42,13 +43,15 @@ pub const CPU_PROFILE_VARIABLE: &str = "HOST_VMM_ZYGOTE_CPU_PROFILE";
 /// The zygote's end of its connection.
 type Connection = Link<Spawned, Spawn>;
 
-/// Starts nodes until the platform goes away. Their guests are shown what `profile` leaves of this host's CPU.
+/// Starts nodes until the platform goes away. Their guests are shown what `profile` leaves of this host's
+/// CPU.
 ///
 /// # Errors
-/// Where there is no platform at descriptor [`LINK_FD`], or it breaks the protocol. Where KVM can't be used, whoever asks for a node is
-/// told so.
+/// Where there is no platform at descriptor [`LINK_FD`], or it breaks the protocol. Where KVM can't be used,
+/// whoever asks for a node is told so.
 pub fn main(profile: &Profile) -> anyhow::Result<()> {
-    // SAFETY: the platform starts this process with its end of the connection there; nothing else has used the descriptor yet.
+    // SAFETY: the platform starts this process with its end of the connection there; nothing else has used
+    // the descriptor yet.
     let socket = unsafe { OwnedFd::from_raw_fd(LINK_FD) };
     let connection = Connection::new(socket);
     // What all nodes ask for is found out once.
@@ -67,8 +70,10 @@ pub fn main(profile: &Profile) -> anyhow::Result<()> {
         .context("can't watch for the end of nodes")?;
     sandbox::enter().context("can't confine the zygote")?;
     loop {
-        let mut fds =
-            [PollFd::new(connection.as_fd(), PollFlags::POLLIN), PollFd::new(ends.as_fd(), PollFlags::POLLIN)];
+        let mut fds = [
+            PollFd::new(connection.as_fd(), PollFlags::POLLIN),
+            PollFd::new(ends.as_fd(), PollFlags::POLLIN),
+        ];
         match poll(&mut fds, PollTimeout::NONE) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(errno) => return Err(errno).context("can't wait for the platform"),
@@ -134,8 +139,12 @@ fn spawn_node(spawn: Spawn, files: Vec<File>) -> anyhow::Result<Spawning> {
     };
     // SAFETY: this process has one thread, so that no lock is held by another one in the copy.
     match unsafe { fork() } {
-        Ok(ForkResult::Parent { child }) => Ok(Spawning::Zygote(Pid::from_raw(child.as_raw()).ok_or(Errno::ESRCH))),
-        Ok(ForkResult::Child) => Ok(Spawning::Node(NodeOrder { spawn, link: NodeLink::new(link.into()), console })),
+        Ok(ForkResult::Parent { child }) => {
+            Ok(Spawning::Zygote(Pid::from_raw(child.as_raw()).ok_or(Errno::ESRCH)))
+        }
+        Ok(ForkResult::Child) => {
+            Ok(Spawning::Node(NodeOrder { spawn, link: NodeLink::new(link.into()), console }))
+        }
         Err(errno) => Ok(Spawning::Zygote(Err(errno))),
     }
 }
@@ -143,7 +152,8 @@ fn spawn_node(spawn: Spawn, files: Vec<File>) -> anyhow::Result<Spawning> {
 fn answer(connection: &Connection, process: Result<Pid, Errno>) -> anyhow::Result<()> {
     let opened = process.and_then(|process| {
         // It can't have been reaped yet, so that its number is still its own.
-        let handle = pidfd_open(process, PidfdFlags::empty()).map_err(|errno| Errno::from_raw(errno.raw_os_error()))?;
+        let handle = pidfd_open(process, PidfdFlags::empty())
+            .map_err(|errno| Errno::from_raw(errno.raw_os_error()))?;
         Ok((process, handle))
     });
     match opened {

@@ -87,7 +87,8 @@ impl Consoles {
     /// Starts the thread.
     pub(super) fn new(log_dir: PathBuf, events: Arc<Events>) -> Result<Self, Error> {
         fs::create_dir_all(&log_dir).map_err(|source| Error::Log { path: log_dir.clone(), source })?;
-        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(|errno| Error::Consoles(errno.into()))?;
+        let epoll =
+            Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(|errno| Error::Consoles(errno.into()))?;
         let shown = io::stdout().as_fd().try_clone_to_owned().map(File::from);
         let kind = Kind {
             name: "standard output",
@@ -100,7 +101,10 @@ impl Consoles {
         let (sources, outage) = (Mutex::default(), Mutex::default());
         let shared = Arc::new(Shared { epoll, events, shown, outage, sources, drained: Condvar::new() });
         let reader = Arc::clone(&shared);
-        thread::Builder::new().name("consoles".into()).spawn(move || reader.read_all()).map_err(Error::Consoles)?;
+        thread::Builder::new()
+            .name("consoles".into())
+            .spawn(move || reader.read_all())
+            .map_err(Error::Consoles)?;
         Ok(Self { log_dir, logs: Logs::default(), shared })
     }
 
@@ -119,7 +123,10 @@ impl Consoles {
         let token = sources.next;
         sources.next += 1;
         let interest = EpollEvent::new(EpollFlags::EPOLLIN, token);
-        self.shared.epoll.add(source.pipe.as_fd(), interest).map_err(|errno| Error::Consoles(errno.into()))?;
+        self.shared
+            .epoll
+            .add(source.pipe.as_fd(), interest)
+            .map_err(|errno| Error::Consoles(errno.into()))?;
         sources.open.insert(token, Arc::new(Mutex::new(source)));
         Ok(())
     }
@@ -147,7 +154,8 @@ impl Consoles {
                 tracing::warn!("gave up waiting for the last console output");
                 return;
             }
-            sources = self.shared.drained.wait_timeout(sources, left).unwrap_or_else(PoisonError::into_inner).0;
+            sources =
+                self.shared.drained.wait_timeout(sources, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 }
@@ -299,5 +307,6 @@ impl ConsoleInput {
 
 /// The note in the place of output.
 fn are_left_out(bytes: u64) -> Vec<u8> {
-    format!("\n[host-vmm: {bytes} bytes are left out here, which standard output did not take]\n").into_bytes()
+    format!("\n[host-vmm: {bytes} bytes are left out here, which standard output did not take]\n")
+        .into_bytes()
 }

@@ -16,7 +16,9 @@ use std::{
 };
 
 use base::{clock::wall_clock_ns, sync::lock};
-use capsule::{self, Capsule, ChunkSource, Description, Digests, ImageMetadata, Incompatibility, Incompatible, file};
+use capsule::{
+    self, Capsule, ChunkSource, Description, Digests, ImageMetadata, Incompatibility, Incompatible, file,
+};
 use cluster::member::MAX_IMAGES;
 use types::{VmIdentity, VmShape, new_id};
 use uuid::Uuid;
@@ -152,7 +154,8 @@ struct KeptImages {
     images: Vec<Arc<Image>>,
     /// Those that come to them once they are sealed.
     unsealed: Vec<Arc<Image>>,
-    /// Those that have come here with clones, and when they have, oldest first: they stay for a while, or until others take their place.
+    /// Those that have come here with clones, and when they have, oldest first: they stay for a while, or
+    /// until others take their place.
     received: Vec<(Instant, Arc<Image>)>,
     /// Whether no more are kept.
     closed: bool,
@@ -174,8 +177,8 @@ impl Images {
         self.most(vm_type) > 0
     }
 
-    /// Adds an image that is kept once it is sealed. Gives back images of the same VM and type that are not sealed either,
-    /// and in whose place it would be kept.
+    /// Adds an image that is kept once it is sealed. Gives back images of the same VM and type that are not
+    /// sealed either, and in whose place it would be kept.
     fn add(&self, image: Image) -> Vec<Arc<Image>> {
         let most = self.most(&image.capsule.metadata.vm_type);
         let mut kept = lock(&self.kept);
@@ -187,8 +190,8 @@ impl Images {
         push(&mut kept.unsealed, Arc::new(image), most, |other| of(other) == own)
     }
 
-    /// Keeps the image with this seal, or lets go of it where it can't be sealed. Gives back images that are not kept any
-    /// more.
+    /// Keeps the image with this seal, or lets go of it where it can't be sealed. Gives back images that are
+    /// not kept any more.
     pub(super) fn decided(&self, seal: &Arc<Seal>, is_sealed: bool) -> Vec<Arc<Image>> {
         let mut kept = lock(&self.kept);
         let decided: Vec<_> = kept.unsealed.extract_if(.., |image| Arc::ptr_eq(&image.seal, seal)).collect();
@@ -207,7 +210,8 @@ impl Images {
         out
     }
 
-    /// Adds an image that the operator has asked for, and says whether it does: not where it is there already.
+    /// Adds an image that the operator has asked for, and says whether it does: not where it is there
+    /// already.
     fn add_loaded(&self, image: Image) -> bool {
         let mut kept = lock(&self.kept);
         let mut others = kept.images.iter().chain(&kept.unsealed);
@@ -225,7 +229,8 @@ impl Images {
         if kept.closed {
             return vec![Arc::clone(image)];
         }
-        let mut out: Vec<_> = kept.received.extract_if(.., |(_, other)| other.capsule.metadata.id == id).collect();
+        let mut out: Vec<_> =
+            kept.received.extract_if(.., |(_, other)| other.capsule.metadata.id == id).collect();
         kept.received.push((Instant::now(), Arc::clone(image)));
         let surplus = kept.received.len().saturating_sub(MAX_RECEIVED);
         out.extend(kept.received.drain(..surplus));
@@ -248,7 +253,8 @@ impl Images {
     fn all(&self) -> Vec<Arc<Image>> {
         let KeptImages { images, unsealed, received, .. } = &*lock(&self.kept);
         let is_kept = |id| images.iter().any(|image| image.capsule.metadata.id == id);
-        let others = received.iter().map(|(_, image)| image).filter(|image| !is_kept(image.capsule.metadata.id));
+        let others =
+            received.iter().map(|(_, image)| image).filter(|image| !is_kept(image.capsule.metadata.id));
         let mut all: Vec<_> = images.iter().chain(unsealed).chain(others).cloned().collect();
         all.sort_by_key(|image| image.capsule.metadata.created_ns);
         all
@@ -257,7 +263,12 @@ impl Images {
     /// The IDs of the latest ones, as many as others are told of.
     pub(super) fn ids(&self) -> Vec<Uuid> {
         let all = self.all();
-        all.iter().rev().filter(|image| image.seal.is_sealed()).map(|image| image.id()).take(MAX_IMAGES).collect()
+        all.iter()
+            .rev()
+            .filter(|image| image.seal.is_sealed())
+            .map(|image| image.id())
+            .take(MAX_IMAGES)
+            .collect()
     }
 
     /// As they are sent to others, those of which that is known.
@@ -268,8 +279,9 @@ impl Images {
     /// The image whose ID begins like this.
     pub(super) fn find(&self, id: &str) -> Result<Arc<Image>, Error> {
         let all = self.all();
-        let mut found =
-            all.iter().filter(|image| !id.is_empty() && image.capsule.metadata.id.to_string().starts_with(id));
+        let mut found = all
+            .iter()
+            .filter(|image| !id.is_empty() && image.capsule.metadata.id.to_string().starts_with(id));
         match (found.next(), found.next()) {
             (Some(image), None) => Ok(Arc::clone(image)),
             (None, _) => Err(Error::NoImage(id.to_owned())),
@@ -337,8 +349,14 @@ impl Platform {
         }
     }
 
-    /// Keeps the image of a fork that is certain, once it is sealed: `state` is what its copies have, taken before they ran.
-    pub(super) fn keep(&self, pending_image: PendingImage, state: Vec<u8>, seal: &Arc<Seal>) -> Result<(), Error> {
+    /// Keeps the image of a fork that is certain, once it is sealed: `state` is what its copies have, taken
+    /// before they ran.
+    pub(super) fn keep(
+        &self,
+        pending_image: PendingImage,
+        state: Vec<u8>,
+        seal: &Arc<Seal>,
+    ) -> Result<(), Error> {
         let PendingImage { vm_type, original, config, seq, files, history, has_foreign_cpu } = pending_image;
         let (id, created_ns) = (new_id().map_err(Error::Id)?, wall_clock_ns());
         // For as long as there are copies to come, warm VMs of its shape stand ready.
@@ -367,8 +385,8 @@ impl Platform {
         self.release(self.images.evict_received(Instant::now()));
     }
 
-    /// Lets go of images that have come with clones, the oldest first, until so many bytes fit into the budget, and says
-    /// whether they do: such images only spare later clones from being sent what they have.
+    /// Lets go of images that have come with clones, the oldest first, until so many bytes fit into the
+    /// budget, and says whether they do: such images only spare later clones from being sent what they have.
     pub(super) fn make_room(&self, bytes: u64) -> bool {
         if bytes > self.image_memory.limit() {
             return false;
@@ -454,8 +472,8 @@ impl Platform {
         self.image(&id.to_string())
     }
 
-    /// Checks whether copies of a loaded image can run here. What an older format does not tell is taken for right: whoever loads a file knows
-    /// where it comes from.
+    /// Checks whether copies of a loaded image can run here. What an older format does not tell is taken for
+    /// right: whoever loads a file knows where it comes from.
     fn check_loaded(&self, path: &Path, description: &Description) -> Result<(), Error> {
         let Err(Incompatible(mut differences)) = self.check_compatible(&description.requirements)? else {
             return Ok(());
@@ -498,7 +516,8 @@ fn describe(image: &Image, holders: &HashMap<u64, usize>) -> Result<api::Image, 
         &image.capsule;
     let layers = layers(image)?;
     let bytes = |shared: bool| {
-        let held = layers.iter().filter(|(inode, _)| (holders.get(inode).copied().unwrap_or(0) > 1) == shared);
+        let held =
+            layers.iter().filter(|(inode, _)| (holders.get(inode).copied().unwrap_or(0) > 1) == shared);
         held.map(|(_, bytes)| bytes).sum()
     };
     Ok(api::Image {

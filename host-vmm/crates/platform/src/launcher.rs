@@ -10,7 +10,8 @@ use uuid::Uuid;
 use vmfork_abi::{ListedCopy, Location, PLATFORM_BYTES, pad_text};
 
 use super::{
-    Error, Platform, fork::Fork, node_server::Node, registry::Reservation, seals::Seal, working_sets::WorkingSetHistory,
+    Error, Platform, fork::Fork, node_server::Node, registry::Reservation, seals::Seal,
+    working_sets::WorkingSetHistory,
 };
 use crate::clone::postcopy::PostcopyMemory;
 
@@ -22,7 +23,8 @@ pub(crate) fn slots(count: u32) -> Result<Vec<CopySpec>, Error> {
     (1..=count).map(|index| Ok(CopySpec { id: new_id().map_err(Error::Id)?, index })).collect()
 }
 
-/// Writes down for their parent's guest that copies are launched on `platform`. To be called before any of them can arrive.
+/// Writes down for their parent's guest that copies are launched on `platform`. To be called before any of
+/// them can arrive.
 ///
 /// # Errors
 /// [`rendezvous::Error::NoCopy`].
@@ -40,7 +42,8 @@ pub(crate) fn list(
     })
 }
 
-/// Those that were ordered of the copies that another platform says run, each once: it may name any number of others.
+/// Those that were ordered of the copies that another platform says run, each once: it may name any number of
+/// others.
 pub(crate) fn ordered(slots: &[CopySpec], mut named: Vec<Copied>) -> Vec<Copied> {
     let mut missing: BTreeSet<Uuid> = slots.iter().map(|slot| slot.id).collect();
     named.retain(|vm| missing.remove(&vm.id));
@@ -99,8 +102,8 @@ impl<'a> Launch<'a> {
 }
 
 impl Fork {
-    /// Launches copies without their parent, from its image: `state`, and `files` with its memory, which are sealed, or
-    /// filled by this platform alone. They wait until they may run.
+    /// Launches copies without their parent, from its image: `state`, and `files` with its memory, which are
+    /// sealed, or filled by this platform alone. They wait until they may run.
     ///
     /// # Errors
     /// [`Error`]: none of them is there then.
@@ -114,7 +117,8 @@ impl Fork {
         let rendezvous = Arc::new(Rendezvous::new()?);
         let fork = Self::meeting_in(Arc::clone(&rendezvous), Seal::sealed());
         rendezvous.publish(state)?;
-        let files: Vec<&File> = std::iter::once(rendezvous.file()).chain(files.iter().map(AsRef::as_ref)).collect();
+        let files: Vec<&File> =
+            std::iter::once(rendezvous.file()).chain(files.iter().map(AsRef::as_ref)).collect();
         let launched = fork.launch(platform, launch, &files, None, room);
         let mut copies = Copies { fork, rendezvous, vms: Vec::new(), is_decided: false };
         let ready = launched.and_then(|nodes| {
@@ -157,7 +161,8 @@ impl Copies {
         }
     }
 
-    /// Ends them, and gives the reason why it had to come to that: a copy's own says more than that there is one.
+    /// Ends them, and gives the reason why it had to come to that: a copy's own says more than that there is
+    /// one.
     fn call_off(mut self, error: Error) -> Error {
         self.is_decided = true;
         match self.fork.abort() {

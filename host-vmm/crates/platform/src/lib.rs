@@ -1,4 +1,5 @@
-//! One host's platform: it starts and watches the nodes, launches the children of forks, and has the consoles.
+//! One host's platform: it starts and watches the nodes, launches the children of forks, and has the
+//! consoles.
 //!
 //! A thread serves each node ([`node_server`]); one has all consoles ([`console`]); one keeps warm VMs ready
 //! ([`warm_pool`]). What they share is the [`Registry`]. In reading order:
@@ -14,9 +15,9 @@
 //! - [`config`]: how a platform of a cluster is set up.
 //! - [`server`]: the API.
 //!
-//! Six of them use each other in a circle: a node's fork is served by `node_server`, which hands it to `fork`, whose copies
-//! `launcher` makes nodes of again, for `images` and [`clone`] too; and all have methods on [`Platform`]. The circle ends
-//! where launcher and fork are services that know no [`Platform`].
+//! Six of them use each other in a circle: a node's fork is served by `node_server`, which hands it to
+//! `fork`, whose copies `launcher` makes nodes of again, for `images` and [`clone`] too; and all have methods
+//! on [`Platform`]. The circle ends where launcher and fork are services that know no [`Platform`].
 
 #![forbid(unsafe_code)]
 
@@ -229,7 +230,9 @@ pub enum Error {
         unknown: usize,
     },
     /// A VM does not say what has come of a fork.
-    #[error("the VM {0} has not said whether it was forked: `host-vmm ps` lists its copies, if there are any")]
+    #[error(
+        "the VM {0} has not said whether it was forked: `host-vmm ps` lists its copies, if there are any"
+    )]
     NoAnswer(uuid::Uuid),
     /// The log of a console can't be read.
     #[error("can't read the console log of the VM {vm}")]
@@ -477,8 +480,9 @@ impl Platform {
         Ok(ConsoleInput(link))
     }
 
-    /// Waits until all VMs have ended, no image is kept, no clone elsewhere needs memory from here; leaves the cluster; waits until all output
-    /// is written, and those have read it who follow it; and says how the first VM ended: `None` where its node died.
+    /// Waits until all VMs have ended, no image is kept, no clone elsewhere needs memory from here; leaves
+    /// the cluster; waits until all output is written, and those have read it who follow it; and says how the
+    /// first VM ended: `None` where its node died.
     pub fn wait(&self) -> Option<ExitReason> {
         loop {
             self.registry.wait_empty();

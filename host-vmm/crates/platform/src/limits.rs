@@ -75,10 +75,12 @@ impl FromStr for Limit {
         }
         let mut most = BTreeMap::new();
         for limit in limits.split(',') {
-            let (name, value) = limit.split_once('=').ok_or_else(|| format!("{limit:?} must be NAME=VALUE"))?;
+            let (name, value) =
+                limit.split_once('=').ok_or_else(|| format!("{limit:?} must be NAME=VALUE"))?;
             let found = Limited::ALL.iter().find(|(known, _)| *known == name);
             let names = || Limited::ALL.map(|(name, _)| name).join(", ");
-            let (_, limited) = found.ok_or_else(|| format!("{name:?} can't be limited; what can be: {}", names()))?;
+            let (_, limited) =
+                found.ok_or_else(|| format!("{name:?} can't be limited; what can be: {}", names()))?;
             let value = units::size(value).ok_or_else(|| format!("{value:?} is no number"))?;
             most.insert(*limited, value);
         }
@@ -126,8 +128,8 @@ impl Limits {
         of(vm_type).or_else(|| of(ALL_TYPES))
     }
 
-    /// Checks a fork by a VM of the type `parent` into children of the type `child`. Both types' limits count: a guest chooses the name of
-    /// its children's type, and must not get around its own limits by it.
+    /// Checks a fork by a VM of the type `parent` into children of the type `child`. Both types' limits
+    /// count: a guest chooses the name of its children's type, and must not get around its own limits by it.
     pub(super) fn check(&self, parent: &str, child: &str, asked: Asked) -> Result<(), Error> {
         let of_both = [
             (Limited::ForkChildren, asked.count),
@@ -149,7 +151,9 @@ impl Limits {
 
     fn check_one(&self, vm_type: &str, limited: Limited, wanted: u64) -> Result<(), Error> {
         match self.most(vm_type, limited) {
-            Some(most) if wanted > most => Err(Error::Limit { vm_type: vm_type.to_owned(), limited, wanted, most }),
+            Some(most) if wanted > most => {
+                Err(Error::Limit { vm_type: vm_type.to_owned(), limited, wanted, most })
+            }
             _ => Ok(()),
         }
     }
@@ -250,14 +254,26 @@ mod tests {
     fn forks_are_counted_within_a_second() {
         let (mut recent, start) = (Recent::default(), Instant::now());
         let mut fork = |ms| recent.enter("web", Some(2), start + Duration::from_millis(ms)).is_ok();
-        assert_eq!([0, 10, 20, 999, 1000, 1005, 1010].map(&mut fork), [true, true, false, false, true, false, true]);
+        assert_eq!(
+            [0, 10, 20, 999, 1000, 1005, 1010].map(&mut fork),
+            [true, true, false, false, true, false, true]
+        );
         assert!((0..9).all(|_| Recent::default().enter("web", None, start).is_ok()));
     }
 
     #[test]
     fn mistakes_are_told() {
-        for bad in ["", "web", "web:", "web:x=1", "web:rate", "web:rate=", "web:rate=-1", "We b:rate=1", "web:rate=1,"]
-        {
+        for bad in [
+            "",
+            "web",
+            "web:",
+            "web:x=1",
+            "web:rate",
+            "web:rate=",
+            "web:rate=-1",
+            "We b:rate=1",
+            "web:rate=1,",
+        ] {
             assert!(bad.parse::<Limit>().is_err(), "{bad}");
         }
     }

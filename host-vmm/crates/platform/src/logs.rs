@@ -1,7 +1,9 @@
-//! What VMs have written to their consoles, for those who ask: that of VMs that are there, and of the latest that have ended.
+//! What VMs have written to their consoles, for those who ask: that of VMs that are there, and of the latest
+//! that have ended.
 //!
-//! Which file that is, only the platform knows: nobody else's words become a part of a path. Of a file, no more is read than this platform's
-//! VM has written: there may be one of the same name that an earlier platform has left behind.
+//! Which file that is, only the platform knows: nobody else's words become a part of a path. Of a file, no
+//! more is read than this platform's VM has written: there may be one of the same name that an earlier
+//! platform has left behind.
 
 use std::{
     collections::VecDeque,
@@ -148,17 +150,20 @@ impl Logs {
         Follower { followers: Arc::clone(&self.followers), comes_again: false }
     }
 
-    /// Waits until all who follow logs have read them to their ends, or don't come again; no longer than `limit`.
+    /// Waits until all who follow logs have read them to their ends, or don't come again; no longer than
+    /// `limit`.
     pub(super) fn wait_read(&self, limit: Duration) {
         let deadline = Instant::now() + limit;
         let mut state = lock(&self.followers.state);
         loop {
             let back_by = state.comes_again.map(|since| since + RETURN);
             let now = Instant::now();
-            let until = if state.asking > 0 { Some(deadline) } else { back_by.filter(|back_by| *back_by > now) };
+            let until =
+                if state.asking > 0 { Some(deadline) } else { back_by.filter(|back_by| *back_by > now) };
             let Some(until) = until.filter(|_| now < deadline) else { return };
             let left = until.min(deadline).saturating_duration_since(now);
-            state = self.followers.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            state =
+                self.followers.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 

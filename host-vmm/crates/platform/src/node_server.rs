@@ -34,8 +34,8 @@ use crate::clone::postcopy::{MemoryObserver, PostcopyMemory};
 /// Stack of a thread that serves a node, in bytes: there may be a thousand of them.
 const STACK_BYTES: usize = 128 << 10;
 
-/// Most messages of one node that are taken within a second: several times as many as the fastest guest makes its node send. A node that
-/// somebody has broken out into must fill neither files nor a processor.
+/// Most messages of one node that are taken within a second: several times as many as the fastest guest makes
+/// its node send. A node that somebody has broken out into must fill neither files nor a processor.
 const MESSAGES_PER_SECOND: u32 = 4096;
 
 /// How long a VM waits for another warm VM that stands by, where no fork has come of the last one, or where
@@ -67,7 +67,11 @@ impl Announced {
     /// Where the fork takes place that was announced: the wake event was for parent and warm VM alone.
     fn into_files(self) -> ForkFiles {
         let files = self.files.into_iter().skip(1).collect();
-        ForkFiles { files, rendezvous: Some(self.rendezvous), standby: self.standby.and_then(Standby::into_warm_node) }
+        ForkFiles {
+            files,
+            rendezvous: Some(self.rendezvous),
+            standby: self.standby.and_then(Standby::into_warm_node),
+        }
     }
 }
 
@@ -173,7 +177,8 @@ impl Node {
         self.records_to = Some(Arc::clone(history));
     }
 
-    /// Says whether it was shown another CPU than this platform's guests are, and who fills its memory, where somebody does.
+    /// Says whether it was shown another CPU than this platform's guests are, and who fills its memory, where
+    /// somebody does.
     pub(super) fn come_from(&mut self, has_foreign_cpu: bool, postcopy: Option<&Arc<PostcopyMemory>>) {
         (self.has_foreign_cpu, self.postcopy) = (has_foreign_cpu, postcopy.cloned());
         if let Some(postcopy) = postcopy {
@@ -250,7 +255,9 @@ impl Node {
                 postcopy.add_vm(faults, start, Arc::new(vm));
             }
             ToPlatform::Announce => self.announced(files),
-            ToPlatform::Fork { order, announced, fault } => self.begin_fork(order, announced, fault, files)?,
+            ToPlatform::Fork { order, announced, fault } => {
+                self.begin_fork(order, announced, fault, files)?
+            }
             ToPlatform::Answer { code, why } => {
                 let code = ErrorCode::from_number(code);
                 code.and_then(|code| self.ordered.answered(code, why)).ok_or_else(unexpected)?;
@@ -276,7 +283,8 @@ impl Node {
         Ok(true)
     }
 
-    /// Has the children of a fork launched. Of an operator's order, the node is believed nothing that the platform knows.
+    /// Has the children of a fork launched. Of an operator's order, the node is believed nothing that the
+    /// platform knows.
     fn begin_fork(
         &mut self,
         order: ForkOrder,
@@ -292,17 +300,20 @@ impl Node {
             ForkOrder::Operator { count } => {
                 let unexpected = || link::Error::Unexpected("Fork".into());
                 let target = self.ordered.target(count).ok_or_else(unexpected);
-                let target = target.map_err(|source| Error::Node { name: self.identity.name.clone(), source })?;
+                let target =
+                    target.map_err(|source| Error::Node { name: self.identity.name.clone(), source })?;
                 Order { count, vm_type: self.identity.vm_type.clone(), seq: 0, target, fault }
             }
         };
-        // A fork before this one that is neither certain nor called off was forgotten by the node, and not by its children.
+        // A fork before this one that is neither certain nor called off was forgotten by the node, and not by
+        // its children.
         if let Some(forgotten) = self.fork.take().filter(|fork| !fork.is_over()) {
             forgotten.abort();
         }
         let here = ForkFiles { files, rendezvous: None, standby: None };
         let fork_files = self.announced.take_if(|_| announced).map_or(here, Announced::into_files);
-        let Self { identity: vm, config, recent, unsealed, history, has_foreign_cpu, link, process, .. } = self;
+        let Self { identity: vm, config, recent, unsealed, history, has_foreign_cpu, link, process, .. } =
+            self;
         let (config, has_foreign_cpu, process) = (*config, *has_foreign_cpu, process.as_ref());
         let mut parent = ForkParent { vm, config, recent, history, has_foreign_cpu, link, process, unsealed };
         let fork = Fork::begin(&self.platform, &mut parent, &order, fork_files)?;
@@ -317,8 +328,8 @@ impl Node {
         Ok(())
     }
 
-    /// Has this thread, which is woken up for the next fork, take the processor from nobody then: a VM that forks is where it was when it
-    /// forked before, as a rule.
+    /// Has this thread, which is woken up for the next fork, take the processor from nobody then: a VM that
+    /// forks is where it was when it forked before, as a rule.
     fn make_way(&self, fork: &Fork) {
         if let Some(processor) = fork.parents_processor()
             && let Err(error) = threads::keep_off(None, processor)
@@ -332,10 +343,13 @@ impl Node {
     /// there may be one, or that must be over, and says whether there is a message.
     fn await_message(&self) -> Result<bool, link::Error> {
         let process = self.process.as_ref().ok_or(link::Error::Closed)?;
-        let mut fds =
-            [PollFd::new(self.link.as_fd(), PollFlags::POLLIN), PollFd::new(process.as_fd(), PollFlags::POLLIN)];
+        let mut fds = [
+            PollFd::new(self.link.as_fd(), PollFlags::POLLIN),
+            PollFd::new(process.as_fd(), PollFlags::POLLIN),
+        ];
         let lacks_one = self.announced.as_ref().is_some_and(|announced| announced.standby.is_none());
-        let limit = (lacks_one && !self.has_foreign_cpu && self.platform.pool.has_standbys()).then_some(LENT_AGAIN);
+        let limit =
+            (lacks_one && !self.has_foreign_cpu && self.platform.pool.has_standbys()).then_some(LENT_AGAIN);
         let fork = self.fork.as_ref().filter(|fork| !fork.is_over()).and_then(|fork| fork.time_left());
         let limit = limit.into_iter().chain(fork).min();
         let limit = limit.and_then(|limit| PollTimeout::try_from(limit).ok()).unwrap_or(PollTimeout::NONE);
@@ -531,7 +545,9 @@ mod tests {
         for vm in [&deaf, &other] {
             vm.is_whole();
         }
-        assert!(matches!(deaf.forced.get(), Some(ExitReason::Broken(why)) if why.contains("takes no messages")));
+        assert!(
+            matches!(deaf.forced.get(), Some(ExitReason::Broken(why)) if why.contains("takes no messages"))
+        );
         assert!(deaf.link.is_closed() && !other.link.is_closed() && other.forced.get().is_none());
     }
 

@@ -54,7 +54,8 @@ pub enum Orders {
     /// Operators alone.
     #[default]
     Operators,
-    /// Other platforms of its cluster too. Each of them can have a VM cloned to itself, and read its memory there.
+    /// Other platforms of its cluster too. Each of them can have a VM cloned to itself, and read its memory
+    /// there.
     Platforms,
 }
 
@@ -95,19 +96,27 @@ impl fmt::Debug for Cluster {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { directory, rules, sending, .. } = self;
         let mut fields = f.debug_struct("Cluster");
-        fields.field("directory", directory).field("rules", rules).field("sending", sending).finish_non_exhaustive()
+        fields
+            .field("directory", directory)
+            .field("rules", rules)
+            .field("sending", sending)
+            .finish_non_exhaustive()
     }
 }
 
 impl Cluster {
-    /// The way to a platform that is called NAME, or CLUSTER/NAME where several clusters have one of that name.
+    /// The way to a platform that is called NAME, or CLUSTER/NAME where several clusters have one of that
+    /// name.
     ///
     /// # Errors
     /// [`Error`].
     pub fn find(&self, name: &str) -> Result<PooledClient, Error> {
         let view = self.directory.members();
-        let (cluster, short) = name.split_once('/').map_or((None, name), |(cluster, name)| (Some(cluster), name));
-        let is_it = |member: &&Member| member.name == short && cluster.is_none_or(|cluster| member.cluster == cluster);
+        let (cluster, short) =
+            name.split_once('/').map_or((None, name), |(cluster, name)| (Some(cluster), name));
+        let is_it = |member: &&Member| {
+            member.name == short && cluster.is_none_or(|cluster| member.cluster == cluster)
+        };
         let mut found = members(&view).filter(is_it);
         match (found.next(), found.next()) {
             (Some(member), None) => {
@@ -128,9 +137,13 @@ impl Cluster {
     /// [`Error::Order`].
     pub fn check_order(&self, principal: &Principal) -> Result<(), Error> {
         let advice = match self.orders {
-            Orders::Operators => "its configuration would have to allow it, by orders = \"platforms\" under [clone]",
+            Orders::Operators => {
+                "its configuration would have to allow it, by orders = \"platforms\" under [clone]"
+            }
             // Certificates don't tell clusters apart.
-            Orders::Platforms if self.directory.members().is_alone((self.own)().cluster.as_str(), principal.name()) => {
+            Orders::Platforms
+                if self.directory.members().is_alone((self.own)().cluster.as_str(), principal.name()) =>
+            {
                 return Ok(());
             }
             Orders::Platforms => {
@@ -144,15 +157,21 @@ impl Cluster {
     ///
     /// # Errors
     /// [`Unplaceable`].
-    pub fn place(&self, wish: &Wish, but: &[String]) -> Result<Vec<(Allocation, Option<Claim>)>, Unplaceable> {
+    pub fn place(
+        &self,
+        wish: &Wish,
+        but: &[String],
+    ) -> Result<Vec<(Allocation, Option<Claim>)>, Unplaceable> {
         let (own, view, now) = ((self.own)(), self.directory.members(), Instant::now());
         let choose = |recent: &PendingPlacements| {
             let members = all(&own, &view, recent, now);
-            let known = members.iter().map(AsRef::as_ref).filter(|member: &&Member| !but.contains(&member.name));
+            let known =
+                members.iter().map(AsRef::as_ref).filter(|member: &&Member| !but.contains(&member.name));
             placement::place(&self.rules, wish, known)
         };
         let mut recent = lock(&self.recent);
-        // Each decision counts on those before it. Where that leaves no room, some of those copies may have ended: whoever is full says so.
+        // Each decision counts on those before it. Where that leaves no room, some of those copies may have
+        // ended: whoever is full says so.
         let shares = choose(&recent).or_else(|_| choose(&PendingPlacements::default()))?.shares;
         let claimed = shares.into_iter().map(|share| {
             // Another cluster may have a platform of the source's name.
@@ -176,7 +195,12 @@ fn members(view: &View) -> impl Iterator<Item = &Member> + Clone {
 }
 
 /// This platform, as it is now, and the others, with what has gone there since they have told of themselves.
-fn all<'m>(own: &'m Member, view: &'m View, recent: &PendingPlacements, now: Instant) -> Vec<Cow<'m, Member>> {
+fn all<'m>(
+    own: &'m Member,
+    view: &'m View,
+    recent: &PendingPlacements,
+    now: Instant,
+) -> Vec<Cow<'m, Member>> {
     let is_other = |member: &Member| (&member.cluster, &member.name) != (&own.cluster, &own.name);
     let others = view.members.iter().filter(|seen| is_other(&seen.member));
     let others = others.map(|seen| recent.count(&seen.member, seen.reported_at, now));

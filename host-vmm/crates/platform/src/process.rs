@@ -31,8 +31,8 @@ use types::VmShape;
 
 use super::Error;
 
-/// Most orders that are sent to the zygote before its answers are read: neither side may wait for room in a socket that the other one
-/// does not read.
+/// Most orders that are sent to the zygote before its answers are read: neither side may wait for room in a
+/// socket that the other one does not read.
 pub(super) const BATCH: usize = 32;
 
 /// How long the zygote has to start as many nodes: that takes it milliseconds, but it may have to be started
@@ -135,8 +135,8 @@ impl Zygote {
     pub(super) fn spawn(&self, config: VmShape, is_cold: bool, count: usize) -> Result<Vec<WarmNode>, Error> {
         let mut zygote = lock(&self.running);
         let running = Running::get(&mut zygote, &self.cpu_profile);
-        let result =
-            running.and_then(|running| running.spawn(Spawn { config, is_cold, max_pause: self.max_pause }, count));
+        let result = running
+            .and_then(|running| running.spawn(Spawn { config, is_cold, max_pause: self.max_pause }, count));
         if let Err(Error::Zygote(_)) = result {
             // Answers may still come, and would be taken for those to later orders. The next one who needs a
             // zygote starts another.
@@ -175,8 +175,8 @@ impl Running {
         let mut nodes = Vec::with_capacity(count);
         while nodes.len() < count {
             let batch = BATCH.min(count - nodes.len());
-            // Each is ordered before the first one is waited for, and each that is ordered is answered, also where
-            // another one fails: the zygote goes on.
+            // Each is ordered before the first one is waited for, and each that is ordered is answered, also
+            // where another one fails: the zygote goes on.
             let (mut ordered, mut failed) = (Vec::with_capacity(batch), Ok(()));
             while failed.is_ok() && ordered.len() < batch {
                 failed = self.order(spawn).map(|order| ordered.push(order));
@@ -197,7 +197,8 @@ impl Running {
     }
 
     fn order(&self, spawn: Spawn) -> Result<(PlatformLink, File), Error> {
-        let (link, their_link) = PlatformLink::pair().map_err(|error| Error::Start(io::Error::other(error)))?;
+        let (link, their_link) =
+            PlatformLink::pair().map_err(|error| Error::Start(io::Error::other(error)))?;
         let (console, their_console) = pipe2(OFlag::O_CLOEXEC).map_err(|errno| Error::Start(errno.into()))?;
         self.link.send(&spawn, &[their_link.as_fd(), their_console.as_fd()]).map_err(Error::Zygote)?;
         Ok((link, File::from(console)))
@@ -209,7 +210,8 @@ impl Running {
         match self.link.receive().map_err(Error::Zygote)? {
             (Spawned::Process(pid), files) => {
                 let handle = files.into_iter().next().map(OwnedFd::from);
-                let handle = handle.ok_or_else(|| Error::Start(io::Error::other("a node came without a handle")))?;
+                let handle =
+                    handle.ok_or_else(|| Error::Start(io::Error::other("a node came without a handle")))?;
                 Ok(Process { pid, handle })
             }
             (Spawned::Failed(why), _) => Err(Error::Start(io::Error::other(why.as_str()))),
@@ -272,8 +274,11 @@ mod tests {
             let handle = File::open("/dev/null").unwrap();
             for number in 0..answers {
                 theirs.receive().unwrap();
-                let answer =
-                    if number == failing { Spawned::Failed("no process".into()) } else { Spawned::Process(number) };
+                let answer = if number == failing {
+                    Spawned::Failed("no process".into())
+                } else {
+                    Spawned::Process(number)
+                };
                 theirs.send(&answer, &[handle.as_fd()]).unwrap();
             }
         });

@@ -18,7 +18,8 @@ use uuid::Uuid;
 use super::{Error, fork::operator::Ordered, seals::Seal};
 use crate::clone::postcopy::PostcopyMemory;
 
-/// Most VMs without copies that are told of after their end: the latest that were ended for their image could be changed.
+/// Most VMs without copies that are told of after their end: the latest that were ended for their image could
+/// be changed.
 const MAX_UNSEALED: usize = 64;
 
 /// One VM.
@@ -40,8 +41,8 @@ pub(super) struct Entry {
     pub(super) generation_id: Option<bool>,
     /// Who fills its memory, where that did not come as a whole before it.
     pub(super) postcopy: Option<Weak<PostcopyMemory>>,
-    /// Seals of the images that its memory is a view of: of the one that it was launched from, and of its forks, until
-    /// they are sealed. Empty where it was booted and has never forked.
+    /// Seals of the images that its memory is a view of: of the one that it was launched from, and of its
+    /// forks, until they are sealed. Empty where it was booted and has never forked.
     pub(super) seals: Vec<Arc<Seal>>,
     /// How it was ended from outside, once it was.
     pub(super) forced: Arc<OnceLock<ExitReason>>,
@@ -113,7 +114,8 @@ impl State {
 }
 
 impl Registry {
-    /// Names for `count` new VMs of a type: `web.1`, `web.2`, and so on. No number is ever given twice, whatever the type.
+    /// Names for `count` new VMs of a type: `web.1`, `web.2`, and so on. No number is ever given twice,
+    /// whatever the type.
     pub(super) fn names(&self, vm_type: &str, count: usize) -> Vec<String> {
         let mut state = lock(&self.state);
         let first = state.numbered + 1;
@@ -121,7 +123,8 @@ impl Registry {
         (first..=state.numbered).map(|number| format!("{vm_type}.{number}")).collect()
     }
 
-    /// Keeps room for `wanted` more VMs, where there are no more than `max` then with those for which room is kept already.
+    /// Keeps room for `wanted` more VMs, where there are no more than `max` then with those for which room is
+    /// kept already.
     pub(super) fn reserve(&self, wanted: usize, max: usize) -> Result<Reservation, Error> {
         let state = lock(&self.state);
         if state.stopping {
@@ -184,7 +187,8 @@ impl Registry {
     /// Ends the VMs that share an image, and gives their names. Nobody waits for that.
     pub(super) fn end_sharing(&self, seal: &Arc<Seal>, end: &ExitReason) -> Vec<String> {
         let state = lock(&self.state);
-        let sharing = state.vms.values().filter(|entry| entry.seals.iter().any(|other| Arc::ptr_eq(other, seal)));
+        let sharing =
+            state.vms.values().filter(|entry| entry.seals.iter().any(|other| Arc::ptr_eq(other, seal)));
         let end = |entry: &Entry| {
             entry.forced.get_or_init(|| end.clone());
             entry.link.shut_down();
@@ -226,8 +230,8 @@ impl Registry {
         self.changed.notify_all();
     }
 
-    /// Makes something of each VM, parents before their children, and tells which have ended that have copies, or that
-    /// were ended for their image could be changed.
+    /// Makes something of each VM, parents before their children, and tells which have ended that have
+    /// copies, or that were ended for their image could be changed.
     pub(super) fn list<T>(&self, make: impl Fn(&Entry) -> T) -> (Vec<T>, Vec<Ended>) {
         let state = lock(&self.state);
         let mut entries: Vec<&Entry> = state.vms.values().collect();
@@ -248,7 +252,8 @@ impl Registry {
         state.vms.values().map(|entry| (entry.vm.id, entry.vm.name.clone())).chain(ended).collect()
     }
 
-    /// Lets no new VMs come, and breaks the connections to those that there are: whoever serves one ends it then.
+    /// Lets no new VMs come, and breaks the connections to those that there are: whoever serves one ends it
+    /// then.
     pub(super) fn stop(&self) {
         let mut state = lock(&self.state);
         state.stopping = true;
@@ -390,7 +395,8 @@ mod tests {
         let (link, _theirs) = PlatformLink::pair().unwrap();
         let link = Arc::new(link);
         let [first, second] = [Arc::default(), Seal::sealed()];
-        for (id, parent, seals) in [(1, 0, vec![]), (2, 1, vec![Arc::clone(&first)]), (3, 1, vec![Arc::clone(&second)])]
+        for (id, parent, seals) in
+            [(1, 0, vec![]), (2, 1, vec![Arc::clone(&first)]), (3, 1, vec![Arc::clone(&second)])]
         {
             registry.enter(Entry { seals, ..entry(id, parent, &link) }).unwrap();
         }
@@ -401,12 +407,14 @@ mod tests {
         assert_eq!((count(1), count(2)), (Some(1), Some(1)), "of those that are sealed, none is remembered");
         let end = ExitReason::Unsealed("a reason".into());
         assert_eq!(registry.end_sharing(&first, &end).len(), 2);
-        let forced = [1, 2, 3].map(|id| registry.get(Uuid::from_u128(id), |entry| entry.forced.get().cloned()));
+        let forced =
+            [1, 2, 3].map(|id| registry.get(Uuid::from_u128(id), |entry| entry.forced.get().cloned()));
         assert_eq!(forced, [Some(Some(end.clone())), Some(Some(end)), Some(None)]);
         for id in [2, 1] {
             registry.leave(Uuid::from_u128(id));
         }
-        let told: Vec<_> = registry.list(|_| ()).1.into_iter().map(|ended| (ended.id.as_u128(), ended.why)).collect();
+        let told: Vec<_> =
+            registry.list(|_| ()).1.into_iter().map(|ended| (ended.id.as_u128(), ended.why)).collect();
         assert_eq!(told, [(1, Some("a reason".into())), (2, Some("a reason".into()))]);
     }
 

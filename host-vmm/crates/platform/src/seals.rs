@@ -1,8 +1,9 @@
 //! Seals on the images of forks, by which the kernel forbids everybody to write to them (F_SEAL_WRITE).
 //!
-//! The node of a parent freezes its memory into an image: nobody can *newly* write to the files then. A writable
-//! mapping that exists stays, and only the node could say that there is none. A guest may have broken out into it,
-//! so the platform seals the files. The kernel refuses that (EBUSY) for as long as there is such a mapping.
+//! The node of a parent freezes its memory into an image: nobody can *newly* write to the files then. A
+//! writable mapping that exists stays, and only the node could say that there is none. A guest may have
+//! broken out into it, so the platform seals the files. The kernel refuses that (EBUSY) for as long as there
+//! is such a mapping.
 //!
 //! ```text
 //!  fork is certain ──► Seals::add ──► thread `seals` tries each file again and again
@@ -30,11 +31,12 @@ use vmm::memory::{self, SealRetry};
 
 use super::{Error, Platform};
 
-/// Delay of the first attempt after a fork: its children come first, and its parent has to leave its old memory behind.
+/// Delay of the first attempt after a fork: its children come first, and its parent has to leave its old
+/// memory behind.
 const GRACE: Duration = Duration::from_millis(5);
 
-/// Most files of one VM's forks that may wait to be sealed, since each is a descriptor of this process. Those of a VM
-/// that lets go of its old memory are sealed within milliseconds.
+/// Most files of one VM's forks that may wait to be sealed, since each is a descriptor of this process. Those
+/// of a VM that lets go of its old memory are sealed within milliseconds.
 const MAX_UNSEALED: usize = 256;
 
 /// Reason why nothing is sealed any more.
@@ -69,12 +71,14 @@ impl Seal {
         matches!(lock(&self.state).outcome, Some(Ok(())))
     }
 
-    /// Enters a clone elsewhere that runs while the image is sent to it: it ends with the VMs that share the image here.
+    /// Enters a clone elsewhere that runs while the image is sent to it: it ends with the VMs that share the
+    /// image here.
     pub(super) fn add_page_server(&self, clone: Uuid) {
         lock(&self.state).page_servers.push(clone);
     }
 
-    /// Waits for the decision, no longer than `limit`, and gives the reason where the files are not sealed then.
+    /// Waits for the decision, no longer than `limit`, and gives the reason where the files are not sealed
+    /// then.
     pub(super) fn wait(&self, limit: Duration) -> Result<(), String> {
         let is_open = |state: &mut State| state.outcome.is_none();
         let waited = self.changed.wait_timeout_while(lock(&self.state), limit, is_open);
@@ -83,7 +87,8 @@ impl Seal {
         state.outcome.clone().unwrap_or_else(still_open)
     }
 
-    /// Sets the number of files that are not sealed yet; gives whether it is decided by that, for there are none.
+    /// Sets the number of files that are not sealed yet; gives whether it is decided by that, for there are
+    /// none.
     fn begin(&self, files: usize) -> bool {
         lock(&self.state).left = files;
         files == 0 && self.decide(Ok(()))
@@ -216,8 +221,8 @@ pub(super) struct Seals {
 }
 
 impl Seals {
-    /// Has the files of an image sealed in the background. Here the kernel is asked for their seals alone, which takes
-    /// no time: the copies run by now.
+    /// Has the files of an image sealed in the background. Here the kernel is asked for their seals alone,
+    /// which takes no time: the copies run by now.
     fn add(&self, seal: &Arc<Seal>, frozen: Frozen) {
         let due = Instant::now() + GRACE;
         // Most are those of earlier images, which are sealed. What can't be looked at is refused later.
@@ -236,7 +241,8 @@ impl Seals {
         }
     }
 
-    /// Tries the files that are due, or all of one VM's forks, and gives the images that were decided by that.
+    /// Tries the files that are due, or all of one VM's forks, and gives the images that were decided by
+    /// that.
     fn work(&self, of: Option<&Unsealed>) -> Vec<Decided> {
         let (mut decided, now) = (Vec::new(), Instant::now());
         let is_wanted = |due: Instant, unsealed: &Unsealed| match of {
@@ -348,7 +354,8 @@ impl Seals {
         let (arrived, files) = (std::mem::take(&mut queue.arrived), std::mem::take(&mut queue.files));
         drop(queue);
         self.changed.notify_all();
-        let seals = arrived.iter().map(|arrived| &arrived.seal).chain(files.values().flat_map(|file| &file.seals));
+        let seals =
+            arrived.iter().map(|arrived| &arrived.seal).chain(files.values().flat_map(|file| &file.seals));
         for seal in seals.filter_map(Weak::upgrade) {
             seal.decide(Err(STOPPING.to_owned()));
         }
@@ -389,8 +396,8 @@ impl Platform {
         self.seals.add(seal, frozen);
     }
 
-    /// Checks whether a VM may fork again whose earlier images may not be sealed yet. Where too many files are not, they
-    /// are tried at once.
+    /// Checks whether a VM may fork again whose earlier images may not be sealed yet. Where too many files
+    /// are not, they are tried at once.
     ///
     /// # Errors
     /// [`Error::Unsealed`].
@@ -407,13 +414,18 @@ impl Platform {
             let out = self.images.decided(&seal, refused.is_none());
             self.release(out);
             let Some(why) = refused else { continue };
-            let why =
-                format!("{why}; a guest may have broken out into its node: start a new VM, and don't trust this one");
+            let why = format!(
+                "{why}; a guest may have broken out into its node: start a new VM, and don't trust this one"
+            );
             for clone in std::mem::take(&mut lock(&seal.state).page_servers) {
                 self.page_servers.remove(clone);
             }
             let vms = self.registry.end_sharing(&seal, &ExitReason::Unsealed(why.as_str().into()));
-            tracing::error!(vms = vms.join(", "), why, "VMs are ended, for the image that they share could be changed");
+            tracing::error!(
+                vms = vms.join(", "),
+                why,
+                "VMs are ended, for the image that they share could be changed"
+            );
         }
     }
 }

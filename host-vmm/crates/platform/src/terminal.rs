@@ -23,7 +23,8 @@ pub struct Terminal {
 }
 
 impl Terminal {
-    /// Switches a terminal to raw mode. Its output stays as it is, so that other programs' lines still start at the left.
+    /// Switches a terminal to raw mode. Its output stays as it is, so that other programs' lines still start
+    /// at the left.
     ///
     /// # Errors
     /// Where the terminal can't be switched.
@@ -65,7 +66,8 @@ enum Keys {
     Quit(Vec<u8>),
 }
 
-/// Reads standard input to its end and passes it on. Where it is a terminal, Ctrl-A x calls `quit`, and Ctrl-A twice is one Ctrl-A.
+/// Reads standard input to its end and passes it on. Where it is a terminal, Ctrl-A x calls `quit`, and
+/// Ctrl-A twice is one Ctrl-A.
 pub fn read_keys(interactive: bool, mut pass: impl FnMut(&[u8]) -> bool, quit: impl FnOnce()) {
     let mut buffer = [0; 256];
     let mut escaped = false;

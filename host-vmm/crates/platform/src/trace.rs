@@ -1,7 +1,8 @@
-//! The timeline of forks as a trace that Perfetto's viewer (ui.perfetto.dev) and Chrome's open: the Trace Event Format, as a JSON array.
+//! The timeline of forks as a trace that Perfetto's viewer (ui.perfetto.dev) and Chrome's open: the Trace
+//! Event Format, as a JSON array.
 //!
-//! Each VM is a process of the trace, by the number of its node's process. Times are CLOCK_MONOTONIC of this host, so that a parent and
-//! its children stand on one line of time.
+//! Each VM is a process of the trace, by the number of its node's process. Times are CLOCK_MONOTONIC of this
+//! host, so that a parent and its children stand on one line of time.
 
 use std::{fs::File, time::Duration};
 
@@ -93,7 +94,9 @@ impl Trace {
             args: arguments,
         };
         let mut entries = vec![slice(what, "fork", *began_ns, *ended_ns)];
-        entries.extend(steps.iter().map(|(step, began_ns, ended_ns)| slice(step.name(), "step", *began_ns, *ended_ns)));
+        entries.extend(
+            steps.iter().map(|(step, began_ns, ended_ns)| slice(step.name(), "step", *began_ns, *ended_ns)),
+        );
         self.write(&entries);
     }
 
@@ -152,7 +155,8 @@ mod tests {
         let mut text = String::new();
         file.rewind().unwrap();
         file.read_to_string(&mut text).unwrap();
-        let entries: serde_json::Value = serde_json::from_str(&format!("{}]", text.trim_end_matches(",\n"))).unwrap();
+        let entries: serde_json::Value =
+            serde_json::from_str(&format!("{}]", text.trim_end_matches(",\n"))).unwrap();
         assert_eq!(entries[0]["args"]["name"], "web.1");
         assert_eq!((&entries[1]["name"], &entries[1]["dur"]), (&"child".into(), &9.5.into()));
         assert_eq!((&entries[2]["name"], &entries[2]["ts"]), (&"hand-over".into(), &1000.5.into()));

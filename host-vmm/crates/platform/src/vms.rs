@@ -37,7 +37,8 @@ impl Platform {
         Ok(Vm { memory: memory(vm.pid).ok(), ..vm })
     }
 
-    /// Ends one VM, and waits until it has ended. One that has ended already stays as it is, for as long as it is known.
+    /// Ends one VM, and waits until it has ended. One that has ended already stays as it is, for as long as
+    /// it is known.
     ///
     /// # Errors
     /// As [`Platform::vm`], or [`Error::Lingers`].
@@ -46,7 +47,8 @@ impl Platform {
         if self.registry.end(id, END_TIMEOUT) { Ok(()) } else { Err(Error::Lingers(id)) }
     }
 
-    /// Waits until a VM has written something at an offset of its console's log, or has ended, or the time is over.
+    /// Waits until a VM has written something at an offset of its console's log, or has ended, or the time is
+    /// over.
     ///
     /// # Errors
     /// As [`Platform::vm`].
@@ -57,12 +59,14 @@ impl Platform {
         Ok(())
     }
 
-    /// Says that somebody follows a log: for as long as it is there, or is to come again, the platform does not come to its end.
+    /// Says that somebody follows a log: for as long as it is there, or is to come again, the platform does
+    /// not come to its end.
     pub(crate) fn follow_log(&self) -> Follower {
         self.consoles.logs().follow()
     }
 
-    /// What a VM has written to its console, from an offset on; that of one that has ended too, for as long as it is known.
+    /// What a VM has written to its console, from an offset on; that of one that has ended too, for as long
+    /// as it is known.
     ///
     /// # Errors
     /// As [`Platform::vm`], or [`Error::ReadLog`].
@@ -71,7 +75,9 @@ impl Platform {
         match self.consoles.logs().find(id) {
             Some(log) => log.read(from).map_err(|source| Error::ReadLog { vm: id, source }),
             // It does not run yet, or its log is forgotten.
-            None => Ok(Piece { bytes: Vec::new(), next: from, is_last: self.registry.get(id, |_| ()).is_none() }),
+            None => {
+                Ok(Piece { bytes: Vec::new(), next: from, is_last: self.registry.get(id, |_| ()).is_none() })
+            }
         }
     }
 
@@ -151,9 +157,11 @@ mod tests {
     #[test]
     fn a_vm_is_meant_by_its_name_or_how_its_id_begins() {
         let id = |text: &str| text.parse::<Uuid>().unwrap();
-        let (one, other) = (id("deb00000-0000-4000-8000-000000000001"), id("deb00000-0000-4000-8000-000000000002"));
+        let (one, other) =
+            (id("deb00000-0000-4000-8000-000000000001"), id("deb00000-0000-4000-8000-000000000002"));
         let third = id("ab000000-0000-4000-8000-000000000003");
-        let known = [(one, "vm"), (other, "web.1"), (third, "deb")].map(|(id, name)| (id, name.to_owned())).into();
+        let known =
+            [(one, "vm"), (other, "web.1"), (third, "deb")].map(|(id, name)| (id, name.to_owned())).into();
         let find = |named: &str| which(named, &known);
         assert_eq!(find("vm").unwrap(), one);
         assert_eq!(find("ab").unwrap(), third);

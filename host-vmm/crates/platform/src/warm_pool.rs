@@ -80,7 +80,8 @@ pub(crate) struct Standby {
 }
 
 impl Standby {
-    /// Tells it what that fork will come with, and what its first copy is likely to write to; says whether it could be told.
+    /// Tells it what that fork will come with, and what its first copy is likely to write to; says whether it
+    /// could be told.
     pub(crate) fn brief(&self, files: &[File], working_set: Option<WorkingSet>) -> bool {
         let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
         self.warm_node.link.try_send(&ToNode::StandBy { working_set }, &files).is_ok()
@@ -180,7 +181,11 @@ impl WarmPool {
 
     /// How many warm VMs there are of each shape.
     pub(crate) fn ready_counts(&self) -> Vec<(VmShape, usize)> {
-        lock(&self.shape_pools).by_shape.iter().map(|(config, pool)| (*config, pool.warm_nodes.len())).collect()
+        lock(&self.shape_pools)
+            .by_shape
+            .iter()
+            .map(|(config, pool)| (*config, pool.warm_nodes.len()))
+            .collect()
     }
 
     /// Wakes up the thread that fills the pools.
@@ -254,8 +259,13 @@ impl ShapePools {
     /// The one for this shape, unless there are none any more.
     fn pool(&mut self, config: VmShape) -> Option<&mut ShapePool> {
         let now = Instant::now();
-        let empty =
-            || ShapePool { warm_nodes: Vec::new(), users: 0, standing_by: Arc::default(), asked: now, refill: now };
+        let empty = || ShapePool {
+            warm_nodes: Vec::new(),
+            users: 0,
+            standing_by: Arc::default(),
+            asked: now,
+            refill: now,
+        };
         (!self.closed).then(|| self.by_shape.entry(config).or_insert_with(empty))
     }
 
@@ -273,7 +283,9 @@ impl ShapePools {
             *number >= MAX_UNUSED || now.duration_since(*asked) >= UNUSED
         };
         let old = unused.iter().enumerate().filter(is_old);
-        old.filter_map(|(_, (_, config))| self.by_shape.remove(config)).flat_map(|pool| pool.warm_nodes).collect()
+        old.filter_map(|(_, (_, config))| self.by_shape.remove(config))
+            .flat_map(|pool| pool.warm_nodes)
+            .collect()
     }
 }
 
@@ -319,7 +331,8 @@ enum Look {
 
 fn look_at(warm_node: &WarmNode) -> Look {
     let mut fds = [PollFd::new(warm_node.link.as_fd(), PollFlags::POLLIN)];
-    let seen = poll(&mut fds, PollTimeout::ZERO).ok().and_then(|_| fds[0].revents()).unwrap_or(PollFlags::empty());
+    let seen =
+        poll(&mut fds, PollTimeout::ZERO).ok().and_then(|_| fds[0].revents()).unwrap_or(PollFlags::empty());
     if seen.intersects(PollFlags::POLLHUP | PollFlags::POLLERR) {
         Look::Dead
     } else if seen.contains(PollFlags::POLLIN) {

@@ -64,7 +64,8 @@ mod tests {
         assert!(forks.iter().all(|(_, others)| matches!(others, Prefetch::None)));
         let working_set = set(400);
         history.record(working_set.clone());
-        let forks: Vec<_> = (0..2 * RECORD_EVERY).map(|_| (history.of_next_fork(), history.next_fork())).collect();
+        let forks: Vec<_> =
+            (0..2 * RECORD_EVERY).map(|_| (history.of_next_fork(), history.next_fork())).collect();
         // Nothing is made ready for a child that is to tell what it writes to.
         assert!(forks.iter().all(|(ready, (first, _))| ready.is_none() == matches!(first, Prefetch::Record)));
         let forks: Vec<_> = forks.into_iter().map(|(_, fork)| fork).collect();

@@ -30,7 +30,9 @@ mod tests {
     #[test]
     fn copies_are_told_apart() {
         let all = [1, 2, 3, 4].map(|index| CopySpec { id: Uuid::from_u128(index.into()), index });
-        assert!(are_copies_of_fork(&all, 4) && are_copies_of_fork(&all[2..], 4) && are_copies_of_fork(&all, 9));
+        assert!(
+            are_copies_of_fork(&all, 4) && are_copies_of_fork(&all[2..], 4) && are_copies_of_fork(&all, 9)
+        );
         let other = |index, id| CopySpec { id: Uuid::from_u128(id), index };
         for (slots, why) in [
             (vec![], "none"),

@@ -1,4 +1,5 @@
-//! Words that all processes of host-vmm share: the platform, the zygote, nodes, and the commands of operators.
+//! Words that all processes of host-vmm share: the platform, the zygote, nodes, and the commands of
+//! operators.
 //!
 //! - `shape`: how large a VM is.
 //! - `identity`: who it is.

@@ -339,7 +339,13 @@ impl Connection {
     ///
     /// # Errors
     /// As [`Connection::ask`], and [`Error::Answer`] where there are more of them.
-    pub fn ask_long(&mut self, method: Method, path: &str, content: Content, most: u64) -> Result<Bytes, Error> {
+    pub fn ask_long(
+        &mut self,
+        method: Method,
+        path: &str,
+        content: Content,
+        most: u64,
+    ) -> Result<Bytes, Error> {
         let limits = |between| Limits { between, whole: LONG.max(between), rate: Some(LEAST_RATE) };
         let most = usize::try_from(most).unwrap_or(usize::MAX).clamp(MAX_REFUSAL_BYTES, MAX_ANSWER_BYTES);
         Ok(self.exchange_within(self.timeout.map(limits), most, method, path, content)?.1)
@@ -349,7 +355,12 @@ impl Connection {
     ///
     /// # Errors
     /// As [`Connection::ask`].
-    pub fn exchange(&mut self, method: Method, path: &str, content: Content) -> Result<(HeaderMap, Bytes), Error> {
+    pub fn exchange(
+        &mut self,
+        method: Method,
+        path: &str,
+        content: Content,
+    ) -> Result<(HeaderMap, Bytes), Error> {
         let limits = |timeout| Limits { between: timeout, whole: timeout, rate: None };
         self.exchange_within(self.timeout.map(limits), MAX_ANSWER_BYTES, method, path, content)
     }
@@ -398,8 +409,10 @@ impl Connection {
             return Ok((head.headers, answer));
         }
         let failure = serde_json::from_slice(&answer);
-        let why = failure
-            .map_or_else(|_| Reason::of(format_args!("the platform refuses: {status}")), |Failure { error }| error);
+        let why = failure.map_or_else(
+            |_| Reason::of(format_args!("the platform refuses: {status}")),
+            |Failure { error }| error,
+        );
         Err(Error::Refused { status, why })
     }
 
@@ -407,7 +420,12 @@ impl Connection {
     ///
     /// # Errors
     /// As [`Connection::ask`].
-    pub fn ask_for<T: DeserializeOwned>(&mut self, method: Method, path: &str, content: Content) -> Result<T, Error> {
+    pub fn ask_for<T: DeserializeOwned>(
+        &mut self,
+        method: Method,
+        path: &str,
+        content: Content,
+    ) -> Result<T, Error> {
         let answer = self.ask(method, path, content)?;
         serde_json::from_slice(&answer).map_err(|source| self.answer_error(source))
     }
@@ -423,7 +441,8 @@ where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     let begun = http1::handshake(TokioIo::new(stream)).await;
-    let (sender, connection) = begun.map_err(|source| Error::Exchange { platform: platform.to_owned(), source })?;
+    let (sender, connection) =
+        begun.map_err(|source| Error::Exchange { platform: platform.to_owned(), source })?;
     // Its own end is told by the answer that does not come.
     tokio::spawn(async move {
         if let Err(error) = connection.await {
@@ -452,9 +471,15 @@ async fn wanted<T>(
 }
 
 /// What comes of something, where there is no limit for it or it keeps that.
-async fn within<T>(limit: Option<Duration>, platform: &str, work: impl Future<Output = T>) -> Result<T, Error> {
+async fn within<T>(
+    limit: Option<Duration>,
+    platform: &str,
+    work: impl Future<Output = T>,
+) -> Result<T, Error> {
     let Some(timeout) = limit else { return Ok(work.await) };
-    tokio::time::timeout(timeout, work).await.map_err(|_| Error::Silent { platform: platform.to_owned(), timeout })
+    tokio::time::timeout(timeout, work)
+        .await
+        .map_err(|_| Error::Silent { platform: platform.to_owned(), timeout })
 }
 
 #[cfg(test)]
@@ -472,7 +497,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("socket");
         let _listener = UnixListener::bind(&path).unwrap();
-        let mut connection = Connection::open(&Endpoint::Socket(path)).unwrap().with_timeout(Duration::from_millis(20));
+        let mut connection =
+            Connection::open(&Endpoint::Socket(path)).unwrap().with_timeout(Duration::from_millis(20));
         let asked = connection.ask(Method::GET, "/", Content::none());
         assert!(matches!(asked, Err(error @ Error::Silent { .. }) if error.may_pass()));
     }
@@ -517,7 +543,8 @@ mod tests {
         let given_up_at = Instant::now() + Duration::from_millis(200);
         let asked = asked_of_one_who(drips, |connection| {
             let connection = connection.with_timeout(LONG);
-            let mut connection = connection.wanted_while(Some(Arc::new(move || Instant::now() < given_up_at)));
+            let mut connection =
+                connection.wanted_while(Some(Arc::new(move || Instant::now() < given_up_at)));
             connection.ask_long(Method::GET, "/", Content::none(), u64::MAX)
         });
         assert!(matches!(asked, Err(Error::GivenUp { .. })), "{asked:?}");
@@ -528,11 +555,15 @@ mod tests {
         const BYTES: usize = 100_000;
         let ask = |most: u64| {
             let answers = |mut stream: UnixStream| {
-                stream.write_all(format!("HTTP/1.1 200 OK\r\ncontent-length: {BYTES}\r\n\r\n").as_bytes()).unwrap();
+                stream
+                    .write_all(format!("HTTP/1.1 200 OK\r\ncontent-length: {BYTES}\r\n\r\n").as_bytes())
+                    .unwrap();
                 // Who has read enough closes the connection.
                 drop(stream.write_all(&[b' '; BYTES]));
             };
-            asked_of_one_who(answers, |mut connection| connection.ask_long(Method::GET, "/", Content::none(), most))
+            asked_of_one_who(answers, |mut connection| {
+                connection.ask_long(Method::GET, "/", Content::none(), most)
+            })
         };
         assert_eq!(ask(BYTES as u64).unwrap().len(), BYTES);
         let asked = ask(BYTES as u64 - 1);
@@ -554,7 +585,8 @@ mod tests {
         let breaks_off = |mut stream: UnixStream| {
             stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n{").unwrap();
         };
-        let asked = asked_of_one_who(breaks_off, |mut connection| connection.ask(Method::GET, "/", Content::none()));
+        let asked =
+            asked_of_one_who(breaks_off, |mut connection| connection.ask(Method::GET, "/", Content::none()));
         assert!(matches!(asked, Err(error @ Error::Exchange { .. }) if error.may_pass()));
     }
 }

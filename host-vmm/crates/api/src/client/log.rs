@@ -41,8 +41,8 @@ impl Log {
     pub fn read(&mut self, wait: Duration) -> anyhow::Result<Piece> {
         let path = format!("{}/log?from={}&wait_ms={}", self.path, self.next, wait.as_millis());
         let (head, bytes) = self.connection.exchange(Method::GET, &path, Content::none())?;
-        let (next, is_last) =
-            position(&head).ok_or_else(|| anyhow::anyhow!("the platform does not say where it is in the log"))?;
+        let (next, is_last) = position(&head)
+            .ok_or_else(|| anyhow::anyhow!("the platform does not say where it is in the log"))?;
         self.next = next;
         Ok(Piece { bytes, is_last })
     }

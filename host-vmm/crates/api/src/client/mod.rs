@@ -28,8 +28,8 @@ use super::{CloneWish, ForkWish, Forked, Image, Place, Platforms, Spawn, Spawned
 /// # Errors
 /// Where there is none, or it does not answer.
 pub fn connect(platform: Option<&Endpoint>) -> anyhow::Result<Connection> {
-    let platform =
-        platform.map_or_else(|| Ok(Endpoint::Socket(find_socket()?)), |platform| anyhow::Ok(platform.clone()))?;
+    let platform = platform
+        .map_or_else(|| Ok(Endpoint::Socket(find_socket()?)), |platform| anyhow::Ok(platform.clone()))?;
     Ok(Connection::open(&platform)?)
 }
 
@@ -177,7 +177,8 @@ pub fn image_clone_path(id: &str) -> anyhow::Result<String> {
 }
 
 fn image_path(id: &str) -> anyhow::Result<String> {
-    let is_id = !id.is_empty() && id.chars().all(|character| character.is_ascii_hexdigit() || character == '-');
+    let is_id =
+        !id.is_empty() && id.chars().all(|character| character.is_ascii_hexdigit() || character == '-');
     ensure!(is_id, "{id:?} is not how an image's ID begins: that has digits, a to f and -");
     Ok(format!("/v1/images/{id}"))
 }

@@ -102,7 +102,12 @@ impl PooledClient {
         ask(&mut Connection::open(&self.endpoint)?.with_timeout(timeout))
     }
 
-    fn answered<T>(&self, platform: String, connection: Connection, answer: Result<T, Error>) -> Result<T, Error> {
+    fn answered<T>(
+        &self,
+        platform: String,
+        connection: Connection,
+        answer: Result<T, Error>,
+    ) -> Result<T, Error> {
         // One that has broken, or whose answer may still come, is of no use.
         let is_over = |error: &Error| error.may_pass() || matches!(error, Error::GivenUp { .. });
         if !answer.as_ref().is_err_and(is_over) {

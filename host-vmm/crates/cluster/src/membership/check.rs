@@ -1,4 +1,5 @@
-//! What platforms say of themselves, checked at the border: it comes from other hosts, and anybody may have written it.
+//! What platforms say of themselves, checked at the border: it comes from other hosts, and anybody may have
+//! written it.
 
 use std::{
     collections::BTreeMap,
@@ -99,7 +100,9 @@ pub fn check(member: &Member) -> Result<(), Error> {
 ///
 /// # Errors
 /// As [`check`].
-pub fn check_alone(Member { name, cluster, address: _, labels: all, cpu_profile, load }: &Member) -> Result<(), Error> {
+pub fn check_alone(
+    Member { name, cluster, address: _, labels: all, cpu_profile, load }: &Member,
+) -> Result<(), Error> {
     if let Some(bad) = [name, cluster].into_iter().find(|name| !is_vm_type(name)) {
         return Err(Error::Name(bad.as_str().into()));
     }
@@ -151,7 +154,8 @@ fn is_label_value(value: &str) -> bool {
 /// Whether there can be VMs of a shape.
 pub fn is_shape(shape: VmShape) -> bool {
     let VmShape { ram_bytes, vcpus } = shape;
-    let is_size = (MIN_RAM_BYTES..=MAX_RAM_BYTES).contains(&ram_bytes) && ram_bytes.is_multiple_of(PAGE_BYTES);
+    let is_size =
+        (MIN_RAM_BYTES..=MAX_RAM_BYTES).contains(&ram_bytes) && ram_bytes.is_multiple_of(PAGE_BYTES);
     is_size && (1..=MAX_VCPUS).contains(&vcpus)
 }
 

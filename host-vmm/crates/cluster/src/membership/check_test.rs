@@ -12,7 +12,11 @@ fn member() -> Member {
         address: "192.0.2.1:7070".parse().unwrap(),
         labels: BTreeMap::from([("example.com/zone".into(), "North, 2nd floor".into())]),
         cpu_profile: "x86-64-v3".into(),
-        load: Load { ready: vec![ready; MAX_SHAPES], images: vec![Uuid::from_u128(1); MAX_IMAGES], ..Load::default() },
+        load: Load {
+            ready: vec![ready; MAX_SHAPES],
+            images: vec![Uuid::from_u128(1); MAX_IMAGES],
+            ..Load::default()
+        },
     }
 }
 
@@ -62,7 +66,10 @@ fn each_mistake_is_found() {
         (changed(|member| member.cpu_profile = "a b".into()), "can't be a label or a CPU profile"),
         (changed(|member| member.load.images.push(Uuid::nil())), "257 images; at most 256"),
         (changed(|member| member.load.ready.extend(shape(16 << 20, 1))), "33 shapes"),
-        (changed(|member| member.load.ready = shape(16 << 20, 0)), "no machines with 16777216 bytes of memory and 0"),
+        (
+            changed(|member| member.load.ready = shape(16 << 20, 0)),
+            "no machines with 16777216 bytes of memory and 0",
+        ),
         (changed(|member| member.load.ready = shape(16 << 20, 65)), "no machines"),
         (changed(|member| member.load.ready = shape((16 << 20) + 1, 1)), "no machines"),
         (changed(|member| member.load.ready = shape(u64::MAX, 1)), "no machines"),
@@ -81,7 +88,9 @@ fn what_is_too_long_is_not_looked_at() {
     let json = serde_json::to_string(&member()).unwrap();
     let padded = |bytes: usize| format!("{json}{}", " ".repeat(bytes - json.len()));
     parse(padded(MAX_BYTES).as_bytes()).unwrap();
-    assert!(matches!(parse(padded(MAX_BYTES + 1).as_bytes()), Err(Error::Length(length)) if length == MAX_BYTES + 1));
+    assert!(
+        matches!(parse(padded(MAX_BYTES + 1).as_bytes()), Err(Error::Length(length)) if length == MAX_BYTES + 1)
+    );
 }
 
 #[test]

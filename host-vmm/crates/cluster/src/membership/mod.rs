@@ -2,14 +2,16 @@
 //!
 //! There are two ways to know them, and both can be used at once:
 //!
-//! - **An etcd**, for the platforms of one cluster. Each keeps an entry there for as long as it lives, under a lease, and watches those of
-//!   the others. A platform that dies is gone when its lease ends. One that loses etcd keeps its view and its VMs, and knows after the
-//!   lease time that others take it for gone: it is [partitioned](Status::Partitioned), and is to take no VMs from others. An entry
-//!   there says more than it seems to: who can write to the etcd can say where copies of VMs go.
-//! - **A list**, for platforms of this cluster or others. Each is asked again and again; one that has not answered for the lease time is
-//!   gone until it answers.
+//! - **An etcd**, for the platforms of one cluster. Each keeps an entry there for as long as it lives, under
+//!   a lease, and watches those of the others. A platform that dies is gone when its lease ends. One that
+//!   loses etcd keeps its view and its VMs, and knows after the lease time that others take it for gone: it
+//!   is [partitioned](Status::Partitioned), and is to take no VMs from others. An entry there says more than
+//!   it seems to: who can write to the etcd can say where copies of VMs go.
+//! - **A list**, for platforms of this cluster or others. Each is asked again and again; one that has not
+//!   answered for the lease time is gone until it answers.
 //!
-//! What comes from others is [checked](check) before it is looked at; what is wrong is left out, with a warning that says whose it was.
+//! What comes from others is [checked](check) before it is looked at; what is wrong is left out, with a
+//! warning that says whose it was.
 
 use std::{
     error, fmt, io,
@@ -33,7 +35,8 @@ use super::{
 };
 use view::{Known, Registered};
 
-/// Asks a platform that is listed what it says of itself. It may take long; what it gives back is checked here.
+/// Asks a platform that is listed what it says of itself. It may take long; what it gives back is checked
+/// here.
 pub type Ask = dyn Fn(&Peer) -> Result<Member, Box<dyn error::Error + Send + Sync>> + Send + Sync;
 
 /// Report of this platform on itself. Name, cluster and address never change.
@@ -43,7 +46,8 @@ pub type SelfReport = dyn Fn() -> Member + Send + Sync;
 pub struct Settings {
     /// What it says of itself.
     pub own: Arc<SelfReport>,
-    /// How long a platform may be silent before others take it for gone; the same for all platforms of a cluster, in whole seconds.
+    /// How long a platform may be silent before others take it for gone; the same for all platforms of a
+    /// cluster, in whole seconds.
     pub lease: Duration,
     /// The etcd of its cluster, if there is one.
     pub etcd: Option<Etcd>,
@@ -97,8 +101,9 @@ pub struct Directory {
 impl Directory {
     /// Joins the cluster, and starts to ask the platforms that are listed.
     ///
-    /// An etcd that can't be reached is tried again and again: until then the platform is [partitioned](Status::Partitioned). Where the
-    /// name is in use, this waits until it is certain that its holder lives: one that was killed is gone after its lease.
+    /// An etcd that can't be reached is tried again and again: until then the platform is
+    /// [partitioned](Status::Partitioned). Where the name is in use, this waits until it is certain that its
+    /// holder lives: one that was killed is gone after its lease.
     ///
     /// # Errors
     /// [`Error`]: why it can't be.
@@ -106,7 +111,8 @@ impl Directory {
         let Settings { own, lease, etcd, peers, ask } = settings;
         let member = own();
         // Others are told where it is by etcd alone.
-        if etcd.is_some() { check::check(&member) } else { check::check_alone(&member) }.map_err(Error::Own)?;
+        if etcd.is_some() { check::check(&member) } else { check::check_alone(&member) }
+            .map_err(Error::Own)?;
         let shared = Arc::new(Shared::new(Known::new(&member, lease, etcd.is_some())));
         let (name, cluster) = (member.name.clone(), member.cluster.clone());
         let is_own = |peer: &Peer| (&peer.name, &peer.cluster) == (&name, &cluster);

@@ -1,4 +1,5 @@
-//! Platforms that are listed: each is asked by a thread of its own, so that one that does not answer hides no other.
+//! Platforms that are listed: each is asked by a thread of its own, so that one that does not answer hides no
+//! other.
 
 use std::{
     sync::{Arc, mpsc},
@@ -53,11 +54,14 @@ fn report(peer: &Peer, wrong: Option<&str>) {
     let Peer { name, cluster, address } = peer;
     match wrong {
         None => tracing::info!(name, cluster, %address, "a platform answers"),
-        Some(why) => tracing::warn!(name, cluster, %address, why, "a platform does not answer, or not as it should"),
+        Some(why) => {
+            tracing::warn!(name, cluster, %address, why, "a platform does not answer, or not as it should")
+        }
     }
 }
 
-/// Takes what a platform says of itself, if it is the one that was asked. It is reached where the list has it, whatever it says itself.
+/// Takes what a platform says of itself, if it is the one that was asked. It is reached where the list has
+/// it, whatever it says itself.
 fn accept(peer: &Peer, mut member: Member) -> Result<Member, check::Error> {
     member.address = peer.address;
     check::check(&member)?;

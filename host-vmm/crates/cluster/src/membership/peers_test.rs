@@ -32,7 +32,8 @@ fn peer(name: &str, port: u16) -> Peer {
 }
 
 fn directory(peers: Vec<Peer>, ask: Arc<Ask>) -> Directory {
-    Directory::start(Settings { own: Arc::new(|| member("own")), lease: LEASE, etcd: None, peers, ask }).unwrap()
+    Directory::start(Settings { own: Arc::new(|| member("own")), lease: LEASE, etcd: None, peers, ask })
+        .unwrap()
 }
 
 /// The first view of this kind.
@@ -79,11 +80,9 @@ fn one_that_stops_to_answer_is_gone_after_the_lease_time_and_may_come_back() {
     let silent = Arc::new(Mutex::new(BTreeSet::new()));
     let ask: Arc<Ask> = {
         let silent = Arc::clone(&silent);
-        Arc::new(
-            move |peer| {
-                if lock(&silent).contains(&peer.name) { Err("no answer".into()) } else { Ok(member(&peer.name)) }
-            },
-        )
+        Arc::new(move |peer| {
+            if lock(&silent).contains(&peer.name) { Err("no answer".into()) } else { Ok(member(&peer.name)) }
+        })
     };
     let directory = directory(vec![peer("a", 1), peer("b", 2)], ask);
     wait(&directory, |view| names(view) == ["a", "b"]);

@@ -49,7 +49,8 @@ pub enum Status {
     Listed,
     /// The etcd of its cluster has it, and others see it.
     Joined,
-    /// It has not reached the etcd of its cluster for the lease time, or not yet: others take it for gone. Its own view stays as it was.
+    /// It has not reached the etcd of its cluster for the lease time, or not yet: others take it for gone.
+    /// Its own view stays as it was.
     Partitioned,
     /// Another platform has its name; it can come back when that one is gone.
     NameTaken,
@@ -58,12 +59,15 @@ pub enum Status {
 impl View {
     /// The platform of this name in a cluster.
     pub fn find(&self, cluster: &str, name: &str) -> Option<&KnownMember> {
-        self.members.iter().find(|seen| (seen.member.cluster.as_str(), seen.member.name.as_str()) == (cluster, name))
+        self.members
+            .iter()
+            .find(|seen| (seen.member.cluster.as_str(), seen.member.name.as_str()) == (cluster, name))
     }
 
     /// Whether a cluster has a platform of this name, and no other cluster has one.
     pub fn is_alone(&self, cluster: &str, name: &str) -> bool {
-        let mut clusters = self.members.iter().filter(|seen| seen.member.name == name).map(|seen| &seen.member.cluster);
+        let mut clusters =
+            self.members.iter().filter(|seen| seen.member.name == name).map(|seen| &seen.member.cluster);
         clusters.next().is_some_and(|found| found == cluster) && clusters.next().is_none()
     }
 }

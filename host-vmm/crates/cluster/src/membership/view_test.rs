@@ -21,7 +21,10 @@ fn known(has_etcd: bool) -> Known {
 }
 
 fn names(view: &View) -> Vec<(&str, &str, u32)> {
-    view.members.iter().map(|KnownMember { member, .. }| (&*member.cluster, &*member.name, member.load.vms)).collect()
+    view.members
+        .iter()
+        .map(|KnownMember { member, .. }| (&*member.cluster, &*member.name, member.load.vms))
+        .collect()
 }
 
 fn register(known: &mut Known, members: &[Member], at: Instant) {
@@ -69,7 +72,10 @@ fn a_name_that_two_clusters_have_stands_for_neither() {
         known.answer(member(cluster, name, 1), start);
     }
     let view = known.view(start);
-    assert_eq!(["a", "b", "c", "d", "own"].map(|name| view.is_alone("web", name)), [true, false, false, false, false]);
+    assert_eq!(
+        ["a", "b", "c", "d", "own"].map(|name| view.is_alone("web", name)),
+        [true, false, false, false, false]
+    );
 }
 
 #[test]

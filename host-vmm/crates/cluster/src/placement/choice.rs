@@ -30,7 +30,8 @@ pub(super) fn choose<'m>(
     evaluation: &Evaluation<'_>,
     members: impl Iterator<Item = &'m Member>,
 ) -> Option<Vec<Pick<'m>>> {
-    let candidates = members.map(|member| evaluation.judge(member).candidate).filter(|candidate| candidate.room > 0);
+    let candidates =
+        members.map(|member| evaluation.judge(member).candidate).filter(|candidate| candidate.room > 0);
     let mut chosen = match evaluation.rule.policy {
         Policy::Local | Policy::LeastLoaded | Policy::Spread => best(evaluation, candidates),
         Policy::Pack => pack(candidates.collect(), evaluation.wish.count),
@@ -93,7 +94,10 @@ fn taken(load: &Load) -> u32 {
 }
 
 /// Each copy goes to the platform that is best for it, with the ones before it in place.
-fn best<'m>(evaluation: &Evaluation<'_>, candidates: impl Iterator<Item = Candidate<'m>>) -> Option<Vec<Pick<'m>>> {
+fn best<'m>(
+    evaluation: &Evaluation<'_>,
+    candidates: impl Iterator<Item = Candidate<'m>>,
+) -> Option<Vec<Pick<'m>>> {
     let mut best = the_best(evaluation, candidates);
     let room: u64 = best.iter().map(|ranked| u64::from(ranked.candidate.room)).sum();
     if room < evaluation.wish.count.into() {
@@ -113,8 +117,8 @@ fn best<'m>(evaluation: &Evaluation<'_>, candidates: impl Iterator<Item = Candid
     Some(ranked.map(|Ranked { candidate, copies, .. }| Pick { candidate, copies }).collect())
 }
 
-/// The platforms that are best for their first copy, as many as there are copies. No other gets one: while one of these has none, it is better,
-/// and has room.
+/// The platforms that are best for their first copy, as many as there are copies. No other gets one: while
+/// one of these has none, it is better, and has room.
 fn the_best<'m>(
     evaluation: &Evaluation<'_>,
     candidates: impl Iterator<Item = Candidate<'m>>,
@@ -140,8 +144,9 @@ fn the_best<'m>(
     best.into_iter().map(|Reverse(ranked)| ranked).collect()
 }
 
-/// As few platforms as possible are used that have no VMs yet, and as few as possible at all then: whatever fits on one goes there, and
-/// otherwise the one with most room is filled. Of several that do, it is the one with most VMs.
+/// As few platforms as possible are used that have no VMs yet, and as few as possible at all then: whatever
+/// fits on one goes there, and otherwise the one with most room is filled. Of several that do, it is the one
+/// with most VMs.
 fn pack(candidates: Vec<Candidate<'_>>, mut left: u32) -> Option<Vec<Pick<'_>>> {
     if room_of(&candidates) < left.into() {
         return None;
@@ -178,12 +183,16 @@ fn room_of(candidates: &[Candidate<'_>]) -> u64 {
 /// Of those that have room for all copies, the one with most VMs, and then the one with least room.
 fn fullest<'m>(candidates: &[Candidate<'m>], copies: u32) -> Option<Candidate<'m>> {
     let fitting = candidates.iter().copied().filter(|candidate| candidate.room >= copies);
-    fitting.max_by_key(|Candidate { member, room, .. }| (member.load.vms, Reverse(*room), Reverse(name_of(member))))
+    fitting.max_by_key(|Candidate { member, room, .. }| {
+        (member.load.vms, Reverse(*room), Reverse(name_of(member)))
+    })
 }
 
 /// One platform is filled after another.
 fn in_order<'m>(evaluation: &Evaluation<'_>, mut candidates: Vec<Candidate<'m>>) -> Option<Vec<Pick<'m>>> {
-    candidates.sort_unstable_by_key(|candidate| (evaluation.pinned_at(candidate.member), name_of(candidate.member)));
+    candidates.sort_unstable_by_key(|candidate| {
+        (evaluation.pinned_at(candidate.member), name_of(candidate.member))
+    });
     let mut left = evaluation.wish.count;
     let mut chosen = Vec::new();
     for candidate in candidates {

@@ -1,9 +1,10 @@
 //! Placement: which platforms the copies of a VM go to.
 //!
-//! A decision is pure. [`place`] is given the operator's [`Rules`], a [`Wish`], and what the platforms tell of themselves; it calculates in
-//! integers, and where platforms are equal their names decide. So every platform that knows the same comes to the same result, in whatever
-//! order it knows it. All copies of a fork are placed in one decision: each counts against the platform that gets it before the next one is
-//! placed, and if one can't be placed, none is.
+//! A decision is pure. [`place`] is given the operator's [`Rules`], a [`Wish`], and what the platforms tell
+//! of themselves; it calculates in integers, and where platforms are equal their names decide. So every
+//! platform that knows the same comes to the same result, in whatever order it knows it. All copies of a fork
+//! are placed in one decision: each counts against the platform that gets it before the next one is placed,
+//! and if one can't be placed, none is.
 //!
 //! - `rules`: what the operator wants, by VM type: a [`Policy`], and what a platform must be.
 //! - `room`: whether a platform may take copies, and how many it has room for.
@@ -12,8 +13,9 @@
 //! - `pending`: what was placed since others have told of themselves.
 //! - `reason`: the answer to "why there", and to "why not there".
 //!
-//! What platforms tell is believed as far as it is possible: numbers out of range give a bad place at worst. Each platform decides by itself
-//! whether it takes what is sent to it, since by then it may be fuller than it was.
+//! What platforms tell is believed as far as it is possible: numbers out of range give a bad place at worst.
+//! Each platform decides by itself whether it takes what is sent to it, since by then it may be fuller than
+//! it was.
 
 use serde::{Deserialize, Serialize};
 use types::{Locality, VmShape};
@@ -78,8 +80,8 @@ pub struct Decision {
 
 /// Places all copies that are wished for.
 ///
-/// A decision looks at each member once, and sorts none but those that it may use: its time grows with the number of members, and with the
-/// number of images that each tells of where ancestors are asked for.
+/// A decision looks at each member once, and sorts none but those that it may use: its time grows with the
+/// number of members, and with the number of images that each tells of where ancestors are asked for.
 ///
 /// # Errors
 /// [`Unplaceable`]: there is not enough room on the platforms that may take copies.
@@ -90,8 +92,12 @@ pub fn place<'m>(
 ) -> Result<Decision, Unplaceable> {
     let (evaluation, members) = (Evaluation::new(rules, wish), members.into_iter());
     let chosen = choose(&evaluation, members.clone()).ok_or_else(|| evaluation.unplaceable(members))?;
-    let share = |chosen: &Pick<'_>| Allocation { platform: chosen.candidate.member.name.clone(), count: chosen.copies };
-    let reason = |chosen: &Pick<'_>| evaluation.reason(&evaluation.judge(chosen.candidate.member), chosen.copies);
+    let share = |chosen: &Pick<'_>| Allocation {
+        platform: chosen.candidate.member.name.clone(),
+        count: chosen.copies,
+    };
+    let reason =
+        |chosen: &Pick<'_>| evaluation.reason(&evaluation.judge(chosen.candidate.member), chosen.copies);
     Ok(Decision {
         policy: evaluation.rule.policy,
         shares: chosen.iter().map(share).collect(),

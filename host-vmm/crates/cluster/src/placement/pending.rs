@@ -1,6 +1,7 @@
 //! Pending placements: copies that were placed on platforms since these have reported on themselves.
 //!
-//! What a source knows of others is a little old. If it did not count what it has placed since, it would send the next copies there too.
+//! What a source knows of others is a little old. If it did not count what it has placed since, it would send
+//! the next copies there too.
 
 use std::{
     borrow::Cow,
@@ -14,10 +15,12 @@ use types::VmShape;
 use super::{charge_bytes, room::available_bytes};
 use crate::member::{Load, Member};
 
-/// For how long copies that are on their way are counted where their platform tells nothing more: they may not have come.
+/// For how long copies that are on their way are counted where their platform tells nothing more: they may
+/// not have come.
 const COUNTED: Duration = Duration::from_secs(30);
 
-/// Copies that were placed on a platform. Dropping it says that this is about to know of them, or that they do not go there.
+/// Copies that were placed on a platform. Dropping it says that this is about to know of them, or that they
+/// do not go there.
 #[derive(Debug)]
 #[must_use]
 pub struct Claim(Arc<OnceLock<Instant>>);
@@ -76,5 +79,6 @@ impl PendingPlacements {
 /// Counts copies on a platform; the VM that is copied may be there.
 pub fn count(load: &mut Load, config: VmShape, copies: u32, on_source: bool) {
     load.vms = load.vms.saturating_add(copies);
-    load.memory_available_bytes = available_bytes(load).saturating_sub(charge_bytes(config, copies, on_source));
+    load.memory_available_bytes =
+        available_bytes(load).saturating_sub(charge_bytes(config, copies, on_source));
 }

@@ -59,7 +59,11 @@ fn policy(policy: Policy) -> Rules {
 /// Who gets how many, as `a:2 b:1`.
 fn placed(rules: &Rules, wish: &Wish, members: &[Member]) -> String {
     let shares = place(rules, wish, members).unwrap().shares;
-    shares.iter().map(|Allocation { platform, count }| format!("{platform}:{count}")).collect::<Vec<_>>().join(" ")
+    shares
+        .iter()
+        .map(|Allocation { platform, count }| format!("{platform}:{count}"))
+        .collect::<Vec<_>>()
+        .join(" ")
 }
 
 #[test]
@@ -168,7 +172,8 @@ fn only_other_platforms_are_charged_the_image() {
     assert_eq!(placed(&Rules::default(), &local, &[small("a"), small("b")]), "a:18");
     let remote = Wish { location: Locality::Remote, ..wish(2) };
     assert_eq!(placed(&Rules::default(), &remote, &[small("a"), small("b")]), "b:2");
-    let error = place(&Rules::default(), &Wish { count: 3, ..remote }, &[small("a"), small("b")]).unwrap_err();
+    let error =
+        place(&Rules::default(), &Wish { count: 3, ..remote }, &[small("a"), small("b")]).unwrap_err();
     assert_eq!(error.room, 2);
     assert!(
         error.to_string().contains("b: room for 2, 600 MiB of memory are left, and all copies need 608"),
@@ -252,7 +257,10 @@ fn an_explanation_has_a_row_for_each_platform() {
         (rows[1][0].as_str(), rows[1][2].as_str(), rows[1][11].as_str()),
         ("c", "1", "99 of 100 nodes are taken")
     );
-    assert_eq!((rows[2][0].as_str(), rows[2][3].as_str(), rows[2][11].as_str()), ("b", "-", "it is draining"));
+    assert_eq!(
+        (rows[2][0].as_str(), rows[2][3].as_str(), rows[2][11].as_str()),
+        ("b", "-", "it is draining")
+    );
     let json = serde_json::to_string(&explanation).unwrap();
     assert_eq!(serde_json::from_str::<Explanation>(&json).unwrap(), explanation);
 }
@@ -268,7 +276,8 @@ fn bytes() -> impl Strategy<Value = u64> {
 
 fn shape() -> impl Strategy<Value = VmShape> {
     let ram_bytes = prop_oneof![4 => Just(512 * MIB), 1 => Just(0), 1 => any::<u64>()];
-    (ram_bytes, prop_oneof![Just(1u8), any::<u8>()]).prop_map(|(ram_bytes, vcpus)| VmShape { ram_bytes, vcpus })
+    (ram_bytes, prop_oneof![Just(1u8), any::<u8>()])
+        .prop_map(|(ram_bytes, vcpus)| VmShape { ram_bytes, vcpus })
 }
 
 fn images() -> impl Strategy<Value = Vec<Uuid>> {
@@ -279,7 +288,16 @@ fn load() -> impl Strategy<Value = Load> {
     let ready = vec((shape(), number()).prop_map(|(config, shells)| Ready { config, shells }), 0..3);
     let counts = (number(), number(), prop::bool::weighted(0.1));
     (counts, number(), number(), number(), bytes(), bytes(), ready, images()).prop_map(
-        |((vms, max_vms, draining), processors, cpu, memory, memory_bytes, memory_available_bytes, ready, images)| {
+        |(
+            (vms, max_vms, draining),
+            processors,
+            cpu,
+            memory,
+            memory_bytes,
+            memory_available_bytes,
+            ready,
+            images,
+        )| {
             Load {
                 vms,
                 max_vms,
@@ -317,13 +335,10 @@ fn members(most: usize) -> impl Strategy<Value = Vec<Member>> {
 }
 
 fn a_wish() -> impl Strategy<Value = Wish> {
-    let location = prop_oneof![6 => Just(Locality::Any), 1 => Just(Locality::Local), 1 => Just(Locality::Remote)];
-    (0..40u32, shape(), location, images(), 0..14u32).prop_map(|(count, config, location, images, source)| Wish {
-        config,
-        location,
-        images,
-        source: format!("p{source}"),
-        ..wish(count)
+    let location =
+        prop_oneof![6 => Just(Locality::Any), 1 => Just(Locality::Local), 1 => Just(Locality::Remote)];
+    (0..40u32, shape(), location, images(), 0..14u32).prop_map(|(count, config, location, images, source)| {
+        Wish { config, location, images, source: format!("p{source}"), ..wish(count) }
     })
 }
 

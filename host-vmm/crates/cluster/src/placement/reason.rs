@@ -109,7 +109,8 @@ pub struct Unplaceable {
     pub policy: Policy,
     /// For how many there is room on all platforms.
     pub room: u64,
-    /// What is in the way, by platform: those with most room first, then those that are nearest to taking some; [`MAX_TOLD`] at most.
+    /// What is in the way, by platform: those with most room first, then those that are nearest to taking
+    /// some; [`MAX_TOLD`] at most.
     pub platforms: Vec<Reason>,
     /// How many platforms there are besides, by what is in the way.
     pub others: BTreeMap<Cause, usize>,
@@ -218,7 +219,11 @@ impl Evaluation<'_> {
             Cause::Memory => {
                 let needed_bytes = charge_bytes(config, count, fit.candidate.is_source);
                 let left_bytes = available_bytes(load);
-                format!("{} MiB of memory are left, and all copies need {}", left_bytes >> 20, needed_bytes >> 20)
+                format!(
+                    "{} MiB of memory are left, and all copies need {}",
+                    left_bytes >> 20,
+                    needed_bytes >> 20
+                )
             }
             Cause::Draining => "it is draining".to_owned(),
             Cause::Label => {
@@ -228,7 +233,9 @@ impl Evaluation<'_> {
                     None => format!("it has no label {label}, which must be {value:?}"),
                 }
             }
-            Cause::CpuProfile => format!("its CPU profile is {cpu_profile:?}, not {}", wished(&self.rule.cpu_profile)),
+            Cause::CpuProfile => {
+                format!("its CPU profile is {cpu_profile:?}, not {}", wished(&self.rule.cpu_profile))
+            }
             Cause::Cluster => format!("it is in cluster {cluster:?}, not in {}", wished(&self.rule.cluster)),
             Cause::NotPinned => "it is not among the platforms that the rule names".to_owned(),
             Cause::OnlyRemote => "the VM is there, and a remote platform was asked for".to_owned(),
@@ -271,11 +278,13 @@ impl Evaluation<'_> {
         let chosen = chosen.into_iter().flatten();
         let copies: HashMap<_, u32> =
             chosen.map(|Pick { candidate, copies }| (name_of(candidate.member), copies)).collect();
-        let mut fits: Vec<_> = members.map(|member| (self.judge(member), copies.get(&name_of(member)))).collect();
+        let mut fits: Vec<_> =
+            members.map(|member| (self.judge(member), copies.get(&name_of(member)))).collect();
         fits.sort_unstable_by_key(|(fit, _)| nearest_first(fit));
         let reasons = fits.iter().map(|(fit, copies)| self.reason(fit, copies.copied().unwrap_or(0)));
         let mut platforms: Vec<Reason> = reasons.collect();
-        platforms.sort_by_key(|reason| (Reverse(reason.copies), Reverse(reason.score.map(|score| score.total()))));
+        platforms
+            .sort_by_key(|reason| (Reverse(reason.copies), Reverse(reason.score.map(|score| score.total()))));
         Explanation {
             vm_type: self.wish.vm_type.clone(),
             count: self.wish.count,

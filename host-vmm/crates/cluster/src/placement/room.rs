@@ -7,12 +7,14 @@ use types::{Locality, VmShape};
 use super::{Cause, Policy, Rule, Rules, Wish};
 use crate::member::{Load, Member};
 
-/// A copy is charged this part of its guest's memory: it is copy-on-write, and shares what it does not write to. It is an estimate, on the
-/// safe side for workers that serve; those that write to more show in what memory is available.
+/// A copy is charged this part of its guest's memory: it is copy-on-write, and shares what it does not write
+/// to. It is an estimate, on the safe side for workers that serve; those that write to more show in what
+/// memory is available.
 pub const COPY_SHARE: u64 = 16;
 
-/// What copies on one platform are charged of its memory, in bytes: a part for each, and, where it is not the platform of the VM that is
-/// copied, the guest's memory once. That holds even where the image is already: it may be on a disk, or be let go of by then.
+/// What copies on one platform are charged of its memory, in bytes: a part for each, and, where it is not the
+/// platform of the VM that is copied, the guest's memory once. That holds even where the image is already: it
+/// may be on a disk, or be let go of by then.
 pub fn charge_bytes(config: VmShape, copies: u32, on_source: bool) -> u64 {
     u64::try_from(charge(config, copies, on_source)).unwrap_or(u64::MAX)
 }
@@ -107,7 +109,8 @@ impl<'r> Evaluation<'r> {
 
     /// Why a platform may take no copies, whatever room it has.
     fn forbids(&self, member: &Member, is_source: bool) -> Option<Cause> {
-        let differs = |wished: &Option<String>, found: &String| wished.as_ref().is_some_and(|wished| wished != found);
+        let differs =
+            |wished: &Option<String>, found: &String| wished.as_ref().is_some_and(|wished| wished != found);
         if !is_source && self.only_local() {
             Some(Cause::OnlyLocal)
         } else if is_source && self.wish.location == Locality::Remote {
@@ -130,8 +133,11 @@ impl<'r> Evaluation<'r> {
         let Wish { count, config, .. } = *self.wish;
         let by_nodes = load.max_vms.saturating_sub(load.vms).min(count);
         let by_memory = copies_within(available_bytes(load), config, by_nodes, is_source);
-        let cause =
-            if by_memory < by_nodes { Some(Cause::Memory) } else { (by_nodes < count).then_some(Cause::NoNode) };
+        let cause = if by_memory < by_nodes {
+            Some(Cause::Memory)
+        } else {
+            (by_nodes < count).then_some(Cause::NoNode)
+        };
         (by_memory, cause)
     }
 }

@@ -27,7 +27,9 @@ pub enum Error {
         found: String,
     },
     /// Something has a name that it can't have.
-    #[error("placement of {vm_type:?}: {found:?} is no {what}: 1 to 32 characters of a-z, 0-9 and -, not - at an end")]
+    #[error(
+        "placement of {vm_type:?}: {found:?} is no {what}: 1 to 32 characters of a-z, 0-9 and -, not - at an end"
+    )]
     Name {
         /// Type of the rule.
         vm_type: String,
@@ -79,8 +81,8 @@ pub enum Policy {
     /// Where there is the most to be had, and the least to be waited for: the best [`Score`](super::Score).
     #[default]
     LeastLoaded,
-    /// The same number on each platform, give or take one. Those that are left over go where the smallest part of the nodes is taken, then to
-    /// the better score.
+    /// The same number on each platform, give or take one. Those that are left over go where the smallest
+    /// part of the nodes is taken, then to the better score.
     Spread,
     /// On as few platforms as possible: first on those that have VMs, and there on those with the most.
     Pack,
@@ -115,8 +117,13 @@ impl FromStr for Policy {
 }
 
 /// What holds where there is no rule: least-loaded, anywhere.
-static DEFAULT: Rule =
-    Rule { policy: Policy::LeastLoaded, labels: BTreeMap::new(), cluster: None, cpu_profile: None, pinned: Vec::new() };
+static DEFAULT: Rule = Rule {
+    policy: Policy::LeastLoaded,
+    labels: BTreeMap::new(),
+    cluster: None,
+    cpu_profile: None,
+    pinned: Vec::new(),
+};
 
 /// How the copies of one type are placed. What is left out is not asked for.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,10 +1,12 @@
 //! How well a platform is suited, in points.
 //!
-//! A part is from 0 to 1000 points, times its weight. The weights are made of three rules of thumb. Sending an image and waiting for it is worth
-//! as much as finding a third of the processors more free. A host on which something waits for memory for a tenth of the time is as bad as one
-//! that has a fifth of its memory less to give: waiting for memory shows that more of it was promised than there is. And free nodes count as
-//! much as free memory: several platforms may go by what was true a moment ago, and the last free node of a small platform is soon taken by
-//! another (with a weight of 1, a fifth to a half more copies came too late in simulations).
+//! A part is from 0 to 1000 points, times its weight. The weights are made of three rules of thumb. Sending
+//! an image and waiting for it is worth as much as finding a third of the processors more free. A host on
+//! which something waits for memory for a tenth of the time is as bad as one that has a fifth of its memory
+//! less to give: waiting for memory shows that more of it was promised than there is. And free nodes count as
+//! much as free memory: several platforms may go by what was true a moment ago, and the last free node of a
+//! small platform is soon taken by another (with a weight of 1, a fifth to a half more copies came too late
+//! in simulations).
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -139,9 +141,15 @@ mod tests {
     #[test]
     fn parts_are_thousandths_at_the_limits_too() {
         let most = u64::MAX >> 10;
-        for (part, whole, expected) in
-            [(0, 0, 0), (1, 0, 0), (1, 3, 333), (3, 3, 1000), (4, 3, 1000), (most, most, 1000), (most / 2, most, 499)]
-        {
+        for (part, whole, expected) in [
+            (0, 0, 0),
+            (1, 0, 0),
+            (1, 3, 333),
+            (3, 3, 1000),
+            (4, 3, 1000),
+            (most, most, 1000),
+            (most / 2, most, 499),
+        ] {
             assert_eq!(permille(part, whole), expected, "{part} of {whole}");
         }
     }

@@ -30,8 +30,8 @@ const OTHERS: u32 = 0o077;
 
 /// A certificate with its key, and the CA whose certificates are believed.
 ///
-/// Sessions are not resumed: a handshake is cheap for those who talk over few connections, and a resumed session would go on without
-/// another look at the certificate, after that has expired too.
+/// Sessions are not resumed: a handshake is cheap for those who talk over few connections, and a resumed
+/// session would go on without another look at the certificate, after that has expired too.
 #[derive(Clone)]
 pub struct Credentials {
     principal: Principal,
@@ -42,12 +42,12 @@ pub struct Credentials {
 }
 
 impl Credentials {
-    /// Reads the CA's certificate, the own one and its key, all in PEM. A CA's file with several certificates means several CAs, each as
-    /// good as the others: so a cluster gets from one CA to the next.
+    /// Reads the CA's certificate, the own one and its key, all in PEM. A CA's file with several certificates
+    /// means several CAs, each as good as the others: so a cluster gets from one CA to the next.
     ///
     /// # Errors
-    /// Where a file can't be read, or others can read the key; where the three don't belong together, or the certificate is not valid
-    /// at present.
+    /// Where a file can't be read, or others can read the key; where the three don't belong together, or the
+    /// certificate is not valid at present.
     pub fn load(ca: &Path, certificate: &Path, key: &Path) -> Result<Self, Error> {
         let (trusted, chain) = (read_certificates(ca)?, read_certificates(certificate)?);
         Self::new(&trusted, chain, &read_key(key)?)?.checked()
@@ -80,7 +80,8 @@ impl Credentials {
         let mut client = client.with_client_auth_cert(chain.clone(), key.clone_key()).map_err(Error::Pair)?;
         client.alpn_protocols = vec![HTTP.to_vec()];
         client.resumption = Resumption::disabled();
-        // Who is wanted is nobody else's business: it would be sent in the clear, and a platform has one certificate.
+        // Who is wanted is nobody else's business: it would be sent in the clear, and a platform has one
+        // certificate.
         client.enable_sni = false;
 
         Ok(Self { principal, chain, verifier, server: Arc::new(server), client: Arc::new(client) })

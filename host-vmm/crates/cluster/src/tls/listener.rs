@@ -18,7 +18,8 @@ use tokio_rustls::TlsAcceptor;
 use super::{Credentials, Error, Fault, HANDSHAKE_TIMEOUT, Stream, buffered, check_loopback, tune};
 use crate::principal::{ConnectionPeer, Principal};
 
-/// Most handshakes at a time. One more, and the oldest is given up: whoever means well needs milliseconds for it.
+/// Most handshakes at a time. One more, and the oldest is given up: whoever means well needs milliseconds for
+/// it.
 pub(super) const MAX_HANDSHAKES: usize = 64;
 
 /// How long somebody who is refused has to read why.
@@ -30,10 +31,11 @@ const MAX_UNREAD_BYTES: usize = 256 << 10;
 /// How long to wait where the system has nothing left for another connection.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// An address at which a platform takes connections. It is for `axum::serve`, on a runtime that has I/O and time.
+/// An address at which a platform takes connections. It is for `axum::serve`, on a runtime that has I/O and
+/// time.
 ///
-/// Handshakes are tasks of their own, so that nobody waits for somebody else's: a connection is there for the server once it is known who is
-/// at its other end.
+/// Handshakes are tasks of their own, so that nobody waits for somebody else's: a connection is there for the
+/// server once it is known who is at its other end.
 pub struct Listener {
     tcp: TcpListener,
     /// None where connections are plain.
@@ -167,8 +169,8 @@ pub(super) async fn handshake(
     }
 }
 
-/// Reads what is still on its way from somebody who was told that there will be no connection. Closed with something unread, the connection
-/// would be reset, and the other side might never see why.
+/// Reads what is still on its way from somebody who was told that there will be no connection. Closed with
+/// something unread, the connection would be reset, and the other side might never see why.
 async fn see_off(tcp: &TcpStream) {
     let drain = async {
         shutdown(tcp, Shutdown::Write)?;

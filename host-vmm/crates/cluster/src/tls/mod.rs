@@ -1,14 +1,17 @@
-//! Connections between platforms, and from operators to them: TLS 1.3, in which both sides show a certificate of the cluster's CA.
+//! Connections between platforms, and from operators to them: TLS 1.3, in which both sides show a certificate
+//! of the cluster's CA.
 //!
 //! - [`Credentials`]: what one side shows, and whom it believes.
 //! - [`Listener`]: where a platform is asked; `axum` serves on it, and a handler has the [`ConnectionPeer`]
 //!   in `ConnectInfo`.
 //! - [`connect`]: how it is asked.
 //!
-//! Without TLS there are connections within a host only, by a loopback address, where an operator has said so.
+//! Without TLS there are connections within a host only, by a loopback address, where an operator has said
+//! so.
 //!
-//! The side that connects is done with its handshake before the other side has looked at its certificate. If that one is refused, the
-//! first read says so: with an error in whose chain there is a [`Fault`], as there is in one of [`connect`].
+//! The side that connects is done with its handshake before the other side has looked at its certificate. If
+//! that one is refused, the first read says so: with an error in whose chain there is a [`Fault`], as there
+//! is in one of [`connect`].
 
 use std::{io, net::SocketAddr, path::PathBuf, time::Duration};
 
@@ -33,7 +36,8 @@ const HTTP: &[u8] = b"http/1.1";
 /// How long a connection may take to be there, and again its handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long something that was sent may stay without an acknowledgement, before the other side is taken for gone.
+/// How long something that was sent may stay without an acknowledgement, before the other side is taken for
+/// gone.
 const USER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long nothing is heard before the other side is asked whether it is there.
@@ -138,7 +142,9 @@ impl Error {
     pub fn may_pass(&self) -> bool {
         match self {
             Self::Unreachable { .. } => true,
-            Self::Connection { source, .. } => matches!(source, Fault::Slow(_) | Fault::Closed | Fault::Io(_)),
+            Self::Connection { source, .. } => {
+                matches!(source, Fault::Slow(_) | Fault::Closed | Fault::Io(_))
+            }
             _ => false,
         }
     }
@@ -206,16 +212,19 @@ impl From<&Tls> for Fault {
     fn from(error: &Tls) -> Self {
         match error {
             Tls::InvalidMessage(_) | Tls::PeerSentOversizedRecord => Self::NotTls,
-            Tls::PeerIncompatible(_) | Tls::AlertReceived(Alert::ProtocolVersion | Alert::HandshakeFailure) => {
-                Self::Incompatible
-            }
+            Tls::PeerIncompatible(_)
+            | Tls::AlertReceived(Alert::ProtocolVersion | Alert::HandshakeFailure) => Self::Incompatible,
             Tls::NoCertificatesPresented => Self::NoCertificate,
             Tls::AlertReceived(alert) => Self::Refused(*alert),
             Tls::InvalidCertificate(certificate) => match certificate {
                 CertificateError::UnknownIssuer | CertificateError::BadSignature => Self::UnknownCa,
                 CertificateError::Expired | CertificateError::ExpiredContext { .. } => Self::Expired,
-                CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => Self::NotValidYet,
-                CertificateError::NotValidForNameContext { presented, .. } => Self::SomebodyElse(names(presented)),
+                CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => {
+                    Self::NotValidYet
+                }
+                CertificateError::NotValidForNameContext { presented, .. } => {
+                    Self::SomebodyElse(names(presented))
+                }
                 _ => Self::Protocol(Box::new(error.clone())),
             },
             _ => Self::Protocol(Box::new(error.clone())),
@@ -228,7 +237,11 @@ impl From<io::Error> for Fault {
         use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
         match tls_error(&error) {
             Some(error) => Self::from(error),
-            None if matches!(error.kind(), BrokenPipe | ConnectionAborted | ConnectionReset | UnexpectedEof) => {
+            None if matches!(
+                error.kind(),
+                BrokenPipe | ConnectionAborted | ConnectionReset | UnexpectedEof
+            ) =>
+            {
                 Self::Closed
             }
             None => Self::Io(error),
@@ -255,7 +268,8 @@ fn check_loopback(address: SocketAddr) -> Result<(), Error> {
     if address.ip().is_loopback() { Ok(()) } else { Err(Error::Plain(address)) }
 }
 
-/// What TLS reads from. It takes a few KiB at a time, and a call of the system for each of them costs more than to decrypt them.
+/// What TLS reads from. It takes a few KiB at a time, and a call of the system for each of them costs more
+/// than to decrypt them.
 type Tcp = BufReader<TcpStream>;
 
 /// Bytes that are read at once.

@@ -45,8 +45,9 @@ impl fmt::Display for Endpoint {
 /// Connects to a platform.
 ///
 /// # Errors
-/// [`Error::Name`] and [`Error::Plain`] where the endpoint can't be one; [`Error::Unreachable`] where nobody takes the connection;
-/// [`Error::Connection`] where it is not the platform that does, with the [`Fault`] that says why.
+/// [`Error::Name`] and [`Error::Plain`] where the endpoint can't be one; [`Error::Unreachable`] where nobody
+/// takes the connection; [`Error::Connection`] where it is not the platform that does, with the [`Fault`]
+/// that says why.
 pub async fn connect(endpoint: &Endpoint) -> Result<Stream, Error> {
     match endpoint {
         Endpoint::Plain(address) => {
@@ -59,7 +60,8 @@ pub async fn connect(endpoint: &Endpoint) -> Result<Stream, Error> {
             let (name, principal) = named.ok_or_else(|| Error::Name(platform.clone()))?;
             let (tcp, peer) = (dial(*address).await?, ConnectionPeer::Certified(principal));
             let done = timeout(HANDSHAKE_TIMEOUT, credentials.connector().connect(name, buffered(tcp))).await;
-            match done.map_err(|_| Fault::Slow(HANDSHAKE_TIMEOUT)).and_then(|done| done.map_err(Fault::from)) {
+            match done.map_err(|_| Fault::Slow(HANDSHAKE_TIMEOUT)).and_then(|done| done.map_err(Fault::from))
+            {
                 Ok(tls) => Ok(Stream::tls(tls.into(), peer, *address)),
                 Err(source) => Err(Error::Connection { peer, address: *address, source }),
             }
@@ -133,7 +135,11 @@ impl fmt::Debug for Stream {
 }
 
 impl AsyncRead for Stream {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         let polled = self.io().poll_read(cx, buf);
         polled.map_err(|error| self.explain(error))
     }

@@ -140,7 +140,11 @@ async fn who_am_i(endpoint: &Endpoint) -> Result<String, Failure> {
 }
 
 /// What a server thinks of a client.
-async fn judged<F>(server: &Credentials, limit: Duration, client: impl FnOnce(TcpStream) -> F) -> Result<Stream, Fault>
+async fn judged<F>(
+    server: &Credentials,
+    limit: Duration,
+    client: impl FnOnce(TcpStream) -> F,
+) -> Result<Stream, Fault>
 where
     F: Future<Output = ()> + Send + 'static,
 {
@@ -244,7 +248,8 @@ async fn a_certificate_has_its_time() {
 #[test]
 fn credentials_that_nobody_would_take_are_found_before() {
     let cluster = Cluster::new();
-    let useless = |credentials: Credentials| credentials.checked().map(|credentials| credentials.principal().clone());
+    let useless =
+        |credentials: Credentials| credentials.checked().map(|credentials| credentials.principal().clone());
     assert_eq!(useless(cluster.platform("alpha")).unwrap(), platform("alpha"));
     assert_fault!(useless(cluster.credentials(&platform("alpha"), &days(-2, -1))), Fault::Expired);
     assert_fault!(useless(cluster.pretender("alpha")), Fault::UnknownCa);
@@ -269,13 +274,15 @@ async fn somebody_else_is_named() {
         assert_eq!(*found, server.principal().to_string());
         assert!(found.ends_with(name) && error.to_string().contains("the platform beta"), "{error}");
     }
-    let endpoint = Endpoint::Tls { address: HERE, platform: "*".into(), credentials: cluster.platform("alpha") };
+    let endpoint =
+        Endpoint::Tls { address: HERE, platform: "*".into(), credentials: cluster.platform("alpha") };
     assert!(matches!(connect(&endpoint).await, Err(Error::Name(_))));
 }
 
 #[test]
 fn names_that_are_none_of_ours_are_told_as_they_are() {
-    let presented = ["DnsName(\"alpha.platform.host-vmm.internal\")", "DnsName(\"a\u{1b}.example\")", "IpAddress(::1)"];
+    let presented =
+        ["DnsName(\"alpha.platform.host-vmm.internal\")", "DnsName(\"a\u{1b}.example\")", "IpAddress(::1)"];
     let told = names(&presented.map(str::to_owned));
     assert_eq!(told, "the platform alpha, \"a\\u{1b}.example\", \"IpAddress(::1)\"");
     assert_eq!(names(&[]), "nobody");
@@ -354,7 +361,8 @@ proptest! {
 
 #[tokio::test]
 async fn older_tls_is_refused() {
-    // A ClientHello of TLS 1.2 (RFC 5246, 7.4.1.2) with one cipher suite, and the signature algorithms that it can check.
+    // A ClientHello of TLS 1.2 (RFC 5246, 7.4.1.2) with one cipher suite, and the signature algorithms that
+    // it can check.
     let mut hello = vec![3, 3];
     hello.extend([7; 32]);
     hello.extend([0, 0, 2, 0xc0, 0x2b, 1, 0, 0, 8, 0, 13, 0, 4, 0, 2, 4, 3]);

@@ -103,13 +103,15 @@ fn meet(
             None => capsule::unpack(&state, files)?,
         })
     })?;
-    let anonymous = timeline.time(ForkStep::Restore, || blank.restore(&state, Arc::new(image), console, faults))?;
+    let anonymous =
+        timeline.time(ForkStep::Restore, || blank.restore(&state, Arc::new(image), console, faults))?;
     let (machine, vcpus, signal, order) = timeline.time(ForkStep::Launch, || -> Result<_, Error> {
         let order = order()?;
         let (machine, vcpus) = anonymous.with_identity(order.identity.clone());
         let signal = RoleSignal::to_child(&machine)?;
         rendezvous.arrive(order.arrivals)?;
-        // The platform has kept it off the parent's until now. While the parent takes note, there is time for this.
+        // The platform has kept it off the parent's until now. While the parent takes note, there is time for
+        // this.
         threads::use_all_processors();
         rendezvous.wait_commit(&is_alone)?;
         Ok((machine, vcpus, signal, order))

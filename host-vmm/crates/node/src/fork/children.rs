@@ -63,7 +63,8 @@ pub(super) fn place<'a>(
 }
 
 impl Children<'_> {
-    /// Wakes up the one that stands by: its state comes soon. Where there is no processor to spare, its order will.
+    /// Wakes up the one that stands by: its state comes soon. Where there is no processor to spare, its order
+    /// will.
     pub(super) fn wake(&self) -> Result<(), Error> {
         match &self.wake_event {
             Some(wake_event) if self.rendezvous()?.spins() => Ok(wake_event.wake()?),
@@ -97,7 +98,8 @@ impl Children<'_> {
         Ok(copy_list::take(self.rendezvous()?, self.count)?)
     }
 
-    /// Lets them run. From here on there is no way back. What is left is to be dropped when there is time for it.
+    /// Lets them run. From here on there is no way back. What is left is to be dropped when there is time for
+    /// it.
     pub(super) fn commit(mut self) -> Result<CommittedChildren, Error> {
         match self.rendezvous()?.commit() {
             // The platform has found one gone that had been ready.

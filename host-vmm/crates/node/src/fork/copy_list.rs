@@ -1,21 +1,27 @@
 //! The list of a fork's copies, and where they went, for the parent's guest to know.
 //!
-//! The platform knows it, and writes it down where all sides meet, before a copy arrives. Once copies run, they can
-//! change it. So the parent copies it out once, before its commit, and tells its guest of all copies, or, where one
-//! can't be right, of none.
+//! The platform knows it, and writes it down where all sides meet, before a copy arrives. Once copies run,
+//! they can change it. So the parent copies it out once, before its commit, and tells its guest of all
+//! copies, or, where one can't be right, of none.
 
 use vmfork_abi::{ListedCopy, Location, is_vm_type, padded_text};
 
 use super::rendezvous::{self, Rendezvous};
 
-/// The copies of a fork that makes `count`, lowest index first; none where something else was written than the platform writes.
+/// The copies of a fork that makes `count`, lowest index first; none where something else was written than
+/// the platform writes.
 ///
 /// # Errors
 /// As [`Rendezvous::listed`].
 pub(super) fn take(rendezvous: &Rendezvous, count: u32) -> Result<Vec<ListedCopy>, rendezvous::Error> {
     let copies: Vec<_> = (1..=count).map(|index| rendezvous.listed(index)).collect::<Result<_, _>>()?;
-    let Some(bad) = (1..).zip(&copies).position(|(index, copy)| !is_possible(index, copy)) else { return Ok(copies) };
-    tracing::warn!(index = bad + 1, "it is not known where the copies of a fork are: something else was written there");
+    let Some(bad) = (1..).zip(&copies).position(|(index, copy)| !is_possible(index, copy)) else {
+        return Ok(copies);
+    };
+    tracing::warn!(
+        index = bad + 1,
+        "it is not known where the copies of a fork are: something else was written there"
+    );
     Ok(Vec::new())
 }
 

@@ -74,7 +74,9 @@ mod tests {
     #[test]
     fn one_forks_at_a_time_and_others_are_told_who() {
         let fork_lock = ForkLock::new(mpsc::channel().1);
-        for (requester, other) in [(Requester::Guest, Requester::Operator), (Requester::Operator, Requester::Guest)] {
+        for (requester, other) in
+            [(Requester::Guest, Requester::Operator), (Requester::Operator, Requester::Guest)]
+        {
             fork_lock.check().unwrap();
             let guard = fork_lock.take(requester).unwrap();
             assert!(matches!(fork_lock.check(), Err(Error::Busy(busy)) if busy == requester));

@@ -6,8 +6,9 @@
 //!  child                         └─► (awake; one that stands by: woken by the parent) -> hand over -> restore -> launch  -> thaw -> first run
 //! ```
 //!
-//! [`Engine::vm_fork`] is the table of contents: a line a step. What a step has done is undone by dropping its result, last
-//! step first, so that a fork that fails anywhere leaves the parent running and nothing behind.
+//! [`Engine::vm_fork`] is the table of contents: a line a step. What a step has done is undone by dropping
+//! its result, last step first, so that a fork that fails anywhere leaves the parent running and nothing
+//! behind.
 //!
 //! A guest asks by its doorbell ([`Engine::ring`]), an operator by the platform ([`Engine::order`]). Either
 //! way the thread of a vCPU goes through the steps: of the one that rang, or of one that was requested,
@@ -243,8 +244,8 @@ impl Engine {
         }
     }
 
-    /// Serves a ring of the doorbell. Called on the thread of the vCPU that rang; when it returns, the vCPU goes on, and finds the
-    /// answer in the control page.
+    /// Serves a ring of the doorbell. Called on the thread of the vCPU that rang; when it returns, the vCPU
+    /// goes on, and finds the answer in the control page.
     pub fn ring(&self, vcpu: &mut Vcpu, command: Option<u32>) -> ForkOutcome {
         // The request is copied out once; from here on only the copy is looked at.
         let request = self.machine.control_page.request();
@@ -265,7 +266,8 @@ impl Engine {
     /// [`link::Error`]: the platform hears nothing any more.
     pub fn order(&self, count: u32) -> Result<(), link::Error> {
         let mut ordered = lock(&self.ordered);
-        let free = if ordered.is_some() { Err(Error::Busy(Requester::Operator)) } else { self.fork_lock.check() };
+        let free =
+            if ordered.is_some() { Err(Error::Busy(Requester::Operator)) } else { self.fork_lock.check() };
         if let Err(error) = free {
             return self.answer(Err(&error));
         }
@@ -275,11 +277,16 @@ impl Engine {
         Ok(())
     }
 
-    /// Carries out the order of an operator, if there is one. Called on the thread of a vCPU that has left its guest for that.
+    /// Carries out the order of an operator, if there is one. Called on the thread of a vCPU that has left
+    /// its guest for that.
     pub fn carry_out(&self, vcpu: &mut Vcpu) -> Option<ForkOutcome> {
         let count = lock(&self.ordered).take()?;
         let check = || Ok(ForkOrder::Operator { count });
-        Some(self.serve(vcpu, Requester::Operator, 0, check, |outcome| self.answer(outcome.as_ref().map(drop))))
+        Some(
+            self.serve(vcpu, Requester::Operator, 0, check, |outcome| {
+                self.answer(outcome.as_ref().map(drop))
+            }),
+        )
     }
 
     /// Tells the platform what has come of an operator's order.
@@ -334,14 +341,23 @@ impl Engine {
             let plan = memory.plan(&prepared.delta);
             let wake_event = prepared.take_wake_event(&plan);
             let rendezvous = prepared.rendezvous;
-            let children =
-                children::place(&self.link, guard.replies(), &order, rendezvous, plan.files(), wake_event, fault)?;
+            let children = children::place(
+                &self.link,
+                guard.replies(),
+                &order,
+                rendezvous,
+                plan.files(),
+                wake_event,
+                fault,
+            )?;
             Ok((plan, children))
         })?;
-        let stopped = timeline.step(ForkStep::Quiesce, || Ok(machine.vcpu_barrier.stop_others(vcpu.id())?))?;
+        let stopped =
+            timeline.step(ForkStep::Quiesce, || Ok(machine.vcpu_barrier.stop_others(vcpu.id())?))?;
         timeline.step(ForkStep::Complete, || vcpu.complete_exit().map_err(Error::Complete))?;
         let devices = machine.devices.pause();
-        let state = timeline.step(ForkStep::Capture, || capture(machine, &order, vcpu, &stopped, &devices))?;
+        let state =
+            timeline.step(ForkStep::Capture, || capture(machine, &order, vcpu, &stopped, &devices))?;
         children.wake()?;
         let files = plan.files().to_vec();
         let (image, rebase) = timeline.step(ForkStep::Freeze, || {

@@ -86,7 +86,12 @@ impl PreparedForks {
     }
 
     /// Has one there. Where `announces`, a warm VM is to stand by for the fork that takes it.
-    pub(super) fn prepare_next(&self, machine: &Machine, link: &NodeLink, announces: bool) -> Result<(), Error> {
+    pub(super) fn prepare_next(
+        &self,
+        machine: &Machine,
+        link: &NodeLink,
+        announces: bool,
+    ) -> Result<(), Error> {
         let ready = lock(&self.0).take();
         let mut prepared = match ready {
             Some(prepared) => prepared,

@@ -10,18 +10,20 @@
 //!  commit: seals, phase = Decided             ──►  runs
 //! ```
 //!
-//! Words that all sides watch (futexes) take a microsecond or two where a message through a socket takes fifty: nobody else has to
-//! wake up. The platform has it too: it can abort a fork whose parent has died, and tell a parent of a child that has.
+//! Words that all sides watch (futexes) take a microsecond or two where a message through a socket takes
+//! fifty: nobody else has to wake up. The platform has it too: it can abort a fork whose parent has died, and
+//! tell a parent of a child that has.
 //!
 //! The outcome of the fork is the file's seals ([`memory::decide`]): the first to decide, by a commit or by
-//! calling it off, decides for all, and the kernel lets nobody change that. The phase only says when to look. A
-//! copy that runs can still write the words and the state, and nobody reads them any more: each child has
+//! calling it off, decides for all, and the kernel lets nobody change that. The phase only says when to look.
+//! A copy that runs can still write the words and the state, and nobody reads them any more: each child has
 //! arrived, and so has copied the state out; the parent has copied out where its copies went; and where the
 //! platform keeps the image, it holds the fork until it has its own copy of the state ([`Rendezvous::hold`]).
 //!
-//! Before the commit, children run no guest code. A parent that its guest has taken over may write anything at
-//! any time: it can commit before its children are ready, or give each of them another state. That harms nobody
-//! but its copies, all of whose state is its own. Each side copies the state out once before it looks at it.
+//! Before the commit, children run no guest code. A parent that its guest has taken over may write anything
+//! at any time: it can commit before its children are ready, or give each of them another state. That harms
+//! nobody but its copies, all of whose state is its own. Each side copies the state out once before it looks
+//! at it.
 
 use std::{
     fs::File,
@@ -46,7 +48,8 @@ const HELD: usize = 80;
 const LENGTH: usize = 128;
 const PARENT_CPU: usize = 192;
 
-/// Offset of the copies, one after the other. Those of most forks lie in the page of the words, which all sides have anyway.
+/// Offset of the copies, one after the other. Those of most forks lie in the page of the words, which all
+/// sides have anyway.
 pub(super) const COPIES: usize = 256;
 
 /// Room for the words and the copies.
@@ -69,13 +72,14 @@ const DECIDED: u32 = 2;
 /// Set in the arrivals where one child will not come.
 const FAILED: u32 = 1 << 31;
 
-/// How a side looks at a word by itself before it sleeps until it is woken, where a processor is free for that: waking up costs 50 us.
+/// How a side looks at a word by itself before it sleeps until it is woken, where a processor is free for
+/// that: waking up costs 50 us.
 #[derive(Debug, Clone, Copy)]
 struct Spin {
     /// For how long: most waits are shorter.
     limit: Duration,
-    /// Whether others that wait for this processor may have it meanwhile. If they are not those that this side waits for, they may keep it
-    /// for milliseconds.
+    /// Whether others that wait for this processor may have it meanwhile. If they are not those that this
+    /// side waits for, they may keep it for milliseconds.
     yields: bool,
     /// Whether this is for processors only on which the parent does not run.
     beside_parent: bool,
@@ -149,7 +153,8 @@ impl Rendezvous {
     /// The one that this file holds.
     ///
     /// # Errors
-    /// [`Error::Memory`] where the file could be shrunk, which would kill whoever has it mapped, or has another size.
+    /// [`Error::Memory`] where the file could be shrunk, which would kill whoever has it mapped, or has
+    /// another size.
     pub fn open(file: File) -> Result<Self, Error> {
         memory::check_unresizable(&file, BYTES as u64)?;
         Self::map(file)
@@ -161,7 +166,8 @@ impl Rendezvous {
         Ok(Self { mapping, file, spins: false })
     }
 
-    /// Says that `count` children meet here. Where there is a processor for each side, they look at words for a while before they sleep.
+    /// Says that `count` children meet here. Where there is a processor for each side, they look at words for
+    /// a while before they sleep.
     #[must_use]
     pub fn with_children(mut self, count: u32) -> Self {
         self.spins = usize::try_from(count).is_ok_and(|count| count < threads::processors());
@@ -182,8 +188,9 @@ impl Rendezvous {
         Ok(self.mapping.word(at)?)
     }
 
-    /// Says on which processor the parent runs: whoever finds himself there too sleeps, instead of taking it from the parent. When he is
-    /// woken, Linux finds him another one, if there is one; it does not move a thread that runs.
+    /// Says on which processor the parent runs: whoever finds himself there too sleeps, instead of taking it
+    /// from the parent. When he is woken, Linux finds him another one, if there is one; it does not move a
+    /// thread that runs.
     ///
     /// # Errors
     /// As [`Rendezvous::arrive`].
@@ -192,13 +199,15 @@ impl Rendezvous {
         Ok(())
     }
 
-    /// The processor on which the parent runs, as far as it has told, where each side is to have one for itself.
+    /// The processor on which the parent runs, as far as it has told, where each side is to have one for
+    /// itself.
     pub fn parents_processor(&self) -> Option<u32> {
         let processor = self.word(PARENT_CPU).ok().filter(|_| self.spins)?;
         Some(processor.load(Ordering::Relaxed))
     }
 
-    /// Writes down where a copy is launched, in place of what was said of it before. Its arrival tells that this is there.
+    /// Writes down where a copy is launched, in place of what was said of it before. Its arrival tells that
+    /// this is there.
     ///
     /// # Errors
     /// [`Error::NoCopy`].
@@ -227,7 +236,8 @@ impl Rendezvous {
         self.mapping.write(STATE, state)?;
         let length = u32::try_from(state.len()).map_err(|_| Error::TooLarge(state.len()))?;
         self.word(LENGTH)?.store(length, Ordering::Release);
-        let published = self.word(PHASE)?.compare_exchange(OPEN, PUBLISHED, Ordering::AcqRel, Ordering::Acquire);
+        let published =
+            self.word(PHASE)?.compare_exchange(OPEN, PUBLISHED, Ordering::AcqRel, Ordering::Acquire);
         self.wake(PHASE)?;
         if published.is_ok() { Ok(()) } else { Err(Error::Aborted) }
     }
@@ -288,7 +298,12 @@ impl Rendezvous {
     ///
     /// # Errors
     /// [`Error::ChildFailed`], or [`Error::Gone`] after `limit`, or once `is_alone` says so.
-    pub fn wait_arrivals(&self, count: u32, limit: Duration, is_alone: impl Fn() -> bool) -> Result<(), Error> {
+    pub fn wait_arrivals(
+        &self,
+        count: u32,
+        limit: Duration,
+        is_alone: impl Fn() -> bool,
+    ) -> Result<(), Error> {
         let started = Instant::now();
         let there = |arrivals| arrivals & FAILED != 0 || arrivals >= count;
         let mut arrivals = self.wait(ARRIVALS, there, FOR_ARRIVALS, Some(limit), &is_alone)?;
@@ -386,10 +401,16 @@ impl Rendezvous {
     }
 
     /// Looks at a word for a while, where there is a processor for that; gives its value once that is right.
-    fn spin(&self, word: &AtomicU32, is_right: impl Fn(u32) -> bool, spin: Spin) -> Result<Option<u32>, Error> {
+    fn spin(
+        &self,
+        word: &AtomicU32,
+        is_right: impl Fn(u32) -> bool,
+        spin: Spin,
+    ) -> Result<Option<u32>, Error> {
         let started = Instant::now();
         let parent_cpu = self.word(PARENT_CPU)?;
-        let is_parents = || spin.beside_parent && parent_cpu.load(Ordering::Relaxed) == threads::current_processor();
+        let is_parents =
+            || spin.beside_parent && parent_cpu.load(Ordering::Relaxed) == threads::current_processor();
         while self.spins && started.elapsed() < spin.limit && !is_parents() {
             let value = word.load(Ordering::Acquire);
             if is_right(value) {

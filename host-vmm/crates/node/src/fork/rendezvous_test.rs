@@ -16,7 +16,8 @@ fn a_child_gets_the_state_and_runs_when_all_are_there() {
         let (parent, _) = pair(count);
         thread::scope(|scope| {
             for _ in 0..count {
-                let child = Rendezvous::open(parent.file().try_clone().unwrap()).unwrap().with_children(count);
+                let child =
+                    Rendezvous::open(parent.file().try_clone().unwrap()).unwrap().with_children(count);
                 scope.spawn(move || {
                     assert_eq!(child.wait_state(|| false).unwrap(), b"state");
                     child.arrive(count).unwrap();
@@ -107,7 +108,8 @@ fn scribble(copy: &Rendezvous, phase: u32) {
 fn a_copy_that_runs_changes_nothing_for_its_siblings_and_for_what_is_kept() {
     for phase in [OPEN, PUBLISHED, DECIDED, 77] {
         let (parent, platform) = pair(2);
-        let [first, sibling] = [(); 2].map(|()| Rendezvous::open(parent.file().try_clone().unwrap()).unwrap());
+        let [first, sibling] =
+            [(); 2].map(|()| Rendezvous::open(parent.file().try_clone().unwrap()).unwrap());
         let hold = platform.hold().unwrap();
         parent.publish(b"state").unwrap();
         for child in [&first, &sibling] {

@@ -26,7 +26,8 @@ pub(super) fn validate(command: Option<u32>, request: &Request, vm_id: Uuid) -> 
     if !(1..=MAX_CHILDREN).contains(&request.count) {
         return Err(ErrorCode::InvalidCount);
     }
-    let vm_type = padded_text(&request.vm_type).filter(|name| is_vm_type(name)).ok_or(ErrorCode::InvalidType)?;
+    let vm_type =
+        padded_text(&request.vm_type).filter(|name| is_vm_type(name)).ok_or(ErrorCode::InvalidType)?;
     Ok(ForkOrder::Guest { seq: request.seq, count: request.count, vm_type: vm_type.to_owned(), location })
 }
 

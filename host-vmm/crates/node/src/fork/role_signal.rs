@@ -47,14 +47,20 @@ impl RoleSignal {
         Self::new(lock(&machine.identity).clone(), Role::Booted, None)
     }
 
-    /// Tells the parent that its request `seq` has made `count` copies, and where these went. It is made ready before that is certain: giving
-    /// it can't fail for want of anything.
-    pub(super) fn to_parent(machine: &Machine, seq: u64, count: u32, copies: Vec<ListedCopy>) -> Result<Self, Error> {
+    /// Tells the parent that its request `seq` has made `count` copies, and where these went. It is made
+    /// ready before that is certain: giving it can't fail for want of anything.
+    pub(super) fn to_parent(
+        machine: &Machine,
+        seq: u64,
+        count: u32,
+        copies: Vec<ListedCopy>,
+    ) -> Result<Self, Error> {
         let identity = VmIdentity { index: 0, count, ..lock(&machine.identity).clone() };
         Self::new(identity, Role::Parent, Some(Answer { seq, copies }))
     }
 
-    /// Tells a child who it is. What its guest has asked for, and was answered, has come with the machine's state.
+    /// Tells a child who it is. What its guest has asked for, and was answered, has come with the machine's
+    /// state.
     pub(super) fn to_child(machine: &Machine) -> Result<Self, Error> {
         Self::new(lock(&machine.identity).clone(), Role::Child, None)
     }
@@ -64,7 +70,8 @@ impl RoleSignal {
         Ok(Self { identity, page, answer })
     }
 
-    /// Gives it, with the time at which the VM's clocks began to go on: a copy may have waited for others since.
+    /// Gives it, with the time at which the VM's clocks began to go on: a copy may have waited for others
+    /// since.
     ///
     /// # Errors
     /// [`Error::Page`] never, for as long as the page's layout is right.
@@ -85,6 +92,7 @@ impl RoleSignal {
 
 /// Tells the parent that there was no fork. Who it is stays as it was.
 pub(super) fn refuse(machine: &Machine, seq: u64, code: ErrorCode) -> Result<(), Error> {
-    let response = Response { seq, status: Status::Failed.number(), error: code.number(), ..Default::default() };
+    let response =
+        Response { seq, status: Status::Failed.number(), error: code.number(), ..Default::default() };
     Ok(machine.control_page.respond(&response)?)
 }

@@ -81,7 +81,10 @@ impl WakeEvent {
 
     /// Wakes up the warm VM.
     pub(super) fn wake(&self) -> Result<(), Error> {
-        self.0.write(1).map(drop).map_err(|errno| Error::WakeEvent { operation: "write to", source: errno.into() })
+        self.0
+            .write(1)
+            .map(drop)
+            .map_err(|errno| Error::WakeEvent { operation: "write to", source: errno.into() })
     }
 }
 
@@ -105,7 +108,10 @@ impl Standby {
     /// [`Error::NoWakeEvent`], or as [`CopySource::open`].
     pub fn open(files: Vec<File>) -> Result<Self, Error> {
         let mut files = files.into_iter();
-        Ok(Self { wake_event: files.next().ok_or(Error::NoWakeEvent)?, copy_source: CopySource::open(files)? })
+        Ok(Self {
+            wake_event: files.next().ok_or(Error::NoWakeEvent)?,
+            copy_source: CopySource::open(files)?,
+        })
     }
 
     /// Waits until the parent writes to the wake event, or something comes from the platform, and says
@@ -114,8 +120,10 @@ impl Standby {
     /// # Errors
     /// [`Error::WakeEvent`].
     pub fn wait(&self, platform: &impl AsFd) -> Result<bool, Error> {
-        let mut fds =
-            [PollFd::new(platform.as_fd(), PollFlags::POLLIN), PollFd::new(self.wake_event.as_fd(), PollFlags::POLLIN)];
+        let mut fds = [
+            PollFd::new(platform.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.wake_event.as_fd(), PollFlags::POLLIN),
+        ];
         loop {
             match poll(&mut fds, PollTimeout::NONE) {
                 Ok(_) => return Ok(!fds[0].any().unwrap_or(true)),
@@ -132,8 +140,10 @@ impl Standby {
 
     /// Whether the parent has written to the wake event, or something comes from the platform.
     pub fn is_woken(&self, platform: &impl AsFd) -> bool {
-        let mut fds =
-            [PollFd::new(platform.as_fd(), PollFlags::POLLIN), PollFd::new(self.wake_event.as_fd(), PollFlags::POLLIN)];
+        let mut fds = [
+            PollFd::new(platform.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.wake_event.as_fd(), PollFlags::POLLIN),
+        ];
         // Whoever can't look waits as if there was something.
         poll(&mut fds, PollTimeout::ZERO) != Ok(0)
     }
@@ -151,7 +161,8 @@ mod tests {
     use super::*;
 
     fn files(wake_event: &WakeEvent, rendezvous: &Rendezvous) -> Vec<File> {
-        let copies = [wake_event.as_fd(), rendezvous.file().as_fd()].map(|fd| fd.try_clone_to_owned().unwrap());
+        let copies =
+            [wake_event.as_fd(), rendezvous.file().as_fd()].map(|fd| fd.try_clone_to_owned().unwrap());
         copies.map(File::from).into()
     }
 

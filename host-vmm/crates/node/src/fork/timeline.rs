@@ -26,7 +26,11 @@ impl Timeline {
     }
 
     /// Does a step, and takes its time. A fault strikes after the work is done: it has to be undone then.
-    pub(super) fn step<T>(&mut self, step: ForkStep, work: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
+    pub(super) fn step<T>(
+        &mut self,
+        step: ForkStep,
+        work: impl FnOnce() -> Result<T, Error>,
+    ) -> Result<T, Error> {
         let result = self.time(step, work);
         if self.fault == Some(step) { result.and(Err(Error::Injected(step))) } else { result }
     }
@@ -58,6 +62,16 @@ impl Timeline {
             Ok(count) => (count, ErrorCode::None, None),
             Err(error) => (0, error.code(), Some(Reason::of_error(&error))),
         };
-        Report { asked_by, seq, count, code: code.number(), why, rung_ns, pause_ns, untold: 0, steps: self.steps }
+        Report {
+            asked_by,
+            seq,
+            count,
+            code: code.number(),
+            why,
+            rung_ns,
+            pause_ns,
+            untold: 0,
+            steps: self.steps,
+        }
     }
 }

@@ -1,4 +1,5 @@
-//! The connection between the platform and one node: whole messages with file descriptors, over a UNIX socket (SOCK_SEQPACKET).
+//! The connection between the platform and one node: whole messages with file descriptors, over a UNIX socket
+//! (SOCK_SEQPACKET).
 
 use std::{
     fs::File,
@@ -16,9 +17,9 @@ use rustix::{
     cmsg_space,
     io::Errno,
     net::{
-        AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
-        SendAncillaryMessage, SendFlags, Shutdown, SocketFlags, SocketType, recv, recvmsg, sendmsg, shutdown,
-        socketpair,
+        AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
+        SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown, SocketFlags, SocketType, recv,
+        recvmsg, sendmsg, shutdown, socketpair,
     },
 };
 use serde::{Serialize, de::DeserializeOwned};
@@ -27,10 +28,11 @@ use vmm::memory::MAX_LAYERS;
 /// Longest message in bytes.
 const MAX_BYTES: usize = 64 * 1024;
 
-/// Most file descriptors that Linux lets one message carry (SCM_MAX_FD): with room for all of them none can get lost. A capsule
-/// needs fewer.
+/// Most file descriptors that Linux lets one message carry (SCM_MAX_FD): with room for all of them none can
+/// get lost. A capsule needs fewer.
 const MAX_FILES: usize = 253;
-const _: () = assert!(MAX_LAYERS + 2 <= MAX_FILES, "a warm VM that stands by gets a wake event and a rendezvous too");
+const _: () =
+    assert!(MAX_LAYERS + 2 <= MAX_FILES, "a warm VM that stands by gets a wake event and a rendezvous too");
 
 /// Why a message did not get through.
 #[derive(Debug, thiserror::Error)]
@@ -80,8 +82,9 @@ impl<S: Serialize, R: DeserializeOwned> Link<S, R> {
     /// # Errors
     /// [`Error::Io`].
     pub fn pair() -> Result<(Self, OwnedFd), Error> {
-        let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
-            .map_err(|errno| Error::Io { operation: "make a socket pair", source: errno.into() })?;
+        let (ours, theirs) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+                .map_err(|errno| Error::Io { operation: "make a socket pair", source: errno.into() })?;
         Ok((Self::new(ours), theirs))
     }
 
@@ -152,7 +155,8 @@ impl<S: Serialize, R: DeserializeOwned> Link<S, R> {
         let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MAX_FILES))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         // It is there: this does not wait.
-        let message = recvmsg(&self.socket, &mut [IoSliceMut::new(&mut bytes)], &mut control, RecvFlags::CMSG_CLOEXEC);
+        let message =
+            recvmsg(&self.socket, &mut [IoSliceMut::new(&mut bytes)], &mut control, RecvFlags::CMSG_CLOEXEC);
         let message = message.map_err(receive_failed)?;
         let rights = control.drain().filter_map(|message| match message {
             RecvAncillaryMessage::ScmRights(files) => Some(files),
@@ -190,8 +194,8 @@ impl<S: Serialize, R: DeserializeOwned> Link<S, R> {
         }
     }
 
-    /// Waits for a message, leaves it where it is, and says how long it is: most are short, and a buffer for the longest costs tens of
-    /// microseconds to clear.
+    /// Waits for a message, leaves it where it is, and says how long it is: most are short, and a buffer for
+    /// the longest costs tens of microseconds to clear.
     fn wait_length(&self) -> Result<usize, Error> {
         loop {
             return match recv(&self.socket, &mut [0; 0], RecvFlags::PEEK | RecvFlags::TRUNC) {
@@ -285,8 +289,7 @@ mod tests {
         let (ours, _theirs) = Link::<String, u32>::pair().unwrap();
         let (message, short) = ("x".repeat(1000), Duration::from_millis(20));
         while ours.try_send(&message, &[]).is_ok() {}
-        let timed_out =
-            |result| matches!(result, Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::TimedOut);
+        let timed_out = |result| matches!(result, Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::TimedOut);
         assert!(timed_out(ours.send_within(&message, &[], short)));
         assert!(timed_out(ours.await_message(Instant::now() + short)));
         ours.shut_down();

@@ -1,4 +1,5 @@
-//! What the platform, its zygote, and the nodes say to each other. All of them are this program, from one build.
+//! What the platform, its zygote, and the nodes say to each other. All of them are this program, from one
+//! build.
 //!
 //! ```text
 //!  parent node              platform                 warm VMs
@@ -9,10 +10,11 @@
 //!  Report            ──►                       ◄──   Launched
 //! ```
 //!
-//! A fork that an operator asks for begins with the platform's `Fork` to the node, and the node says by `Answer` what has come of it.
+//! A fork that an operator asks for begins with the platform's `Fork` to the node, and the node says by
+//! `Answer` what has come of it.
 //!
-//! What becomes of a fork is decided at the [rendezvous](crate::fork::rendezvous), without the platform. Where the parent calls it off, it
-//! says `Abort`, and goes on when the platform has cleared everything away.
+//! What becomes of a fork is decided at the [rendezvous](crate::fork::rendezvous), without the platform.
+//! Where the parent calls it off, it says `Abort`, and goes on when the platform has cleared everything away.
 
 use std::time::Duration;
 
@@ -152,7 +154,8 @@ pub enum ToPlatform {
     Ready,
     /// The machine could not be built, or can't become what it should.
     Failed(Reason),
-    /// What the copy lacks of a memory that is still being filled. Files: what tells of its faults (userfaultfd).
+    /// What the copy lacks of a memory that is still being filled. Files: what tells of its faults
+    /// (userfaultfd).
     Faults {
         /// Address of the memory in this process.
         start: u64,
@@ -199,13 +202,16 @@ pub enum ToPlatform {
 }
 
 impl ToPlatform {
-    /// Whether a node that keeps to the protocol can have built it. A guest may run in the process that it comes from.
+    /// Whether a node that keeps to the protocol can have built it. A guest may run in the process that it
+    /// comes from.
     pub fn is_valid(&self) -> bool {
         match self {
             Self::Launched { steps, .. } => is_timeline(steps),
             Self::Touched(working_set) => working_set.is_valid(),
             Self::Answer { code, .. } => ErrorCode::from_number(*code).is_some(),
-            Self::Report(report) => is_timeline(&report.steps) && ErrorCode::from_number(report.code).is_some(),
+            Self::Report(report) => {
+                is_timeline(&report.steps) && ErrorCode::from_number(report.code).is_some()
+            }
             Self::Ready
             | Self::Failed(_)
             | Self::Faults { .. }

@@ -22,7 +22,8 @@ pub struct Report {
     pub code: u32,
     /// Why it failed.
     pub why: Option<Reason>,
-    /// When the doorbell rang, or a vCPU began with an operator's fork: CLOCK_MONOTONIC of this host, in nanoseconds.
+    /// When the doorbell rang, or a vCPU began with an operator's fork: CLOCK_MONOTONIC of this host, in
+    /// nanoseconds.
     pub rung_ns: u64,
     /// From then until that vCPU went on, in nanoseconds.
     pub pause_ns: u64,

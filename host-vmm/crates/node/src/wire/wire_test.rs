@@ -95,8 +95,12 @@ impl Matter {
     }
 
     fn to_platform(&self) -> Vec<ToPlatform> {
-        let by_guest =
-            ForkOrder::Guest { seq: self.number, count: 1024, vm_type: "x".repeat(32), location: Locality::Any };
+        let by_guest = ForkOrder::Guest {
+            seq: self.number,
+            count: 1024,
+            vm_type: "x".repeat(32),
+            location: Locality::Any,
+        };
         let fork = |order, fault| ToPlatform::Fork { order, announced: true, fault };
         let report = |asked_by, why| Report {
             asked_by,
@@ -205,7 +209,17 @@ fn a_node_that_a_guest_has_broken_sends_nothing_longer_than_its_like() {
     let report = |steps, code| {
         let steps = vec![(ForkStep::Place, 0, 0); steps];
         let (asked_by, why) = (Requester::Guest, None);
-        ToPlatform::Report(Report { asked_by, seq: 1, count: 0, code, why, rung_ns: 0, pause_ns: 0, untold: 0, steps })
+        ToPlatform::Report(Report {
+            asked_by,
+            seq: 1,
+            count: 0,
+            code,
+            why,
+            rung_ns: 0,
+            pause_ns: 0,
+            untold: 0,
+            steps,
+        })
     };
     assert!(report(ForkStep::ALL.len(), 0).is_valid());
     assert!(!report(ForkStep::ALL.len() + 1, 0).is_valid() && !report(0, u32::MAX).is_valid());

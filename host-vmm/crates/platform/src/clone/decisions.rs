@@ -21,8 +21,9 @@ const REMEMBERED: Duration = Duration::from_secs(600);
 /// are not counted against it.
 pub(super) const MAX_REMEMBERED: usize = 1024;
 
-/// Most clones, of all sources together, of which it is remembered what became of them: where there are so many, no
-/// more clones come. From half of that on, those are forgotten for which nobody asks any more, the oldest first.
+/// Most clones, of all sources together, of which it is remembered what became of them: where there are so
+/// many, no more clones come. From half of that on, those are forgotten for which nobody asks any more, the
+/// oldest first.
 pub(super) const MAX_IN_ALL: usize = 65_536;
 
 /// How long a commit is never forgotten: as long as its source asks again, and twice the time of a lease for
@@ -98,7 +99,11 @@ mod tests {
             assert_eq!(evicted.len(), 5998 - MAX_REMEMBERED, "of its own, {other} has no more than others");
             assert!(!evicted.contains(&Uuid::from_u128(1)), "{other} has pushed a commit out");
             let is_out = evictable(all, last).contains(&Uuid::from_u128(1));
-            assert_eq!(is_out, other == "north", "where it is as any other, a source has only its own to lose");
+            assert_eq!(
+                is_out,
+                other == "north",
+                "where it is as any other, a source has only its own to lose"
+            );
         }
         assert!(ASKED_AGAIN > COMMIT_LIMIT);
     }
@@ -107,10 +112,14 @@ mod tests {
     fn whatever_sources_are_named_there_are_not_too_many_decisions_and_the_oldest_go() {
         let (start, count) = (Instant::now(), MAX_IN_ALL as u64);
         let since = |id: u64| start + Duration::from_micros(id);
-        let all = (0..count).map(|id| decision(id.into(), &format!("source-{id}"), since(id), id.is_multiple_of(2)));
+        let all = (0..count)
+            .map(|id| decision(id.into(), &format!("source-{id}"), since(id), id.is_multiple_of(2)));
         let all: Vec<_> = all.collect();
         let forgotten_at = |now| evictable(all.clone(), now);
-        assert!(forgotten_at(start + ASKED_AGAIN - Duration::from_micros(1)).is_empty(), "sources may still ask");
+        assert!(
+            forgotten_at(start + ASKED_AGAIN - Duration::from_micros(1)).is_empty(),
+            "sources may still ask"
+        );
         assert_eq!(forgotten_at(since(9) + ASKED_AGAIN).len(), 10);
         let mut evicted = forgotten_at(since(count) + ASKED_AGAIN);
         evicted.sort_unstable();

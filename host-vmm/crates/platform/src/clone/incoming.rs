@@ -76,7 +76,10 @@ impl Platform {
     ///
     /// # Errors
     /// [`Incompatible`] with all that is different, or [`Error::Host`] where KVM can't be asked.
-    pub(crate) fn check_compatible(&self, requirements: &Requirements) -> Result<Result<(), Incompatible>, Error> {
+    pub(crate) fn check_compatible(
+        &self,
+        requirements: &Requirements,
+    ) -> Result<Result<(), Incompatible>, Error> {
         Ok(capsule::compat::check(requirements, self.host_capabilities()?))
     }
 
@@ -87,7 +90,9 @@ impl Platform {
         }
         let mut model = Host::open().map_err(Error::Host)?.model;
         // It has fitted this host when the platform was started.
-        if let Some(own) = self.cpu_profile.parse().ok().and_then(|profile: Profile| profile.apply(&model.cpuid).ok()) {
+        if let Some(own) =
+            self.cpu_profile.parse().ok().and_then(|profile: Profile| profile.apply(&model.cpuid).ok())
+        {
             model.shown = own;
         }
         Ok(self.host_capabilities.get_or_init(|| HostCapabilities::of(&model)))
@@ -97,8 +102,9 @@ impl Platform {
     /// Where that can't be found out, it is taken for one.
     pub(crate) fn has_foreign_cpu(&self, description: &Description) -> bool {
         let vcpus = description.metadata.config.vcpus;
-        self.host_capabilities()
-            .map_or(true, |host_capabilities| host_capabilities.has_foreign_cpu(&description.requirements, vcpus))
+        self.host_capabilities().map_or(true, |host_capabilities| {
+            host_capabilities.has_foreign_cpu(&description.requirements, vcpus)
+        })
     }
 
     /// Has warm VMs made ready for copies of a clone while its memory comes, where there may be so many.
@@ -128,7 +134,8 @@ impl Platform {
         for range in assembly.missing() {
             for number in range {
                 let number = usize::try_from(number).unwrap_or(usize::MAX);
-                let known = assembly.chunks().get(number).and_then(|(_, chunk)| chunk_index.chunk(&chunk.digest));
+                let known =
+                    assembly.chunks().get(number).and_then(|(_, chunk)| chunk_index.chunk(&chunk.digest));
                 // What does not fit, whatever is wrong with it, comes like all else.
                 if let Some(Err(error)) = known.map(|data| assembly.put(number, &data)) {
                     tracing::debug!(error = chain(&error), "a chunk that is here already can't be used");
@@ -147,8 +154,8 @@ impl Platform {
         PostcopyMemory::new(description, &self.image_memory)
     }
 
-    /// Launches copies of an image that has come in, which wait until they may run. The image stays for a while: the next one may have much in
-    /// common with it.
+    /// Launches copies of an image that has come in, which wait until they may run. The image stays for a
+    /// while: the next one may have much in common with it.
     ///
     /// # Errors
     /// [`Error`]: none of them is there then.
@@ -211,7 +218,8 @@ impl Platform {
         Ok(PageClient::new(client, clone, retry_policy))
     }
 
-    /// Has the rest of a clone's memory come from its source, in the background. It is an image like others then.
+    /// Has the rest of a clone's memory come from its source, in the background. It is an image like others
+    /// then.
     pub(crate) fn fill(self: &Arc<Self>, postcopy: &Arc<PostcopyMemory>, source: PageClient) {
         let platform = Arc::downgrade(self);
         postcopy.receive_in_background(source, move |capsule, description| {

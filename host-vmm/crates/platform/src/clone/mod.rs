@@ -60,7 +60,8 @@ pub const LEASE: Duration = Duration::from_secs(20);
 /// How long a source tries to commit: the lease, and time for a target that notices its end late.
 const COMMIT_LIMIT: Duration = LEASE.saturating_mul(2);
 
-/// Most ranges of chunks that a target names as missing: where there are more, it asks for what lies between them too.
+/// Most ranges of chunks that a target names as missing: where there are more, it asks for what lies between
+/// them too.
 pub const MAX_RANGES: usize = 4096;
 
 /// What a source asks a target for.
@@ -81,7 +82,8 @@ pub struct Order {
 /// What a target lacks.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Missing {
-    /// Numbers of chunks, in the order in which the description has them: from `start` on, up to the one before `end`.
+    /// Numbers of chunks, in the order in which the description has them: from `start` on, up to the one
+    /// before `end`.
     #[schema(value_type = Vec<Object>)]
     pub chunks: Vec<Range<u32>>,
 }

@@ -69,10 +69,12 @@ pub(crate) fn short(name: &str) -> &str {
 }
 
 impl Platform {
-    /// Has copies of a kept image launched on another platform: once all of their memory is there, or, `lazy`, before that.
+    /// Has copies of a kept image launched on another platform: once all of their memory is there, or,
+    /// `lazy`, before that.
     ///
     /// # Errors
-    /// [`Error`]: there is none of them then; but for [`source::Error::Unknown`], in which case nobody can tell.
+    /// [`Error`]: there is none of them then; but for [`source::Error::Unknown`], in which case nobody can
+    /// tell.
     pub fn clone_image(&self, image: &str, to: &str, count: u32, lazy: bool) -> Result<Vec<Copied>, Error> {
         let image = self.sealed_image(image)?;
         let cluster = self.cluster.get().ok_or(Error::Alone)?;
@@ -83,10 +85,18 @@ impl Platform {
         let failed = |error| Error::Send { platform: to.to_owned(), source: Box::new(error) };
         let retry_policy: CurrentRetryPolicy = Arc::new(|| RetryPolicy::Retry);
         let prepared = if lazy {
-            let page_server =
-                Arc::new(PageServer::of(capsule, short(to), cluster.sending.bandwidth).map_err(Error::Capsule)?);
+            let page_server = Arc::new(
+                PageServer::of(capsule, short(to), cluster.sending.bandwidth).map_err(Error::Capsule)?,
+            );
             self.page_servers.add(id, &page_server);
-            source::send_lazily(client, id, &order, &page_server, history.of_next_fork().as_ref(), retry_policy)
+            source::send_lazily(
+                client,
+                id,
+                &order,
+                &page_server,
+                history.of_next_fork().as_ref(),
+                retry_policy,
+            )
         } else {
             let chunk_source = image.chunk_source(&self.digests).map_err(Error::Capsule)?;
             source::send(client, id, &order, &chunk_source, &cluster.sending, &listed.progress, retry_policy)

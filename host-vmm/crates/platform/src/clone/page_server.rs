@@ -46,7 +46,8 @@ const LOOKED_AT: Duration = Duration::from_secs(300);
 /// How long a source keeps a memory for a target that does not ask for it.
 const KEPT: Duration = Duration::from_secs(60);
 
-/// Pages from the start of the guest's memory that are sent before the clone runs: a KVM that emulates page tables can't wait for the first one.
+/// Pages from the start of the guest's memory that are sent before the clone runs: a KVM that emulates page
+/// tables can't wait for the first one.
 const FIRST_PAGES: u64 = 1;
 
 /// Why memory can't be had.
@@ -73,7 +74,8 @@ impl PageClient {
         Self(Target::at(source, format!("/v1/supplies/{id}"), retry_policy))
     }
 
-    /// Has some chunks, and gives each of them to `take`. They come before others where somebody waits for them.
+    /// Has some chunks, and gives each of them to `take`. They come before others where somebody waits for
+    /// them.
     ///
     /// # Errors
     /// [`Error`].
@@ -127,7 +129,8 @@ impl PageClient {
             connection.set_timeout(LOOKED_AT);
             connection.ask_long(Method::GET, &format!("{path}/manifest"), Content::none(), most)
         })?;
-        let manifest = capsule::codec::decode(&answer).map_err(|error| Error::Answer(io::Error::other(error)))?;
+        let manifest =
+            capsule::codec::decode(&answer).map_err(|error| Error::Answer(io::Error::other(error)))?;
         Ok(manifest)
     }
 
@@ -157,8 +160,8 @@ pub struct PageServer {
     /// What all of it is, once somebody has wanted to know that.
     manifest: Mutex<Option<Bytes>>,
     began: Instant,
-    /// Longest time that it is kept, whatever is asked: the time that all of it takes at the least rate, and that of a
-    /// target that does not ask.
+    /// Longest time that it is kept, whatever is asked: the time that all of it takes at the least rate, and
+    /// that of a target that does not ask.
     longest: Duration,
     asked: Mutex<Instant>,
 }
@@ -173,7 +176,8 @@ enum Expiry {
 }
 
 impl PageServer {
-    /// The memory of an image, for one other platform, which gets no more of it within a second than `bandwidth`.
+    /// The memory of an image, for one other platform, which gets no more of it within a second than
+    /// `bandwidth`.
     ///
     /// # Errors
     /// [`capsule::Error`].
@@ -217,15 +221,18 @@ impl PageServer {
         (is_idle && !is_in_use).then_some(Expiry::Idle)
     }
 
-    /// The chunks that are sent before the clone runs: the first ones, what vCPUs need to go on, and those of a working set.
+    /// The chunks that are sent before the clone runs: the first ones, what vCPUs need to go on, and those of
+    /// a working set.
     pub fn first_chunks(&self, working_set: Option<&WorkingSet>) -> Vec<u32> {
         let first = (0, FIRST_PAGES);
         let vcpus = self.description.machine.vcpus.iter();
         let next = vcpus.flat_map(|vcpu| vcpu.next_addresses(|gpa| self.word(gpa)));
         let next = next.filter_map(|gpa| Some((layout::ram_page(Gpa(gpa))?, 1)));
-        let runs = std::iter::once(first).chain(next).chain(working_set.into_iter().flat_map(WorkingSet::runs));
+        let runs =
+            std::iter::once(first).chain(next).chain(working_set.into_iter().flat_map(WorkingSet::runs));
         let pages = runs.flat_map(|(page, pages)| page..page.saturating_add(pages).min(self.image.pages()));
-        let mut chunks: Vec<u32> = pages.filter_map(|page| self.positions.of_guest_page(&self.image, page)).collect();
+        let mut chunks: Vec<u32> =
+            pages.filter_map(|page| self.positions.of_guest_page(&self.image, page)).collect();
         chunks.sort_unstable();
         chunks.dedup();
         chunks
@@ -278,14 +285,20 @@ impl PageServer {
         Ok(body)
     }
 
-    async fn send(&self, chunks: &[u32], urgent: bool, body: &mut Sender<Bytes, io::Error>) -> io::Result<()> {
+    async fn send(
+        &self,
+        chunks: &[u32],
+        urgent: bool,
+        body: &mut Sender<Bytes, io::Error>,
+    ) -> io::Result<()> {
         let mut records = Vec::new();
         for (chunk, left) in chunks.iter().zip((0..chunks.len()).rev()) {
             self.append(*chunk, &mut records)?;
             if records.len() >= PIECE_BYTES || left == 0 {
                 self.rate_limiter.wait_for_turn(records.len() as u64, urgent).await;
                 // For a target that takes nothing of what it has asked for, it is not kept either.
-                let taken = tokio::time::timeout(KEPT, body.send_data(std::mem::take(&mut records).into())).await;
+                let taken =
+                    tokio::time::timeout(KEPT, body.send_data(std::mem::take(&mut records).into())).await;
                 taken.map_err(|_| io::ErrorKind::TimedOut)?.map_err(io::Error::other)?;
                 *lock(&self.asked) = Instant::now();
             }
@@ -346,17 +359,20 @@ impl PageServers {
     /// Waits until there is none.
     pub fn wait_empty(&self) {
         let by_id = lock(&self.by_id);
-        drop(self.changed.wait_while(by_id, |by_id| !by_id.is_empty()).unwrap_or_else(PoisonError::into_inner));
+        drop(
+            self.changed.wait_while(by_id, |by_id| !by_id.is_empty()).unwrap_or_else(PoisonError::into_inner),
+        );
     }
 
-    /// Lets go of those that nobody has asked for in a while, and nobody works with; and of those that their targets
-    /// have not got within the longest time. To be called now and then.
+    /// Lets go of those that nobody has asked for in a while, and nobody works with; and of those that their
+    /// targets have not got within the longest time. To be called now and then.
     pub fn sweep(&self) {
         self.sweep_at(Instant::now());
     }
 
     fn sweep_at(&self, now: Instant) {
-        let expiry = |page_server: &Arc<PageServer>| page_server.expiry(Arc::strong_count(page_server) > 1, now);
+        let expiry =
+            |page_server: &Arc<PageServer>| page_server.expiry(Arc::strong_count(page_server) > 1, now);
         let evicted: Vec<_> =
             lock(&self.by_id).extract_if(.., |_, page_server| expiry(page_server).is_some()).collect();
         self.changed.notify_all();

@@ -7,8 +7,9 @@
 //!                                      in the end: compares all that is there, seals the files
 //! ```
 //!
-//! Chunks have positions here: they are numbered through all layers, whether there is something in them or not, since that is not known yet.
-//! Until all is there, the clone depends on its source. If that is gone, the clone ends: it never runs with memory that is not its own.
+//! Chunks have positions here: they are numbered through all layers, whether there is something in them or
+//! not, since that is not known yet. Until all is there, the clone depends on its source. If that is gone,
+//! the clone ends: it never runs with memory that is not its own.
 
 use std::{
     collections::BTreeSet,
@@ -24,7 +25,9 @@ use std::{
 };
 
 use base::{error::chain, sync::lock, threads};
-use capsule::{self, CHUNK_BYTES, CHUNK_PAGES, Capsule, Chunk, Description, Digests, LayerManifest, Manifest};
+use capsule::{
+    self, CHUNK_BYTES, CHUNK_PAGES, Capsule, Chunk, Description, Digests, LayerManifest, Manifest,
+};
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::eventfd::{EfdFlags, EventFd},
@@ -44,8 +47,8 @@ const GRACE: Duration = Duration::from_millis(20);
 /// How long it is waited for faults, until it is looked whether there is anything else to do.
 const POLL_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Bytes of memory for each chunk beside its content: in the manifest of what has come, in the source's, and in that
-/// as it was sent.
+/// Bytes of memory for each chunk beside its content: in the manifest of what has come, in the source's, and
+/// in that as it was sent.
 const CHUNK_COST: u64 = 3 * size_of::<Chunk>() as u64;
 
 /// Why a memory can't be filled.
@@ -67,7 +70,9 @@ pub enum Error {
     #[error("the memory that was received differs from the source's")]
     Different,
     /// Memory is there that nobody has put there.
-    #[error("a node has changed the memory that it runs in, or this kernel fills more of it than one page at a time")]
+    #[error(
+        "a node has changed the memory that it runs in, or this kernel fills more of it than one page at a time"
+    )]
     Changed,
     /// Nobody could tell what copies lack.
     #[error(
@@ -131,7 +136,8 @@ impl PostcopyMemory {
         let cost = u64::from(positions.count()).saturating_mul(CHUNK_COST);
         let all = memory.layers.iter().fold(cost, |sum, layer| sum.saturating_add(bytes(layer)));
         let mut grant = budget.reserve(all).map_err(capsule::Error::from)?;
-        let file = |layer: &LayerManifest| Ok(Arc::new(memory::fillable("vm-lazy", layer.file_pages * PAGE_BYTES)?));
+        let file =
+            |layer: &LayerManifest| Ok(Arc::new(memory::fillable("vm-lazy", layer.file_pages * PAGE_BYTES)?));
         let files: Vec<Arc<File>> = memory.layers.iter().map(file).collect::<Result<_, memory::Error>>()?;
         memory.layers.iter().zip(&files).for_each(|(layer, file)| grant.pass_on(file, bytes(layer)));
         let layers = memory.layers.iter().zip(&files);
@@ -140,8 +146,8 @@ impl PostcopyMemory {
         };
         let image = Image::new(memory.pages, layers.map(layer).collect())?;
         let wake_event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
-        let wake_event =
-            wake_event.map_err(|errno| memory::Error::Faults { operation: "get ready for", source: errno.into() })?;
+        let wake_event = wake_event
+            .map_err(|errno| memory::Error::Faults { operation: "get ready for", source: errno.into() })?;
         Ok(Self {
             files,
             image,
@@ -186,7 +192,8 @@ impl PostcopyMemory {
     /// # Errors
     /// [`Error::Capsule`] where it can't be one of this memory, or there is no memory for it.
     pub fn put(&self, position: u32, data: &[u8]) -> Result<(), Error> {
-        let (layer, number) = self.positions.find(position).ok_or(capsule::Error::Invalid("there is no such chunk"))?;
+        let (layer, number) =
+            self.positions.find(position).ok_or(capsule::Error::Invalid("there is no such chunk"))?;
         let mut received = self.received(position);
         if !received.contains(&position) {
             // A node that reads where nobody watches makes an empty page be there, for all others too.
@@ -262,7 +269,8 @@ impl PostcopyMemory {
         thread::Builder::new().name("faults".into()).spawn(deal).map(drop)
     }
 
-    /// Has all come from `source` that nobody waits for, in the background. Once all is there, that is given to `whole`.
+    /// Has all come from `source` that nobody waits for, in the background. Once all is there, that is given
+    /// to `whole`.
     pub fn receive_in_background(
         self: &Arc<Self>,
         mut source: PageClient,
@@ -292,12 +300,16 @@ impl PostcopyMemory {
         let limit = PollTimeout::try_from(POLL_TIMEOUT).unwrap_or(PollTimeout::NONE);
         match poll(&mut fds, limit) {
             Ok(_) | Err(nix::Error::EINTR) => {}
-            Err(errno) => return Err(memory::Error::Faults { operation: "wait for", source: errno.into() }.into()),
+            Err(errno) => {
+                return Err(memory::Error::Faults { operation: "wait for", source: errno.into() }.into());
+            }
         }
         match self.wake_event.read() {
             // Nobody has written to it.
             Ok(_) | Err(nix::Error::EAGAIN) => {}
-            Err(errno) => return Err(memory::Error::Faults { operation: "hear of", source: errno.into() }.into()),
+            Err(errno) => {
+                return Err(memory::Error::Faults { operation: "hear of", source: errno.into() }.into());
+            }
         }
         let is_ready = fds[1..].iter().map(|fd| fd.any().unwrap_or(true));
         let mut waiting = Vec::new();
@@ -308,12 +320,14 @@ impl PostcopyMemory {
                 Err(_) => lock(&self.vms).retain(|other| !Arc::ptr_eq(other, vm)),
             }
         }
-        let places: Vec<_> = waiting.iter().map(|(vm, address)| self.place(address.wrapping_sub(vm.start))).collect();
+        let places: Vec<_> =
+            waiting.iter().map(|(vm, address)| self.place(address.wrapping_sub(vm.start))).collect();
         let position = |place: &Option<(usize, u64)>| {
             let (layer, file_page) = (*place)?;
             self.positions.of_page(layer, file_page)
         };
-        let mut wanted: Vec<u32> = places.iter().filter_map(position).filter(|chunk| !self.is_there(*chunk)).collect();
+        let mut wanted: Vec<u32> =
+            places.iter().filter_map(position).filter(|chunk| !self.is_there(*chunk)).collect();
         wanted.sort_unstable();
         wanted.dedup();
         if !wanted.is_empty() {
@@ -349,11 +363,15 @@ impl PostcopyMemory {
                 source.fetch(&wanted, false, |chunk, data| self.put(chunk, data))?;
             }
         }
-        // Both sides look at all of it meanwhile. Nothing was looked at as it came: somebody may have waited for it.
+        // Both sides look at all of it meanwhile. Nothing was looked at as it came: somebody may have waited
+        // for it.
         let (here, there) = thread::scope(|scope| {
             let here = scope.spawn(|| Manifest::of(&self.image, &Digests::default()));
             let there = source.manifest(&self.description.memory);
-            (here.join().unwrap_or(Err(capsule::Error::Invalid("a thread that looked at it panicked"))), there)
+            (
+                here.join().unwrap_or(Err(capsule::Error::Invalid("a thread that looked at it panicked"))),
+                there,
+            )
         });
         let memory = here?;
         if memory != there? {
@@ -441,7 +459,8 @@ mod tests {
     #[test]
     fn chunks_are_numbered_through_all_layers() {
         let layer = |file_pages| LayerManifest { file_pages, runs: Vec::new(), chunks: Vec::new() };
-        let positions = Positions::of(&Manifest { pages: 1, layers: vec![layer(64), layer(65), layer(0), layer(1)] });
+        let positions =
+            Positions::of(&Manifest { pages: 1, layers: vec![layer(64), layer(65), layer(0), layer(1)] });
         assert_eq!(positions.count(), 4);
         let found: Vec<_> = (0..5).map(|position| positions.find(position)).collect();
         assert_eq!(found, [Some((0, 0)), Some((1, 0)), Some((1, 1)), Some((3, 0)), None]);

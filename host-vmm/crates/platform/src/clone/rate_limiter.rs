@@ -11,7 +11,8 @@ use base::sync::lock;
 /// For how long a bandwidth may be made up for that was not used.
 const MAX_BURST: Duration = Duration::from_millis(50);
 
-/// For how long what nobody waits for lets all else go first: who has asked for it takes its source for gone where nothing comes.
+/// For how long what nobody waits for lets all else go first: who has asked for it takes its source for gone
+/// where nothing comes.
 const MAX_DELAY: Duration = Duration::from_secs(1);
 
 /// Token bucket that keeps what is sent below a bandwidth.
@@ -32,7 +33,8 @@ impl RateLimiter {
         thread::sleep(self.reserve(bytes, Instant::now()));
     }
 
-    /// The same, on a thread that has other things to do. What is not urgent lets all else go first, for a while.
+    /// The same, on a thread that has other things to do. What is not urgent lets all else go first, for a
+    /// while.
     pub(super) async fn wait_for_turn(&self, bytes: u64, is_urgent: bool) {
         let began = Instant::now();
         loop {

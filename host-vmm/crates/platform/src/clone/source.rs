@@ -126,7 +126,10 @@ pub(super) struct Target {
 
 impl fmt::Debug for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Target").field("client", &self.client).field("path", &self.path).finish_non_exhaustive()
+        f.debug_struct("Target")
+            .field("client", &self.client)
+            .field("path", &self.path)
+            .finish_non_exhaustive()
     }
 }
 
@@ -183,11 +186,15 @@ impl Target {
 
     /// Tells it what the capsule says of itself, and has it say what it lacks.
     fn describe(&self, head: &Bytes) -> Result<Missing, client::Error> {
-        self.retry_idempotent(LEASE, |connection, path| describe(connection, path, iter::once(Ok(head.clone()))))
+        self.retry_idempotent(LEASE, |connection, path| {
+            describe(connection, path, iter::once(Ok(head.clone())))
+        })
     }
 
     fn stage(&self, limit: Duration) -> Result<Stage, client::Error> {
-        self.retry_idempotent(limit, |connection, path| connection.ask_for(Method::GET, path, Content::none()))
+        self.retry_idempotent(limit, |connection, path| {
+            connection.ask_for(Method::GET, path, Content::none())
+        })
     }
 
     /// Has it launch the copies, and waits until they are ready, for as long as that may take and they are
@@ -203,7 +210,9 @@ impl Target {
                 Stage::Aborted { why } => return Err(Error::Aborted(why)),
                 Stage::Preparing if began.elapsed() >= PREPARE_LIMIT => return Err(Error::Slow),
                 Stage::Preparing => thread::sleep(POLL_INTERVAL),
-                Stage::Reserved | Stage::Receiving => return Err(Error::Stage(Reason::of(format_args!("{stage:?}")))),
+                Stage::Reserved | Stage::Receiving => {
+                    return Err(Error::Stage(Reason::of(format_args!("{stage:?}"))));
+                }
             }
             self.check_cancelled()?;
             stage = self.stage(LEASE)?;
@@ -218,7 +227,11 @@ fn describe(
 ) -> Result<Missing, client::Error> {
     let capsule = Content::Pieces(Box::new(capsule));
     let missing: Missing = connection.ask_for(Method::PUT, &format!("{path}/capsule"), capsule)?;
-    if missing.is_sound() { Ok(missing) } else { Err(connection.answer_error("it misses what can't be missing")) }
+    if missing.is_sound() {
+        Ok(missing)
+    } else {
+        Err(connection.answer_error("it misses what can't be missing"))
+    }
 }
 
 /// A clone whose copies wait at their target until they may run. Dropping it ends them.
@@ -237,7 +250,8 @@ pub struct Prepared {
 /// Sends an image to a target, and has copies of it launched there, which wait.
 ///
 /// # Errors
-/// [`Error`]: nothing is left of it at the target, or will be once that has not heard of it for the time of a lease.
+/// [`Error`]: nothing is left of it at the target, or will be once that has not heard of it for the time of a
+/// lease.
 pub fn send(
     client: PooledClient,
     id: Uuid,
@@ -258,7 +272,8 @@ pub fn send(
     Ok(prepared)
 }
 
-/// Has copies of an image launched at a target, which wait, before all of their memory is there: it will be had from here.
+/// Has copies of an image launched at a target, which wait, before all of their memory is there: it will be
+/// had from here.
 ///
 /// # Errors
 /// As [`send`].
@@ -292,13 +307,19 @@ pub fn send_lazily(
 
 impl Prepared {
     /// Has a target keep room for a clone.
-    fn order(client: PooledClient, id: Uuid, order: &Order, retry_policy: CurrentRetryPolicy) -> Result<Self, Error> {
+    fn order(
+        client: PooledClient,
+        id: Uuid,
+        order: &Order,
+        retry_policy: CurrentRetryPolicy,
+    ) -> Result<Self, Error> {
         let target = Target::at(client, format!("/v1/clones/{id}"), retry_policy);
         target.check_cancelled()?;
-        let prepared = Self { id, target, page_server: None, last_contact: Instant::now(), is_decided: false };
-        let stage: Stage = prepared
-            .target
-            .retry_idempotent(LEASE, |connection, path| connection.ask_for(Method::PUT, path, Content::json(order)?))?;
+        let prepared =
+            Self { id, target, page_server: None, last_contact: Instant::now(), is_decided: false };
+        let stage: Stage = prepared.target.retry_idempotent(LEASE, |connection, path| {
+            connection.ask_for(Method::PUT, path, Content::json(order)?)
+        })?;
         match stage {
             Stage::Reserved | Stage::Receiving => Ok(prepared),
             stage => Err(Error::Stage(Reason::of(format_args!("{stage:?}")))),
@@ -310,7 +331,8 @@ impl Prepared {
         self.id
     }
 
-    /// Tells the target now and then that its source is still there, and says whether the copies still wait there. To be called often.
+    /// Tells the target now and then that its source is still there, and says whether the copies still wait
+    /// there. To be called often.
     pub fn is_waiting(&mut self) -> bool {
         if self.last_contact.elapsed() < RENEWAL {
             return true;
@@ -323,14 +345,16 @@ impl Prepared {
         }
     }
 
-    /// Lets the copies run, and says who they are. From the first attempt on there is no way back: it asks until it is certain.
+    /// Lets the copies run, and says who they are. From the first attempt on there is no way back: it asks
+    /// until it is certain.
     ///
     /// # Errors
     /// [`Error::Aborted`] where none of them runs, [`Error::Unknown`] where nobody can tell.
     pub fn commit(mut self) -> Result<Vec<Copied>, Error> {
         self.is_decided = true;
         self.target.retry_policy = Arc::new(|| RetryPolicy::Retry);
-        // Whoever can't be trusted or understood is not the target: only that knows what has come of the clone.
+        // Whoever can't be trusted or understood is not the target: only that knows what has come of the
+        // clone.
         let is_open = |error: &client::Error| !matches!(error, client::Error::Refused { .. });
         let began = Instant::now();
         loop {
@@ -344,7 +368,9 @@ impl Prepared {
                 // Somebody's earlier question is being answered.
                 Ok(Stage::Preparing) if began.elapsed() < COMMIT_LIMIT => thread::sleep(POLL_INTERVAL),
                 Ok(_) => return Err(Error::Unknown(None)),
-                Err(client::Error::Refused { status, why }) if is_undone(status) => return Err(Error::Aborted(why)),
+                Err(client::Error::Refused { status, why }) if is_undone(status) => {
+                    return Err(Error::Aborted(why));
+                }
                 Err(error) => return Err(Error::Unknown(Some(error))),
             }
         }
@@ -377,7 +403,11 @@ impl Drop for Prepared {
 
 /// Fails where the clone was called off, so that no more of it is sent.
 fn check_cancelled(retry_policy: &CurrentRetryPolicy) -> io::Result<()> {
-    if retry_policy() == RetryPolicy::Cancelled { Err(io::Error::other("the clone was called off")) } else { Ok(()) }
+    if retry_policy() == RetryPolicy::Cancelled {
+        Err(io::Error::other("the clone was called off"))
+    } else {
+        Ok(())
+    }
 }
 
 /// What records were in that were sent, for those to come: new memory has to be made page by page.
@@ -438,7 +468,8 @@ fn send_memory(
     progress: &Arc<Progress>,
 ) -> Result<(), Error> {
     let count = chunk_source.chunks();
-    let wanted: Vec<u32> = wanted.into_iter().flat_map(|range| range.start.min(count)..range.end.min(count)).collect();
+    let wanted: Vec<u32> =
+        wanted.into_iter().flat_map(|range| range.start.min(count)..range.end.min(count)).collect();
     let wanted_bytes: u64 = wanted.iter().map(|chunk| chunk_source.data_bytes(*chunk)).sum();
     progress.wanted_bytes.store(wanted_bytes, Ordering::Relaxed);
     progress.spared_bytes.store(chunk_source.memory_bytes().saturating_sub(wanted_bytes), Ordering::Relaxed);
@@ -455,7 +486,8 @@ fn send_memory(
                 target.retry_idempotent(LEASE, |connection, path| {
                     // What has come before the connection broke need not come again.
                     if std::mem::replace(&mut again, true) {
-                        let missing = describe(connection, path, iter::once(Ok(chunk_source.head().clone())))?;
+                        let missing =
+                            describe(connection, path, iter::once(Ok(chunk_source.head().clone())))?;
                         rest.retain(|chunk| missing.has(*chunk));
                     }
                     let pieces = Pieces {

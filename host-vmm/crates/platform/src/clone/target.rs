@@ -97,7 +97,8 @@ struct Incoming {
     id: Uuid,
     order: Order,
     progress: Mutex<Progress>,
-    /// Hash of what it has said of itself. Held by whoever takes that in: it takes a while to look for what is here already.
+    /// Hash of what it has said of itself. Held by whoever takes that in: it takes a while to look for what
+    /// is here already.
     described: Mutex<Option<blake3::Hash>>,
     /// When something was heard of its source, or it was decided.
     last_contact: Mutex<Instant>,
@@ -131,13 +132,19 @@ struct Launched {
 #[derive(Debug)]
 struct Begun {
     postcopy: Arc<PostcopyMemory>,
-    /// Where the rest is to be had from, as soon as the copies run: until then, it would only keep them from that.
+    /// Where the rest is to be had from, as soon as the copies run: until then, it would only keep them from
+    /// that.
     rest: Option<PageClient>,
 }
 
 impl Begun {
     /// Has what copies wait for come from their source.
-    fn new(platform: &Platform, postcopy: Arc<PostcopyMemory>, source: &str, clone: Uuid) -> Result<Self, Error> {
+    fn new(
+        platform: &Platform,
+        postcopy: Arc<PostcopyMemory>,
+        source: &str,
+        clone: Uuid,
+    ) -> Result<Self, Error> {
         let page_client = || platform.page_client(&postcopy, source, clone);
         let (awaited, rest) = (page_client()?, page_client()?);
         postcopy.serve_faults(awaited).map_err(crate::Error::Start)?;
@@ -192,8 +199,12 @@ impl Memory {
         };
         match Arc::try_unwrap(assembly) {
             Ok(assembly) if assembly.missing().is_empty() => Ok(Complete::Whole(Box::new(assembly))),
-            Ok(assembly) => Err((Self::Whole(Arc::new(assembly)), "the end of its memory, of which some is missing,")),
-            Err(assembly) => Err((Self::Whole(assembly), "the end of its memory, of which some is on its way,")),
+            Ok(assembly) => {
+                Err((Self::Whole(Arc::new(assembly)), "the end of its memory, of which some is missing,"))
+            }
+            Err(assembly) => {
+                Err((Self::Whole(assembly), "the end of its memory, of which some is on its way,"))
+            }
         }
     }
 }
@@ -283,11 +294,15 @@ impl Clones {
         lock(&self.by_id).get(&id).cloned().ok_or(Error::Unknown(id))
     }
 
-    /// Undoes clones whose source is not heard of any more, and forgets those that were decided long ago. To be called now and then.
+    /// Undoes clones whose source is not heard of any more, and forgets those that were decided long ago. To
+    /// be called now and then.
     pub fn sweep(&self) {
         let all: Vec<Arc<Incoming>> = lock(&self.by_id).values().cloned().collect();
         for incoming in &all {
-            if !incoming.is_decided() && !incoming.is_at_work() && lock(&incoming.last_contact).elapsed() >= LEASE {
+            if !incoming.is_decided()
+                && !incoming.is_at_work()
+                && lock(&incoming.last_contact).elapsed() >= LEASE
+            {
                 tracing::warn!(clone = %incoming.id, source = incoming.order.source, "a clone's source is gone");
                 incoming.abort("its source was not heard of for the time of its lease");
             }
@@ -340,7 +355,9 @@ impl Platform {
             || !are_copies_of_fork(&order.slots, order.total)
             || order.total > MAX_CHILDREN
         {
-            return Err(Error::Order("its copies are too many, or numbered wrongly, or its source has no name"));
+            return Err(Error::Order(
+                "its copies are too many, or numbered wrongly, or its source has no name",
+            ));
         }
         // Nobody may have them be remembered without end, between one look after them and the next.
         if self.clones().decided_of(&order.source) >= MANY {
@@ -371,14 +388,15 @@ impl Platform {
         Ok(self.clones().find(id)?.order.source.clone())
     }
 
-    /// Takes in what a capsule says of itself, checks whether it can run here, and says what of its memory is missing.
-    /// `grant` is for what it says of itself.
+    /// Takes in what a capsule says of itself, checks whether it can run here, and says what of its memory is
+    /// missing. `grant` is for what it says of itself.
     ///
     /// # Errors
     /// [`Error`].
     pub fn describe_clone(&self, id: Uuid, capsule: &[u8], grant: Grant) -> Result<Missing, Error> {
         let incoming = self.clones().find(id)?;
-        let (header, description) = capsule.split_at_checked(HEADER_BYTES).ok_or(capsule::Error::NoCapsule)?;
+        let (header, description) =
+            capsule.split_at_checked(HEADER_BYTES).ok_or(capsule::Error::NoCapsule)?;
         let header = Header::from_bytes(header.try_into().map_err(|_| capsule::Error::NoCapsule)?)?;
         header.check_description(description)?;
         let description = Description::from_bytes(description)?.held_by(grant);
@@ -447,7 +465,9 @@ impl Platform {
                 other => {
                     *progress = other;
                     return match progress.stage() {
-                        Stage::Reserved | Stage::Receiving => Err(incoming.refuse(&progress, "the end of its memory")),
+                        Stage::Reserved | Stage::Receiving => {
+                            Err(incoming.refuse(&progress, "the end of its memory"))
+                        }
                         stage => Ok(stage),
                     };
                 }
@@ -457,7 +477,9 @@ impl Platform {
         let mut progress = incoming.progress();
         // It may have been called off meanwhile.
         match prepared {
-            Ok(copies) if matches!(*progress, Progress::Preparing) => *progress = Progress::Prepared(Box::new(copies)),
+            Ok(copies) if matches!(*progress, Progress::Preparing) => {
+                *progress = Progress::Prepared(Box::new(copies))
+            }
             Ok(copies) => {
                 let stage = progress.stage();
                 drop(progress);
@@ -486,7 +508,8 @@ impl Platform {
                 Ok(Launched { copies, memory: None })
             }
             Complete::Lazy(postcopy) => {
-                // Copies may wait for memory before they are launched: KVM reads some of it when it is given what vCPUs had in their registers.
+                // Copies may wait for memory before they are launched: KVM reads some of it when it is given
+                // what vCPUs had in their registers.
                 let begun = Begun::new(self, Arc::clone(&postcopy), source, incoming.id)?;
                 let copies = self.launch_lazily(&postcopy, slots, *total, room)?;
                 Ok(Launched { copies, memory: Some(begun) })
@@ -508,7 +531,11 @@ impl Platform {
                 other => {
                     *progress = other;
                     let is_answer = progress.is_decided() || matches!(*progress, Progress::Committing);
-                    return if is_answer { Ok(progress.stage()) } else { Err(incoming.refuse(&progress, "a commit")) };
+                    return if is_answer {
+                        Ok(progress.stage())
+                    } else {
+                        Err(incoming.refuse(&progress, "a commit"))
+                    };
                 }
             }
         };

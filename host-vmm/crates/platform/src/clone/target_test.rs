@@ -32,7 +32,8 @@ fn no_member_can_have_the_commit_of_another_one_be_forgotten() {
 #[test]
 fn no_clones_are_taken_where_too_many_would_have_to_be_remembered() {
     let (clones, last_contact) = (Clones::default(), Instant::now());
-    let committed = |id: u128| incoming(id, &format!("source-{id}"), Progress::Committed(Vec::new()), last_contact);
+    let committed =
+        |id: u128| incoming(id, &format!("source-{id}"), Progress::Committed(Vec::new()), last_contact);
     let all = 0..MAX_IN_ALL as u128;
     lock(&clones.by_id).extend(all.clone().skip(1).map(committed));
     assert!(check_count(&lock(&clones.by_id)).is_ok());

@@ -95,7 +95,8 @@ fn a_file_is_taken_as_it_says() {
     };
     let servers = vec![address("192.0.2.5:2379"), address("[2001:db8::1]:2379")];
     assert_eq!((config.cluster.as_str(), config.etcd), ("db", Some(Etcd { servers, tls: Some(etcd_tls) })));
-    let peer = |cluster: &str, at: &str| Peer { name: "a".into(), cluster: cluster.into(), address: address(at) };
+    let peer =
+        |cluster: &str, at: &str| Peer { name: "a".into(), cluster: cluster.into(), address: address(at) };
     assert_eq!(config.peers, [peer("db", "192.0.2.7:1"), peer("web", "192.0.2.8:1")]);
     assert_eq!((config.lease, config.ready, config.max_vms), (Duration::from_secs(3), 0, 5));
     assert_eq!(config.max_pause, Duration::from_secs(7));
@@ -126,7 +127,10 @@ fn each_mistake_is_told_with_its_field_and_what_would_be_right() {
     let mistakes = [
         ("name = 'North'".into(), ["name: ", "\"North\" is no name", "1 to 32 characters"]),
         ("listen = 'north:7070'".into(), ["listen: ", "\"north:7070\" is no address", "statically linked"]),
-        ("listen = '0.0.0.0:7070'".into(), ["listen: ", "0.0.0.0:7070", "by which the others reach this host"]),
+        (
+            "listen = '0.0.0.0:7070'".into(),
+            ["listen: ", "0.0.0.0:7070", "by which the others reach this host"],
+        ),
         ("listen = '192.0.2.1:7070'".into(), ["tls: ", "strangers", "ca = "]),
         ("peers = [{ name = 'a', address = '192.0.2.1:1' }]".into(), ["tls: ", "strangers", "ca = "]),
         (
@@ -142,9 +146,15 @@ fn each_mistake_is_told_with_its_field_and_what_would_be_right() {
         (listening("cluster = 'http://192.0.2.1:1/web'"), ["cluster: ", "of a kind", "etcd://HOST:PORT"]),
         (listening("cluster = 'etcd://192.0.2.1:1'"), ["cluster: ", "names no cluster", "etcd://HOST:PORT"]),
         (listening("cluster = 'etcd://192.0.2.1:1/'"), ["cluster: ", "\"\" is no name", "1 to 32"]),
-        (listening("cluster = 'etcd://node1:2379/web'"), ["cluster: ", "\"node1:2379\" is no", "statically linked"]),
+        (
+            listening("cluster = 'etcd://node1:2379/web'"),
+            ["cluster: ", "\"node1:2379\" is no", "statically linked"],
+        ),
         (listening("cluster = 'etcd://192.0.2.1/web'"), ["cluster: ", "\"192.0.2.1\" is no", "and a port"]),
-        (listening("cluster = 'etcd://192.0.2.1:0/web'"), ["cluster: ", "192.0.2.1:0 leads nowhere", "server"]),
+        (
+            listening("cluster = 'etcd://192.0.2.1:0/web'"),
+            ["cluster: ", "192.0.2.1:0 leads nowhere", "server"],
+        ),
         (
             listening(&format!("cluster = 'etcd://192.0.2.1:1{}/web'", ",192.0.2.1:1".repeat(8))),
             ["cluster: ", "9 servers", "HOST:PORT"],
@@ -159,7 +169,10 @@ fn each_mistake_is_told_with_its_field_and_what_would_be_right() {
             listening("cluster = 'etcd://192.0.2.1:1/web'\netcd = { ca = 'e', user = 'c' }"),
             ["etcd: ", "one of user and password_file", "both"],
         ),
-        (listening("peers = [{ name = 'A', address = '192.0.2.1:1' }]"), ["peers[0].name: ", "\"A\"", "1 to 32"]),
+        (
+            listening("peers = [{ name = 'A', address = '192.0.2.1:1' }]"),
+            ["peers[0].name: ", "\"A\"", "1 to 32"],
+        ),
         (
             listening("peers = [{ name = 'a', address = '192.0.2.1:1', cluster = '-' }]"),
             ["peers[0].cluster: ", "\"-\"", "1 to 32"],
@@ -168,9 +181,14 @@ fn each_mistake_is_told_with_its_field_and_what_would_be_right() {
             listening("peers = [{ name = 'a', address = 'a:1' }]"),
             ["peers[0].address: ", "\"a:1\"", "such as 192.0.2.1"],
         ),
-        (listening("peers = [{ name = 'a', address = '192.0.2.1:0' }]"), ["peers[0].address: ", "nowhere", "listens"]),
         (
-            listening("peers = [{ name = 'a', address = '192.0.2.1:1' }, { name = 'a', address = '192.0.2.2:1' }]"),
+            listening("peers = [{ name = 'a', address = '192.0.2.1:0' }]"),
+            ["peers[0].address: ", "nowhere", "listens"],
+        ),
+        (
+            listening(
+                "peers = [{ name = 'a', address = '192.0.2.1:1' }, { name = 'a', address = '192.0.2.2:1' }]",
+            ),
             ["peers[1].name: ", "already", "one entry"],
         ),
         ("labels = { 'a b' = '' }".into(), ["labels: ", "\"a b\"", "1 to 63 characters"]),
@@ -180,7 +198,10 @@ fn each_mistake_is_told_with_its_field_and_what_would_be_right() {
         ("max_pause_seconds = 0".into(), ["max_pause_seconds: ", "0 is out of range", "from 1 to 600"]),
         ("image_memory = '1T'".into(), ["image_memory: ", "no size", "8G"]),
         ("max_vms = 0".into(), ["max_vms: ", "no room", "1 or more"]),
-        ("limits = ['*:rate=1', 'web']".into(), ["limits[1]: ", "\"web\": must be TYPE:NAME=VALUE", "--limit"]),
+        (
+            "limits = ['*:rate=1', 'web']".into(),
+            ["limits[1]: ", "\"web\": must be TYPE:NAME=VALUE", "--limit"],
+        ),
         ("keep = ['web:0']".into(), ["keep[0]: ", "TYPE:NUMBER", "--keep"]),
     ];
     for (text, expected) in mistakes {
@@ -211,7 +232,8 @@ fn what_is_no_such_file_is_told_with_its_line() {
 
 #[test]
 fn too_many_peers_are_not_taken() {
-    let peers = |count| (0..count).map(|number| format!("[[peers]]\nname = 'p{number}'\naddress = '192.0.2.1:1'\n"));
+    let peers =
+        |count| (0..count).map(|number| format!("[[peers]]\nname = 'p{number}'\naddress = '192.0.2.1:1'\n"));
     let file = |count| LISTEN.to_owned() + &peers(count).collect::<String>();
     assert_eq!(parse(&file(MAX_PEERS)).unwrap().peers.len(), MAX_PEERS);
     assert!(mistake(&file(MAX_PEERS + 1)).contains("peers: there are 257 of them; at most 256"));
@@ -221,7 +243,10 @@ fn too_many_peers_are_not_taken() {
 fn a_host_whose_name_is_none_needs_one() {
     let parse = |text| PlatformConfig::parse(text, Path::new("platform.toml"), "north-1.example.com");
     let told = parse("").unwrap_err().to_string();
-    assert!(told.starts_with("platform.toml: name: it is not given") && told.contains("north-1.example.com"), "{told}");
+    assert!(
+        told.starts_with("platform.toml: name: it is not given") && told.contains("north-1.example.com"),
+        "{told}"
+    );
     assert_eq!(parse("name = 'north-1'").unwrap().name, "north-1");
 }
 

@@ -1,7 +1,8 @@
 //! How a platform of a cluster is set up: a file in TOML.
 //!
-//! `host-vmm/platform.example.toml` has every field. Paths in the file are relative to its folder. Whoever writes it is trusted, but makes
-//! mistakes: each is told with the file's name, the field, what is wrong, and what would be right.
+//! `host-vmm/platform.example.toml` has every field. Paths in the file are relative to its folder. Whoever
+//! writes it is trusted, but makes mistakes: each is told with the file's name, the field, what is wrong, and
+//! what would be right.
 
 use std::{
     collections::BTreeMap,
@@ -30,8 +31,8 @@ pub const MAX_PEERS: usize = 256;
 /// How long a platform may be silent before others take it for gone, in seconds.
 const LEASE_SECONDS: u64 = 10;
 
-/// The least that it can be, and the most. etcd keeps nothing for less than 2 s; beyond a minute, others would go on sending VMs to a
-/// platform that is gone.
+/// The least that it can be, and the most. etcd keeps nothing for less than 2 s; beyond a minute, others
+/// would go on sending VMs to a platform that is gone.
 const LEASE_RANGE: std::ops::RangeInclusive<u64> = 3..=60;
 
 /// Most VMs at a time, where the file does not say it; the same as of `host-vmm run`, as is what follows.
@@ -52,7 +53,8 @@ const CONNECTIONS: usize = 2;
 /// The most that they can be.
 const MAX_CONNECTIONS: usize = 64;
 
-/// The least bandwidth of a clone in bytes a second: beneath it, a target would take a source that keeps to it for gone.
+/// The least bandwidth of a clone in bytes a second: beneath it, a target would take a source that keeps to
+/// it for gone.
 const MIN_BANDWIDTH: u64 = 1 << 20;
 
 /// Folder for the consoles' logs, in the working folder.
@@ -99,7 +101,8 @@ pub enum Error {
 pub struct PlatformConfig {
     /// Its name, unique in its cluster.
     pub name: String,
-    /// Where it serves the API for other platforms; `None`: for this host's users alone. Port 0 stands for any that is free.
+    /// Where it serves the API for other platforms; `None`: for this host's users alone. Port 0 stands for
+    /// any that is free.
     pub listen: Option<SocketAddr>,
     /// The certificates by which platforms know each other; `None`: plaintext, or no other platforms.
     pub tls: Option<Tls>,
@@ -147,7 +150,8 @@ pub struct PlatformConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Sending {
-    /// Whether copies of guests' forks run before all of their memory has come. They depend on this platform until it has.
+    /// Whether copies of guests' forks run before all of their memory has come. They depend on this platform
+    /// until it has.
     pub lazy: bool,
     /// Connections for the memory of one clone that is not lazy.
     pub connections: usize,
@@ -210,7 +214,8 @@ impl PlatformConfig {
     /// # Errors
     /// [`Error`]: what is wrong with it.
     pub fn load(path: &Path) -> Result<Self, Error> {
-        let text = fs::read_to_string(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
+        let text =
+            fs::read_to_string(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
         // A host whose name can't be read needs one in the file, as one whose name can't be a platform's.
         let host_name = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
         Self::parse(&text, path, host_name.trim())
@@ -247,7 +252,11 @@ impl Checker<'_> {
         Ok(PlatformConfig {
             name: self.name(fields.name, host_name)?,
             listen,
-            tls: fields.tls.map(|tls| Tls { ca: absolute(tls.ca), cert: absolute(tls.cert), key: absolute(tls.key) }),
+            tls: fields.tls.map(|tls| Tls {
+                ca: absolute(tls.ca),
+                cert: absolute(tls.cert),
+                key: absolute(tls.key),
+            }),
             api: fields.api.map(absolute),
             cluster,
             etcd,
@@ -255,7 +264,11 @@ impl Checker<'_> {
             labels: fields.labels,
             cpu_profile: self.cpu_profile(fields.cpu_profile, fields.cpu_profile_file.is_some())?,
             cpu_profile_file: fields.cpu_profile_file.map(absolute),
-            lease: self.seconds("lease_seconds", fields.lease_seconds.unwrap_or(LEASE_SECONDS), LEASE_RANGE)?,
+            lease: self.seconds(
+                "lease_seconds",
+                fields.lease_seconds.unwrap_or(LEASE_SECONDS),
+                LEASE_RANGE,
+            )?,
             log_dir: fields.log_dir.map_or_else(|| LOG_DIR.into(), absolute),
             events: fields.events.map(absolute),
             max_vms: self.max_vms(fields.max_vms.unwrap_or(MAX_VMS))?,
@@ -266,7 +279,11 @@ impl Checker<'_> {
             )?,
             ready: fields.ready.unwrap_or(READY),
             prefetch: fields.prefetch.unwrap_or(true),
-            limits: self.each("limits", &fields.limits, "an entry such as \"web:children=8\", as --limit takes it")?,
+            limits: self.each(
+                "limits",
+                &fields.limits,
+                "an entry such as \"web:children=8\", as --limit takes it",
+            )?,
             keep: self.each("keep", &fields.keep, "an entry such as \"web:2\", as --keep takes it")?,
             image_memory: fields.image_memory.map(|text| self.image_memory(&text)).transpose()?,
             sending: self.sending(fields.clone)?,
@@ -275,7 +292,12 @@ impl Checker<'_> {
     }
 
     fn wrong(self, field: impl Into<String>, wrong: impl fmt::Display, right: impl Into<String>) -> Error {
-        Error::Field { path: self.path.to_owned(), field: field.into(), wrong: wrong.to_string(), right: right.into() }
+        Error::Field {
+            path: self.path.to_owned(),
+            field: field.into(),
+            wrong: wrong.to_string(),
+            right: right.into(),
+        }
     }
 
     fn name(self, name: Option<String>, host_name: &str) -> Result<String, Error> {
@@ -284,7 +306,8 @@ impl Checker<'_> {
             Some(name) => Err(self.wrong("name", format!("{name:?} is no name"), NAME_RULE)),
             None if is_vm_type(host_name) => Ok(host_name.to_owned()),
             None => {
-                let wrong = format!("it is not given, and this host's name, {host_name:?}, can't be a platform's");
+                let wrong =
+                    format!("it is not given, and this host's name, {host_name:?}, can't be a platform's");
                 Err(self.wrong("name", wrong, NAME_RULE))
             }
         }
@@ -309,7 +332,8 @@ impl Checker<'_> {
         })
     }
 
-    /// How this platform and others know whom they speak with: by certificates, or within this host by nothing.
+    /// How this platform and others know whom they speak with: by certificates, or within this host by
+    /// nothing.
     fn trust(self, fields: &Fields, listen: Option<SocketAddr>, peers: &[Peer]) -> Result<(), Error> {
         const FILES: &str = "tls = { ca = \"ca.pem\", cert = \"platform.pem\", key = \"platform.key\" }";
         let addresses = || listen.iter().chain(peers.iter().map(|peer| &peer.address));
@@ -317,8 +341,14 @@ impl Checker<'_> {
             (true, Some(_)) => Err(self.wrong("plaintext", "it contradicts tls", "one of both")),
             (true, None) => match addresses().find(|address| !address.ip().is_loopback()) {
                 Some(address) => {
-                    let wrong = format!("{address} is reached by a network, where everybody could read guests' memory");
-                    Err(self.wrong("plaintext", wrong, format!("an address such as 127.0.0.1:7070, or {FILES}")))
+                    let wrong = format!(
+                        "{address} is reached by a network, where everybody could read guests' memory"
+                    );
+                    Err(self.wrong(
+                        "plaintext",
+                        wrong,
+                        format!("an address such as 127.0.0.1:7070, or {FILES}"),
+                    ))
                 }
                 None => Ok(()),
             },
@@ -344,7 +374,12 @@ impl Checker<'_> {
     }
 
     /// A time in seconds that is within a range.
-    fn seconds(self, field: &str, seconds: u64, range: std::ops::RangeInclusive<u64>) -> Result<Duration, Error> {
+    fn seconds(
+        self,
+        field: &str,
+        seconds: u64,
+        range: std::ops::RangeInclusive<u64>,
+    ) -> Result<Duration, Error> {
         if range.contains(&seconds) {
             return Ok(Duration::from_secs(seconds));
         }
@@ -365,7 +400,11 @@ impl Checker<'_> {
     }
 
     fn max_vms(self, max_vms: usize) -> Result<usize, Error> {
-        if max_vms > 0 { Ok(max_vms) } else { Err(self.wrong("max_vms", "0 leaves no room for any VM", "1 or more")) }
+        if max_vms > 0 {
+            Ok(max_vms)
+        } else {
+            Err(self.wrong("max_vms", "0 leaves no room for any VM", "1 or more"))
+        }
     }
 
     fn image_memory(self, text: &str) -> Result<u64, Error> {
@@ -374,9 +413,15 @@ impl Checker<'_> {
     }
 
     /// The entries of an array that are written as on the command line.
-    fn each<T: FromStr<Err = String>>(self, field: &str, texts: &[String], right: &str) -> Result<Vec<T>, Error> {
+    fn each<T: FromStr<Err = String>>(
+        self,
+        field: &str,
+        texts: &[String],
+        right: &str,
+    ) -> Result<Vec<T>, Error> {
         let parse = |(at, text): (usize, &String)| {
-            text.parse().map_err(|wrong| self.wrong(format!("{field}[{at}]"), format!("{text:?}: {wrong}"), right))
+            text.parse()
+                .map_err(|wrong| self.wrong(format!("{field}[{at}]"), format!("{text:?}: {wrong}"), right))
         };
         texts.iter().enumerate().map(parse).collect()
     }

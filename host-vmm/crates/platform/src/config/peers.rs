@@ -73,7 +73,10 @@ impl Checker<'_> {
         if servers.len() > MAX_SERVERS {
             return Err(wrong(format!("it has {} servers; at most {MAX_SERVERS} are taken", servers.len())));
         }
-        Ok((name(of_cluster)?, Some(Etcd { servers, tls: etcd.map(|fields| self.etcd_tls(fields)).transpose()? })))
+        Ok((
+            name(of_cluster)?,
+            Some(Etcd { servers, tls: etcd.map(|fields| self.etcd_tls(fields)).transpose()? }),
+        ))
     }
 
     fn server(self, text: &str) -> Result<SocketAddr, Error> {
@@ -95,7 +98,13 @@ impl Checker<'_> {
         let login = match (fields.user, fields.password_file) {
             (Some(user), Some(file)) => Some(Login { user, password_file: absolute(file) }),
             (None, None) => None,
-            _ => return Err(self.wrong("etcd", "one of user and password_file is not given", "both, or neither")),
+            _ => {
+                return Err(self.wrong(
+                    "etcd",
+                    "one of user and password_file is not given",
+                    "both, or neither",
+                ));
+            }
         };
         Ok(EtcdTls { ca: absolute(fields.ca), identity, login })
     }
@@ -123,7 +132,11 @@ impl Checker<'_> {
         let cluster = cluster.unwrap_or_else(|| own_cluster.to_owned());
         for (field, name) in [("name", &name), ("cluster", &cluster)] {
             if !is_vm_type(name) {
-                return Err(self.wrong(format!("peers[{at}].{field}"), format!("{name:?} is no name"), NAME_RULE));
+                return Err(self.wrong(
+                    format!("peers[{at}].{field}"),
+                    format!("{name:?} is no name"),
+                    NAME_RULE,
+                ));
             }
         }
         let field = format!("peers[{at}].address");

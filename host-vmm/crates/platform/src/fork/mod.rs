@@ -171,8 +171,8 @@ impl Error {
 }
 
 impl Fork {
-    /// Launches the children of a fork. They wait, at the rendezvous, for what the parent makes of it. A fork that can't succeed is one
-    /// too: the parent learns of it at the rendezvous.
+    /// Launches the children of a fork. They wait, at the rendezvous, for what the parent makes of it. A fork
+    /// that can't succeed is one too: the parent learns of it at the rendezvous.
     ///
     /// # Errors
     /// [`Error::Rendezvous`] where there is no rendezvous: nobody can be told then.
@@ -230,14 +230,16 @@ impl Fork {
                 *lock(&fork.pending_image) = Some((pending_image, state));
             }
             drop(hold.take());
-            // The children are at work. What serves them can wait, and should not take the processor away from them.
+            // The children are at work. What serves them can wait, and should not take the processor away
+            // from them.
             thread::sleep(CHILD_GRACE);
             nodes.into_iter().try_for_each(Node::serve)
         });
         if let Err(error) = served {
             fork.fail(error.code(), Reason::of_error(&error));
         }
-        // One that was not needed may be awake already: it is ended, which takes longer than the parent should wait.
+        // One that was not needed may be awake already: it is ended, which takes longer than the parent
+        // should wait.
         if let Some(standby) = standby {
             standby.end();
         }
@@ -334,7 +336,8 @@ impl Fork {
         if let Some(processor) = self.parents_processor() {
             warm_node.process.keep_off(processor);
         }
-        let mut node = Node::new(platform, warm_node, order.identity.clone(), LaunchWaiter::Fork(Arc::clone(self)))?;
+        let mut node =
+            Node::new(platform, warm_node, order.identity.clone(), LaunchWaiter::Fork(Arc::clone(self)))?;
         self.add(node.link());
         if matches!(order.working_set, Prefetch::Record) {
             node.record_to(history);
@@ -409,7 +412,10 @@ impl Fork {
         }
         *lock(&self.until) = None;
         if self.rendezvous().is_some_and(|rendezvous| matches!(rendezvous.abort(), Ok(true))) {
-            self.fail(ErrorCode::Timeout, "the parent has not decided in time what becomes of its copies".into());
+            self.fail(
+                ErrorCode::Timeout,
+                "the parent has not decided in time what becomes of its copies".into(),
+            );
             drop(self.end_children(lock(&self.state)));
         }
     }
@@ -511,10 +517,11 @@ impl Fork {
         state.left == 0 && state.away == 0 && state.failure.is_none()
     }
 
-    /// Ends the children that do not run, waits until nothing is left of them here, and says why it had to come to that. Copies on other
-    /// platforms are told, or undone once these hear nothing more.
+    /// Ends the children that do not run, waits until nothing is left of them here, and says why it had to
+    /// come to that. Copies on other platforms are told, or undone once these hear nothing more.
     ///
-    /// The parent may commit at any time. Where it has, the children have a while to say themselves that they run.
+    /// The parent may commit at any time. Where it has, the children have a while to say themselves that they
+    /// run.
     pub(crate) fn abort(&self) -> (ErrorCode, Reason) {
         let committed = self.rendezvous().is_some_and(|rendezvous| match rendezvous.abort() {
             Ok(aborted) => !aborted,
@@ -550,7 +557,8 @@ pub(crate) fn open_rendezvous(file: Option<&File>) -> Result<Rendezvous, Error> 
     Ok(Rendezvous::open(file.ok_or(Error::NoRendezvous)?.try_clone().map_err(Error::Start)?)?)
 }
 
-/// Tells a parent that there will be no children. One that has made this impossible waits for nothing until it is tired of it.
+/// Tells a parent that there will be no children. One that has made this impossible waits for nothing until
+/// it is tired of it.
 fn tell_failure(rendezvous: &Rendezvous) {
     if let Err(error) = rendezvous.fail() {
         tracing::warn!(error = chain(&error), "a parent can't be told of a fork's failure");
@@ -563,8 +571,8 @@ impl Platform {
         if order.fault == Some(ForkStep::Place) {
             return Err(Error::Injected(ForkStep::Place));
         }
-        // The node has checked both; but a node that a guest has broken must not choose the names of this platform's files, nor have it make
-        // up so many copies that there is no memory for their IDs.
+        // The node has checked both; but a node that a guest has broken must not choose the names of this
+        // platform's files, nor have it make up so many copies that there is no memory for their IDs.
         if !is_vm_type(&order.vm_type) {
             return Err(Error::Type(order.vm_type.clone()));
         }

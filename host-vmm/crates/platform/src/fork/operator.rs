@@ -1,4 +1,5 @@
-//! Forks that operators ask for: the order to the VM's node, and what comes of it; and orders to other platforms.
+//! Forks that operators ask for: the order to the VM's node, and what comes of it; and orders to other
+//! platforms.
 
 use std::{
     sync::{Arc, Mutex, mpsc},
@@ -98,7 +99,8 @@ impl Platform {
         let entered = self.registry.get(id, |entry| match entry.runs {
             true => {
                 let outcome = entry.ordered.enter(count, target);
-                let outcome = outcome.ok_or_else(|| failed(ErrorCode::Busy, "another operator forks it".into()))?;
+                let outcome =
+                    outcome.ok_or_else(|| failed(ErrorCode::Busy, "another operator forks it".into()))?;
                 Ok((Arc::clone(&entry.link), Arc::clone(&entry.ordered), outcome))
             }
             false => Err(failed(ErrorCode::NotLaunched, "it does not run yet".into())),
@@ -123,14 +125,20 @@ impl Platform {
         }
     }
 
-    /// Has another platform send copies of what it has, and gives its answer. It is asked once: nobody knows what has come of an order
-    /// whose answer is lost.
+    /// Has another platform send copies of what it has, and gives its answer. It is asked once: nobody knows
+    /// what has come of an order whose answer is lost.
     ///
     /// # Errors
     /// [`Error::Alone`], [`Error::Cluster`] or [`Error::PassedOn`].
-    pub(crate) fn pass_on<T: DeserializeOwned>(&self, to: &str, path: &str, wish: &CloneWish) -> Result<T, Error> {
+    pub(crate) fn pass_on<T: DeserializeOwned>(
+        &self,
+        to: &str,
+        path: &str,
+        wish: &CloneWish,
+    ) -> Result<T, Error> {
         let link = self.cluster.get().ok_or(Error::Alone)?.find(to).map_err(Error::Cluster)?;
-        let asked = link.ask_once(PASSED_ON, |connection| connection.ask_for(Method::POST, path, Content::json(wish)?));
+        let asked = link
+            .ask_once(PASSED_ON, |connection| connection.ask_for(Method::POST, path, Content::json(wish)?));
         asked.map_err(|source| Error::PassedOn { platform: to.to_owned(), source })
     }
 }
@@ -170,7 +178,9 @@ mod tests {
     #[test]
     fn a_vm_has_one_order_until_it_is_answered() {
         let ordered = Ordered::default();
-        assert!(ordered.target(2).is_none() && ordered.answered(ErrorCode::None, Reason::default()).is_none());
+        assert!(
+            ordered.target(2).is_none() && ordered.answered(ErrorCode::None, Reason::default()).is_none()
+        );
         for code in [ErrorCode::None, ErrorCode::Rate] {
             let outcome = ordered.enter(2, Target::Chosen(Locality::Remote)).unwrap();
             assert!(ordered.enter(1, Target::Chosen(Locality::Any)).is_none());

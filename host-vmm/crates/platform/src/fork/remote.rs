@@ -1,7 +1,7 @@
 //! Copies of a fork that go to other platforms.
 //!
-//! To the parent, whoever sends them is one more child for each: it takes the state where all meet, says that they are ready to run once they
-//! wait at their targets, and has them run when the parent has committed.
+//! To the parent, whoever sends them is one more child for each: it takes the state where all meet, says that
+//! they are ready to run once they wait at their targets, and has them run when the parent has committed.
 
 use std::{fs::File, sync::Arc, thread, time::Duration};
 
@@ -57,7 +57,10 @@ pub(crate) struct PlacementResult {
 impl PlacementResult {
     /// All of them on one other platform.
     pub(crate) fn on(platform: &str, slots: Vec<CopySpec>) -> Self {
-        Self { here: Vec::new(), away: vec![RemoteCopies { platform: platform.to_owned(), slots, claim: None }] }
+        Self {
+            here: Vec::new(),
+            away: vec![RemoteCopies { platform: platform.to_owned(), slots, claim: None }],
+        }
     }
 }
 
@@ -92,16 +95,26 @@ impl Platform {
     ///
     /// # Errors
     /// [`Error::Place`] or [`Error::Alone`].
-    pub(crate) fn choose(&self, slots: Vec<CopySpec>, wish: &Wish, but: &[String]) -> Result<PlacementResult, Error> {
+    pub(crate) fn choose(
+        &self,
+        slots: Vec<CopySpec>,
+        wish: &Wish,
+        but: &[String],
+    ) -> Result<PlacementResult, Error> {
         let Some(cluster) = self.cluster.get() else {
             let is_here = wish.location != Locality::Remote;
-            return if is_here { Ok(PlacementResult { here: slots, away: Vec::new() }) } else { Err(Error::Alone) };
+            return if is_here {
+                Ok(PlacementResult { here: slots, away: Vec::new() })
+            } else {
+                Err(Error::Alone)
+            };
         };
         let shares = cluster.place(wish, but).map_err(|why| Error::Place(Box::new(why)))?;
         let mut slots = slots.into_iter();
         let mut placed = PlacementResult::default();
         for (share, claim) in shares {
-            let own: Vec<CopySpec> = slots.by_ref().take(usize::try_from(share.count).unwrap_or(usize::MAX)).collect();
+            let own: Vec<CopySpec> =
+                slots.by_ref().take(usize::try_from(share.count).unwrap_or(usize::MAX)).collect();
             match claim {
                 Some(_) => placed.away.push(RemoteCopies { platform: share.platform, slots: own, claim }),
                 None => placed.here.extend(own),
@@ -178,8 +191,8 @@ impl Away {
         self.fork.gone(shares.iter().map(|share| share.slots.len()).sum(), why);
     }
 
-    /// Reads the image once more when it is sealed: digests from before are remembered by nobody. The next fork, while
-    /// which its parent stands still, need not read the same files then.
+    /// Reads the image once more when it is sealed: digests from before are remembered by nobody. The next
+    /// fork, while which its parent stands still, need not read the same files then.
     fn learn_digests(&self) {
         if self.lazy || self.fork.is_off() {
             return;
@@ -188,7 +201,10 @@ impl Away {
         if self.fork.seal().wait(LEARNT_WITHIN).is_ok()
             && let Err(error) = self.platform.digests.learn(&self.files)
         {
-            tracing::debug!(error = chain(&error), "an image that was sent is read again when it is sent again");
+            tracing::debug!(
+                error = chain(&error),
+                "an image that was sent is read again when it is sent again"
+            );
         }
     }
 
@@ -219,7 +235,8 @@ impl Away {
         });
     }
 
-    /// Sends copies to where they are to go, or, where that can't be, to the next platform that may take them.
+    /// Sends copies to where they are to go, or, where that can't be, to the next platform that may take
+    /// them.
     fn send_share(&self, mut share: RemoteCopies, content: &Sent, tried: &[String]) {
         let error = match self.prepare(&mut share, content) {
             Ok(prepared) => return self.finish(&share, prepared),
@@ -231,7 +248,9 @@ impl Away {
             return self.fork.gone(count, Reason::of_error(&error));
         }
         tracing::warn!(platform, error = chain(&error), "copies can't be sent there");
-        let Target::Chosen(location) = self.target else { return self.fork.gone(count, Reason::of_error(&error)) };
+        let Target::Chosen(location) = self.target else {
+            return self.fork.gone(count, Reason::of_error(&error));
+        };
         let tried = [tried, &[platform]].concat();
         match self.platform.choose(slots, &self.wish(count, location), &tried) {
             Ok(placed) if tried.len() < MAX_TRIES => self.dispatch(placed, content, &tried),
@@ -252,24 +271,37 @@ impl Away {
         drop(share.claim.take());
         let listed = self.platform.transfers.list(id, &self.metadata, &share.platform);
         match content {
-            Sent::Whole(chunk_source) => {
-                source::send(client, id, &order, chunk_source, &cluster.sending, &listed.progress, retry_policy)
-                    .map_err(failed)
-            }
+            Sent::Whole(chunk_source) => source::send(
+                client,
+                id,
+                &order,
+                chunk_source,
+                &cluster.sending,
+                &listed.progress,
+                retry_policy,
+            )
+            .map_err(failed),
             Sent::Lazily(capsule) => {
-                let page_server =
-                    Arc::new(PageServer::of(capsule, platform, cluster.sending.bandwidth).map_err(Error::Capsule)?);
+                let page_server = Arc::new(
+                    PageServer::of(capsule, platform, cluster.sending.bandwidth).map_err(Error::Capsule)?,
+                );
                 self.platform.page_servers.add(id, &page_server);
                 self.fork.seal().add_page_server(id);
-                let sent =
-                    source::send_lazily(client, id, &order, &page_server, self.working_set.as_ref(), retry_policy);
+                let sent = source::send_lazily(
+                    client,
+                    id,
+                    &order,
+                    &page_server,
+                    self.working_set.as_ref(),
+                    retry_policy,
+                );
                 sent.inspect_err(|_| self.platform.page_servers.remove(id)).map_err(failed)
             }
         }
     }
 
-    /// Says how much copies are wanted on a platform. Their parent stands still until they are ready: it does not wait for one that is taken
-    /// for gone, or while this one is cut off itself.
+    /// Says how much copies are wanted on a platform. Their parent stands still until they are ready: it does
+    /// not wait for one that is taken for gone, or while this one is cut off itself.
     fn retry_policy_at(&self, platform: &str) -> CurrentRetryPolicy {
         let (fork, own, name) = (Arc::clone(&self.fork), Arc::clone(&self.platform), platform.to_owned());
         Arc::new(move || match own.cluster.get() {
@@ -306,7 +338,12 @@ impl Away {
         let vms = self.commit(platform, slots, prepared);
         let platform = short(platform);
         for vm in &vms {
-            self.platform.events.write(&Event::Sent { id: vm.id, name: &vm.name, platform, seq: self.metadata.seq });
+            self.platform.events.write(&Event::Sent {
+                id: vm.id,
+                name: &vm.name,
+                platform,
+                seq: self.metadata.seq,
+            });
         }
         let copy = |CopySpec { id, index }: &CopySpec| {
             let name = vms.iter().find(|vm| vm.id == *id)?.name.clone();
@@ -351,10 +388,12 @@ impl Away {
             ..Launch::of_image(&self.metadata, &history, slots, self.total)
         };
         let files = std::iter::once(self.rendezvous.file()).chain(self.files.iter().map(AsRef::as_ref));
-        let listed = list(&self.rendezvous, slots, self.platform.name(), Location::Local).map_err(Error::from);
+        let listed =
+            list(&self.rendezvous, slots, self.platform.name(), Location::Local).map_err(Error::from);
         let room = || self.platform.reserve(slots.len());
-        let launched =
-            listed.and_then(|()| self.fork.launch(&self.platform, launch, &files.collect::<Vec<_>>(), None, room()?));
+        let launched = listed.and_then(|()| {
+            self.fork.launch(&self.platform, launch, &files.collect::<Vec<_>>(), None, room()?)
+        });
         match launched.and_then(|nodes| nodes.into_iter().try_for_each(Node::serve)) {
             Ok(()) => self.fork.settled(slots.len()),
             Err(error) => self.fork.gone(slots.len(), Reason::of_error(&error)),

@@ -12,7 +12,9 @@ use axum::{
     http::{StatusCode, request::Parts},
 };
 use base::text::Reason;
-use capsule::{self, Header, chunk_stream::ChunkDecoder, file::DESCRIPTION_COPIES, header::MAX_DESCRIPTION_BYTES};
+use capsule::{
+    self, Header, chunk_stream::ChunkDecoder, file::DESCRIPTION_COPIES, header::MAX_DESCRIPTION_BYTES,
+};
 use cluster::principal::{ConnectionPeer, Role};
 use http_body_util::BodyExt;
 use utoipa_axum::{router::OpenApiRouter, routes};
@@ -44,7 +46,8 @@ impl FromRequestParts<Arc<Platform>> for Ordered {
 
     async fn from_request_parts(parts: &mut Parts, platform: &Arc<Platform>) -> Result<Self, Refusal> {
         let Path(id) = parts.extract().await.map_err(|error: PathRejection| refuse(&error))?;
-        let ConnectInfo(caller) = parts.extract().await.map_err(|error: ExtensionRejection| refuse(&error))?;
+        let ConnectInfo(caller) =
+            parts.extract().await.map_err(|error: ExtensionRejection| refuse(&error))?;
         check_source(&caller, &platform.clone_source(id)?)?;
         Ok(Self { platform: Arc::clone(platform), id })
     }
@@ -57,7 +60,9 @@ fn refuse(error: &(dyn std::error::Error + 'static)) -> Refusal {
 /// Checks whether somebody may act for the source of a clone.
 fn check_source(caller: &ConnectionPeer, source: &str) -> Result<(), Refusal> {
     let is_source = match caller {
-        ConnectionPeer::Certified(principal) => principal.role() == Role::Platform && principal.name() == source,
+        ConnectionPeer::Certified(principal) => {
+            principal.role() == Role::Platform && principal.name() == source
+        }
         ConnectionPeer::Local => true,
     };
     if is_source {
@@ -85,7 +90,8 @@ async fn clone_stage(Ordered { platform, id }: Ordered) -> Result<Json<Stage>, R
     Ok(Json(work(|| platform.clone_stage(id))?))
 }
 
-/// Checks whether a clone can run here, and takes in what comes of its memory behind that: what it needs before all else.
+/// Checks whether a clone can run here, and takes in what comes of its memory behind that: what it needs
+/// before all else.
 #[utoipa::path(
     put, path = "/v1/clones/{id}/capsule", params(("id" = Uuid, Path)),
     request_body(
@@ -116,7 +122,8 @@ async fn take_capsule(platform: &Platform, id: Uuid, body: &mut Body) -> Result<
         capsule.extend_from_slice(&piece);
         let Some(length) = Header::length_of_head(&capsule).map_err(Error::Capsule)? else { continue };
         let bytes = DESCRIPTION_COPIES.saturating_mul(length as u64);
-        let reserve = || platform.image_memory().reserve(bytes).map_err(capsule::Error::from).map_err(Error::Capsule);
+        let reserve =
+            || platform.image_memory().reserve(bytes).map_err(capsule::Error::from).map_err(Error::Capsule);
         let grant = begun.take().map_or_else(reserve, Ok)?;
         if capsule.len() >= length {
             break (capsule.split_off(length), grant);
@@ -187,8 +194,12 @@ impl From<Error> for Refusal {
     fn from(error: Error) -> Self {
         let status = match error {
             Error::Capsule(capsule::Error::NoRoom(_))
-            | Error::Postcopy(postcopy::Error::Capsule(capsule::Error::NoRoom(_))) => StatusCode::INSUFFICIENT_STORAGE,
-            Error::Order(_) | Error::Capsule(_) | Error::Chunks(_) | Error::Postcopy(_) => StatusCode::BAD_REQUEST,
+            | Error::Postcopy(postcopy::Error::Capsule(capsule::Error::NoRoom(_))) => {
+                StatusCode::INSUFFICIENT_STORAGE
+            }
+            Error::Order(_) | Error::Capsule(_) | Error::Chunks(_) | Error::Postcopy(_) => {
+                StatusCode::BAD_REQUEST
+            }
             Error::Other(_) | Error::Stage { .. } | Error::CutOff => StatusCode::CONFLICT,
             Error::TooMany | Error::TooManyRemembered => StatusCode::TOO_MANY_REQUESTS,
             Error::Unknown(_) => StatusCode::NOT_FOUND,

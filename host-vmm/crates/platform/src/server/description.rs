@@ -1,4 +1,5 @@
-//! What a platform says of itself, and the description of this API: made of what each handler says where it stands.
+//! What a platform says of itself, and the description of this API: made of what each handler says where it
+//! stands.
 
 use std::sync::Arc;
 
@@ -63,7 +64,8 @@ async fn openapi() -> Json<openapi::OpenApi> {
 fn describe() -> openapi::OpenApi {
     let mut description = all_routes().into_openapi();
     let failure = ContentBuilder::new().schema(Some(Ref::from_schema_name("Failure"))).build();
-    let failure = ResponseBuilder::new().description("Why it is not done").content("application/json", failure).build();
+    let failure =
+        ResponseBuilder::new().description("Why it is not done").content("application/json", failure).build();
     for item in description.paths.paths.values_mut() {
         let operations = [&mut item.get, &mut item.put, &mut item.post, &mut item.delete];
         for operation in operations.into_iter().flatten() {

@@ -124,7 +124,8 @@ fn what_is_said_of_vms_fits() {
     };
     let memory = Memory { private_bytes: 1, shared_bytes: 2, proportional_bytes: 3 };
     let vms = vec![vm(State::Dependent, Some(4096), Some(memory)), vm(State::Launching, None, None)];
-    let ended = vec![Ended { id: Uuid::from_u128(2), name: "vm".into(), parent: None, why: Some("a reason".into()) }];
+    let ended =
+        vec![Ended { id: Uuid::from_u128(2), name: "vm".into(), parent: None, why: Some("a reason".into()) }];
     assert_fits("Vms", &Vms { vms, ended });
     assert_fits("Version", &own_version());
     let copy = |platform: &str, placement| ForkedVm {
@@ -134,7 +135,10 @@ fn what_is_said_of_vms_fits() {
         platform: platform.into(),
         placement,
     };
-    assert_fits("Forked", &Forked { vms: vec![copy("", Placement::Local), copy("south", Placement::Remote)] });
+    assert_fits(
+        "Forked",
+        &Forked { vms: vec![copy("", Placement::Local), copy("south", Placement::Remote)] },
+    );
     assert_fits("ForkWish", &ForkWish { count: 2, location: Locality::Local });
     assert_fits("Failure", &Failure { error: "no".into() });
     assert_fits("Place", &Place { path: "/image".into(), compress: true });
@@ -158,7 +162,10 @@ fn what_is_said_of_platforms_fits() {
     let obstacle = Obstacle { cause: cluster::placement::Cause::CpuProfile, text: "another".into() };
     let platforms = vec![reason(Some(obstacle), None), reason(None, Some(Score::default()))];
     let policy = Policy::LeastLoaded;
-    assert_fits("Explanation", &Explanation { vm_type: "web".into(), count: 1, policy, placed: true, platforms });
+    assert_fits(
+        "Explanation",
+        &Explanation { vm_type: "web".into(), count: 1, policy, placed: true, platforms },
+    );
 }
 
 #[test]
@@ -168,7 +175,9 @@ fn what_is_said_of_clones_fits() {
     assert_fits("Need", &Need { chunks: vec![3, 1], urgent: true });
     assert_fits("Missing", &Missing { chunks: vec![0..1, 4..7] });
     let vms = vec![Copied { id: Uuid::from_u128(1), name: "web.1".into() }];
-    for stage in [Stage::Reserved, Stage::Prepared, Stage::Committed { vms }, Stage::Aborted { why: "no".into() }] {
+    for stage in
+        [Stage::Reserved, Stage::Prepared, Stage::Committed { vms }, Stage::Aborted { why: "no".into() }]
+    {
         assert_fits("Stage", &stage);
     }
 }

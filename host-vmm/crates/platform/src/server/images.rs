@@ -39,7 +39,10 @@ async fn images(State(platform): State<Arc<Platform>>) -> Result<Json<Vec<Image>
     get, path = "/v1/images/{id}", params(("id" = String, Path)),
     responses((status = 200, description = "The image", body = Image))
 )]
-async fn image(State(platform): State<Arc<Platform>>, Path(id): Path<String>) -> Result<Json<Image>, Refusal> {
+async fn image(
+    State(platform): State<Arc<Platform>>,
+    Path(id): Path<String>,
+) -> Result<Json<Image>, Refusal> {
     Ok(Json(work(|| platform.image(&id))?))
 }
 
@@ -48,7 +51,10 @@ async fn image(State(platform): State<Arc<Platform>>, Path(id): Path<String>) ->
     delete, path = "/v1/images/{id}", params(("id" = String, Path)),
     responses((status = 204, description = "It is not kept any more"))
 )]
-async fn remove_image(State(platform): State<Arc<Platform>>, Path(id): Path<String>) -> Result<StatusCode, Refusal> {
+async fn remove_image(
+    State(platform): State<Arc<Platform>>,
+    Path(id): Path<String>,
+) -> Result<StatusCode, Refusal> {
     work(|| platform.remove_image(&id))?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -65,7 +71,9 @@ async fn spawn(
 ) -> Result<Json<Spawned>, Refusal> {
     check_count(count)?;
     let copies = work(|| platform.spawn(&id, count))?;
-    Ok(Json(Spawned { vms: copies.into_iter().map(|vm| Copied { id: vm.id, name: vm.name.into() }).collect() }))
+    Ok(Json(Spawned {
+        vms: copies.into_iter().map(|vm| Copied { id: vm.id, name: vm.name.into() }).collect(),
+    }))
 }
 
 /// Lists the clones that are being sent.
@@ -89,7 +97,8 @@ async fn save_image(
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// Keeps the image that a file of the platform's host holds. Only users of that host may do that, over its socket.
+/// Keeps the image that a file of the platform's host holds. Only users of that host may do that, over its
+/// socket.
 #[utoipa::path(
     post, path = "/v1/images", request_body = Place,
     responses((status = 200, description = "The image", body = Image))
@@ -103,7 +112,11 @@ async fn load_image(
 }
 
 fn check_absolute(path: &path::Path) -> Result<(), Refusal> {
-    let refusal =
-        || Refusal(StatusCode::BAD_REQUEST, Reason::of(format_args!("{} does not start at the root", path.display())));
+    let refusal = || {
+        Refusal(
+            StatusCode::BAD_REQUEST,
+            Reason::of(format_args!("{} does not start at the root", path.display())),
+        )
+    };
     if path.is_absolute() { Ok(()) } else { Err(refusal()) }
 }

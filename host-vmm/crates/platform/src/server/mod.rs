@@ -104,14 +104,16 @@ pub struct Server {
     ended: mpsc::Receiver<()>,
 }
 
-/// Serves the API of a platform on a socket of this name, and for others where that is wanted, on threads of its own.
+/// Serves the API of a platform on a socket of this name, and for others where that is wanted, on threads of
+/// its own.
 ///
 /// # Errors
 /// [`ServeError`].
 pub fn serve(platform: &Arc<Platform>, path: &Path, network: Option<&Network>) -> Result<Server, ServeError> {
     let failed = |source| ServeError::Local { path: path.to_owned(), source };
     let workers = threads::processors().min(MAX_THREADS);
-    let runtime = runtime::Builder::new_multi_thread().worker_threads(workers).thread_name("api").enable_all().build();
+    let runtime =
+        runtime::Builder::new_multi_thread().worker_threads(workers).thread_name("api").enable_all().build();
     let runtime = runtime.map_err(failed)?;
     let ((stop, stopped), (end, ended)) = (watch::channel(()), mpsc::channel());
     let mut tasks = JoinSet::new();
@@ -127,7 +129,10 @@ pub fn serve(platform: &Arc<Platform>, path: &Path, network: Option<&Network>) -
         let routes = in_words(shared_routes().into()).with_state(Arc::clone(platform));
         let service = routes.into_make_service_with_connect_info::<ConnectionPeer>();
         let stop = wait(stopped.clone());
-        tasks.spawn_on(async { axum::serve(listener, service).with_graceful_shutdown(stop).await }, runtime.handle());
+        tasks.spawn_on(
+            async { axum::serve(listener, service).with_graceful_shutdown(stop).await },
+            runtime.handle(),
+        );
     }
     let listener = UnixListener::bind(path).map_err(failed)?;
     let server = Server { path: path.to_owned(), address, stop: Some(stop), ended };
@@ -142,7 +147,8 @@ pub fn serve(platform: &Arc<Platform>, path: &Path, network: Option<&Network>) -
     let platform = Arc::clone(platform);
     let run = move || {
         let _end: mpsc::Sender<()> = end;
-        // Until all tasks have let go of it: its connections have runtimes of their own, which can't end within one.
+        // Until all tasks have let go of it: its connections have runtimes of their own, which can't end
+        // within one.
         let _platform = platform;
         run(&runtime, tasks);
     };
@@ -155,7 +161,10 @@ fn check_count(count: u32) -> Result<(), Refusal> {
     if (1..=MAX_CHILDREN).contains(&count) {
         return Ok(());
     }
-    Err(Refusal(StatusCode::BAD_REQUEST, Reason::of(format_args!("the count must be from 1 to {MAX_CHILDREN}"))))
+    Err(Refusal(
+        StatusCode::BAD_REQUEST,
+        Reason::of(format_args!("the count must be from 1 to {MAX_CHILDREN}")),
+    ))
 }
 
 fn run(runtime: &Runtime, mut tasks: JoinSet<io::Result<()>>) {
@@ -173,9 +182,11 @@ async fn wait(mut stopped: watch::Receiver<()>) {
     while stopped.changed().await.is_ok() {}
 }
 
-/// What may be asked over a network too: by other platforms what they need for clones, and by operators all of it.
+/// What may be asked over a network too: by other platforms what they need for clones, and by operators all
+/// of it.
 fn shared_routes() -> OpenApiRouter<Arc<Platform>> {
-    let operators = OpenApiRouter::default().merge(vms::routes()).merge(images::routes()).merge(platforms::routes());
+    let operators =
+        OpenApiRouter::default().merge(vms::routes()).merge(images::routes()).merge(platforms::routes());
     OpenApiRouter::with_openapi(description::Head::openapi())
         .merge(operators.route_layer(middleware::from_fn(check_operator)))
         .merge(orders::routes())
@@ -258,7 +269,8 @@ impl Drop for Server {
     }
 }
 
-/// Does what takes a while. Another thread answers others meanwhile; to have it done by another one would cost who waits for it two wake-ups.
+/// Does what takes a while. Another thread answers others meanwhile; to have it done by another one would
+/// cost who waits for it two wake-ups.
 fn work<T, E: Into<Refusal>>(work: impl FnOnce() -> Result<T, E>) -> Result<T, Refusal> {
     tokio::task::block_in_place(work).map_err(Into::into)
 }
@@ -274,9 +286,11 @@ impl From<Error> for Refusal {
             Error::Lingers(_) => StatusCode::SERVICE_UNAVAILABLE,
             Error::NotForked { code, .. } => not_forked(code),
             Error::NoAnswer(_) => StatusCode::GATEWAY_TIMEOUT,
-            Error::Ambiguous(_) | Error::AmbiguousVm(_) | Error::Full { .. } | Error::Stopping | Error::Kept(_) => {
-                StatusCode::CONFLICT
-            }
+            Error::Ambiguous(_)
+            | Error::AmbiguousVm(_)
+            | Error::Full { .. }
+            | Error::Stopping
+            | Error::Kept(_) => StatusCode::CONFLICT,
             Error::NotSealed { .. } => StatusCode::CONFLICT,
             Error::ImageFile { source: capsule::Error::NoRoom(_), .. } => StatusCode::INSUFFICIENT_STORAGE,
             Error::ImageFile { .. } | Error::Unfit { .. } => StatusCode::UNPROCESSABLE_ENTITY,

@@ -27,7 +27,9 @@ fn check(platform: &Platform, caller: &ConnectionPeer, wish: &CloneWish) -> Resu
     match caller {
         ConnectionPeer::Certified(principal) if !is_operator(caller) => {
             if let Some(from) = &wish.from {
-                let why = Reason::of(format_args!("{caller} is no operator, and must ask the platform {from} itself"));
+                let why = Reason::of(format_args!(
+                    "{caller} is no operator, and must ask the platform {from} itself"
+                ));
                 return Err(Refusal(StatusCode::FORBIDDEN, why));
             }
             platform.cluster().ok_or(Error::Alone)?.check_order(principal).map_err(Error::Cluster)?;
@@ -49,9 +51,11 @@ async fn pass_on<T: DeserializeOwned + Send + 'static>(
     Ok(Json(work(|| platform.pass_on(&from, &path, &wish))?))
 }
 
-/// Forks one VM that runs, though its guest has not asked for it, into copies on another platform: by its name, its ID, or how that begins.
+/// Forks one VM that runs, though its guest has not asked for it, into copies on another platform: by its
+/// name, its ID, or how that begins.
 ///
-/// It has the limits of a fork that its guest asks for. Over a network, only operators may do that, and platforms that may order clones.
+/// It has the limits of a fork that its guest asks for. Over a network, only operators may do that, and
+/// platforms that may order clones.
 #[utoipa::path(
     post, path = "/v1/vms/{id}/clone", params(("id" = String, Path)), request_body = CloneWish,
     responses((status = 200, description = "All of the copies run there", body = Forked))
@@ -68,7 +72,8 @@ async fn clone_vm(
             fork(platform, id, count, Target::Platform { name: to, lazy }).await
         }
         CloneWish { from: Some(from), to, count, lazy } => {
-            pass_on(platform, from, client::vm_clone_path(&id), CloneWish { from: None, to, count, lazy }).await
+            pass_on(platform, from, client::vm_clone_path(&id), CloneWish { from: None, to, count, lazy })
+                .await
         }
     }
 }
@@ -92,7 +97,8 @@ async fn clone_image(
             Ok(Json(Spawned { vms: work(|| platform.clone_image(&id, &to, count, lazy))? }))
         }
         CloneWish { from: Some(from), to, count, lazy } => {
-            pass_on(platform, from, client::image_clone_path(&id), CloneWish { from: None, to, count, lazy }).await
+            pass_on(platform, from, client::image_clone_path(&id), CloneWish { from: None, to, count, lazy })
+                .await
         }
     }
 }

@@ -53,7 +53,10 @@ async fn platforms(State(platform): State<Arc<Platform>>) -> Result<Json<Platfor
     post, path = "/v1/place", request_body = Wish,
     responses((status = 200, description = "What speaks for each platform, and what against it", body = Explanation))
 )]
-async fn place(State(platform): State<Arc<Platform>>, Json(wish): Json<Wish>) -> Result<Json<Explanation>, Refusal> {
+async fn place(
+    State(platform): State<Arc<Platform>>,
+    Json(wish): Json<Wish>,
+) -> Result<Json<Explanation>, Refusal> {
     check_count(wish.count)?;
     if wish.images.len() > MAX_IMAGES {
         return Err(Refusal(

@@ -20,7 +20,10 @@ use crate::{
 };
 
 pub(super) fn routes() -> OpenApiRouter<Arc<Platform>> {
-    OpenApiRouter::default().routes(routes!(end_supply)).routes(routes!(supply_chunks)).routes(routes!(supply_manifest))
+    OpenApiRouter::default()
+        .routes(routes!(end_supply))
+        .routes(routes!(supply_chunks))
+        .routes(routes!(supply_manifest))
 }
 
 /// The memory of a clone, for the platform that it is for.

@@ -58,12 +58,16 @@ async fn vm(State(platform): State<Arc<Platform>>, Path(id): Path<String>) -> Re
 
 /// Stops one VM, by its name, its ID, or how that begins.
 ///
-/// One that has ended already is as it should be, for as long as it is known. Over a network, only operators may do that.
+/// One that has ended already is as it should be, for as long as it is known. Over a network, only operators
+/// may do that.
 #[utoipa::path(
     delete, path = "/v1/vms/{id}", params(("id" = String, Path)),
     responses((status = 204, description = "It has ended"))
 )]
-async fn stop_vm(State(platform): State<Arc<Platform>>, Path(id): Path<String>) -> Result<StatusCode, Refusal> {
+async fn stop_vm(
+    State(platform): State<Arc<Platform>>,
+    Path(id): Path<String>,
+) -> Result<StatusCode, Refusal> {
     work(|| platform.stop_vm(&id))?;
     Ok(StatusCode::NO_CONTENT)
 }

@@ -1,4 +1,5 @@
-//! What CPUID shows to a guest: what KVM supports, the topology of this VM, and the leaves by which guests find the VMM.
+//! What CPUID shows to a guest: what KVM supports, the topology of this VM, and the leaves by which guests
+//! find the VMM.
 
 use vmfork_abi::{
     ABI_VERSION,
@@ -32,7 +33,8 @@ const SUBLEAF_MATTERS: u32 = 1;
 
 /// What this VMM promises its guests, as a word of [`features`]: in CPUID to those that boot here, and in
 /// the control page's header to all.
-pub const ABI_FEATURES: u64 = features::LOCATION | features::COPIES | features::GENERATION_PAGE | features::ASKER;
+pub const ABI_FEATURES: u64 =
+    features::LOCATION | features::COPIES | features::GENERATION_PAGE | features::ASKER;
 
 /// What differs from what KVM supports.
 #[derive(Debug, Clone, Copy)]
@@ -62,7 +64,8 @@ pub fn for_vcpu(supported: &[CpuidEntry], shape: Shape, vcpu: VcpuId) -> Vec<Cpu
         doorbell_port: DOORBELL_PORT,
         features: ABI_FEATURES,
     };
-    entries.extend((LEAF_SIGNATURE..).zip(interface.to_leaves()).map(|(function, leaf)| entry(function, leaf)));
+    entries
+        .extend((LEAF_SIGNATURE..).zip(interface.to_leaves()).map(|(function, leaf)| entry(function, leaf)));
     entries
 }
 
@@ -79,7 +82,8 @@ fn adapt(mut entry: CpuidEntry, shape: Shape, vcpu: VcpuId) -> CpuidEntry {
             }
             entry.edx = set(entry.edx, FEATURES_EDX_HTT, others > 0);
         }
-        // EAX: bits 31-26 are the other cores of the package; bits 25-14 the other threads that share the cache.
+        // EAX: bits 31-26 are the other cores of the package; bits 25-14 the other threads that share the
+        // cache.
         CACHES_INTEL if entry.eax & 0x1f != 0 => {
             let sharers = if entry.eax >> 5 & 7 < 3 { 0 } else { others };
             entry.eax = entry.eax & 0x3fff | sharers << 14 | others.min(63) << 26;
@@ -154,7 +158,8 @@ mod tests {
 
     #[test]
     fn each_vcpu_has_its_apic_id() {
-        let supported = [entry(FEATURES, Registers { ebx: 0x1234_5678, ..NOTHING }), entry(TOPOLOGY, NOTHING)];
+        let supported =
+            [entry(FEATURES, Registers { ebx: 0x1234_5678, ..NOTHING }), entry(TOPOLOGY, NOTHING)];
         let shown = for_vcpu(&supported, Shape { vcpus: 3, tsc_deadline_timer: false }, VcpuId(2));
         assert_eq!(find(&shown, FEATURES, 0).ebx, 0x0203_5678);
         assert_eq!(find(&shown, FEATURES, 0).ecx & FEATURES_ECX_TSC_DEADLINE, 0);

@@ -1,8 +1,8 @@
 //! What the words of CPUID say: which of their bits are features, by name, and which parts are numbers.
 //!
-//! A feature says that something is there, for every vCPU of a machine alike. The names are those of Linux's /proc/cpuinfo where it has
-//! one, else those of the manuals (Intel SDM, volume 2, CPUID; AMD APM, volume 3, appendix E; kernel documentation,
-//! virt/kvm/x86/cpuid.rst; x86-cpuid.org).
+//! A feature says that something is there, for every vCPU of a machine alike. The names are those of Linux's
+//! /proc/cpuinfo where it has one, else those of the manuals (Intel SDM, volume 2, CPUID; AMD APM, volume 3,
+//! appendix E; kernel documentation, virt/kvm/x86/cpuid.rst; x86-cpuid.org).
 
 use std::{collections::BTreeMap, fmt, str::FromStr, sync::LazyLock};
 
@@ -15,22 +15,24 @@ use super::{
     xstate,
 };
 
-/// IA32_ARCH_CAPABILITIES: what the processor is safe from, and how it can be made so. Intel's processors have it, and show it by the feature
-/// `arch_capabilities`.
+/// IA32_ARCH_CAPABILITIES: what the processor is safe from, and how it can be made so. Intel's processors
+/// have it, and show it by the feature `arch_capabilities`.
 pub const ARCH_CAPABILITIES_MSR: u32 = 0x10a;
 
-/// Registers that describe the CPU as CPUID does, and the features by which a guest knows that they are there: the one above,
-/// IA32_CORE_CAPABILITIES and IA32_PERF_CAPABILITIES.
+/// Registers that describe the CPU as CPUID does, and the features by which a guest knows that they are
+/// there: the one above, IA32_CORE_CAPABILITIES and IA32_PERF_CAPABILITIES.
 const DESCRIBING_MSRS: &[(u32, &str)] =
     &[(ARCH_CAPABILITIES_MSR, "arch_capabilities"), (0xcf, "core_capabilities"), (0x345, "pdcm")];
 
 /// Stands for a feature without a name.
 const NAMELESS: &str = "-";
 
-/// Stands for a bit that is no feature: it repeats another one, follows what the guest has switched on, or depends on the number of vCPUs.
+/// Stands for a bit that is no feature: it repeats another one, follows what the guest has switched on, or
+/// depends on the number of vCPUs.
 const NO_FEATURE: &str = ".";
 
-/// The words that hold features, and the names of these from bit 0 on. Those behind the last name are features without one.
+/// The words that hold features, and the names of these from bit 0 on. Those behind the last name are
+/// features without one.
 const WORDS: &[(Word, &str)] = &[
     (
         at(0x1, 0, Ecx),
@@ -117,7 +119,10 @@ const WORDS: &[(Word, &str)] = &[
          ibrs_always_on amd_stibp_always_on ibrs_fast ibrs_same_mode no_efer_lmsle tlb_flush_nested - amd_ppin \
          amd_ssbd virt_ssbd amd_ssb_no cppc amd_psfd btc_no ibpb_ret brs",
     ),
-    (at(0x8000_001f, 0, Eax), "sme sev vm_page_flush sev_es sev_snp vmpl rmpquery vmpl_sss secure_tsc v_tsc_aux"),
+    (
+        at(0x8000_001f, 0, Eax),
+        "sme sev vm_page_flush sev_es sev_snp vmpl rmpquery vmpl_sss secure_tsc v_tsc_aux",
+    ),
     (
         at(0x8000_0021, 0, Eax),
         "no_nested_data_bp fsgs_non_serializing lfence_rdtsc smm_page_cfg_lock - verw_clear null_sel_clr_base \
@@ -264,7 +269,10 @@ pub fn of_kvm() -> impl Iterator<Item = Feature> {
 
 /// The features whose names begin like this.
 pub fn beginning(start: &str) -> impl Iterator<Item = Feature> {
-    BY_NAME.range(start.to_owned()..).take_while(move |(name, _)| name.starts_with(start)).map(|(_, feature)| *feature)
+    BY_NAME
+        .range(start.to_owned()..)
+        .take_while(move |(name, _)| name.starts_with(start))
+        .map(|(_, feature)| *feature)
 }
 
 /// The bits of a word that are features.
@@ -272,16 +280,19 @@ pub fn mask(word: Word) -> u32 {
     MASKS.get(&word).copied().unwrap_or(0)
 }
 
-/// Whether a guest that sees these leaves can take note of a model-specific register: of those that describe the CPU, not all are shown.
+/// Whether a guest that sees these leaves can take note of a model-specific register: of those that describe
+/// the CPU, not all are shown.
 pub fn is_msr_shown(index: u32, leaves: &[Leaf]) -> bool {
-    let shown_by = DESCRIBING_MSRS.iter().find(|(known, _)| *known == index).and_then(|(_, name)| name.parse().ok());
+    let shown_by =
+        DESCRIBING_MSRS.iter().find(|(known, _)| *known == index).and_then(|(_, name)| name.parse().ok());
     shown_by.is_none_or(|feature: Feature| feature.is_shown(leaves))
 }
 
 /// Name of a bit of IA32_ARCH_CAPABILITIES.
 pub fn arch_capability(bit: u32) -> String {
     let name = usize::try_from(bit).ok().and_then(|bit| ARCH_CAPABILITIES.split_ascii_whitespace().nth(bit));
-    name.filter(|name| *name != NAMELESS).map_or_else(|| format!("IA32_ARCH_CAPABILITIES bit {bit}"), str::to_owned)
+    name.filter(|name| *name != NAMELESS)
+        .map_or_else(|| format!("IA32_ARCH_CAPABILITIES bit {bit}"), str::to_owned)
 }
 
 /// A part of a word that is a number: of what it counts, a guest must not have been shown more than there is.
@@ -325,7 +336,8 @@ pub enum Kind {
     State,
     /// The shape of AMX's tiles: whoever uses them needs the same one.
     Tiles,
-    /// Names, topology, caches, the doorbell, and leaves of features that are never shown: no guest needs them to be the same.
+    /// Names, topology, caches, the doorbell, and leaves of features that are never shown: no guest needs
+    /// them to be the same.
     Free,
     /// Nobody here knows.
     Unknown,
@@ -421,7 +433,9 @@ mod tests {
         assert!(is_msr_shown(ARCH_CAPABILITIES_MSR, &shows(1 << 29)));
         assert!(is_msr_shown(0x10, &[]));
         assert!(
-            DESCRIBING_MSRS.iter().all(|(index, name)| name.parse::<Feature>().is_ok() && !is_msr_shown(*index, &[]))
+            DESCRIBING_MSRS
+                .iter()
+                .all(|(index, name)| name.parse::<Feature>().is_ok() && !is_msr_shown(*index, &[]))
         );
     }
 
@@ -430,7 +444,10 @@ mod tests {
         assert_eq!(mask(at(1, 0, Ecx)), !(1 << 27), "OSXSAVE");
         assert_eq!(mask(at(1, 0, Edx)), !(1 << 28), "HTT");
         assert_eq!(mask(at(1, 0, Ebx)), 0);
-        assert_eq!(of(at(7, 0, Ecx), 1 << 4 | 1 << 3).map(|feature| feature.to_string()).collect::<Vec<_>>(), ["pku"]);
+        assert_eq!(
+            of(at(7, 0, Ecx), 1 << 4 | 1 << 3).map(|feature| feature.to_string()).collect::<Vec<_>>(),
+            ["pku"]
+        );
     }
 
     #[test]

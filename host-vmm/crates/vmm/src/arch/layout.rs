@@ -29,7 +29,8 @@ pub const GAP_END: Gpa = Gpa(0x1_0000_0000);
 /// The control page, in the gap: no RAM, so that `/dev/mem` maps it, and no driver claims it.
 pub const CONTROL_PAGE: Gpa = Gpa(0xd000_0000);
 
-/// The control page, the pages behind it that a long list of copies reaches into, and the generation's, in bytes.
+/// The control page, the pages behind it that a long list of copies reaches into, and the generation's, in
+/// bytes.
 pub const CONTROL_REGION_BYTES: u64 = vmfork_abi::REGION_BYTES as u64;
 
 /// The page of the VM generation ID, behind the control page's. The guest can't write to it, and no
@@ -57,7 +58,8 @@ pub const BOOT_PARAMS: Gpa = Gpa(0x7000);
 /// Stack of the kernel's entry; it grows down.
 pub const BOOT_STACK: Gpa = Gpa(0x8ff0);
 
-/// Page tables of the kernel's entry, which map the first 4 GiB one to one: PML4, PDPT, four page directories.
+/// Page tables of the kernel's entry, which map the first 4 GiB one to one: PML4, PDPT, four page
+/// directories.
 pub const BOOT_PAGE_TABLES: Gpa = Gpa(0x9000);
 
 /// The kernel command line.
@@ -114,7 +116,8 @@ pub struct RamPiece {
     pub bytes: u64,
 }
 
-/// The pieces of guest RAM, lowest first, for a memory of `bytes` bytes: one below the gap, and one above it where that is needed.
+/// The pieces of guest RAM, lowest first, for a memory of `bytes` bytes: one below the gap, and one above it
+/// where that is needed.
 pub fn ram_pieces(bytes: u64) -> Vec<RamPiece> {
     let low = bytes.min(GAP_START.0);
     let mut pieces = vec![RamPiece { gpa: Gpa(0), offset: 0, bytes: low }];
@@ -124,7 +127,8 @@ pub fn ram_pieces(bytes: u64) -> Vec<RamPiece> {
     pieces
 }
 
-/// The page of the guest's memory, as one piece, that a guest-physical address lies in, where that is none of the gap.
+/// The page of the guest's memory, as one piece, that a guest-physical address lies in, where that is none of
+/// the gap.
 pub fn ram_page(gpa: Gpa) -> Option<u64> {
     let offset = if gpa < GAP_START { gpa.0 } else { gpa.0.checked_sub(GAP_END.0)? + GAP_START.0 };
     Some(offset / PAGE_BYTES)

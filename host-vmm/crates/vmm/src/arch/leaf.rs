@@ -112,8 +112,16 @@ mod tests {
 
     #[test]
     fn a_leaf_is_what_kvm_has() {
-        let entry =
-            CpuidEntry { function: 7, index: 1, flags: 1, eax: 1, ebx: 2, ecx: 3, edx: 4, ..Default::default() };
+        let entry = CpuidEntry {
+            function: 7,
+            index: 1,
+            flags: 1,
+            eax: 1,
+            ebx: 2,
+            ecx: 3,
+            edx: 4,
+            ..Default::default()
+        };
         let mut leaf = Leaf::from(&entry);
         assert_eq!(leaf.into_entry(entry), entry);
         assert_eq!(leaf.get(Register::Ecx), 3);

@@ -1,8 +1,10 @@
-//! The levels of x86-64 by which distributions build their programs (System V ABI, AMD64 supplement, "Micro-architecture levels").
+//! The levels of x86-64 by which distributions build their programs (System V ABI, AMD64 supplement,
+//! "Micro-architecture levels").
 //!
-//! A guest of a level is shown the features that the level defines, those that every kernel counts on, and those by which kernels guard
-//! themselves, where the host has them; and no others. So it goes on, with all that it was shown, on whatever host has the level and these
-//! guards. AES, for one, belongs to no level: for what a cluster has beyond a level, there are profiles in files.
+//! A guest of a level is shown the features that the level defines, those that every kernel counts on, and
+//! those by which kernels guard themselves, where the host has them; and no others. So it goes on, with all
+//! that it was shown, on whatever host has the level and these guards. AES, for one, belongs to no level: for
+//! what a cluster has beyond a level, there are profiles in files.
 
 use std::{collections::BTreeSet, fmt};
 
@@ -19,10 +21,12 @@ pub enum Level {
     V4,
 }
 
-/// What all 64-bit processors have (x86-64, the level below v2). OSFXSR, which it counts among them, is up to the guest's kernel.
+/// What all 64-bit processors have (x86-64, the level below v2). OSFXSR, which it counts among them, is up to
+/// the guest's kernel.
 const BASE: &[&str] = &["cmov", "cx8", "fpu", "fxsr", "mmx", "sse", "sse2", "syscall"];
 
-/// What each level has and the one below has not. v3 asks for OSXSAVE, which is what the guest's kernel makes of `xsave`.
+/// What each level has and the one below has not. v3 asks for OSXSAVE, which is what the guest's kernel makes
+/// of `xsave`.
 const V2: &[&str] = &["cx16", "lahf_lm", "pni", "popcnt", "sse4_1", "sse4_2", "ssse3"];
 const V3: &[&str] = &["abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "xsave"];
 const V4: &[&str] = &["avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"];
@@ -57,7 +61,8 @@ const ALWAYS: &[&str] = &[
     "vme",
 ];
 
-/// What a kernel guards itself and its programs by. A guest from which it were hidden would be less safe than the host allows.
+/// What a kernel guards itself and its programs by. A guest from which it were hidden would be less safe than
+/// the host allows.
 const GUARDS: &[&str] = &[
     "amd_ibpb",
     "amd_ibrs",
@@ -101,7 +106,8 @@ impl Level {
         named(parts)
     }
 
-    /// The features that its guests are shown where the host has them. KVM's own are the kernel's, not the processor's: they all stay.
+    /// The features that its guests are shown where the host has them. KVM's own are the kernel's, not the
+    /// processor's: they all stay.
     pub fn shown(self) -> BTreeSet<Feature> {
         self.defined().into_iter().chain(named(&[ALWAYS, GUARDS])).chain(features::of_kvm()).collect()
     }

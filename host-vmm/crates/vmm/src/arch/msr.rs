@@ -1,7 +1,8 @@
-//! Model-specific registers that are part of a vCPU's state and that KVM's list (KVM_GET_MSR_INDEX_LIST) leaves out, or may leave out.
+//! Model-specific registers that are part of a vCPU's state and that KVM's list (KVM_GET_MSR_INDEX_LIST)
+//! leaves out, or may leave out.
 //!
-//! That the list is not all is known of other VMMs, which add registers by hand. Here a test looks at each register that KVM lets be written, and
-//! finds it in a list, in these, or in another part of the state.
+//! That the list is not all is known of other VMMs, which add registers by hand. Here a test looks at each
+//! register that KVM lets be written, and finds it in a list, in these, or in another part of the state.
 
 use kvm_bindings::kvm_msr_entry;
 use serde::{Deserialize, Serialize};
@@ -22,21 +23,24 @@ impl From<Msr> for kvm_msr_entry {
     }
 }
 
-/// IA32_MTRR_DEF_TYPE, and its value for "enabled, write-back everywhere": what firmware leaves on each processor.
+/// IA32_MTRR_DEF_TYPE, and its value for "enabled, write-back everywhere": what firmware leaves on each
+/// processor.
 pub const MTRR_DEF_TYPE: u32 = 0x2ff;
 const MTRR_ENABLED_WRITE_BACK: u64 = 1 << 11 | 6;
 
 /// As firmware leaves it on each processor, the later ones too.
 pub const MTRR_AT_BOOT: Msr = Msr { index: MTRR_DEF_TYPE, value: MTRR_ENABLED_WRITE_BACK };
 
-/// Ranges of the memory types: eight variable ones of two registers each, and eleven fixed ones. IA32_MTRRCAP, which says so, can't be written.
+/// Ranges of the memory types: eight variable ones of two registers each, and eleven fixed ones.
+/// IA32_MTRRCAP, which says so, can't be written.
 const MTRR_VARIABLE: std::ops::RangeInclusive<u32> = 0x200..=0x20f;
 const MTRR_FIXED: [u32; 11] = [0x250, 0x258, 0x259, 0x268, 0x269, 0x26a, 0x26b, 0x26c, 0x26d, 0x26e, 0x26f];
 
 /// IA32_MCG_CAP: how many banks of machine-check registers there are, and what they can do.
 pub const MCG_CAP: u32 = 0x179;
 
-/// Ten banks, as other VMMs give their guests, and nothing beyond what each processor can do. KVM has 32 by itself.
+/// Ten banks, as other VMMs give their guests, and nothing beyond what each processor can do. KVM has 32 by
+/// itself.
 pub const MCG_CAP_AT_BOOT: u64 = 10;
 
 /// What KVM has by itself, and what guests were given before banks were part of the state.
@@ -49,14 +53,19 @@ const BANKS_MASK: u64 = 0xff;
 const MCE_BANKS: u32 = 0x400;
 const MCE_REGISTERS: u32 = 4;
 
-/// IA32_TSC_AUX; AMD's VM_CR (KVM keeps its lock bits for a guest that is shown no SVM too), OSVW_ID_LENGTH and OSVW_STATUS: listed by some kernels,
-/// or for some hosts.
+/// IA32_TSC_AUX; AMD's VM_CR (KVM keeps its lock bits for a guest that is shown no SVM too), OSVW_ID_LENGTH
+/// and OSVW_STATUS: listed by some kernels, or for some hosts.
 const OTHERS: [u32; 4] = [0xc000_0103, 0xc001_0114, 0xc001_0140, 0xc001_0141];
 
 /// The registers, sorted; of a vCPU that has as many banks as KVM has.
 pub fn unlisted() -> Vec<u32> {
     let banks = MCE_BANKS..MCE_BANKS + MCE_REGISTERS * banks(MCG_CAP_OF_KVM);
-    let all = [MCG_CAP, MTRR_DEF_TYPE].into_iter().chain(MTRR_VARIABLE).chain(MTRR_FIXED).chain(banks).chain(OTHERS);
+    let all = [MCG_CAP, MTRR_DEF_TYPE]
+        .into_iter()
+        .chain(MTRR_VARIABLE)
+        .chain(MTRR_FIXED)
+        .chain(banks)
+        .chain(OTHERS);
     let mut all: Vec<u32> = all.collect();
     all.sort_unstable();
     all
@@ -68,7 +77,8 @@ pub fn is_in_banks(index: u32, mcg_cap: u64) -> bool {
     !of_banks.contains(&index) || index < MCE_BANKS + MCE_REGISTERS * banks(mcg_cap)
 }
 
-/// The value of a register of [`unlisted`] in a state that was saved when only listed ones were: that at boot, which every copy should have had.
+/// The value of a register of [`unlisted`] in a state that was saved when only listed ones were: that at
+/// boot, which every copy should have had.
 pub fn at_boot(index: u32) -> Msr {
     match index {
         MTRR_DEF_TYPE => MTRR_AT_BOOT,

@@ -1,4 +1,5 @@
-//! How a vCPU finds what a linear address means (Intel SDM volume 3A, 4.5; 64-bit mode and 4 or 5 levels of tables).
+//! How a vCPU finds what a linear address means (Intel SDM volume 3A, 4.5; 64-bit mode and 4 or 5 levels of
+//! tables).
 
 /// CR0: paging is on.
 const CR0_PG: u64 = 1 << 31;
@@ -39,14 +40,14 @@ pub struct Paging {
 }
 
 impl Paging {
-    /// Whether the processor goes by four page-directory pointers that it loads with CR3, and does not look up again: PAE paging, of 32-bit
-    /// kernels.
+    /// Whether the processor goes by four page-directory pointers that it loads with CR3, and does not look
+    /// up again: PAE paging, of 32-bit kernels.
     pub fn has_directory_pointers(&self) -> bool {
         self.cr0 & CR0_PG != 0 && self.cr4 & CR4_PAE != 0 && self.efer & EFER_LMA == 0
     }
 
-    /// The guest-physical addresses that a vCPU reads to find a linear one, and where that is, as far as `read` knows what the tables hold.
-    /// Tables of 32-bit modes are not followed.
+    /// The guest-physical addresses that a vCPU reads to find a linear one, and where that is, as far as
+    /// `read` knows what the tables hold. Tables of 32-bit modes are not followed.
     pub fn walk(&self, linear: u64, read: impl Fn(u64) -> Option<u64>) -> Vec<u64> {
         if self.cr0 & CR0_PG == 0 {
             return vec![linear];

@@ -1,16 +1,19 @@
 //! CPU profiles: what of a host's CPU its guests are shown, so that they can go on where there is less.
 //!
-//! All of them, `host` too, leave out features whose state a fork does not copy, and what this program does not know.
+//! All of them, `host` too, leave out features whose state a fork does not copy, and what this program does
+//! not know.
 //!
-//! A profile takes features from what KVM supports, before [`cpuid::for_vcpu`](super::cpuid::for_vcpu) makes a vCPU's leaves of it. Numbers
-//! (address bits, performance counters) are cut down likewise, and the state that XSAVE saves to what the features use. Leaves that this
-//! program does not know are left out: nobody could say whether another host has what they promise, or whether a copy would keep it.
+//! A profile takes features from what KVM supports, before [`cpuid::for_vcpu`](super::cpuid::for_vcpu) makes
+//! a vCPU's leaves of it. Numbers (address bits, performance counters) are cut down likewise, and the state
+//! that XSAVE saves to what the features use. Leaves that this program does not know are left out: nobody
+//! could say whether another host has what they promise, or whether a copy would keep it.
 //!
-//! What model-specific registers promise can't be cut down, so a profile other than `host` never shows that they are there:
-//! IA32_ARCH_CAPABILITIES (`arch_capabilities`), IA32_CORE_CAPABILITIES and IA32_PERF_CAPABILITIES (`pdcm`). A guest that can't read the
-//! first one guards itself against each flaw that this register could deny: slower than need be on some hosts. What a kernel takes from the CPU's model
-//! instead, it has taken from that of the host where it booted: for others, a cluster should be of one maker's generations with the same flaws.
-//! Registers that are not shown are no part of a vCPU's state.
+//! What model-specific registers promise can't be cut down, so a profile other than `host` never shows that
+//! they are there: IA32_ARCH_CAPABILITIES (`arch_capabilities`), IA32_CORE_CAPABILITIES and
+//! IA32_PERF_CAPABILITIES (`pdcm`). A guest that can't read the first one guards itself against each flaw
+//! that this register could deny: slower than need be on some hosts. What a kernel takes from the CPU's model
+//! instead, it has taken from that of the host where it booted: for others, a cluster should be of one
+//! maker's generations with the same flaws. Registers that are not shown are no part of a vCPU's state.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -31,13 +34,24 @@ use crate::arch::CpuidEntry;
 /// Features that the making of a vCPU's leaves decides on, whatever the host has.
 const MACHINES: &[&str] = &["hypervisor", "tsc_deadline_timer", "x2apic"];
 
-/// Features that no profile shows but `host`: what model-specific registers tell more of, and what a leaf does that is left out.
-const NEVER: &[&str] =
-    &["arch_capabilities", "arch_perfmon_ext", "core_capabilities", "hreset", "pdcm", "sgx", "sgx_lc", "svm", "vmx"];
+/// Features that no profile shows but `host`: what model-specific registers tell more of, and what a leaf
+/// does that is left out.
+const NEVER: &[&str] = &[
+    "arch_capabilities",
+    "arch_perfmon_ext",
+    "core_capabilities",
+    "hreset",
+    "pdcm",
+    "sgx",
+    "sgx_lc",
+    "svm",
+    "vmx",
+];
 
-/// Features that no profile shows at all: with them, a guest has state that is not saved, or of which no test has seen that it is. The shadow
-/// stack pointer of control-flow enforcement (`shstk`, `ibt`) is in no register that KVM lists; AMX, MPX, APX and LWP have components of the
-/// XSAVE area, and the others registers, that no host had on which this was tried.
+/// Features that no profile shows at all: with them, a guest has state that is not saved, or of which no test
+/// has seen that it is. The shadow stack pointer of control-flow enforcement (`shstk`, `ibt`) is in no
+/// register that KVM lists; AMX, MPX, APX and LWP have components of the XSAVE area, and the others
+/// registers, that no host had on which this was tried.
 const UNCOPIED: &[&str] = &[
     "amx_bf16",
     "amx_complex",
@@ -61,8 +75,8 @@ const UNCOPIED: &[&str] = &[
     "xfd",
 ];
 
-/// Components of the XSAVE area that are copied, and seen to be by a test: x87, SSE, AVX, those of AVX-512, and PKRU. The supervisor's are in no
-/// area that KVM shows.
+/// Components of the XSAVE area that are copied, and seen to be by a test: x87, SSE, AVX, those of AVX-512,
+/// and PKRU. The supervisor's are in no area that KVM shows.
 const COPIED_COMPONENTS: u64 = 0b10_1110_0111;
 
 /// The feature whose leaves tell of AMX's tiles.
@@ -139,8 +153,8 @@ impl Profile {
     /// What is left of the leaves that KVM supports.
     ///
     /// # Errors
-    /// [`Error::Vendor`] or [`Error::Lacking`] where the host is none of those that the profile is for: its guests would not be what they are
-    /// elsewhere.
+    /// [`Error::Vendor`] or [`Error::Lacking`] where the host is none of those that the profile is for: its
+    /// guests would not be what they are elsewhere.
     pub fn apply(&self, supported: &[CpuidEntry]) -> Result<Vec<CpuidEntry>, Error> {
         let (subset, needed) = match self {
             Self::Host => return Ok(copied(supported)),
@@ -234,7 +248,9 @@ impl Subset {
     /// [`Error::Vendors`].
     pub fn intersection(&self, other: &Self) -> Result<Self, Error> {
         let vendor = match (&self.vendor, &other.vendor) {
-            (Some(one), Some(other)) if one != other => return Err(Error::Vendors(one.clone(), other.clone())),
+            (Some(one), Some(other)) if one != other => {
+                return Err(Error::Vendors(one.clone(), other.clone()));
+            }
             (one, other) => one.clone().or_else(|| other.clone()),
         };
         let mut features = &self.features & &other.features;
@@ -259,10 +275,9 @@ impl Subset {
         for leaf in &mut leaves {
             self.cut_leaf(leaf);
         }
-        let elsewhere = self
-            .state
-            .iter()
-            .filter(|(number, place)| xstate::component(&leaves, **number).is_some_and(|found| found != **place));
+        let elsewhere = self.state.iter().filter(|(number, place)| {
+            xstate::component(&leaves, **number).is_some_and(|found| found != **place)
+        });
         let elsewhere = elsewhere.fold(0, |mask, (number, _)| mask | 1u64.checked_shl(*number).unwrap_or(0));
         xstate::hide(&mut leaves, elsewhere | !COPIED_COMPONENTS);
         xstate::settle(&mut leaves);
@@ -275,7 +290,8 @@ impl Subset {
         for word in features::words().filter(is_its).collect::<Vec<_>>() {
             let own = self.features.iter().copied().filter(|feature| feature.word() == word);
             let machines = named(MACHINES).filter(|feature| feature.word() == word);
-            let shown = own.chain(machines).fold(!features::mask(word), |mask, feature| mask | feature.mask());
+            let shown =
+                own.chain(machines).fold(!features::mask(word), |mask, feature| mask | feature.mask());
             leaf.set(word.register, leaf.get(word.register) & shown);
         }
         for number in NUMBERS {
@@ -296,7 +312,8 @@ impl Subset {
     /// What the text of a file says.
     ///
     /// # Errors
-    /// [`Error::Form`] where it is not JSON, or names what this program does not know: it could not tell what that needs.
+    /// [`Error::Form`] where it is not JSON, or names what this program does not know: it could not tell what
+    /// that needs.
     pub fn from_json(text: &str) -> Result<Self, Error> {
         serde_json::from_str(text).map_err(Error::Form)
     }
@@ -339,18 +356,22 @@ impl TryFrom<Form> for Subset {
 
     fn try_from(form: Form) -> Result<Self, FormError> {
         let Form { vendor, features, most, state } = form;
-        let features = features.iter().map(|name| name.parse::<Feature>()).collect::<Result<_, UnknownFeature>>()?;
+        let features =
+            features.iter().map(|name| name.parse::<Feature>()).collect::<Result<_, UnknownFeature>>()?;
         if let Some(name) = most.keys().find(|name| !NUMBERS.iter().any(|number| number.name == **name)) {
             return Err(FormError::Number(name.clone()));
         }
-        if let Some(number) = state.keys().find(|number| !xstate::numbers(u64::MAX).any(|known| known == **number)) {
+        if let Some(number) =
+            state.keys().find(|number| !xstate::numbers(u64::MAX).any(|known| known == **number))
+        {
             return Err(FormError::Component(*number));
         }
         Ok(Self::new(vendor, features, most, state))
     }
 }
 
-/// What is left of a host's leaves without features whose state is not copied, or of which this program does not know whether they have any.
+/// What is left of a host's leaves without features whose state is not copied, or of which this program does
+/// not know whether they have any.
 fn copied(supported: &[CpuidEntry]) -> Vec<CpuidEntry> {
     let mut leaves = leaf::leaves(supported);
     let nameless = features::all().filter(|feature| feature.name().is_none());

@@ -81,7 +81,8 @@ fn a_level_shows_what_it_defines_and_no_other_instructions() {
 #[test]
 fn a_level_keeps_the_state_that_it_needs() {
     assert_eq!(leaf::find(&level(Level::V2), xstate::FUNCTION, 0), None);
-    for (shown, components, bytes) in [(level(Level::V3), 0b111, 832), (level(Level::V4), 0b1110_0111, 2688)] {
+    for (shown, components, bytes) in [(level(Level::V3), 0b111, 832), (level(Level::V4), 0b1110_0111, 2688)]
+    {
         assert_eq!(xstate::shown(&shown), components);
         let sizes = [Register::Ebx, Register::Ecx].map(|register| state_word(&shown, 0, register));
         assert_eq!(sizes, [bytes; 2]);
@@ -94,7 +95,8 @@ fn a_level_keeps_the_state_that_it_needs() {
 #[test]
 fn a_level_has_no_counters_and_four_levels_of_page_tables() {
     let shown = level(Level::V3);
-    let numbers = NUMBERS.iter().map(|number| (number.name, number.shown(&shown))).collect::<BTreeMap<_, _>>();
+    let numbers =
+        NUMBERS.iter().map(|number| (number.name, number.shown(&shown))).collect::<BTreeMap<_, _>>();
     assert_eq!(numbers["physical address bits"], 46);
     assert_eq!(numbers[LINEAR_ADDRESS_BITS], 48);
     assert_eq!((numbers["PMU version"], numbers["PMU counters"], numbers["AVX10 version"]), (0, 0, 0));
@@ -104,7 +106,10 @@ fn a_level_has_no_counters_and_four_levels_of_page_tables() {
 fn a_host_below_the_level_is_told_what_it_lacks() {
     let mut host = everything();
     for leaf in host.iter_mut().filter(|leaf| leaf.function == 7 && leaf.index == 0) {
-        leaf.set(Register::Ebx, leaf.get(Register::Ebx) & !(feature("bmi2").mask() | feature("avx512f").mask()));
+        leaf.set(
+            Register::Ebx,
+            leaf.get(Register::Ebx) & !(feature("bmi2").mask() | feature("avx512f").mask()),
+        );
     }
     let host = entries(&host);
     let error = Profile::Level(Level::V3).apply(&host).unwrap_err();
@@ -129,7 +134,11 @@ fn state_that_lies_elsewhere_is_not_common_and_neither_is_what_needs_it() {
     }
     let (ours, theirs) = (entries(&everything()), entries(&other));
     let common = Subset::of_host(&ours).intersection(&Subset::of_host(&theirs)).unwrap();
-    let lost = Subset::of_host(&ours).features.difference(&common.features).map(Feature::to_string).collect::<Vec<_>>();
+    let lost = Subset::of_host(&ours)
+        .features
+        .difference(&common.features)
+        .map(Feature::to_string)
+        .collect::<Vec<_>>();
     assert_eq!(lost, ["pku", "xcr0.pkru"]);
     assert!([ours, theirs].iter().all(|host| Profile::Common(common.clone()).apply(host).is_ok()));
 }
@@ -159,7 +168,10 @@ fn mistakes_in_a_file_are_told() {
         ("", "EOF"),
         (r#"{"vendor":null,"features":["avx513"],"most":{},"state":{}}"#, "avx513"),
         (r#"{"vendor":null,"features":[],"most":{"wheels":4},"state":{}}"#, "wheels"),
-        (r#"{"vendor":null,"features":[],"most":{},"state":{"64":{"bytes":1,"offset":1,"flags":0}}}"#, "component 64"),
+        (
+            r#"{"vendor":null,"features":[],"most":{},"state":{"64":{"bytes":1,"offset":1,"flags":0}}}"#,
+            "component 64",
+        ),
         (r#"{"vendor":null,"features":[],"most":{},"state":{},"more":1}"#, "more"),
     ] {
         let Err(Error::Form(error)) = Subset::from_json(text) else { panic!("{text}") };

@@ -1,5 +1,6 @@
-//! The state in which the kernel's 64-bit entry wants the boot processor (kernel documentation, arch/x86/boot.rst): long mode with
-//! paging, memory mapped one to one, flat segments, interrupts off, RSI at the zero page.
+//! The state in which the kernel's 64-bit entry wants the boot processor (kernel documentation,
+//! arch/x86/boot.rst): long mode with paging, memory mapped one to one, flat segments, interrupts off, RSI at
+//! the zero page.
 
 use types::PAGE_BYTES;
 use x86::{
@@ -7,8 +8,8 @@ use x86::{
     controlregs::{Cr0, Cr4},
     msr::IA32_MISC_ENABLE,
     segmentation::{
-        BuildDescriptor, CodeSegmentType, DataSegmentType, Descriptor, DescriptorBuilder, SegmentDescriptorBuilder,
-        SegmentSelector,
+        BuildDescriptor, CodeSegmentType, DataSegmentType, Descriptor, DescriptorBuilder,
+        SegmentDescriptorBuilder, SegmentSelector,
     },
 };
 
@@ -76,13 +77,18 @@ pub fn boot_msrs() -> [Msr; 2] {
 pub fn gdt() -> [u64; 4] {
     let flat = |builder: DescriptorBuilder| builder.present().dpl(Ring::Ring0).limit_granularity_4kb();
     let code: Descriptor =
-        flat(DescriptorBuilder::code_descriptor(0, 0xf_ffff, CodeSegmentType::ExecuteReadAccessed)).l().finish();
+        flat(DescriptorBuilder::code_descriptor(0, 0xf_ffff, CodeSegmentType::ExecuteReadAccessed))
+            .l()
+            .finish();
     let data: Descriptor =
-        flat(DescriptorBuilder::data_descriptor(0, 0xf_ffff, DataSegmentType::ReadWriteAccessed)).db().finish();
+        flat(DescriptorBuilder::data_descriptor(0, 0xf_ffff, DataSegmentType::ReadWriteAccessed))
+            .db()
+            .finish();
     [0, 0, code.as_u64(), data.as_u64()]
 }
 
-/// The page tables for [`BOOT_PAGE_TABLES`]: one PML4, one PDPT and four page directories that map 4 GiB one to one.
+/// The page tables for [`BOOT_PAGE_TABLES`]: one PML4, one PDPT and four page directories that map 4 GiB one
+/// to one.
 pub fn page_tables() -> Vec<u64> {
     let table = |number: u64| BOOT_PAGE_TABLES.0 + number * PAGE_BYTES;
     let mut pml4 = vec![0; 512];

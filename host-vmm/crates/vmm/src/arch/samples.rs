@@ -48,13 +48,15 @@ pub fn any_cpu() -> impl Strategy<Value = Vec<Leaf>> {
     let bits = proptest::collection::vec(any::<u32>(), words.len());
     let numbers = (36..=52u32, prop_oneof![Just(48u32), Just(57)], any::<u32>(), any::<u32>());
     let shift = prop_oneof![4 => Just(0u32), 1 => Just(64)];
-    (bits, numbers, any::<u64>(), shift).prop_map(move |(bits, (physical, linear, pmu, fixed), components, shift)| {
-        let mut words: BTreeMap<Word, u32> = words.iter().copied().zip(bits).collect();
-        words.insert(Word::new(0x8000_0008, 0, Register::Eax), linear << 8 | physical);
-        words.insert(Word::new(0xa, 0, Register::Eax), pmu);
-        words.insert(Word::new(0xa, 0, Register::Edx), fixed);
-        cpu(words, components, shift)
-    })
+    (bits, numbers, any::<u64>(), shift).prop_map(
+        move |(bits, (physical, linear, pmu, fixed), components, shift)| {
+            let mut words: BTreeMap<Word, u32> = words.iter().copied().zip(bits).collect();
+            words.insert(Word::new(0x8000_0008, 0, Register::Eax), linear << 8 | physical);
+            words.insert(Word::new(0xa, 0, Register::Eax), pmu);
+            words.insert(Word::new(0xa, 0, Register::Edx), fixed);
+            cpu(words, components, shift)
+        },
+    )
 }
 
 /// The entries that KVM would have for these leaves.
@@ -62,15 +64,23 @@ pub fn entries(leaves: &[Leaf]) -> Vec<CpuidEntry> {
     leaves.iter().map(|leaf| leaf.into_entry(CpuidEntry::default())).collect()
 }
 
-/// A CPU with these words, but for the components: those of `mask` that are known, as far behind their usual places as `shift` says.
+/// A CPU with these words, but for the components: those of `mask` that are known, as far behind their usual
+/// places as `shift` says.
 fn cpu(mut words: BTreeMap<Word, u32>, mask: u64, shift: u32) -> Vec<Leaf> {
-    let intel = [0x24, u32::from_le_bytes(*b"Genu"), u32::from_le_bytes(*b"ntel"), u32::from_le_bytes(*b"ineI")];
+    let intel =
+        [0x24, u32::from_le_bytes(*b"Genu"), u32::from_le_bytes(*b"ntel"), u32::from_le_bytes(*b"ineI")];
     let mut leaves = vec![
         Leaf { function: 0, index: 0, registers: intel },
-        Leaf { function: 0xb, index: 0, registers: [words.len().try_into().unwrap_or(u32::MAX), shift, 3, 4] },
+        Leaf {
+            function: 0xb,
+            index: 0,
+            registers: [words.len().try_into().unwrap_or(u32::MAX), shift, 3, 4],
+        },
     ];
     let (mut user, mut supervisor) = (0b11, 0);
-    for [number, bytes, offset, flags] in COMPONENTS.into_iter().filter(|[number, ..]| mask >> number & 1 != 0) {
+    for [number, bytes, offset, flags] in
+        COMPONENTS.into_iter().filter(|[number, ..]| mask >> number & 1 != 0)
+    {
         let is_supervisors = flags & 1 != 0;
         *(if is_supervisors { &mut supervisor } else { &mut user }) |= 1 << number;
         let offset = if is_supervisors { 0 } else { offset + shift };

@@ -1,6 +1,8 @@
-//! The processor state that XSAVE saves: its components, and where each lies in the area (CPUID leaf 0xd; Intel SDM, volume 1, chapter 13).
+//! The processor state that XSAVE saves: its components, and where each lies in the area (CPUID leaf 0xd;
+//! Intel SDM, volume 1, chapter 13).
 //!
-//! A guest's kernel asks for places and sizes once, and so does KVM for what it saves of the guest: they have to be the same where the guest goes on.
+//! A guest's kernel asks for places and sizes once, and so does KVM for what it saves of the guest: they have
+//! to be the same where the guest goes on.
 
 use std::collections::BTreeSet;
 
@@ -40,11 +42,13 @@ const XSAVE: (Word, u32) = (Word::new(1, 0, Ecx), 1 << 26);
 /// XSAVEC and XSAVES, which write the compact format.
 const COMPACT: u32 = 1 << 1 | 1 << 3;
 
-/// The words that say which components there are, lower half first: the user's (XCR0), and the supervisor's (IA32_XSS).
+/// The words that say which components there are, lower half first: the user's (XCR0), and the supervisor's
+/// (IA32_XSS).
 const USER: [Word; 2] = [Word::new(FUNCTION, 0, Eax), Word::new(FUNCTION, 0, Edx)];
 const SUPERVISOR: [Word; 2] = [Word::new(FUNCTION, 1, Ecx), Word::new(FUNCTION, 1, Edx)];
 
-/// Components, and the features whose state they hold, by how the names of these begin. Neither is of use without the other.
+/// Components, and the features whose state they hold, by how the names of these begin. Neither is of use
+/// without the other.
 const OWNERS: &[(u64, &[&str])] = &[
     (1 << 2, &["avx", "f16c", "fma", "sha512", "sm3", "sm4", "vaes", "vpclmulqdq", "xop"]),
     (0b11 << 3, &["mpx"]),
@@ -83,7 +87,8 @@ pub fn numbers(mask: u64) -> impl Iterator<Item = u32> {
 
 /// A component that has a subleaf of its own.
 pub fn component(leaves: &[Leaf], number: u32) -> Option<Component> {
-    let [bytes, offset, flags, _] = leaf::find(leaves, FUNCTION, number).filter(|leaf| leaf.index > 1)?.registers;
+    let [bytes, offset, flags, _] =
+        leaf::find(leaves, FUNCTION, number).filter(|leaf| leaf.index > 1)?.registers;
     Some(Component { bytes, offset, flags: flags & PLACE })
 }
 
@@ -102,8 +107,8 @@ pub fn hide(leaves: &mut [Leaf], components: u64) {
     }
 }
 
-/// Takes components out that no feature uses, and features whose components are not all there: what a guest may conclude from a part of
-/// such a set holds for all of it.
+/// Takes components out that no feature uses, and features whose components are not all there: what a guest
+/// may conclude from a part of such a set holds for all of it.
 pub fn keep_together(features: &mut BTreeSet<Feature>) {
     loop {
         let before = features.len();
@@ -151,7 +156,8 @@ pub fn has_xsave(leaves: &[Leaf]) -> bool {
     leaf::word(leaves, word) & mask != 0
 }
 
-/// Has the leaves show the sizes of areas that hold all that they show. (KVM keeps those that depend on XCR0 up to date by itself.)
+/// Has the leaves show the sizes of areas that hold all that they show. (KVM keeps those that depend on XCR0
+/// up to date by itself.)
 fn resize(leaves: &mut [Leaf]) {
     let bytes = standard_bytes(leaves, user(leaves));
     let compact = leaf::word(leaves, Word::new(FUNCTION, 1, Eax)) & COMPACT != 0;
@@ -179,7 +185,8 @@ fn compact_bytes(leaves: &[Leaf], components: u64) -> u32 {
     let components = numbers(components).filter_map(|number| component(leaves, number));
     components.fold(HEAD_BYTES, |end, Component { bytes, flags, .. }| {
         let aligned = flags & ALIGNED != 0;
-        let start = if aligned { end.checked_next_multiple_of(ALIGNMENT_BYTES).unwrap_or(u32::MAX) } else { end };
+        let start =
+            if aligned { end.checked_next_multiple_of(ALIGNMENT_BYTES).unwrap_or(u32::MAX) } else { end };
         start.saturating_add(bytes)
     })
 }

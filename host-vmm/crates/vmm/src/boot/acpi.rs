@@ -1,7 +1,8 @@
 //! ACPI tables: the processors, the I/O APIC, the serial console, the VM generation ID, and how to power off
 //! and reset.
 //!
-//! The machine is "hardware-reduced": no PIT, no CMOS clock, no ACPI fixed hardware. The kernel finds all of it here and probes for nothing.
+//! The machine is "hardware-reduced": no PIT, no CMOS clock, no ACPI fixed hardware. The kernel finds all of
+//! it here and probes for nothing.
 
 use acpi_tables::{
     Aml, aml,
@@ -17,8 +18,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use super::{Error, write as failed};
 use crate::{
     arch::layout::{
-        ACPI, GENERATION_ID, GENERATION_ID_GSI, Gpa, IO_APIC, LOCAL_APIC, RESET_PORT, SERIAL_GSI, SERIAL_PORT,
-        SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT,
+        ACPI, GENERATION_ID, GENERATION_ID_GSI, Gpa, IO_APIC, LOCAL_APIC, RESET_PORT, SERIAL_GSI,
+        SERIAL_PORT, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT,
     },
     devices::power::{RESET_VALUE, SLEEP_TYPE_OFF},
 };

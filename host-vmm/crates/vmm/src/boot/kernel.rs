@@ -16,7 +16,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use super::{Error, write};
 use crate::arch::layout::{CMDLINE, CMDLINE_MAX_BYTES, GAP_START, Gpa, HIGH_RAM_START};
 
-/// The 64-bit entry of a bzImage lies so far behind its load address (kernel documentation, arch/x86/boot.rst).
+/// The 64-bit entry of a bzImage lies so far behind its load address (kernel documentation,
+/// arch/x86/boot.rst).
 const BZIMAGE_ENTRY_OFFSET: u64 = 0x200;
 
 /// `xloadflags`: the kernel has a 64-bit entry.

@@ -39,7 +39,9 @@ pub enum Error {
         source: GuestMemoryError,
     },
     /// The kernel is neither a bzImage nor a 64-bit ELF file that fits.
-    #[error("can't load the kernel: it must be a bzImage or an ELF vmlinux for x86-64 that fits into the memory")]
+    #[error(
+        "can't load the kernel: it must be a bzImage or an ELF vmlinux for x86-64 that fits into the memory"
+    )]
     Kernel(#[source] linux_loader::loader::Error),
     /// The kernel has no 64-bit entry.
     #[error("the kernel has no 64-bit entry point (XLF_KERNEL_64 is not set)")]
@@ -64,7 +66,8 @@ pub enum Error {
     Cmdline(#[source] cmdline::Error),
 }
 
-/// Loads `payload` into `memory`, the shared file of a VM of `bytes` bytes and `vcpus` vCPUs, and returns the kernel's entry.
+/// Loads `payload` into `memory`, the shared file of a VM of `bytes` bytes and `vcpus` vCPUs, and returns the
+/// kernel's entry.
 ///
 /// # Errors
 /// [`Error`]: what does not fit or is not what it should be.
@@ -75,7 +78,8 @@ pub fn load(payload: &mut Payload, memory: &Arc<File>, bytes: u64, vcpus: u8) ->
     });
     let memory = GuestMemoryMmap::<()>::from_ranges_with_files(pieces).map_err(Error::Map)?;
     let kernel = kernel::load(&memory, &mut payload.kernel)?;
-    let initrd = payload.initrd.as_mut().map(|file| kernel::load_initrd(&memory, file, &kernel, bytes)).transpose()?;
+    let initrd =
+        payload.initrd.as_mut().map(|file| kernel::load_initrd(&memory, file, &kernel, bytes)).transpose()?;
     kernel::load_cmdline(&memory, &payload.cmdline)?;
     let rsdp = acpi::write(&memory, vcpus)?;
     params::write(&memory, &kernel, initrd, payload.cmdline.len(), rsdp, bytes)?;

@@ -57,12 +57,14 @@ pub(super) fn write(
         *entry = wanted;
     }
     let zero_page = BootParams::new(&params, GuestAddress(BOOT_PARAMS.0));
-    LinuxBootConfigurator::write_bootparams(&zero_page, memory).map_err(|error| Error::ZeroPage(Box::new(error)))
+    LinuxBootConfigurator::write_bootparams(&zero_page, memory)
+        .map_err(|error| Error::ZeroPage(Box::new(error)))
 }
 
 /// Writes the firmware that there is: at the reset vector, real-mode code that resets the machine.
 ///
-/// A kernel that finds hardware-reduced ACPI and no EFI tries to reboot by jumping there, unless it is told `reboot=`.
+/// A kernel that finds hardware-reduced ACPI and no EFI tries to reboot by jumping there, unless it is told
+/// `reboot=`.
 pub(super) fn write_reset_vector(memory: &GuestMemoryMmap) -> Result<(), Error> {
     let [low, high] = RESET_PORT.to_le_bytes();
     // mov dx, RESET_PORT; mov al, RESET_VALUE; out dx, al; hlt; jmp to the hlt
@@ -81,7 +83,8 @@ pub(super) fn write_entry_tables(memory: &GuestMemoryMmap) -> Result<(), Error> 
     put("the page tables", BOOT_PAGE_TABLES, &regs::page_tables())
 }
 
-/// What the guest is told of its memory. The control page is named so that nothing else is put there; it is no RAM.
+/// What the guest is told of its memory. The control page is named so that nothing else is put there; it is
+/// no RAM.
 fn memory_map(ram_bytes: u64) -> Vec<boot_e820_entry> {
     let entry = |start: u64, end: u64, kind| boot_e820_entry { addr: start, size: end - start, r#type: kind };
     let mut map = vec![
@@ -109,7 +112,8 @@ mod tests {
     #[test]
     fn the_memory_map_is_sorted_and_leaves_the_gap() {
         let map = memory_map(4 << 30);
-        let pieces: Vec<_> = map.iter().map(|e| ({ e.addr }, { e.addr } + { e.size }, { e.r#type })).collect();
+        let pieces: Vec<_> =
+            map.iter().map(|e| ({ e.addr }, { e.addr } + { e.size }, { e.r#type })).collect();
         assert_eq!(
             pieces,
             [

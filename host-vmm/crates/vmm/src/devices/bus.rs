@@ -1,7 +1,7 @@
 //! The bus: which device answers at an I/O port or a guest-physical address.
 //!
-//! Ranges are claimed when a VM is built, and no two may overlap: what lies in memory without an exit (RAM, pages that are mapped, what KVM
-//! emulates) is claimed as well. Nothing that a guest does changes the bus.
+//! Ranges are claimed when a VM is built, and no two may overlap: what lies in memory without an exit (RAM,
+//! pages that are mapped, what KVM emulates) is claimed as well. Nothing that a guest does changes the bus.
 
 use std::{fmt, sync::Arc};
 
@@ -73,7 +73,8 @@ pub enum Action {
 
 /// Registers of a device, as vCPUs read and write them.
 ///
-/// An access lies in the device's range as a whole. It may have any size, and come from several vCPUs at once.
+/// An access lies in the device's range as a whole. It may have any size, and come from several vCPUs at
+/// once.
 pub trait Registers: fmt::Debug + Send + Sync {
     /// Reads at an offset of the range. `data` holds ones, which stay where nothing answers.
     fn read(&self, offset: u64, data: &mut [u8]);
@@ -113,7 +114,12 @@ impl Bus {
     ///
     /// # Errors
     /// [`Overlap`].
-    pub fn attach(&mut self, range: Range, owner: &'static str, registers: Arc<dyn Registers>) -> Result<(), Overlap> {
+    pub fn attach(
+        &mut self,
+        range: Range,
+        owner: &'static str,
+        registers: Arc<dyn Registers>,
+    ) -> Result<(), Overlap> {
         self.insert(Claim { range, owner, registers: Some(registers) })
     }
 
@@ -153,7 +159,8 @@ impl Bus {
 
     /// Registers in whose range the whole access lies, and its offset there.
     fn find(&self, space: Space, address: u64, bytes: usize) -> Option<(&dyn Registers, u64)> {
-        let behind = self.claims.partition_point(|claim| (claim.range.space, claim.range.start) <= (space, address));
+        let behind =
+            self.claims.partition_point(|claim| (claim.range.space, claim.range.start) <= (space, address));
         let Claim { range, registers, .. } = self.claims.get(behind.checked_sub(1)?)?;
         let end = address.checked_add(u64::try_from(bytes).ok()?)?;
         let is_inside = range.space == space && end <= range.end();

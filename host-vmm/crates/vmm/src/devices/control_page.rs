@@ -1,18 +1,20 @@
 //! The control page, from the VMM's side. Its layout is in the crate `vmfork-abi`.
 //!
-//! The guest can write all of the page at any time. So the request is copied out once and only the copy is looked at, and what
-//! the VMM wrote is never read back. A list of many copies reaches into the pages behind it, and the last of these holds the generation alone.
-//! Behind that comes the page of the VM generation ID, which the guest can only read.
+//! The guest can write all of the page at any time. So the request is copied out once and only the copy is
+//! looked at, and what the VMM wrote is never read back. A list of many copies reaches into the pages behind
+//! it, and the last of these holds the generation alone. Behind that comes the page of the VM generation ID,
+//! which the guest can only read.
 //!
-//! Header, identity, generation and list are each VM's own. What guest and VMM have said to each other, request and response, is state: a copy that its
-//! guest did not ask for may have been about to ask for something else, or to read an answer, and finds both as they were.
+//! Header, identity, generation and list are each VM's own. What guest and VMM have said to each other,
+//! request and response, is state: a copy that its guest did not ask for may have been about to ask for
+//! something else, or to read an answer, and finds both as they were.
 
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use vmfork_abi::{
-    ABI_VERSION, CopyList, Generation, Header, Identity, ListedCopy, MAGIC, PAGE, PAGE_BYTES, REGION_BYTES, Request,
-    Response, Status,
+    ABI_VERSION, CopyList, Generation, Header, Identity, ListedCopy, MAGIC, PAGE, PAGE_BYTES, REGION_BYTES,
+    Request, Response, Status,
 };
 
 use super::{Device, Error, GENERATION_ID_BYTES};
@@ -30,7 +32,8 @@ pub struct ControlPage {
     mapping: Arc<Mapping>,
 }
 
-/// Request and response as they stand in the page, one behind the other. All bytes are a state; nobody looks at them but the guest.
+/// Request and response as they stand in the page, one behind the other. All bytes are a state; nobody looks
+/// at them but the guest.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ControlPageState([[u8; 32]; STATE_BYTES / 32]);
 
@@ -49,7 +52,8 @@ const _: () = assert!(PAGE.request.offset + Request::BYTES == PAGE.response.offs
 const _: () = assert!(STATE_BYTES.is_multiple_of(32));
 
 impl ControlPageState {
-    /// The state in a copy that the request `seq` has made: it is answered, and nothing is asked for any more.
+    /// The state in a copy that the request `seq` has made: it is answered, and nothing is asked for any
+    /// more.
     pub fn forked(seq: u64) -> Self {
         let mut state = Self::default();
         let response = Response { seq, status: Status::Forked.number(), ..Default::default() };
@@ -88,7 +92,8 @@ impl ControlPage {
         self.mapping.write(PAGE.header.offset, &header.to_bytes())
     }
 
-    /// Does `work` while `code` stands at the start of the page, for a vCPU to run it: nothing else is mapped before a VM has its memory.
+    /// Does `work` while `code` stands at the start of the page, for a vCPU to run it: nothing else is mapped
+    /// before a VM has its memory.
     ///
     /// # Errors
     /// As [`ControlPage::request`].
@@ -203,7 +208,10 @@ mod tests {
     fn what_the_header_promises_the_page_has() {
         let page = ControlPage::new().unwrap();
         let shown = header(&page);
-        assert_eq!((shown.abi_version, shown.features, shown.padding, shown.reserved), (1, ABI_FEATURES, 0, [0; 24]));
+        assert_eq!(
+            (shown.abi_version, shown.features, shown.padding, shown.reserved),
+            (1, ABI_FEATURES, 0, [0; 24])
+        );
         assert_eq!(shown.features & features::COPIES != 0, shown.copies_offset != 0);
         assert_eq!(shown.features & features::GENERATION_PAGE != 0, shown.generation_offset != 0);
         // A state says nothing of it: the header is its VMM's own, also where code stood in its place.
@@ -274,9 +282,13 @@ mod tests {
         let header = header(&page);
         let (offset, bytes) = (header.copies_offset as usize, header.copies_bytes as usize);
         assert!(offset + bytes <= page.mapping().bytes());
-        let copies: Vec<_> = (1..=MAX_CHILDREN).map(|index| ListedCopy { index, ..Default::default() }).collect();
+        let copies: Vec<_> =
+            (1..=MAX_CHILDREN).map(|index| ListedCopy { index, ..Default::default() }).collect();
         page.list(7, &copies).unwrap();
-        assert_eq!(CopyList::from_bytes(&read(offset)), CopyList { seq: 7, count: MAX_CHILDREN, ..Default::default() });
+        assert_eq!(
+            CopyList::from_bytes(&read(offset)),
+            CopyList { seq: 7, count: MAX_CHILDREN, ..Default::default() }
+        );
         for (number, copy) in copies.iter().enumerate() {
             assert_eq!(ListedCopy::from_bytes(&read(offset + CopyList::at(number))), *copy);
         }

@@ -7,9 +7,11 @@
 //!                                             └─ drop (the VM ends, as it may in each state)
 //! ```
 //!
-//! - **Power-on, restore**: the device as a guest finds it at its boot, or at its capture. It reaches no vCPU yet.
+//! - **Power-on, restore**: the device as a guest finds it at its boot, or at its capture. It reaches no vCPU
+//!   yet.
 //! - **Run**: before the first vCPU runs. From here on it serves accesses, and may raise interrupts.
-//! - **Pause**: after all vCPUs have stopped. Until it resumes it reaches no guest memory, raises no interrupt and takes no input.
+//! - **Pause**: after all vCPUs have stopped. Until it resumes it reaches no guest memory, raises no
+//!   interrupt and takes no input.
 //! - **Save**: the state of a paused device, from which any number of copies are restored.
 //!
 //! [`Seat`] asserts this order, so that a device can rely on it.

@@ -1,6 +1,8 @@
-//! The VM generation ID: 16 random bytes in a page that the guest can only read, and an interrupt when they change.
+//! The VM generation ID: 16 random bytes in a page that the guest can only read, and an interrupt when they
+//! change.
 //!
-//! Linux (5.18 and later, where it has the driver) reseeds its random generator then, in copies that its guest has not asked for, too.
+//! Linux (5.18 and later, where it has the driver) reseeds its random generator then, in copies that its
+//! guest has not asked for, too.
 
 use std::sync::Arc;
 
@@ -29,10 +31,11 @@ impl GenerationId {
         Ok(Self { is_known: true })
     }
 
-    /// Another ID for a copy, with its interrupt, where the guest knows of one. Where it was booted by a program of
-    /// before there was one, the interrupt would be nobody's.
+    /// Another ID for a copy, with its interrupt, where the guest knows of one. Where it was booted by a
+    /// program of before there was one, the interrupt would be nobody's.
     ///
-    /// The interrupt is pending when the copy's first vCPU begins to run: VM and vCPUs have their state by now.
+    /// The interrupt is pending when the copy's first vCPU begins to run: VM and vCPUs have their state by
+    /// now.
     ///
     /// # Errors
     /// [`Error::Random`], [`Error::Memory`] or [`Error::Kvm`].

@@ -1,8 +1,9 @@
 //! The devices of a VM, and where each of them answers.
 //!
-//! A device's state stands beside the device; [`DevicesState`] holds them all, so that a fork can forget none. A new device
-//! gets a file here, its addresses and interrupt in [`layout`](crate::arch::layout), a row in [`VERSIONS`], and a place in
-//! [`Devices`], [`DevicesState`] and [`PausedDevices`]; the kernel is told of it in [`boot`](crate::boot).
+//! A device's state stands beside the device; [`DevicesState`] holds them all, so that a fork can forget
+//! none. A new device gets a file here, its addresses and interrupt in [`layout`](crate::arch::layout), a row
+//! in [`VERSIONS`], and a place in [`Devices`], [`DevicesState`] and [`PausedDevices`]; the kernel is told of
+//! it in [`boot`](crate::boot).
 
 use std::{fs::File, io, sync::Arc};
 
@@ -24,8 +25,8 @@ pub use serial::SerialState;
 
 use crate::{
     arch::layout::{
-        CONTROL_PAGE, CONTROL_REGION_BYTES, DOORBELL_PORT, GENERATION_ID, I8042_PORT, IO_APIC, KVM_IDENTITY_MAP,
-        KVM_TSS, LOCAL_APIC, RESET_PORT, SERIAL_PORT, SLEEP_CONTROL_PORT, ram_pieces,
+        CONTROL_PAGE, CONTROL_REGION_BYTES, DOORBELL_PORT, GENERATION_ID, I8042_PORT, IO_APIC,
+        KVM_IDENTITY_MAP, KVM_TSS, LOCAL_APIC, RESET_PORT, SERIAL_PORT, SLEEP_CONTROL_PORT, ram_pieces,
     },
     kvm::{self, VmHandle},
     memory,
@@ -38,7 +39,8 @@ use power::PowerRegister;
 use serial::Serial;
 
 /// Devices whose state, or whose interface, a guest takes with it, and their versions.
-pub const VERSIONS: &[(&str, u32)] = &[version::<ControlPage>(), version::<Serial>(), version::<GenerationId>()];
+pub const VERSIONS: &[(&str, u32)] =
+    &[version::<ControlPage>(), version::<Serial>(), version::<GenerationId>()];
 
 /// Why a device can't be built, used or saved.
 #[derive(Debug, thiserror::Error)]

@@ -1,4 +1,5 @@
-//! Power off and reset: ACPI's sleep control and reset registers, and the keyboard controller's reset line. They have no state.
+//! Power off and reset: ACPI's sleep control and reset registers, and the keyboard controller's reset line.
+//! They have no state.
 
 use super::bus::{Action, Registers};
 

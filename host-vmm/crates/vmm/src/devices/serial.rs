@@ -72,7 +72,8 @@ impl Serial {
         Ok(Self { uart, has_output: false })
     }
 
-    /// Writes a register. Output that nobody takes, since the platform is gone, is lost; the guest can't help it.
+    /// Writes a register. Output that nobody takes, since the platform is gone, is lost; the guest can't help
+    /// it.
     fn write(&mut self, register: u8, value: u8) {
         self.has_output |= register == 0;
         if let Err(error) = self.uart.write(register, value) {

@@ -18,7 +18,8 @@ mod abi {
     nix::ioctl_write_ptr!(get_device_attr, TYPE, 0xe2, kvm_device_attr);
 }
 
-/// Guest's time-stamp counter less the host's, in the guest's units, modulo 2^64 (KVM_GET_DEVICE_ATTR of KVM_VCPU_TSC_OFFSET, Linux 5.16).
+/// Guest's time-stamp counter less the host's, in the guest's units, modulo 2^64 (KVM_GET_DEVICE_ATTR of
+/// KVM_VCPU_TSC_OFFSET, Linux 5.16).
 pub(super) fn tsc_offset(vcpu: &VcpuFd) -> Result<u64, Error> {
     let mut offset = 0_u64;
     let attribute = tsc_offset_at((&raw mut offset).expose_provenance());
@@ -45,7 +46,8 @@ fn tsc_offset_at(address: usize) -> kvm_device_attr {
     }
 }
 
-/// Says how many banks of machine-check registers there are, and what they can do: IA32_MCG_CAP (KVM_X86_SETUP_MCE). It resets them.
+/// Says how many banks of machine-check registers there are, and what they can do: IA32_MCG_CAP
+/// (KVM_X86_SETUP_MCE). It resets them.
 pub(super) fn setup_mce(vcpu: &VcpuFd, mcg_cap: u64) -> Result<(), Error> {
     // SAFETY: KVM reads eight bytes.
     unsafe { abi::setup_mce(vcpu.as_raw_fd(), &raw const mcg_cap) }.map_err(error)?;

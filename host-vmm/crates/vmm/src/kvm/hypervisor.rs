@@ -43,18 +43,20 @@ pub struct HostModel {
     pub cpuid: Vec<CpuidEntry>,
     /// Those that guests are shown: the same, or what a profile leaves of them.
     pub shown: Vec<CpuidEntry>,
-    /// The model-specific registers that may hold a vCPU's state, sorted; a given vCPU need not have all of them.
+    /// The model-specific registers that may hold a vCPU's state, sorted; a given vCPU need not have all of
+    /// them.
     pub msrs: Vec<u32>,
     /// IA32_ARCH_CAPABILITIES of a guest; 0 where there is no such register.
     pub arch_capabilities: u64,
     /// KVM emulates the TSC deadline timer; CPUID alone does not say so.
     pub tsc_deadline_timer: bool,
-    /// Frequency of a guest's time-stamp counter in kHz, unless it is given another one; `None` where this kernel can't tell.
+    /// Frequency of a guest's time-stamp counter in kHz, unless it is given another one; `None` where this
+    /// kernel can't tell.
     pub tsc_khz: Option<u32>,
     /// A guest's time-stamp counter can be given another frequency than the host's (KVM_CAP_TSC_CONTROL).
     pub tsc_scaling: bool,
-    /// A guest's time-stamp counter can be shifted against the host's. A KVM without hardware virtualisation that runs guest user code can't do
-    /// that: guests read the host's counter.
+    /// A guest's time-stamp counter can be shifted against the host's. A KVM without hardware virtualisation
+    /// that runs guest user code can't do that: guests read the host's counter.
     pub tsc_shift: bool,
     /// KVM trusts the host's time-stamp counter. Where it does not, the counter of a vCPU that does not run
     /// stands still for whoever reads it.
@@ -127,7 +129,8 @@ impl Hypervisor {
     /// # Errors
     /// [`Error::Call`].
     pub fn supported_cpuid(&self) -> Result<Vec<CpuidEntry>, Error> {
-        let cpuid = self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(call("KVM_GET_SUPPORTED_CPUID"))?;
+        let cpuid =
+            self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(call("KVM_GET_SUPPORTED_CPUID"))?;
         Ok(cpuid.as_slice().to_vec())
     }
 
@@ -161,15 +164,17 @@ impl Hypervisor {
         let vm = self.kvm.create_vm().map_err(call("KVM_CREATE_VM"))?;
         let vcpu = vm.create_vcpu(0).map_err(call("KVM_CREATE_VCPU"))?;
         let offset = calls::set_tsc_offset(&vcpu, TRIED).and_then(|()| calls::tsc_offset(&vcpu));
-        let offset = offset.map_err(|_| Error::Missing("KVM_VCPU_TSC_OFFSET (it is there from Linux 5.16 on)"))?;
+        let offset =
+            offset.map_err(|_| Error::Missing("KVM_VCPU_TSC_OFFSET (it is there from Linux 5.16 on)"))?;
         let khz = self.kvm.check_extension(Cap::GetTscKhz).then(|| vcpu.get_tsc_khz().ok()).flatten();
-        // A KVM that holds the host's counter unstable has the guest's stand still until the vCPU runs, so that the
-        // offset is a little smaller at each call (kernel source, kvm_arch_vcpu_load).
+        // A KVM that holds the host's counter unstable has the guest's stand still until the vCPU runs, so
+        // that the offset is a little smaller at each call (kernel source, kvm_arch_vcpu_load).
         let shift = offset.abs_diff(TRIED) < TRIED / 2;
         Ok(Tsc { khz: khz.filter(|khz| *khz > 0), shift, steady: !shift || offset == TRIED })
     }
 
-    /// Size of a vCPU's XSAVE area in bytes: that of KVM_GET_XSAVE, or what KVM_CAP_XSAVE2 says where that is more.
+    /// Size of a vCPU's XSAVE area in bytes: that of KVM_GET_XSAVE, or what KVM_CAP_XSAVE2 says where that is
+    /// more.
     fn xsave_bytes(&self) -> usize {
         let xsave2 = usize::try_from(self.kvm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
         xsave2.next_multiple_of(size_of::<u32>()).max(size_of::<kvm_xsave>())
@@ -189,13 +194,15 @@ impl Hypervisor {
     }
 
     /// The model-specific registers that may hold a vCPU's state: KVM_GET_MSR_INDEX_LIST, those of
-    /// KVM_GET_MSR_FEATURE_INDEX_LIST, which describe the CPU, and those that are in neither. Sorted, each once.
+    /// KVM_GET_MSR_FEATURE_INDEX_LIST, which describe the CPU, and those that are in neither. Sorted, each
+    /// once.
     ///
     /// # Errors
     /// [`Error::Call`].
     fn msr_indices(&self) -> Result<Vec<u32>, Error> {
         let state = self.kvm.get_msr_index_list().map_err(call("KVM_GET_MSR_INDEX_LIST"))?;
-        let features = self.kvm.get_msr_feature_index_list().map_err(call("KVM_GET_MSR_FEATURE_INDEX_LIST"))?;
+        let features =
+            self.kvm.get_msr_feature_index_list().map_err(call("KVM_GET_MSR_FEATURE_INDEX_LIST"))?;
         let mut indices = [state.as_slice(), features.as_slice(), &msr::unlisted()].concat();
         indices.sort_unstable();
         indices.dedup();

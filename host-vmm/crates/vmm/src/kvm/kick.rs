@@ -1,8 +1,8 @@
 //! Getting a vCPU out of guest code from another thread.
 //!
-//! `immediate_exit` in the vCPU's shared page makes the *next* KVM_RUN return at once; a signal ends the *current* one. A kick does
-//! both, in this order, so that it is never lost. The vCPU's thread takes the kick back ([`Kicker::clear`]) *before* it looks
-//! what the kick was for.
+//! `immediate_exit` in the vCPU's shared page makes the *next* KVM_RUN return at once; a signal ends the
+//! *current* one. A kick does both, in this order, so that it is never lost. The vCPU's thread takes the kick
+//! back ([`Kicker::clear`]) *before* it looks what the kick was for.
 
 use std::{
     num::NonZeroUsize,
@@ -43,7 +43,11 @@ struct Inner {
 impl Kicker {
     /// A kicker for the vCPU `vcpu`, whose shared page is `bytes` long.
     pub(super) fn new(vcpu: VcpuId, fd: &impl AsRawFd, bytes: usize) -> Result<Self, Error> {
-        install_handler().map_err(|errno| Error::VcpuCall { vcpu, call: "sigaction", source: errno.into() })?;
+        install_handler().map_err(|errno| Error::VcpuCall {
+            vcpu,
+            call: "sigaction",
+            source: errno.into(),
+        })?;
         Ok(Self(Arc::new(Inner { page: RunPage::map(vcpu, fd, bytes)?, thread: AtomicI32::new(0) })))
     }
 
@@ -52,7 +56,8 @@ impl Kicker {
         self.0.thread.store(gettid().as_raw(), Ordering::Release);
     }
 
-    /// Makes the vCPU's thread leave KVM_RUN, or not enter it, with [`Exit::Interrupted`](super::Exit::Interrupted).
+    /// Makes the vCPU's thread leave KVM_RUN, or not enter it, with
+    /// [`Exit::Interrupted`](super::Exit::Interrupted).
     pub fn kick(&self) {
         self.0.page.immediate_exit().store(1, Ordering::SeqCst);
         let thread = self.0.thread.load(Ordering::Acquire);
@@ -78,11 +83,13 @@ fn install_handler() -> nix::Result<()> {
     extern "C" fn nothing(_: i32) {}
     // No SA_RESTART: the point is that KVM_RUN is interrupted.
     let action = SigAction::new(SigHandler::Handler(nothing), SaFlags::empty(), SigSet::empty());
-    // SAFETY: the handler does nothing, so it is async-signal-safe; no other code of this program uses the signal.
+    // SAFETY: the handler does nothing, so it is async-signal-safe; no other code of this program uses the
+    // signal.
     unsafe { sigaction(SIGNAL, &action) }.map(drop)
 }
 
-/// A second mapping of a vCPU's shared page, so that other threads can reach `immediate_exit` while one is in KVM_RUN.
+/// A second mapping of a vCPU's shared page, so that other threads can reach `immediate_exit` while one is in
+/// KVM_RUN.
 #[derive(Debug)]
 struct RunPage {
     start: NonNull<kvm_run>,
@@ -102,15 +109,17 @@ impl RunPage {
         // SAFETY: the descriptor is open for as long as `fd` is borrowed.
         let fd = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
         // SAFETY: a new mapping at an address that the kernel chooses touches no existing one.
-        let start =
-            unsafe { mmap(None, length, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED, fd, 0) };
+        let start = unsafe {
+            mmap(None, length, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED, fd, 0)
+        };
         Ok(Self { start: start.map_err(fail)?.cast(), bytes })
     }
 
     fn immediate_exit(&self) -> &AtomicU8 {
         // SAFETY: the mapping is at least as long as kvm_run, so this is an address within it.
         let field = unsafe { &raw mut (*self.start.as_ptr()).immediate_exit };
-        // SAFETY: the byte lives as long as `self`, and every access to it in this process is through this function.
+        // SAFETY: the byte lives as long as `self`, and every access to it in this process is through this
+        // function.
         unsafe { AtomicU8::from_ptr(field) }
     }
 }

@@ -1,7 +1,8 @@
 //! KVM: the only user of kvm-ioctls. What leaves this module is its own types, and KVM's plain state structs.
 //!
-//! A [`Hypervisor`] makes a [`Vm`], which is given memory first and interrupt controllers then (the other way round costs
-//! milliseconds: see [`Vm::map`]), and then its [`Vcpu`]s. [`Vcpu::run`] runs the guest until an [`Exit`].
+//! A [`Hypervisor`] makes a [`Vm`], which is given memory first and interrupt controllers then (the other way
+//! round costs milliseconds: see [`Vm::map`]), and then its [`Vcpu`]s. [`Vcpu::run`] runs the guest until an
+//! [`Exit`].
 
 use std::io;
 
@@ -31,7 +32,9 @@ use crate::arch::VcpuId;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The device is not there or not accessible.
-    #[error("can't open /dev/kvm (does it exist, and is this user allowed to, for instance by the group kvm?)")]
+    #[error(
+        "can't open /dev/kvm (does it exist, and is this user allowed to, for instance by the group kvm?)"
+    )]
     Open(#[source] io::Error),
     /// KVM's API is not the stable one.
     #[error("/dev/kvm speaks API version {0}; 12 is needed")]

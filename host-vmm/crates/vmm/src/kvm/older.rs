@@ -1,7 +1,10 @@
-//! The state of a vCPU as it was saved before the memory types, the machine-check banks and the page-directory pointers were part of it, and before
-//! the time-stamp counters of all vCPUs were read as of one instant.
+//! The state of a vCPU as it was saved before the memory types, the machine-check banks and the
+//! page-directory pointers were part of it, and before the time-stamp counters of all vCPUs were read as of
+//! one instant.
 
-use kvm_bindings::{kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs};
+use kvm_bindings::{
+    kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+};
 use serde::{Deserialize, Serialize};
 
 use super::vcpu_state;
@@ -10,7 +13,8 @@ use crate::arch::{
     msr::{self, Msr},
 };
 
-/// Time-stamp counters of vCPUs that are no further apart were not set by the guest, but read one after another: half a second or more.
+/// Time-stamp counters of vCPUs that are no further apart were not set by the guest, but read one after
+/// another: half a second or more.
 const TOGETHER_CYCLES: u64 = 1 << 31;
 
 /// Version 1 of the state of a vCPU.
@@ -30,8 +34,8 @@ pub struct VcpuState {
 }
 
 impl VcpuState {
-    /// The states of a VM's vCPUs. Of what they lack they get what it is at boot; and the time-stamp counters that are next to each other
-    /// are made equal, as KVM did when it restored them.
+    /// The states of a VM's vCPUs. Of what they lack they get what it is at boot; and the time-stamp counters
+    /// that are next to each other are made equal, as KVM did when it restored them.
     pub fn into_current(older: Vec<Self>) -> Vec<vcpu_state::VcpuState> {
         tracing::info!(
             vcpus = older.len(),
@@ -47,7 +51,8 @@ impl VcpuState {
     }
 
     fn into_one(self) -> vcpu_state::VcpuState {
-        let Self { host_tsc, cpuid, mp_state, regs, sregs, xcrs, xsave, debugregs, lapic, mut msrs, events } = self;
+        let Self { host_tsc, cpuid, mp_state, regs, sregs, xcrs, xsave, debugregs, lapic, mut msrs, events } =
+            self;
         let missing = msr::unlisted().into_iter().filter(|index| msrs.iter().all(|msr| msr.index != *index));
         let missing: Vec<Msr> = missing.map(msr::at_boot).collect();
         msrs.extend(missing);
@@ -75,7 +80,18 @@ impl VcpuState {
 impl VcpuState {
     /// What a program of that time would have saved.
     pub fn of(state: vcpu_state::VcpuState) -> Self {
-        let vcpu_state::VcpuState { host_tsc, cpuid, mp_state, regs, sregs, xcrs, xsave, debugregs, lapic, .. } = state;
+        let vcpu_state::VcpuState {
+            host_tsc,
+            cpuid,
+            mp_state,
+            regs,
+            sregs,
+            xcrs,
+            xsave,
+            debugregs,
+            lapic,
+            ..
+        } = state;
         let (unlisted, events) = (msr::unlisted(), state.events);
         let msrs = state.msrs.into_iter().filter(|msr| !unlisted.contains(&msr.index)).collect();
         Self { host_tsc, cpuid, mp_state, regs, sregs, xcrs, xsave, debugregs, lapic, msrs, events }

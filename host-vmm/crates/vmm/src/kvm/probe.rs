@@ -1,8 +1,9 @@
 //! What /dev/kvm is good for on this host, found out by running guest code on it.
 //!
-//! That the device is there and knows all capabilities says little: a KVM without hardware virtualisation may run guest user mode at
-//! full speed and emulate guest kernel code instruction by instruction, too slow to boot anything, and never complete a
-//! hypercall. So a small guest counts down, at CPL 0 and at CPL 3, and makes a hypercall, all under a time limit.
+//! That the device is there and knows all capabilities says little: a KVM without hardware virtualisation may
+//! run guest user mode at full speed and emulate guest kernel code instruction by instruction, too slow to
+//! boot anything, and never complete a hypercall. So a small guest counts down, at CPL 0 and at CPL 3, and
+//! makes a hypercall, all under a time limit.
 
 use std::{
     arch::x86_64::__cpuid,
@@ -22,8 +23,9 @@ use crate::{
     memory::{self, Mapping},
 };
 
-/// Instructions that the guest executes before it reports. With hardware virtualisation they take less than a millisecond, in nested
-/// software emulation some 20; a KVM that emulates each of them takes 230 to 1,300 (measured).
+/// Instructions that the guest executes before it reports. With hardware virtualisation they take less than a
+/// millisecond, in nested software emulation some 20; a KVM that emulates each of them takes 230 to 1,300
+/// (measured).
 const INSTRUCTIONS: u32 = 400_000;
 
 /// How long each part may take: at fewer than 4 million instructions a second a kernel would boot for hours.
@@ -63,8 +65,8 @@ pub struct Findings {
 }
 
 impl Findings {
-    /// Whether a Linux guest runs: its kernel's code does, and KVM keeps what it promises. One that promises hypercalls and
-    /// completes none emulates guest kernel code, however fast it does so.
+    /// Whether a Linux guest runs: its kernel's code does, and KVM keeps what it promises. One that promises
+    /// hypercalls and completes none emulates guest kernel code, however fast it does so.
     pub fn is_usable(&self) -> bool {
         self.kernel_code.is_some() && (self.hypercall || !self.hypercall_promised)
     }
@@ -191,7 +193,8 @@ fn page_tables() -> Vec<u8> {
     const USER_WRITABLE: u64 = 0b111;
     const LARGE: u64 = 1 << 7;
     let mut tables = vec![0; 3 * 4096];
-    let entries = [(TABLES + 0x1000) | USER_WRITABLE, (TABLES + 0x2000) | USER_WRITABLE, USER_WRITABLE | LARGE];
+    let entries =
+        [(TABLES + 0x1000) | USER_WRITABLE, (TABLES + 0x2000) | USER_WRITABLE, USER_WRITABLE | LARGE];
     for (table, entry) in tables.chunks_mut(4096).zip(entries) {
         table[..8].copy_from_slice(&entry.to_le_bytes());
     }

@@ -1,12 +1,15 @@
-//! Guest time: how kvmclock and the time-stamp counters of a copy are set, so that none goes back and all keep their relation.
+//! Guest time: how kvmclock and the time-stamp counters of a copy are set, so that none goes back and all
+//! keep their relation.
 //!
-//! A state holds kvmclock and all counters as they were at one instant, that of its [`ClockReading`]. A copy's kvmclock is set first, which takes
-//! effect at some instant within the call; then it is read again together with the host's counter, and each guest counter is set to what belongs
-//! to that reading. So the relation of kvmclock and counters is exact, however long the calls take.
+//! A state holds kvmclock and all counters as they were at one instant, that of its [`ClockReading`]. A
+//! copy's kvmclock is set first, which takes effect at some instant within the call; then it is read again
+//! together with the host's counter, and each guest counter is set to what belongs to that reading. So the
+//! relation of kvmclock and counters is exact, however long the calls take.
 //!
-//! Counters are set by their offset to the host's (KVM_VCPU_TSC_OFFSET, Linux 5.16; kernel documentation, virt/kvm/devices/vcpu.rst). A value
-//! that is written to the register instead is dropped where KVM takes it for an attempt to synchronise vCPUs: where it lies within a second of
-//! what another vCPU of the VM, or this one when it was made, would have counted to (kernel source, kvm_synchronize_tsc; Linux 6.1).
+//! Counters are set by their offset to the host's (KVM_VCPU_TSC_OFFSET, Linux 5.16; kernel documentation,
+//! virt/kvm/devices/vcpu.rst). A value that is written to the register instead is dropped where KVM takes it
+//! for an attempt to synchronise vCPUs: where it lies within a second of what another vCPU of the VM, or this
+//! one when it was made, would have counted to (kernel source, kvm_synchronize_tsc; Linux 6.1).
 
 use std::arch::x86_64::_rdtsc;
 
@@ -35,8 +38,8 @@ pub enum Time {
 }
 
 impl Time {
-    /// How time goes on where a guest reads the host's own time-stamp counter: with that. A counter that was ahead of this host's, on another one or
-    /// before a restart, goes back, and nothing helps it.
+    /// How time goes on where a guest reads the host's own time-stamp counter: with that. A counter that was
+    /// ahead of this host's, on another one or before a restart, goes back, and nothing helps it.
     pub fn of_unshifted(self, first: Option<&VcpuState>, rate: TscRate) -> Self {
         let counter = first.and_then(VcpuState::tsc).zip(rate.khz());
         match (self, counter) {
@@ -44,7 +47,10 @@ impl Time {
                 Self::WithTsc { captured, khz }
             }
             (Self::FromCapture, Some((captured, _))) => {
-                tracing::warn!(captured, "the time-stamp counter of a copy goes back: this host's KVM can't shift it");
+                tracing::warn!(
+                    captured,
+                    "the time-stamp counter of a copy goes back: this host's KVM can't shift it"
+                );
                 self
             }
             _ => self,
@@ -96,7 +102,8 @@ pub struct TscRate {
 }
 
 impl TscRate {
-    /// That of a guest whose counter runs at `khz` on a host whose own runs at `host_khz`. Where nobody can tell the first, it is the other.
+    /// That of a guest whose counter runs at `khz` on a host whose own runs at `host_khz`. Where nobody can
+    /// tell the first, it is the other.
     pub fn new(khz: Option<u32>, host_khz: Option<u32>) -> Self {
         Self { khz: khz.or(host_khz), host_khz }
     }
@@ -130,9 +137,10 @@ pub(super) fn nanoseconds(cycles: u64, khz: u32) -> u64 {
     u64::try_from(u128::from(cycles) * NS_PER_MS / u128::from(khz.max(1))).unwrap_or(u64::MAX)
 }
 
-/// Has the counters of `states` be those of one instant: of `at`, when kvmclock was read. The vCPUs were stopped meanwhile, and read at instants of
-/// their own. Where the host's counter is not steady, those of vCPUs that did not run stood still, for whoever reads
-/// them, and catch up when they do: all of them are taken to be where the furthest one is.
+/// Has the counters of `states` be those of one instant: of `at`, when kvmclock was read. The vCPUs were
+/// stopped meanwhile, and read at instants of their own. Where the host's counter is not steady, those of
+/// vCPUs that did not run stood still, for whoever reads them, and catch up when they do: all of them are
+/// taken to be where the furthest one is.
 pub fn align(states: &mut [VcpuState], at: HostTime, rate: TscRate, is_steady: bool) {
     if !is_steady {
         catch_up(states, at, rate);
@@ -166,8 +174,8 @@ fn catch_up(states: &mut [VcpuState], at: HostTime, rate: TscRate) {
     }
 }
 
-/// Sets the time-stamp counters of vCPUs that take `states`, once the kvmclock of their VM was set to go on as `time` says, from
-/// `captured_ns` on, and was read again: `set`.
+/// Sets the time-stamp counters of vCPUs that take `states`, once the kvmclock of their VM was set to go on
+/// as `time` says, from `captured_ns` on, and was read again: `set`.
 ///
 /// # Errors
 /// [`Error::VcpuCall`] or [`Error::Msr`].

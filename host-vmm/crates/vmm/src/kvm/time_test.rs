@@ -16,7 +16,8 @@ fn counters(states: &[VcpuState]) -> Vec<u64> {
 fn counters_that_were_read_one_after_another_are_those_of_one_instant() {
     let at = HostTime { tsc: 10_000, raw_ns: 0 };
     // Read at 9,000 and 9,500, a little off; the second one was set by the guest to run 7 ahead.
-    let mut states = [state(4_003, 0_u64.wrapping_sub(5_000), 9_000), state(4_490, 0_u64.wrapping_sub(4_993), 9_500)];
+    let mut states =
+        [state(4_003, 0_u64.wrapping_sub(5_000), 9_000), state(4_490, 0_u64.wrapping_sub(4_993), 9_500)];
     align(&mut states, at, TscRate::new(Some(2), Some(2)), true);
     assert_eq!(counters(&states), [5_000, 5_007]);
     assert!(states.iter().all(|state| state.host_tsc == 10_000));
@@ -33,7 +34,8 @@ fn scaled_counters_keep_what_lies_between_them() {
 #[test]
 fn counters_that_stood_still_while_their_vcpus_did_catch_up() {
     // Both were set to the same offset; the second vCPU has not run for 2,000 cycles.
-    let mut states = [state(4_000, 0_u64.wrapping_sub(5_000), 9_000), state(2_400, 0_u64.wrapping_sub(7_000), 9_400)];
+    let mut states =
+        [state(4_000, 0_u64.wrapping_sub(5_000), 9_000), state(2_400, 0_u64.wrapping_sub(7_000), 9_400)];
     align(&mut states, HostTime { tsc: 10_000, raw_ns: 0 }, TscRate::new(Some(2), Some(2)), false);
     assert_eq!(counters(&states), [5_000, 5_000]);
     assert_eq!(states.map(|state| state.tsc_offset), [0_u64.wrapping_sub(5_000); 2]);
@@ -76,7 +78,10 @@ fn an_instant_lies_between_two_others() {
 fn what_reads_the_hosts_counter_goes_on_with_it() {
     let rate = TscRate::new(Some(2_000_000), Some(2_000_000));
     let past = state(1, 0, 0);
-    assert_eq!(Time::FromCapture.of_unshifted(Some(&past), rate), Time::WithTsc { captured: 1, khz: 2_000_000 });
+    assert_eq!(
+        Time::FromCapture.of_unshifted(Some(&past), rate),
+        Time::WithTsc { captured: 1, khz: 2_000_000 }
+    );
     assert_eq!(Time::Continuous.of_unshifted(Some(&past), rate), Time::Continuous);
     let ahead = state(u64::MAX, 0, 0);
     assert_eq!(Time::FromCapture.of_unshifted(Some(&ahead), rate), Time::FromCapture);

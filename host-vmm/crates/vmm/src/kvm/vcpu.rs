@@ -62,8 +62,9 @@ impl Vcpu {
         &self.kicker
     }
 
-    /// Makes this a processor that shows `cpuid`, and whose state includes those of the host's registers that it has. One that only
-    /// describes the CPU, and of which a guest can't know, is none of them: KVM lets it be read nevertheless, but perhaps not be written.
+    /// Makes this a processor that shows `cpuid`, and whose state includes those of the host's registers that
+    /// it has. One that only describes the CPU, and of which a guest can't know, is none of them: KVM lets it
+    /// be read nevertheless, but perhaps not be written.
     ///
     /// # Errors
     /// [`Error::VcpuCall`] or [`Error::Unfit`].
@@ -110,8 +111,8 @@ impl Vcpu {
         self.fd.set_regs(registers).map_err(self.call("KVM_SET_REGS"))
     }
 
-    /// Runs guest code until an exit (KVM_RUN). The exit is complete, and the state consistent, only after the next run or
-    /// [`Vcpu::complete_exit`].
+    /// Runs guest code until an exit (KVM_RUN). The exit is complete, and the state consistent, only after
+    /// the next run or [`Vcpu::complete_exit`].
     ///
     /// # Errors
     /// [`Error::VcpuCall`] where KVM refuses to run the vCPU.
@@ -125,8 +126,9 @@ impl Vcpu {
         }
     }
 
-    /// Completes a pending exit without running guest code, so that the state can be read (kernel documentation,
-    /// virt/kvm/api.rst, KVM_RUN: for port I/O, MMIO and hypercalls the state is only then consistent).
+    /// Completes a pending exit without running guest code, so that the state can be read (kernel
+    /// documentation, virt/kvm/api.rst, KVM_RUN: for port I/O, MMIO and hypercalls the state is only then
+    /// consistent).
     ///
     /// # Errors
     /// [`Error::VcpuCall`], also where KVM does anything but return at once.
@@ -136,16 +138,19 @@ impl Vcpu {
         match self.run()? {
             Exit::Interrupted => Ok(()),
             other => {
-                let source = io::Error::other(format!("unexpected exit while completing the last one: {other:?}"));
+                let source =
+                    io::Error::other(format!("unexpected exit while completing the last one: {other:?}"));
                 Err(Error::VcpuCall { vcpu, call: "KVM_RUN", source })
             }
         }
     }
 
-    /// Runs one instruction, a port write at `code`, and puts the registers back: what KVM makes on a vCPU's first run is there then (on
-    /// Linux 6.18, a kernel task, and where it shadows page tables, 80 pages for that; measured: 110 us).
+    /// Runs one instruction, a port write at `code`, and puts the registers back: what KVM makes on a vCPU's
+    /// first run is there then (on Linux 6.18, a kernel task, and where it shadows page tables, 80 pages for
+    /// that; measured: 110 us).
     ///
-    /// To be called on the thread that runs the vCPU later: up to Linux 6.11 a change of threads waits for an RCU grace period.
+    /// To be called on the thread that runs the vCPU later: up to Linux 6.11 a change of threads waits for an
+    /// RCU grace period.
     ///
     /// # Errors
     /// [`Error::VcpuCall`], also where the instruction is anything but a port write.
@@ -171,10 +176,12 @@ impl Vcpu {
         self.fd.set_regs(&before).map_err(self.call("KVM_SET_REGS"))
     }
 
-    /// Tells the guest that it was stopped, so that its watchdogs don't take the pause for a lockup (KVM_KVMCLOCK_CTRL).
+    /// Tells the guest that it was stopped, so that its watchdogs don't take the pause for a lockup
+    /// (KVM_KVMCLOCK_CTRL).
     ///
     /// # Errors
-    /// [`Error::VcpuCall`]; a guest that does not use kvmclock (EINVAL) has nothing to be told and is no error.
+    /// [`Error::VcpuCall`]; a guest that does not use kvmclock (EINVAL) has nothing to be told and is no
+    /// error.
     pub fn tell_paused(&self) -> Result<(), Error> {
         match self.fd.kvmclock_ctrl() {
             Err(errno) if errno.errno() == libc::EINVAL => Ok(()),
@@ -182,9 +189,10 @@ impl Vcpu {
         }
     }
 
-    /// Has the time-stamp counter count at `khz` (KVM_SET_TSC_KHZ), which the host's does not: as fast as on the host where a guest was
-    /// captured, which has measured it there. Comes before [`set_counters`](super::set_counters). Within KVM's tolerance (250 ppm) nothing changes
-    /// but what kvmclock tells.
+    /// Has the time-stamp counter count at `khz` (KVM_SET_TSC_KHZ), which the host's does not: as fast as on
+    /// the host where a guest was captured, which has measured it there. Comes before
+    /// [`set_counters`](super::set_counters). Within KVM's tolerance (250 ppm) nothing changes but what
+    /// kvmclock tells.
     ///
     /// # Errors
     /// [`Error::VcpuCall`], as where this host can't scale the counter
@@ -256,7 +264,10 @@ impl Vcpu {
         let entries: Vec<_> = indices.iter().map(|&index| Msr { index, value: 0 }.into()).collect();
         let mut msrs = self.fam(&entries)?;
         let read = self.fd.get_msrs(&mut msrs).map_err(self.call("KVM_GET_MSRS"))?;
-        Ok(msrs.as_slice()[..read].iter().map(|entry| Msr { index: entry.index, value: entry.data }).collect())
+        Ok(msrs.as_slice()[..read]
+            .iter()
+            .map(|entry| Msr { index: entry.index, value: entry.data })
+            .collect())
     }
 
     /// Writes registers (KVM_SET_MSRS).

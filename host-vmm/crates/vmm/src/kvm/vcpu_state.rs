@@ -3,8 +3,8 @@
 use std::borrow::Cow;
 
 use kvm_bindings::{
-    KVM_SREGS2_FLAGS_PDPTRS_VALID, Xsave, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_segment,
-    kvm_sregs, kvm_sregs2, kvm_vcpu_events, kvm_xcrs, kvm_xsave, kvm_xsave2,
+    KVM_SREGS2_FLAGS_PDPTRS_VALID, Xsave, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_regs,
+    kvm_segment, kvm_sregs, kvm_sregs2, kvm_vcpu_events, kvm_xcrs, kvm_xsave, kvm_xsave2,
 };
 use serde::{Deserialize, Serialize};
 
@@ -35,8 +35,8 @@ pub struct VcpuState {
     pub(super) mp_state: kvm_mp_state,
     pub(super) regs: kvm_regs,
     pub(super) sregs: kvm_sregs,
-    /// The page-directory pointers, where the processor goes by them: with PAE, outside of long mode. They are those in memory when CR3 was
-    /// loaded.
+    /// The page-directory pointers, where the processor goes by them: with PAE, outside of long mode. They
+    /// are those in memory when CR3 was loaded.
     pub(super) pdptrs: Option<[u64; 4]>,
     /// `None` on a host without XSAVE.
     pub(super) xcrs: Option<kvm_xcrs>,
@@ -79,8 +79,9 @@ impl VcpuState {
         xcrs.iter().take(count).find(|register| register.xcr == 0).map(|register| register.value)
     }
 
-    /// The guest-physical addresses that it needs at its next instruction, or where an interrupt or port comes first: those of the code, its
-    /// stack, descriptors, gates and task state, and on the way to these, as far as `read` knows what is in memory.
+    /// The guest-physical addresses that it needs at its next instruction, or where an interrupt or port
+    /// comes first: those of the code, its stack, descriptors, gates and task state, and on the way to these,
+    /// as far as `read` knows what is in memory.
     pub fn next_addresses(&self, read: impl Fn(u64) -> Option<u64>) -> Vec<u64> {
         let kvm_sregs { cr0, cr3, cr4, efer, cs, ss, tr, gdt, idt, .. } = self.sregs;
         let paging = Paging { cr0, cr3, cr4, efer };
@@ -122,11 +123,12 @@ impl VcpuState {
 impl Vcpu {
     /// Reads the state. The last exit must be complete.
     ///
-    /// KVM_GET_MP_STATE comes first, since it makes KVM take in pending INIT and SIPI, which changes the local APIC
-    /// (kernel source, kvm_arch_vcpu_ioctl_get_mpstate). The registers, with the timer's deadline, come before the local APIC: a timer that
-    /// fires between the two is in the state twice, as the deadline and as its interrupt, and not never; a guest finds that nothing is due
-    /// at the second one. (KVM clears a deadline when it has raised the interrupt, on some hosts also while the vCPU does not run; kernel source,
-    /// apic_timer_expired.)
+    /// KVM_GET_MP_STATE comes first, since it makes KVM take in pending INIT and SIPI, which changes the
+    /// local APIC (kernel source, kvm_arch_vcpu_ioctl_get_mpstate). The registers, with the timer's deadline,
+    /// come before the local APIC: a timer that fires between the two is in the state twice, as the deadline
+    /// and as its interrupt, and not never; a guest finds that nothing is due at the second one. (KVM clears
+    /// a deadline when it has raised the interrupt, on some hosts also while the vCPU does not run; kernel
+    /// source, apic_timer_expired.)
     ///
     /// # Errors
     /// [`Error::VcpuCall`], [`Error::Msr`], or [`Error::Unfit`] for what can't be saved.
@@ -153,8 +155,9 @@ impl Vcpu {
         })
     }
 
-    /// Gets ready to take a state, where there is time for it: remembers what the vCPU holds by itself, so that [`Vcpu::restore`] need
-    /// only write the rest. Each call on a vCPU costs microseconds, whatever it does.
+    /// Gets ready to take a state, where there is time for it: remembers what the vCPU holds by itself, so
+    /// that [`Vcpu::restore`] need only write the rest. Each call on a vCPU costs microseconds, whatever it
+    /// does.
     ///
     /// # Errors
     /// As [`Vcpu::save`].
@@ -168,12 +171,13 @@ impl Vcpu {
         self.fresh.as_deref()
     }
 
-    /// Writes the state into a vCPU that has run no guest code yet, and whose VM's state is restored. What it is known to hold already is
-    /// left out.
+    /// Writes the state into a vCPU that has run no guest code yet, and whose VM's state is restored. What it
+    /// is known to hold already is left out.
     ///
-    /// CPUID comes first: it decides what else KVM accepts. The segment registers carry the APIC's mode, so they come before
-    /// the local APIC; the TSC deadline is armed once the local APIC is right, and the time-stamp counter, which
-    /// [`set_counters`](super::set_counters) has set; pending events come last, since several calls before drop them.
+    /// CPUID comes first: it decides what else KVM accepts. The segment registers carry the APIC's mode, so
+    /// they come before the local APIC; the TSC deadline is armed once the local APIC is right, and the
+    /// time-stamp counter, which [`set_counters`](super::set_counters) has set; pending events come last,
+    /// since several calls before drop them.
     ///
     /// # Errors
     /// The first call that fails: none is swallowed.
@@ -213,18 +217,22 @@ impl Vcpu {
             fd.set_lapic(&state.lapic).map_err(self.call("KVM_SET_LAPIC"))?;
         }
         self.restore_msrs(&msrs, fresh.as_deref())?;
-        // Writing the registers has dropped what was pending; a vCPU on which nothing is pending has nothing to be told.
+        // Writing the registers has dropped what was pending; a vCPU on which nothing is pending has nothing
+        // to be told.
         if !holds(&|fresh| fresh.events == state.events) {
             fd.set_vcpu_events(&state.events).map_err(self.call("KVM_SET_VCPU_EVENTS"))?;
         }
         self.tell_paused()
     }
 
-    /// Checks that a state uses no control-flow enforcement: its shadow stack pointer is in no register that KVM lists.
+    /// Checks that a state uses no control-flow enforcement: its shadow stack pointer is in no register that
+    /// KVM lists.
     fn check_enforcement(&self, sregs: &kvm_sregs) -> Result<(), Error> {
         match sregs.cr4 & CR4_CET {
             0 => Ok(()),
-            _ => Err(self.unfit("it uses control-flow enforcement (CET), whose stack pointer can't be saved")),
+            _ => {
+                Err(self.unfit("it uses control-flow enforcement (CET), whose stack pointer can't be saved"))
+            }
         }
     }
 
@@ -252,9 +260,9 @@ impl Vcpu {
 
     /// The system registers as they were before KVM read them.
     ///
-    /// On AMD, KVM reports the task register's segment as busy, though the processor does not keep that bit (kernel source,
-    /// svm_get_segment). It does not take the bit off again when it writes the segment. Processors don't care, but QEMU's
-    /// software one refuses all port accesses from user space then.
+    /// On AMD, KVM reports the task register's segment as busy, though the processor does not keep that bit
+    /// (kernel source, svm_get_segment). It does not take the bit off again when it writes the segment.
+    /// Processors don't care, but QEMU's software one refuses all port accesses from user space then.
     fn settable(&self, sregs: kvm_sregs) -> kvm_sregs {
         kvm_sregs { tr: self.settable_task(sregs.tr), ..sregs }
     }
@@ -304,8 +312,8 @@ impl Vcpu {
         Xsave::from_entries(&entries).map_err(|_| self.unfit("the XSAVE area is too large"))
     }
 
-    /// Writes the registers whose value is not a fresh vCPU's. Of those that only describe the CPU, many can't be written, and need
-    /// not be. The time-stamp counter is set by its offset.
+    /// Writes the registers whose value is not a fresh vCPU's. Of those that only describe the CPU, many
+    /// can't be written, and need not be. The time-stamp counter is set by its offset.
     fn restore_msrs(&self, saved: &[Msr], fresh: Option<&VcpuState>) -> Result<(), Error> {
         let known = fresh.filter(|fresh| indices(&fresh.msrs).eq(indices(saved)));
         let read = if known.is_none() { self.read_msrs(&self.msrs)? } else { Vec::new() };
@@ -316,8 +324,9 @@ impl Vcpu {
         self.write_msrs(&changed)
     }
 
-    /// Those registers of a state that this vCPU has. One that it lacks, and that is zero in the state, holds nothing: KVM lets registers
-    /// be read as zero that a vCPU can't use, by its CPUID, and other hosts have other ones (kernel source, kvm_do_msr_access).
+    /// Those registers of a state that this vCPU has. One that it lacks, and that is zero in the state, holds
+    /// nothing: KVM lets registers be read as zero that a vCPU can't use, by its CPUID, and other hosts have
+    /// other ones (kernel source, kvm_do_msr_access).
     fn own_msrs<'s>(&self, saved: &'s [Msr], fresh: Option<&VcpuState>) -> Result<Cow<'s, [Msr]>, Error> {
         if fresh.is_some_and(|fresh| indices(&fresh.msrs).eq(indices(saved))) {
             return Ok(Cow::Borrowed(saved));
@@ -360,7 +369,8 @@ mod tests {
 
     /// A vCPU with a page of memory that begins with these four words, or nothing where there is no KVM.
     fn vcpu(words: [u64; 4]) -> Option<(Vm, Vcpu, Arc<Mapping>)> {
-        let hypervisor = Hypervisor::open().inspect_err(|error| eprintln!("SKIPPED: no KVM here: {error}")).ok()?;
+        let hypervisor =
+            Hypervisor::open().inspect_err(|error| eprintln!("SKIPPED: no KVM here: {error}")).ok()?;
         let ram = Arc::new(Mapping::reserve(4096).unwrap());
         ram.map_shared(&memory::unsealed("test", PAGE_BYTES).unwrap()).unwrap();
         fill(&ram, words);
@@ -389,8 +399,8 @@ mod tests {
             return eprintln!("SKIPPED: this KVM has no 32-bit paging");
         }
         assert_eq!(state.pdptrs, Some(loaded));
-        // The guest changes them in memory, and does not load CR3 again. Intel's processors go on with those that they have; with AMD's nested
-        // paging, those in memory are looked up.
+        // The guest changes them in memory, and does not load CR3 again. Intel's processors go on with those
+        // that they have; with AMD's nested paging, those in memory are looked up.
         fill(&ram, in_memory);
         let state = vcpu.save().unwrap();
         let (_other_vm, mut copy, _other_ram) = self::vcpu(in_memory).unwrap();
@@ -425,7 +435,8 @@ mod tests {
         let Some((_vm, vcpu, _ram)) = vcpu([0; 4]) else { return };
         assert!(vcpu.save().is_ok());
         // Where the host has it, and KVM lets it be switched on at all.
-        let with_cet = |reset: kvm_sregs| kvm_sregs { cr0: reset.cr0 | 1 << 16, cr4: reset.cr4 | CR4_CET, ..reset };
+        let with_cet =
+            |reset: kvm_sregs| kvm_sregs { cr0: reset.cr0 | 1 << 16, cr4: reset.cr4 | CR4_CET, ..reset };
         if vcpu.set_entry(&Registers { rflags: 2, ..Default::default() }, with_cet).is_ok() {
             assert!(matches!(vcpu.save(), Err(Error::Unfit { .. })));
         }

@@ -25,7 +25,8 @@ const IRQCHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_I
 /// Most readings of a clock of which the one is taken that took the least time.
 const READINGS: usize = 4;
 
-/// Cycles of the host's time-stamp counter that a reading may take for no other to be tried: a microsecond or less.
+/// Cycles of the host's time-stamp counter that a reading may take for no other to be tried: a microsecond or
+/// less.
 const QUICK_CYCLES: u64 = 2000;
 
 /// Most attempts to set a clock that goes on with the host's.
@@ -34,8 +35,9 @@ const SETTINGS: usize = 4;
 /// How far off it may be then, in nanoseconds.
 const TOLERANCE_NS: u64 = 1000;
 
-/// Most time in nanoseconds that setting a clock is taken to take: more is time in which this thread did not run, and will not be the
-/// same again. It is less than any pause of a VM, so that no clock that is set too early goes back when it is set again.
+/// Most time in nanoseconds that setting a clock is taken to take: more is time in which this thread did not
+/// run, and will not be the same again. It is less than any pause of a VM, so that no clock that is set too
+/// early goes back when it is set again.
 const MAX_LEAD_NS: i64 = 50_000;
 
 /// A VM. It keeps the memory alive that it was given.
@@ -47,7 +49,8 @@ pub struct Vm {
     fresh: Option<[kvm_irqchip; 3]>,
 }
 
-/// The VM in which a machine runs at present. It becomes another one when the parent of a fork goes on as its own first child.
+/// The VM in which a machine runs at present. It becomes another one when the parent of a fork goes on as its
+/// own first child.
 #[derive(Debug)]
 pub struct VmHandle(RwLock<Arc<Vm>>);
 
@@ -71,7 +74,8 @@ impl VmHandle {
 /// State of a VM that belongs to no single vCPU.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct VmState {
-    /// CLOCK_MONOTONIC_RAW of the host when the clock was read, in nanoseconds: what counts on this host alone.
+    /// CLOCK_MONOTONIC_RAW of the host when the clock was read, in nanoseconds: what counts on this host
+    /// alone.
     host_ns: u64,
     /// kvmclock, in nanoseconds since the VM's boot.
     clock_ns: u64,
@@ -104,12 +108,19 @@ impl Vm {
 
     /// Shows `bytes` bytes from `offset` of a mapping to the guest at `gpa` (KVM_SET_USER_MEMORY_REGION).
     ///
-    /// Call it before [`Vm::create_irqchip`]: that registers I/O buses with a plain `call_srcu`, and a change of the memory
-    /// slots then waits for its grace period (measured: 5 to 12 ms instead of 0.1 ms).
+    /// Call it before [`Vm::create_irqchip`]: that registers I/O buses with a plain `call_srcu`, and a change
+    /// of the memory slots then waits for its grace period (measured: 5 to 12 ms instead of 0.1 ms).
     ///
     /// # Errors
     /// [`Error::Slot`] or [`Error::Call`].
-    pub fn map(&mut self, slot: u32, gpa: Gpa, mapping: &Arc<Mapping>, offset: u64, bytes: u64) -> Result<(), Error> {
+    pub fn map(
+        &mut self,
+        slot: u32,
+        gpa: Gpa,
+        mapping: &Arc<Mapping>,
+        offset: u64,
+        bytes: u64,
+    ) -> Result<(), Error> {
         self.map_with(0, (slot, gpa), mapping, offset, bytes)
     }
 
@@ -146,15 +157,15 @@ impl Vm {
             memory_size: bytes,
             userspace_addr: mapping.start().as_ptr() as u64 + offset,
         };
-        // SAFETY: the range lies in the mapping (checked above), which stays reserved while `self.memory` holds it; `fd` is
-        // dropped before that, and Rust code has no reference into it.
+        // SAFETY: the range lies in the mapping (checked above), which stays reserved while `self.memory`
+        // holds it; `fd` is dropped before that, and Rust code has no reference into it.
         unsafe { self.fd.set_user_memory_region(region) }.map_err(call("KVM_SET_USER_MEMORY_REGION"))?;
         self.memory.push(Arc::clone(mapping));
         Ok(())
     }
 
-    /// Makes both PICs, the I/O APIC, and a local APIC for each vCPU to come (KVM_CREATE_IRQCHIP). There is no PIT: guests use
-    /// the local APIC's timer, and a PIT costs 15 ms when the VM ends (measured).
+    /// Makes both PICs, the I/O APIC, and a local APIC for each vCPU to come (KVM_CREATE_IRQCHIP). There is
+    /// no PIT: guests use the local APIC's timer, and a PIT costs 15 ms when the VM ends (measured).
     ///
     /// # Errors
     /// [`Error::Call`].
@@ -167,14 +178,16 @@ impl Vm {
         self.fd.check_extension(Cap::ExitHypercall)
     }
 
-    /// Lets the one hypercall through to [`Exit::Hypercall`](super::Exit::Hypercall) that KVM can hand on, where this kernel can (KVM_CAP_EXIT_HYPERCALL, Linux
-    /// 5.14). Without it guests have the port only.
+    /// Lets the one hypercall through to [`Exit::Hypercall`](super::Exit::Hypercall) that KVM can hand on,
+    /// where this kernel can (KVM_CAP_EXIT_HYPERCALL, Linux 5.14). Without it guests have the port only.
     ///
     /// # Errors
     /// [`Error::Call`].
     pub fn enable_hypercall(&self) -> Result<(), Error> {
         if !self.can_exit_on_hypercall() {
-            tracing::info!("this kernel's KVM lacks KVM_CAP_EXIT_HYPERCALL: guests can fork by the port only");
+            tracing::info!(
+                "this kernel's KVM lacks KVM_CAP_EXIT_HYPERCALL: guests can fork by the port only"
+            );
             return Ok(());
         }
         let cap = kvm_enable_cap {
@@ -191,7 +204,8 @@ impl Vm {
     /// [`Error::Call`] or [`Error::VcpuCall`].
     pub fn create_vcpu(&self, id: VcpuId) -> Result<Vcpu, Error> {
         let fd = self.fd.create_vcpu(u64::from(id.0)).map_err(call("KVM_CREATE_VCPU"))?;
-        // KVM_CAP_XSAVE2 is the size of the XSAVE area in bytes where that can be more than the 4 KiB of KVM_GET_XSAVE.
+        // KVM_CAP_XSAVE2 is the size of the XSAVE area in bytes where that can be more than the 4 KiB of
+        // KVM_GET_XSAVE.
         let xsave_bytes = usize::try_from(self.fd.check_extension_int(Cap::Xsave2)).unwrap_or(0);
         let has_xcrs = self.fd.check_extension(Cap::Xcrs);
         Vcpu::new(id, fd, self.fd.run_size(), xsave_bytes, has_xcrs)
@@ -215,8 +229,9 @@ impl Vm {
         Ok((VmState { host_ns: host.raw_ns, clock_ns, irqchips: self.save_irqchips()? }, host))
     }
 
-    /// Reads kvmclock (KVM_GET_CLOCK) together with the host's clocks. Where KVM does not say to which count of the host's time-stamp counter
-    /// the time belongs, as where the host's own clock is not based on that, the counter is read before and after.
+    /// Reads kvmclock (KVM_GET_CLOCK) together with the host's clocks. Where KVM does not say to which count
+    /// of the host's time-stamp counter the time belongs, as where the host's own clock is not based on that,
+    /// the counter is read before and after.
     fn read_clock(&self) -> Result<ClockReading, Error> {
         let mut best = self.read_clock_once()?;
         for _ in 1..READINGS {
@@ -238,7 +253,8 @@ impl Vm {
         let after = HostTime::now();
         let took = after.tsc.saturating_sub(before.tsc);
         let is_exact = clock.flags & KVM_CLOCK_HOST_TSC != 0;
-        let (uncertain, tsc) = if is_exact { (0, clock.host_tsc) } else { (took, before.tsc.wrapping_add(took / 2)) };
+        let (uncertain, tsc) =
+            if is_exact { (0, clock.host_tsc) } else { (took, before.tsc.wrapping_add(took / 2)) };
         Ok((uncertain, ClockReading { clock_ns: clock.clock, host: HostTime::between(before, after, tsc) }))
     }
 
@@ -281,15 +297,18 @@ impl Vm {
                 self.set_clock(state.clock_ns)?;
                 self.read_clock()
             }
-            Time::Continuous => self.have_clock_follow(|host| after_ns(host.raw_ns.saturating_sub(state.host_ns))),
+            Time::Continuous => {
+                self.have_clock_follow(|host| after_ns(host.raw_ns.saturating_sub(state.host_ns)))
+            }
             Time::WithTsc { captured, khz } => {
                 self.have_clock_follow(|host| after_ns(nanoseconds(host.tsc.saturating_sub(captured), khz)))
             }
         }
     }
 
-    /// Sets kvmclock to what it should be by the host's clocks. The time takes effect at some instant within the call, which comes later than the
-    /// one that it was worked out for: how much, the reading behind it tells, and the next attempt makes up for it.
+    /// Sets kvmclock to what it should be by the host's clocks. The time takes effect at some instant within
+    /// the call, which comes later than the one that it was worked out for: how much, the reading behind it
+    /// tells, and the next attempt makes up for it.
     fn have_clock_follow(&self, expected: impl Fn(HostTime) -> u64) -> Result<ClockReading, Error> {
         let mut lead_ns = 0_i64;
         let mut left = SETTINGS;

@@ -50,7 +50,8 @@ pub struct HostHandles {
     pub host: Arc<Host>,
     /// In which it is found what VMs have written to.
     pub page_map: PageMap,
-    /// By which it is found out what VMs lack of a memory that is still being filled; none where this host has no such thing.
+    /// By which it is found out what VMs lack of a memory that is still being filled; none where this host
+    /// has no such thing.
     faults: Option<File>,
 }
 
@@ -60,8 +61,8 @@ impl HostHandles {
     /// # Errors
     /// [`Error::Memory`].
     pub fn open(host: Arc<Host>) -> Result<Self, Error> {
-        let faults =
-            memory::faults::device().inspect_err(|error| tracing::debug!(%error, "no lazy clones can run here"));
+        let faults = memory::faults::device()
+            .inspect_err(|error| tracing::debug!(%error, "no lazy clones can run here"));
         Ok(Self { host, page_map: PageMap::open()?, faults: faults.ok() })
     }
 
@@ -70,7 +71,8 @@ impl HostHandles {
     /// # Errors
     /// [`Error::Mismatch`] where this host has no such thing, or [`Error::Memory`].
     pub fn faults(&self) -> Result<Faults, Error> {
-        let device = self.faults.as_ref().ok_or(Error::Mismatch("lazy clones need /dev/userfaultfd (Linux 6.1)"))?;
+        let device =
+            self.faults.as_ref().ok_or(Error::Mismatch("lazy clones need /dev/userfaultfd (Linux 6.1)"))?;
         Ok(Faults::of_this_process(device)?)
     }
 }
@@ -107,7 +109,8 @@ impl BlankMachine {
         self.settle()
     }
 
-    /// Builds one that shares the control page of a machine of this process: a place for that machine to go on in.
+    /// Builds one that shares the control page of a machine of this process: a place for that machine to go
+    /// on in.
     ///
     /// # Errors
     /// [`Error`]: whatever could not be made.
@@ -117,10 +120,16 @@ impl BlankMachine {
         Ok(spare)
     }
 
-    /// Makes the VM, its memory slots, its interrupt controllers and its vCPUs, in the order that costs no waiting (see [`Vm::map`]).
-    fn build_around(handles: &Arc<HostHandles>, config: VmShape, control_page: ControlPage) -> Result<Self, Error> {
+    /// Makes the VM, its memory slots, its interrupt controllers and its vCPUs, in the order that costs no
+    /// waiting (see [`Vm::map`]).
+    fn build_around(
+        handles: &Arc<HostHandles>,
+        config: VmShape,
+        control_page: ControlPage,
+    ) -> Result<Self, Error> {
         let Host { hypervisor, model } = &*handles.host;
-        let bytes = usize::try_from(config.ram_bytes).map_err(|_| Error::Mismatch("the memory is too large"))?;
+        let bytes =
+            usize::try_from(config.ram_bytes).map_err(|_| Error::Mismatch("the memory is too large"))?;
         let mapping = Arc::new(Mapping::reserve(bytes)?);
         let mut vm = hypervisor.create_vm()?;
         vm.map(0, CONTROL_PAGE, control_page.mapping(), 0, CONTROL_REGION_BYTES)?;
@@ -140,8 +149,8 @@ impl BlankMachine {
         Ok(Self { handles: Arc::clone(handles), config, vm, vcpus, premapped: mapping.into(), control_page })
     }
 
-    /// Maps the lowest layer of the image that it is likely to become a copy of, and makes the pages ready that such copies write to first,
-    /// for as long as `goes_on` says so.
+    /// Maps the lowest layer of the image that it is likely to become a copy of, and makes the pages ready
+    /// that such copies write to first, for as long as `goes_on` says so.
     ///
     /// # Errors
     /// [`Error::Memory`]: the machine is as good as before.
@@ -160,7 +169,8 @@ impl BlankMachine {
         Ok(self.vcpus.iter_mut().try_for_each(Vcpu::settle)?)
     }
 
-    /// What it holds by itself, as a state that a machine could be restored from; `None` before it is settled.
+    /// What it holds by itself, as a state that a machine could be restored from; `None` before it is
+    /// settled.
     pub fn fresh_state(&self) -> Option<MachineState> {
         let vcpus = self.vcpus.iter().map(|vcpu| vcpu.fresh_state().cloned()).collect::<Option<_>>()?;
         let HostModel { tsc_khz, capabilities, .. } = &self.handles.host.model;
@@ -175,12 +185,17 @@ impl BlankMachine {
         })
     }
 
-    /// Makes it a machine at the entry of a kernel. Its console writes to `console`. With `prealloc`, all of its memory is taken from the
-    /// host now.
+    /// Makes it a machine at the entry of a kernel. Its console writes to `console`. With `prealloc`, all of
+    /// its memory is taken from the host now.
     ///
     /// # Errors
     /// [`Error`]: whatever does not fit.
-    pub fn boot(self, payload: &mut Payload, prealloc: bool, console: File) -> Result<AnonymousMachine, Error> {
+    pub fn boot(
+        self,
+        payload: &mut Payload,
+        prealloc: bool,
+        console: File,
+    ) -> Result<AnonymousMachine, Error> {
         let Self { handles, config, vm, vcpus, premapped, control_page } = self;
         let memory = GuestMemory::own(premapped.into_mapping())?;
         if prealloc {
@@ -216,8 +231,8 @@ impl BlankMachine {
         self.premapped.start() as u64
     }
 
-    /// Makes it a machine that goes on where `state` and `image` were captured. Where the image is still being filled, `faults` are those of
-    /// this process, and somebody has to deal with them.
+    /// Makes it a machine that goes on where `state` and `image` were captured. Where the image is still
+    /// being filled, `faults` are those of this process, and somebody has to deal with them.
     ///
     /// # Errors
     /// [`Error`]: whatever does not take its state.
@@ -228,7 +243,8 @@ impl BlankMachine {
         console: File,
         faults: Option<Faults>,
     ) -> Result<AnonymousMachine, Error> {
-        let (handles, control_page, config) = (Arc::clone(&self.handles), self.control_page.clone(), self.config);
+        let (handles, control_page, config) =
+            (Arc::clone(&self.handles), self.control_page.clone(), self.config);
         let restored = self.take_state(state, image, Time::FromCapture, faults.as_ref())?;
         let RestoredVm { vm, vcpus, memory, clock_began_ns } = restored;
         let vm = Arc::new(VmHandle::new(vm));
@@ -272,7 +288,8 @@ impl BlankMachine {
         faults.map_or(Ok(()), |faults| faults.watch(memory.mapping()))?;
         let HostModel { tsc_khz: host_khz, tsc_shift, .. } = self.handles.host.model;
         let rate = TscRate::new(state.tsc_khz, host_khz);
-        // Captured on a host whose counters run at another speed, the guest goes on with the one that it has measured.
+        // Captured on a host whose counters run at another speed, the guest goes on with the one that it has
+        // measured.
         if let Some(khz) = rate.scaled() {
             self.vcpus.iter().try_for_each(|vcpu| vcpu.set_tsc_khz(khz))?;
         }
@@ -315,7 +332,18 @@ pub struct AnonymousMachine {
 impl AnonymousMachine {
     /// Gives it the identity, and with that makes it a machine.
     pub fn with_identity(self, identity: VmIdentity) -> Built {
-        let Self { handles, config, vm, memory, control_page, devices, vcpus, tsc_khz, clock_began_ns, faults } = self;
+        let Self {
+            handles,
+            config,
+            vm,
+            memory,
+            control_page,
+            devices,
+            vcpus,
+            tsc_khz,
+            clock_began_ns,
+            faults,
+        } = self;
         let machine = Machine {
             handles,
             config,

@@ -10,7 +10,8 @@ use std::{
 
 use base::{clock::monotonic_ns, sync::lock};
 
-/// Watches for the first exit after a point in time. Until then the VM has run, but nobody has seen anything of it.
+/// Watches for the first exit after a point in time. Until then the VM has run, but nobody has seen anything
+/// of it.
 #[derive(Debug, Default)]
 pub struct Exits {
     armed: AtomicBool,

@@ -47,7 +47,8 @@ pub struct Machine {
     pub exits: Exits,
     /// How fast its time-stamp counters run, in kHz; `None` where nobody can tell.
     pub tsc_khz: Option<u32>,
-    /// CLOCK_MONOTONIC_RAW of the host, in nanoseconds, when a copy's clocks began to go on from the capture; `None` in a booted VM.
+    /// CLOCK_MONOTONIC_RAW of the host, in nanoseconds, when a copy's clocks began to go on from the capture;
+    /// `None` in a booted VM.
     pub clock_began_ns: Option<u64>,
     /// Faults on pages that its memory lacks, for as long as that is being filled.
     pub faults: Mutex<Option<Faults>>,
@@ -93,7 +94,8 @@ pub struct MachineState {
     pub control_page: ControlPageState,
     /// How fast its time-stamp counters run, in kHz; `None` where nobody could tell.
     pub tsc_khz: Option<u32>,
-    /// Names of the capabilities of KVM that its guest, or its state, may use, of those that not every host has.
+    /// Names of the capabilities of KVM that its guest, or its state, may use, of those that not every host
+    /// has.
     pub capabilities: Vec<String>,
 }
 

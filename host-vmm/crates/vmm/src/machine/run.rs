@@ -41,8 +41,8 @@ pub enum ServiceRequest {
 }
 
 /// Runs the vCPUs until the VM ends, and says how it did: the first one on the calling thread, each of the
-/// others on its own. The others [have a head start](await_others) before the first one, which is none but where
-/// a test asks for it.
+/// others on its own. The others [have a head start](await_others) before the first one, which is none but
+/// where a test asks for it.
 ///
 /// `answer` is called on the thread of the vCPU that has left its guest for a request.
 pub fn run(
@@ -60,9 +60,9 @@ pub fn run(
             let run = move || run_vcpu(machine, vcpu, answer);
             let spawned = thread::Builder::new().name(name).spawn_scoped(scope, run);
             if let Err(error) = spawned {
-                machine
-                    .vcpu_barrier
-                    .end(ExitReason::Broken(Reason::of(format_args!("can't start a vCPU's thread: {error}"))));
+                machine.vcpu_barrier.end(ExitReason::Broken(Reason::of(format_args!(
+                    "can't start a vCPU's thread: {error}"
+                ))));
             }
         }
         if let Some(first) = first {
@@ -76,11 +76,13 @@ pub fn run(
     machine.vcpu_barrier.ended().unwrap_or_else(|| ExitReason::Broken("no vCPU is left".into()))
 }
 
-/// Waits until this process has used `head_start` of processor time, which only the vCPUs do that run: on a busy
-/// machine they get theirs late. Where they have nothing to do, it waits no longer than some times that.
+/// Waits until this process has used `head_start` of processor time, which only the vCPUs do that run: on a
+/// busy machine they get theirs late. Where they have nothing to do, it waits no longer than some times that.
 fn await_others(head_start: Duration) {
     let (began, used) = (Instant::now(), clock::processor_time());
-    while clock::processor_time().saturating_sub(used) < head_start && began.elapsed() < MOST_AWAITED * head_start {
+    while clock::processor_time().saturating_sub(used) < head_start
+        && began.elapsed() < MOST_AWAITED * head_start
+    {
         thread::sleep(head_start / 20);
     }
 }
@@ -92,7 +94,11 @@ fn run_vcpu(machine: &Machine, vcpu: Vcpu, answer: impl Fn(&mut Vcpu, ServiceReq
     }
 }
 
-fn serve_vcpu(machine: &Machine, mut vcpu: Vcpu, answer: impl Fn(&mut Vcpu, ServiceRequest)) -> Result<(), kvm::Error> {
+fn serve_vcpu(
+    machine: &Machine,
+    mut vcpu: Vcpu,
+    answer: impl Fn(&mut Vcpu, ServiceRequest),
+) -> Result<(), kvm::Error> {
     vcpu.kicker().adopt();
     loop {
         let exit = vcpu.run()?;

@@ -126,7 +126,8 @@ impl VcpuBarrier {
         let deadline = Instant::now() + STOP_TIMEOUT;
         let mut state = lock(&self.state);
         loop {
-            let Some((missing, _)) = state.others(me).find(|(id, _)| state.parked[id.index()].is_none()) else {
+            let Some((missing, _)) = state.others(me).find(|(id, _)| state.parked[id.index()].is_none())
+            else {
                 return Ok(());
             };
             if state.end.is_some() {
@@ -237,8 +238,10 @@ impl StoppedVcpus<'_> {
         let mut state = lock(&self.vcpu_barrier.state);
         // The vCPUs go on waiting here: it is the stop that holds them, not what they saved.
         state.parked[self.me.index()] = Some(Ok(own));
-        let states =
-            state.parked.iter_mut().map(|slot| slot.take().ok_or(BarrierError::Ended)?.map_err(BarrierError::Save));
+        let states = state
+            .parked
+            .iter_mut()
+            .map(|slot| slot.take().ok_or(BarrierError::Ended)?.map_err(BarrierError::Save));
         states.collect()
     }
 

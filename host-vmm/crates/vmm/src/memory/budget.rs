@@ -80,7 +80,11 @@ impl fmt::Debug for Inner {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { limit, reserved, granted, .. } = self;
         let mut fields = f.debug_struct("Budget");
-        fields.field("limit", limit).field("reserved", reserved).field("granted", granted).finish_non_exhaustive()
+        fields
+            .field("limit", limit)
+            .field("reserved", reserved)
+            .field("granted", granted)
+            .finish_non_exhaustive()
     }
 }
 
@@ -162,8 +166,11 @@ impl Granted {
         for (file, most) in self.files.iter().filter_map(|(file, most)| Some((file.upgrade()?, *most))) {
             // A file that can't be looked at counts as what it may become.
             let taken = file.metadata().map_or(0, |metadata| metadata.blocks().saturating_mul(BLOCK_BYTES));
-            let (held, missing) =
-                if is_frozen(&file).unwrap_or(false) { (taken, 0) } else { (most, most.saturating_sub(taken)) };
+            let (held, missing) = if is_frozen(&file).unwrap_or(false) {
+                (taken, 0)
+            } else {
+                (most, most.saturating_sub(taken))
+            };
             sum = (sum.0.saturating_add(held), sum.1.saturating_add(missing));
         }
         sum
@@ -207,7 +214,9 @@ mod tests {
     fn all_together_get_no_more_than_there_is_and_what_is_given_back_is_there_again() {
         let budget = budget(10 * MIB, 100 * MIB);
         let (one, other) = (budget.reserve(6 * MIB).unwrap(), budget.reserve(4 * MIB).unwrap());
-        let Err(Error::Budget { wanted: 1, held, limit }) = budget.reserve(1) else { panic!("it is all taken") };
+        let Err(Error::Budget { wanted: 1, held, limit }) = budget.reserve(1) else {
+            panic!("it is all taken")
+        };
         assert_eq!((held, limit), (10 * MIB, 10 * MIB));
         drop(budget.reserve(0).unwrap());
         drop(one);
@@ -224,7 +233,10 @@ mod tests {
         // What is promised is not gone from the host yet; a MiB stays.
         let promised = budget.reserve(5 * MIB).unwrap();
         let refused = budget.reserve(5 * MIB).unwrap_err();
-        assert!(matches!(refused, Error::Host { promised: p, reserved: MIB, .. } if p == 5 * MIB), "{refused}");
+        assert!(
+            matches!(refused, Error::Host { promised: p, reserved: MIB, .. } if p == 5 * MIB),
+            "{refused}"
+        );
         drop(budget.reserve(4 * MIB).unwrap());
         drop(promised);
         drop(budget.reserve(9 * MIB).unwrap());

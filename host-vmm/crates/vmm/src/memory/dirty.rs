@@ -1,8 +1,9 @@
 //! Which pages of a private view its VM has written to.
 //!
-//! A page that was written to is an anonymous copy: the kernel shows it present or swapped out, and not as a page of a file (kernel
-//! documentation, admin-guide/mm/pagemap.rst). Since Linux 6.7 one call gives the runs of such pages (PAGEMAP_SCAN); it passes over what
-//! was never touched, and takes 30 us where reading `/proc/self/pagemap` takes 800 us for 512 MiB (measured). Older kernels are read.
+//! A page that was written to is an anonymous copy: the kernel shows it present or swapped out, and not as a
+//! page of a file (kernel documentation, admin-guide/mm/pagemap.rst). Since Linux 6.7 one call gives the runs
+//! of such pages (PAGEMAP_SCAN); it passes over what was never touched, and takes 30 us where reading
+//! `/proc/self/pagemap` takes 800 us for 512 MiB (measured). Older kernels are read.
 
 use std::{fs::File, io, os::fd::AsRawFd, os::unix::fs::FileExt};
 
@@ -40,7 +41,8 @@ impl PageMap {
         File::open("/proc/self/pagemap").map(Self).map_err(Error::PageMap)
     }
 
-    /// The pages that were written to since `mapping` became a private view: sorted runs, packed one behind another in a file to come.
+    /// The pages that were written to since `mapping` became a private view: sorted runs, packed one behind
+    /// another in a file to come.
     ///
     /// # Errors
     /// [`Error::PageMap`] where the page map can't be read.
@@ -110,7 +112,8 @@ fn scan(page_map: &File, mapping: &Mapping) -> nix::Result<Vec<Run>> {
     };
     let mut runs = Runs::default();
     while arguments.start < end {
-        // SAFETY: `arguments` names its own size, and a buffer that lives across the call and is as long as it says.
+        // SAFETY: `arguments` names its own size, and a buffer that lives across the call and is as long as
+        // it says.
         let found = unsafe { abi::pagemap_scan(page_map.as_raw_fd(), &raw mut arguments) }?;
         for region in regions.iter().take(usize::try_from(found).unwrap_or(0)) {
             runs.extend((region.start - first) / PAGE_BYTES, (region.end - region.start) / PAGE_BYTES);
@@ -148,9 +151,11 @@ fn is_dirty(entry: u64) -> bool {
     entry & (PRESENT | SWAPPED) != 0 && entry & OF_A_FILE == 0
 }
 
-/// Joins runs across short gaps, and across longer ones until an image of `base` and these has few enough pieces to be mapped.
+/// Joins runs across short gaps, and across longer ones until an image of `base` and these has few enough
+/// pieces to be mapped.
 pub fn join_for(base: &Image, mut runs: Vec<Run>) -> Vec<Run> {
-    // Each run adds at most two pieces: itself, and the rest of the one that it cuts in two. Where the next file begins, a run is cut too.
+    // Each run adds at most two pieces: itself, and the rest of the one that it cuts in two. Where the next
+    // file begins, a run is cut too.
     let room = MAX_EXTENTS.saturating_sub(base.extents().len() + MAX_DELTA_FILES) / 2;
     let mut gap = SHORT_GAP_PAGES;
     runs = join(&runs, gap);

@@ -1,8 +1,10 @@
-//! Faults on pages of a memory that is not all there yet (userfaultfd; kernel documentation, admin-guide/mm/userfaultfd.rst).
+//! Faults on pages of a memory that is not all there yet (userfaultfd; kernel documentation,
+//! admin-guide/mm/userfaultfd.rst).
 //!
-//! The memory's files are being filled by somebody else, by ordinary writes. Who touches a page that is not in its file yet stands still, and the
-//! fault can be read here. Once the page is there, he is woken up, looks again, and finds it. So nothing is ever copied into a view: what is
-//! there is the same for all views of the image, and when all is there, it is an image like any other.
+//! The memory's files are being filled by somebody else, by ordinary writes. Who touches a page that is not
+//! in its file yet stands still, and the fault can be read here. Once the page is there, he is woken up,
+//! looks again, and finds it. So nothing is ever copied into a view: what is there is the same for all views
+//! of the image, and when all is there, it is an image like any other.
 
 use std::{
     fs::{self, File},
@@ -63,7 +65,8 @@ mod abi {
         pub(super) ioctls: u64,
     }
 
-    /// Size of `struct uffd_msg`, whose first byte is the event; the address of a fault stands at [`ADDRESS`].
+    /// Size of `struct uffd_msg`, whose first byte is the event; the address of a fault stands at
+    /// [`ADDRESS`].
     pub(super) const MESSAGE_BYTES: usize = 32;
     pub(super) const ADDRESS: usize = 16;
 
@@ -92,7 +95,8 @@ impl Faults {
     /// [`Error::Faults`].
     pub fn of_this_process(device: &File) -> Result<Self, Error> {
         let fail = |errno: nix::Error| Error::Faults { operation: "get", source: errno.into() };
-        // SAFETY: the call has no argument but flags, here O_CLOEXEC and O_NONBLOCK, and gives a new descriptor or an error.
+        // SAFETY: the call has no argument but flags, here O_CLOEXEC and O_NONBLOCK, and gives a new
+        // descriptor or an error.
         let descriptor = unsafe { libc::ioctl(device.as_raw_fd(), NEW, libc::O_CLOEXEC | libc::O_NONBLOCK) };
         let descriptor = nix::Error::result(descriptor).map_err(fail)?;
         // SAFETY: the descriptor is new, and nobody else's.
@@ -142,10 +146,13 @@ impl Faults {
         let mut range = range(mapping);
         // SAFETY: the call reads one struct that lives across it.
         let unregistered = unsafe { abi::unregister(self.0.as_raw_fd(), &raw mut range) };
-        unregistered.map(drop).map_err(|errno| Error::Faults { operation: "end the watch for", source: errno.into() })
+        unregistered
+            .map(drop)
+            .map_err(|errno| Error::Faults { operation: "end the watch for", source: errno.into() })
     }
 
-    /// The addresses of faults that were told and not read yet, in the process that has them; none where there is none.
+    /// The addresses of faults that were told and not read yet, in the process that has them; none where
+    /// there is none.
     ///
     /// # Errors
     /// [`Error::Faults`], also where the process is gone.

@@ -23,9 +23,9 @@ const PAGES_PER_WORKER: u64 = 1024;
 /// Most files of a delta: each is a layer of the images to come, and a descriptor on the way to each copy.
 pub(super) const MAX_DELTA_FILES: usize = 4;
 
-/// Dirty memory in bytes from which on a VM goes on as a view of the image that it was copied to: what it does not write to again is not
-/// copied again at its next fork, and takes no memory twice. To bring a VM elsewhere takes as long as copying 1 MiB, and each page that it does
-/// write to again costs it a fault.
+/// Dirty memory in bytes from which on a VM goes on as a view of the image that it was copied to: what it
+/// does not write to again is not copied again at its next fork, and takes no memory twice. To bring a VM
+/// elsewhere takes as long as copying 1 MiB, and each page that it does write to again costs it a fault.
 const MUCH_BYTES: u64 = 8 << 20;
 
 /// The memory of one VM: an address range, and what is mapped there.
@@ -62,7 +62,8 @@ impl Plan {
 pub enum Changes {
     /// All: its memory was no image yet.
     Whole,
-    /// What an image consists of that shows it: so many pages of this VM's memory, over those of another image.
+    /// What an image consists of that shows it: so many pages of this VM's memory, over those of another
+    /// image.
     Over {
         /// The image below.
         base: Image,
@@ -140,7 +141,8 @@ impl GuestMemory {
         }
     }
 
-    /// Names the files that an image made now will consist of. `delta` are those for pages that the VM has written to, if there are any.
+    /// Names the files that an image made now will consist of. `delta` are those for pages that the VM has
+    /// written to, if there are any.
     pub fn plan(&self, delta: &Delta) -> Plan {
         match &self.backing {
             Backing::Own(file) => Plan { files: vec![Arc::clone(file)], delta: Vec::new() },
@@ -185,8 +187,8 @@ impl GuestMemory {
         Ok(Arc::new(image))
     }
 
-    /// Writes runs of this memory to layers in these files: to one where they are few; else on several processors, each to a file of its own,
-    /// since a file takes one write at a time.
+    /// Writes runs of this memory to layers in these files: to one where they are few; else on several
+    /// processors, each to a file of its own, since a file takes one write at a time.
     fn copy_out(&self, runs: &[Run], files: Vec<Arc<File>>) -> Result<Vec<Layer>, Error> {
         let most = usize::try_from(pages(runs) / PAGES_PER_WORKER).unwrap_or(usize::MAX);
         let workers = files.len().min(most).max(1);
@@ -246,8 +248,8 @@ impl Delta {
         (0..files).map(|_| memfd::unsealed(DELTA_NAME, 0).map(Arc::new)).collect::<Result<_, _>>().map(Self)
     }
 
-    /// Takes the memory from the host that is needed for the few pages that any VM writes to before it forks (fallocate). The files stay
-    /// empty.
+    /// Takes the memory from the host that is needed for the few pages that any VM writes to before it forks
+    /// (fallocate). The files stay empty.
     ///
     /// # Errors
     /// [`Error::File`].

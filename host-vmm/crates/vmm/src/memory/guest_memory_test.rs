@@ -117,7 +117,8 @@ fn a_failed_freeze_leaves_the_file_the_vms_own() {
 }
 
 proptest! {
-    /// As long a memory as there are pages in the shares: each page comes once, in order, packed, and no share is larger than the others.
+    /// As long a memory as there are pages in the shares: each page comes once, in order, packed, and no
+    /// share is larger than the others.
     #[test]
     fn shares_are_fair_and_complete(lengths in proptest::collection::vec(1..20u64, 0..20), count in 1..6usize) {
         let mut runs: Vec<Run> = Vec::new();

@@ -7,14 +7,15 @@ use types::{MAX_RAM_BYTES, PAGE_BYTES};
 
 use super::{Error, PremappedRam};
 
-/// Most pieces that an image may consist of: each costs every VM that maps it a mapping, of which Linux allows a process
-/// 65,530 by default (vm.max_map_count).
+/// Most pieces that an image may consist of: each costs every VM that maps it a mapping, of which Linux
+/// allows a process 65,530 by default (vm.max_map_count).
 pub const MAX_EXTENTS: usize = 32_768;
 
 /// Most layers of one image, so that its file descriptors fit into one message (Linux's SCM_MAX_FD is 253).
 pub const MAX_LAYERS: usize = 200;
 
-/// From so many layers on, the next one takes in all that lie over the lowest one: each costs every VM a descriptor on its way.
+/// From so many layers on, the next one takes in all that lie over the lowest one: each costs every VM a
+/// descriptor on its way.
 const MANY_LAYERS: usize = 32;
 
 /// Pages that may be held and not show, 4 MiB, whatever the size of an image.
@@ -56,8 +57,8 @@ impl Layer {
         Self { file, runs: vec![Run { page: 0, pages, file_page: 0 }] }
     }
 
-    /// Checks that the runs are not empty, sorted, without overlap, within a memory of `pages` pages, and within the file: a page
-    /// behind the file's end would be a SIGBUS in the VM that maps it.
+    /// Checks that the runs are not empty, sorted, without overlap, within a memory of `pages` pages, and
+    /// within the file: a page behind the file's end would be a SIGBUS in the VM that maps it.
     fn check(&self, pages: u64) -> Result<(), Error> {
         let stat = |source| Error::File { operation: "look at", name: "layer".to_owned(), source };
         let file_pages = self.file.metadata().map_err(stat)?.len() / PAGE_BYTES;
@@ -97,7 +98,8 @@ impl Image {
     /// An image of `pages` pages of guest memory from its layers, lowest first.
     ///
     /// # Errors
-    /// [`Error::Invalid`] where the layers do not cover the memory exactly, have unsorted runs, or are too many.
+    /// [`Error::Invalid`] where the layers do not cover the memory exactly, have unsorted runs, or are too
+    /// many.
     pub fn new(pages: u64, layers: Vec<Arc<Layer>>) -> Result<Self, Error> {
         if layers.len() > MAX_LAYERS {
             return Err(Error::Invalid("too many layers"));
@@ -135,7 +137,8 @@ impl Image {
     pub fn delta_base(&self) -> Result<(Self, Vec<Run>), Error> {
         let upper = || self.extents.iter().filter(|extent| extent.layer > 0).map(|extent| extent.run);
         let showing_pages: u64 = upper().map(|run| run.pages).sum();
-        let held_pages: u64 = self.layers.iter().skip(1).flat_map(|layer| &layer.runs).map(|run| run.pages).sum();
+        let held_pages: u64 =
+            self.layers.iter().skip(1).flat_map(|layer| &layer.runs).map(|run| run.pages).sum();
         let is_wasteful = held_pages > 2 * showing_pages + FEW_PAGES;
         if self.layers.len() < MANY_LAYERS && self.extents.len() < MANY_EXTENTS && !is_wasteful {
             return Ok((self.clone(), Vec::new()));
@@ -144,7 +147,8 @@ impl Image {
         Ok((lowest, upper().collect()))
     }
 
-    /// This image with more layers over it. Layers of which nothing shows any more are left out, but for the lowest one.
+    /// This image with more layers over it. Layers of which nothing shows any more are left out, but for the
+    /// lowest one.
     ///
     /// # Errors
     /// As [`Image::new`].
@@ -194,7 +198,8 @@ impl Image {
     }
 }
 
-/// The pieces of `below` with `runs` of `layer` laid over them. Both are sorted and without overlap, and so is the result.
+/// The pieces of `below` with `runs` of `layer` laid over them. Both are sorted and without overlap, and so
+/// is the result.
 fn overlay(below: &[Extent], layer: usize, runs: &[Run]) -> Vec<Extent> {
     let mut above = runs.iter().copied().peekable();
     let mut result = Vec::with_capacity(below.len() + 2 * runs.len());
@@ -212,7 +217,11 @@ fn overlay(below: &[Extent], layer: usize, runs: &[Run]) -> Vec<Extent> {
             result.push(Extent { layer, run });
             above.next();
             let hidden = run.end().saturating_sub(rest.page);
-            rest = Run { page: rest.page + hidden, pages: rest.pages - hidden, file_page: rest.file_page + hidden };
+            rest = Run {
+                page: rest.page + hidden,
+                pages: rest.pages - hidden,
+                file_page: rest.file_page + hidden,
+            };
         }
         if rest.pages > 0 {
             result.push(Extent { layer: extent.layer, run: rest });

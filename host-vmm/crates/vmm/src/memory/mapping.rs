@@ -1,9 +1,10 @@
 //! One address range that holds a guest's memory for as long as the VM lives, whatever is mapped into it.
 //!
-//! A range is reserved by this module's own books, in a window of the address space where the kernel puts nothing by itself, and *not* by an
-//! inaccessible mapping. To map over an existing mapping means to unmap it first, and where the range is a memory slot already, KVM then
-//! looks at each of the guest's pages, mapped or not: 105 us for 512 MiB, and in proportion, where it shadows page tables (measured).
-//! To map into a hole takes 7 us.
+//! A range is reserved by this module's own books, in a window of the address space where the kernel puts
+//! nothing by itself, and *not* by an inaccessible mapping. To map over an existing mapping means to unmap it
+//! first, and where the range is a memory slot already, KVM then looks at each of the guest's pages, mapped
+//! or not: 105 us for 512 MiB, and in proportion, where it shadows page tables (measured). To map into a hole
+//! takes 7 us.
 
 use std::{
     collections::BTreeMap,
@@ -29,8 +30,9 @@ use nix::{
 
 use super::Error;
 
-/// Addresses for mappings. The kernel places a process's mappings downwards from the stack, and where that room is used up, upwards from
-/// a third of the address space, 0x2aaa_aaaa_a000 (kernel source, TASK_UNMAPPED_BASE).
+/// Addresses for mappings. The kernel places a process's mappings downwards from the stack, and where that
+/// room is used up, upwards from a third of the address space, 0x2aaa_aaaa_a000 (kernel source,
+/// TASK_UNMAPPED_BASE).
 const WINDOW: Range<usize> = 0x2000_0000_0000..0x2a00_0000_0000;
 
 /// Alignment of a mapping in bytes: a huge page of the guest's memory is then one of this process's too.
@@ -45,8 +47,9 @@ const MOST_UNMAPPED_AT_ONCE: usize = 128 << 20;
 /// For how long others may map something then. Without it they get no turn for milliseconds (measured).
 const INTERLUDE: Duration = Duration::from_micros(50);
 
-/// Pause for which [`UNMAPPED_AT_ONCE`] bytes more are unmapped at once: 6 % of that time. On a busy host a pause lasts
-/// until the thread gets a processor, and 512 MiB in the smallest pieces take 13 s (measured, 18 threads on two of them).
+/// Pause for which [`UNMAPPED_AT_ONCE`] bytes more are unmapped at once: 6 % of that time. On a busy host a
+/// pause lasts until the thread gets a processor, and 512 MiB in the smallest pieces take 13 s (measured, 18
+/// threads on two of them).
 const LONG_INTERLUDE: Duration = Duration::from_millis(2);
 
 /// A private view of a file.
@@ -58,14 +61,16 @@ const WORD: usize = size_of::<u64>();
 /// The ranges that are taken: first address, and the first one behind it.
 static TAKEN: Mutex<BTreeMap<usize, usize>> = Mutex::new(BTreeMap::new());
 
-/// A reserved range of this process's addresses. Nothing is mapped in it at first; what was is unmapped when this is dropped.
+/// A reserved range of this process's addresses. Nothing is mapped in it at first; what was is unmapped when
+/// this is dropped.
 #[derive(Debug)]
 pub struct Mapping {
     start: NonNull<c_void>,
     bytes: usize,
 }
 
-// SAFETY: a Mapping is an address range, not a borrow of what lies in it; every access goes through raw pointers.
+// SAFETY: a Mapping is an address range, not a borrow of what lies in it; every access goes through raw
+// pointers.
 unsafe impl Send for Mapping {}
 // SAFETY: as above; the methods that change what is mapped change no Rust object.
 unsafe impl Sync for Mapping {}
@@ -101,7 +106,8 @@ impl Mapping {
         self.bytes
     }
 
-    /// Maps the whole of `file` shared, where nothing is mapped yet: what is written here is written to the file.
+    /// Maps the whole of `file` shared, where nothing is mapped yet: what is written here is written to the
+    /// file.
     ///
     /// # Errors
     /// [`Error::Map`] where mmap fails.
@@ -109,8 +115,8 @@ impl Mapping {
         self.map(0, self.bytes, file.as_fd(), 0, MapFlags::MAP_SHARED | MapFlags::MAP_FIXED_NOREPLACE)
     }
 
-    /// Maps `bytes` bytes of `file` from `file_offset` at `at`, where nothing is mapped yet, private: a page is copied when it is first
-    /// written to.
+    /// Maps `bytes` bytes of `file` from `file_offset` at `at`, where nothing is mapped yet, private: a page
+    /// is copied when it is first written to.
     ///
     /// # Errors
     /// [`Error::Map`] where mmap fails, [`Error::Invalid`] where the piece is not within the range.
@@ -122,7 +128,13 @@ impl Mapping {
     ///
     /// # Errors
     /// As there.
-    pub(super) fn map_over(&self, at: usize, bytes: usize, file: &File, file_offset: u64) -> Result<(), Error> {
+    pub(super) fn map_over(
+        &self,
+        at: usize,
+        bytes: usize,
+        file: &File,
+        file_offset: u64,
+    ) -> Result<(), Error> {
         self.map(at, bytes, file.as_fd(), file_offset, PRIVATE | MapFlags::MAP_FIXED)
     }
 
@@ -138,7 +150,8 @@ impl Mapping {
         for (offset, word) in (at..).step_by(WORD).zip(words.as_chunks_mut::<WORD>().0) {
             // SAFETY: the address lies within the mapping, as just checked.
             let address = unsafe { self.start().byte_add(offset) };
-            // SAFETY: the word is mapped and aligned, since the mapping is; what the guest writes meanwhile is read or not.
+            // SAFETY: the word is mapped and aligned, since the mapping is; what the guest writes meanwhile
+            // is read or not.
             *word = unsafe { address.cast::<u64>().read_volatile() }.to_ne_bytes();
         }
         for (offset, byte) in (rest_at..).zip(rest) {
@@ -161,7 +174,8 @@ impl Mapping {
         for (offset, word) in (at..).step_by(WORD).zip(words.as_chunks::<WORD>().0) {
             // SAFETY: the address lies within the mapping, as just checked.
             let address = unsafe { self.start().byte_add(offset) };
-            // SAFETY: the word is mapped and aligned, since the mapping is; no Rust reference into the mapping exists.
+            // SAFETY: the word is mapped and aligned, since the mapping is; no Rust reference into the
+            // mapping exists.
             unsafe { address.cast::<u64>().write_volatile(u64::from_ne_bytes(*word)) };
         }
         for (offset, byte) in (at + words.len()..).zip(rest) {
@@ -176,17 +190,20 @@ impl Mapping {
     /// Makes pages present and writable, whatever they hold (MADV_POPULATE_WRITE).
     ///
     /// # Errors
-    /// [`Error::Invalid`] where the range is not within the mapping, [`Error::Map`] where there is no memory for it, or none is mapped.
+    /// [`Error::Invalid`] where the range is not within the mapping, [`Error::Map`] where there is no memory
+    /// for it, or none is mapped.
     pub fn populate(&self, at: usize, bytes: usize) -> Result<(), Error> {
         self.check(at, bytes)?;
         let start = self.start.addr().get() + at;
         populate(start..start + bytes, Access::Write)
     }
 
-    /// Writes bytes of this mapping to a file. All of them must be mapped, and nobody may write to them meanwhile.
+    /// Writes bytes of this mapping to a file. All of them must be mapped, and nobody may write to them
+    /// meanwhile.
     ///
     /// # Errors
-    /// [`Error::Invalid`] where the range is not within the mapping, [`Error::File`] where the file can't be written.
+    /// [`Error::Invalid`] where the range is not within the mapping, [`Error::File`] where the file can't be
+    /// written.
     pub fn write_to(&self, at: usize, bytes: usize, file: &File, file_offset: u64) -> Result<(), Error> {
         self.check(at, bytes)?;
         // SAFETY: the address lies within the mapping, as just checked.
@@ -200,7 +217,8 @@ impl Mapping {
         })
     }
 
-    /// A word of the mapping that other threads and processes use too. All of the range must be mapped writable.
+    /// A word of the mapping that other threads and processes use too. All of the range must be mapped
+    /// writable.
     ///
     /// # Errors
     /// [`Error::Invalid`] where the word is not within the mapping, or not aligned.
@@ -211,12 +229,13 @@ impl Mapping {
         }
         // SAFETY: the address lies within the mapping, as just checked.
         let address = unsafe { self.start().byte_add(at) };
-        // SAFETY: the word is mapped and aligned, lives as long as `self`, and everybody accesses it atomically.
+        // SAFETY: the word is mapped and aligned, lives as long as `self`, and everybody accesses it
+        // atomically.
         Ok(unsafe { AtomicU32::from_ptr(address.cast().as_ptr()) })
     }
 
-    /// Takes down what is mapped, piece by piece, so that others can map something meanwhile: all at once takes 0.5 s for 8 GiB that
-    /// were used (measured).
+    /// Takes down what is mapped, piece by piece, so that others can map something meanwhile: all at once
+    /// takes 0.5 s for 8 GiB that were used (measured).
     pub fn take_down(self) {
         let (mut at, mut piece) = (0, UNMAPPED_AT_ONCE);
         while at < self.bytes {
@@ -241,14 +260,22 @@ impl Mapping {
         if within { Ok(()) } else { Err(Error::Invalid("an access reaches out of a mapping")) }
     }
 
-    fn map(&self, at: usize, bytes: usize, fd: BorrowedFd<'_>, offset: u64, flags: MapFlags) -> Result<(), Error> {
+    fn map(
+        &self,
+        at: usize,
+        bytes: usize,
+        fd: BorrowedFd<'_>,
+        offset: u64,
+        flags: MapFlags,
+    ) -> Result<(), Error> {
         let fail = |source: nix::Error| Error::Map { what: "guest memory", bytes, source: source.into() };
         self.check(at, bytes)?;
         let length = NonZeroUsize::new(bytes).ok_or_else(|| fail(nix::Error::EINVAL))?;
         let offset = off_t::try_from(offset).map_err(|_| fail(nix::Error::EOVERFLOW))?;
         let address = NonZeroUsize::new(self.start.as_ptr() as usize + at);
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        // SAFETY: the piece is within this value's own range (checked above), in which there is no Rust object.
+        // SAFETY: the piece is within this value's own range (checked above), in which there is no Rust
+        // object.
         unsafe { mmap(address, length, protection, flags, fd, offset) }.map_err(fail)?;
         Ok(())
     }
@@ -269,14 +296,17 @@ pub enum Access {
     Write,
 }
 
-/// Makes pages of any mapping of this process present (MADV_POPULATE_READ, MADV_POPULATE_WRITE). What they hold stays as it is. Linux can
-/// do that since 5.14; an older one makes each page when it is used, as always.
+/// Makes pages of any mapping of this process present (MADV_POPULATE_READ, MADV_POPULATE_WRITE). What they
+/// hold stays as it is. Linux can do that since 5.14; an older one makes each page when it is used, as
+/// always.
 ///
 /// # Errors
 /// [`Error::Map`] where something of the range is not mapped, or not for this access.
 pub fn populate(range: Range<usize>, access: Access) -> Result<(), Error> {
-    let fail = |source: nix::Error| Error::Map { what: "touched memory", bytes: range.len(), source: source.into() };
-    let start = NonNull::new(std::ptr::without_provenance_mut(range.start)).ok_or_else(|| fail(nix::Error::EINVAL))?;
+    let fail =
+        |source: nix::Error| Error::Map { what: "touched memory", bytes: range.len(), source: source.into() };
+    let start = NonNull::new(std::ptr::without_provenance_mut(range.start))
+        .ok_or_else(|| fail(nix::Error::EINVAL))?;
     let advice = match access {
         Access::Read => MmapAdvise::MADV_POPULATE_READ,
         Access::Write => MmapAdvise::MADV_POPULATE_WRITE,

@@ -37,7 +37,11 @@ pub fn unsealed(name: &str, bytes: u64) -> Result<File, Error> {
 /// [`Error::File`] where the file can't be made, written or sealed.
 pub fn sealed(name: &str, content: &[u8]) -> Result<File, Error> {
     let mut file = unsealed(name, 0)?;
-    file.write_all(content).map_err(|source| Error::File { operation: "write", name: name.to_owned(), source })?;
+    file.write_all(content).map_err(|source| Error::File {
+        operation: "write",
+        name: name.to_owned(),
+        source,
+    })?;
     seal(name, &file)?;
     Ok(file)
 }
@@ -52,7 +56,8 @@ pub fn unresizable(name: &str, bytes: u64) -> Result<File, Error> {
     Ok(file)
 }
 
-/// Makes an empty memory file of `bytes` bytes that keeps its size, and is to be filled while others have it mapped already.
+/// Makes an empty memory file of `bytes` bytes that keeps its size, and is to be filled while others have it
+/// mapped already.
 ///
 /// # Errors
 /// [`Error::File`] where the file can't be made, grown or sealed.
@@ -80,7 +85,8 @@ pub fn has_data(file: &File, range: Range<u64>) -> Result<bool, Error> {
 /// # Errors
 /// [`Error::File`] where it can't be opened again.
 pub fn read_only(file: &File) -> Result<File, Error> {
-    let fail = |source| Error::File { operation: "open again", name: "that is being filled".to_owned(), source };
+    let fail =
+        |source| Error::File { operation: "open again", name: "that is being filled".to_owned(), source };
     File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).map_err(fail)
 }
 
@@ -93,7 +99,8 @@ pub fn is_being_filled(file: &File) -> Result<bool, Error> {
     Ok(flags & libc::O_ACCMODE == libc::O_RDONLY && seals(file)?.contains(SealFlag::F_SEAL_SHRINK))
 }
 
-/// Checks that a file from elsewhere has this size, and keeps it: whoever could shrink it could kill those that map it.
+/// Checks that a file from elsewhere has this size, and keeps it: whoever could shrink it could kill those
+/// that map it.
 ///
 /// # Errors
 /// [`Error::Invalid`] where it is otherwise, [`Error::File`] where it is no memory file.
@@ -105,11 +112,11 @@ pub fn check_unresizable(file: &File, bytes: u64) -> Result<(), Error> {
     Ok(())
 }
 
-/// Takes a decision that a file holds, unless it is taken already, and says which one is. The file must have been
-/// made by [`fillable`].
+/// Takes a decision that a file holds, unless it is taken already, and says which one is. The file must have
+/// been made by [`fillable`].
 ///
-/// The decision is the file's seals: the kernel takes the first one (F_SEAL_SEAL forbids further ones) and never
-/// takes it back, whatever is written to the file. "Yes" also forbids every new way to write the file
+/// The decision is the file's seals: the kernel takes the first one (F_SEAL_SEAL forbids further ones) and
+/// never takes it back, whatever is written to the file. "Yes" also forbids every new way to write the file
 /// (F_SEAL_FUTURE_WRITE). Measured: 0.5 us, and 0.3 us to look at it.
 ///
 /// # Errors
@@ -145,8 +152,8 @@ pub(super) fn length(file: &File) -> Result<u64, Error> {
     Ok(file.metadata().map_err(look_at_failed)?.len())
 }
 
-/// Whether nobody can shrink the file or newly write to it any more. Whoever has it mapped writable still can write to
-/// it, unless it [is sealed](is_sealed).
+/// Whether nobody can shrink the file or newly write to it any more. Whoever has it mapped writable still can
+/// write to it, unless it [is sealed](is_sealed).
 ///
 /// # Errors
 /// [`Error::File`] where it is no memory file.
@@ -173,8 +180,10 @@ fn look_at_failed(source: io::Error) -> Error {
 }
 
 /// All seals that make a file immutable for good.
-const ALL: SealFlag =
-    SealFlag::F_SEAL_GROW.union(SealFlag::F_SEAL_SHRINK).union(SealFlag::F_SEAL_WRITE).union(SealFlag::F_SEAL_SEAL);
+const ALL: SealFlag = SealFlag::F_SEAL_GROW
+    .union(SealFlag::F_SEAL_SHRINK)
+    .union(SealFlag::F_SEAL_WRITE)
+    .union(SealFlag::F_SEAL_SEAL);
 
 /// Seals a file that nobody has mapped writable: from here on it is immutable.
 ///
@@ -184,17 +193,17 @@ pub fn seal(name: &str, file: &File) -> Result<(), Error> {
     add(name, file, ALL)
 }
 
-/// One attempt to seal a file that other processes may have mapped; `false` where the kernel refuses it for now (EBUSY).
-/// It does so where somebody has the file mapped shared and writable, or holds a page of it, as KVM does for a moment
-/// while it makes a page present in a copy.
+/// One attempt to seal a file that other processes may have mapped; `false` where the kernel refuses it for
+/// now (EBUSY). It does so where somebody has the file mapped shared and writable, or holds a page of it, as
+/// KVM does for a moment while it makes a page present in a copy.
 ///
-/// A mapping is found out within a microsecond. Else the kernel walks all pages (4 ms for 512 MiB, 40 ms for 8 GiB;
-/// measured), and waits up to 0.15 s for those that somebody holds (kernel source, memfd_wait_for_pins); meanwhile
-/// nobody can write to the file.
+/// A mapping is found out within a microsecond. Else the kernel walks all pages (4 ms for 512 MiB, 40 ms for
+/// 8 GiB; measured), and waits up to 0.15 s for those that somebody holds (kernel source,
+/// memfd_wait_for_pins); meanwhile nobody can write to the file.
 ///
 /// # Errors
-/// [`Error::File`] where the file can never be sealed: it is no memory file, somebody has forbidden further seals, or
-/// this descriptor is not for writing.
+/// [`Error::File`] where the file can never be sealed: it is no memory file, somebody has forbidden further
+/// seals, or this descriptor is not for writing.
 pub fn try_seal(file: &File) -> Result<bool, Error> {
     if is_sealed(file)? {
         return Ok(true);
@@ -202,14 +211,16 @@ pub fn try_seal(file: &File) -> Result<bool, Error> {
     match fcntl(file, FcntlArg::F_ADD_SEALS(ALL)) {
         Ok(_) => Ok(true),
         Err(Errno::EBUSY) => Ok(false),
-        Err(errno) => {
-            Err(Error::File { operation: "seal", name: "from another process".to_owned(), source: errno.into() })
-        }
+        Err(errno) => Err(Error::File {
+            operation: "seal",
+            name: "from another process".to_owned(),
+            source: errno.into(),
+        }),
     }
 }
 
-/// Forbids every *new* way to write the file: `write`, and writable shared mappings (F_SEAL_FUTURE_WRITE). A mapping
-/// that exists stays writable; once that is gone, the platform [seals](try_seal) the file.
+/// Forbids every *new* way to write the file: `write`, and writable shared mappings (F_SEAL_FUTURE_WRITE). A
+/// mapping that exists stays writable; once that is gone, the platform [seals](try_seal) the file.
 pub(super) fn seal_future(name: &str, file: &File) -> Result<(), Error> {
     add(name, file, SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK | FUTURE_WRITE)
 }

@@ -47,8 +47,8 @@ pub use guest_memory::{Changes, Delta, GuestMemory, Plan, Rebase};
 pub use image::{Extent, Image, Layer, MAX_EXTENTS, MAX_LAYERS, Run};
 pub use mapping::{Access, Mapping, populate};
 pub use memfd::{
-    check_unresizable, decide, decided, fillable, has_data, is_being_filled, is_frozen, is_sealed, read_only, seal,
-    sealed, try_seal, unresizable, unsealed,
+    check_unresizable, decide, decided, fillable, has_data, is_being_filled, is_frozen, is_sealed, read_only,
+    seal, sealed, try_seal, unresizable, unsealed,
 };
 pub use premapped::PremappedRam;
 pub use sealing::{SealRetry, seal_filled};

@@ -32,13 +32,15 @@ impl PremappedRam {
     /// Maps the lowest layer of an image to come, private, over what was there.
     ///
     /// # Errors
-    /// [`Error::Invalid`] where the file can change, or is not as large as the memory, [`Error::Map`] where it can't be mapped.
+    /// [`Error::Invalid`] where the file can change, or is not as large as the memory, [`Error::Map`] where
+    /// it can't be mapped.
     pub fn premap_base(&mut self, lowest: &Arc<File>) -> Result<(), Error> {
         if self.file.as_ref().is_some_and(|file| Arc::ptr_eq(file, lowest)) {
             return Ok(());
         }
         let bytes = self.mapping.bytes();
-        // A page behind the file's end would be a SIGBUS. In this order: once it is sealed, it keeps its length.
+        // A page behind the file's end would be a SIGBUS. In this order: once it is sealed, it keeps its
+        // length.
         if !memfd::is_frozen(lowest)? || memfd::length(lowest)? < bytes as u64 {
             return Err(Error::Invalid("the lowest layer can change, or does not cover the memory"));
         }
@@ -57,7 +59,8 @@ impl PremappedRam {
         if self.file.is_some() { working_set.prefault(&self.mapping, goes_on) } else { Ok(()) }
     }
 
-    /// Maps consecutive pages of a layer, private: pages of the memory from `page` on, which are those of the file from `file_page` on.
+    /// Maps consecutive pages of a layer, private: pages of the memory from `page` on, which are those of the
+    /// file from `file_page` on.
     ///
     /// # Errors
     /// [`Error::Invalid`] where they are not within the memory, [`Error::Map`] where they can't be mapped.
@@ -68,7 +71,9 @@ impl PremappedRam {
         };
         match &self.file {
             Some(base) if Arc::ptr_eq(base, file) && page == file_page => Ok(()),
-            _ if self.is_mapped => self.mapping.map_over(bytes(page)?, bytes(pages)?, file, file_page * PAGE_BYTES),
+            _ if self.is_mapped => {
+                self.mapping.map_over(bytes(page)?, bytes(pages)?, file, file_page * PAGE_BYTES)
+            }
             _ => self.mapping.map_private(bytes(page)?, bytes(pages)?, file, file_page * PAGE_BYTES),
         }
     }
@@ -145,7 +150,9 @@ mod tests {
     fn nothing_is_mapped_that_could_kill_who_uses_it() {
         let mut premapped = premapped();
         assert!(premapped.premap_base(&file(1, PAGES - 1)).is_err());
-        assert!(premapped.premap_base(&Arc::new(memory::unsealed("test", PAGES * PAGE_BYTES).unwrap())).is_err());
+        assert!(
+            premapped.premap_base(&Arc::new(memory::unsealed("test", PAGES * PAGE_BYTES).unwrap())).is_err()
+        );
         premapped.prefault(&WorkingSet::new(&[Run { page: 0, pages: 1, file_page: 0 }]), || true).unwrap();
     }
 
@@ -153,7 +160,9 @@ mod tests {
     fn filling_stops_when_there_is_something_else_to_do() {
         let mut premapped = premapped();
         premapped.premap_base(&file(1, PAGES)).unwrap();
-        premapped.prefault(&WorkingSet::new(&[Run { page: 0, pages: PAGES, file_page: 0 }]), || false).unwrap();
+        premapped
+            .prefault(&WorkingSet::new(&[Run { page: 0, pages: PAGES, file_page: 0 }]), || false)
+            .unwrap();
         assert!(PageMap::open().unwrap().dirty_runs(&premapped.into_mapping()).unwrap().is_empty());
     }
 }

@@ -14,12 +14,13 @@ const FIRST_PAUSE: Duration = Duration::from_millis(5);
 /// Longest pause between two attempts.
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 
-/// Time in which a parent has to leave the writable mapping of its old memory behind. On an idle host that takes some
-/// milliseconds, or a second where its guest stands still; on a busy one its node may wait for a processor.
+/// Time in which a parent has to leave the writable mapping of its old memory behind. On an idle host that
+/// takes some milliseconds, or a second where its guest stands still; on a busy one its node may wait for a
+/// processor.
 const LIMIT: Duration = Duration::from_secs(20);
 
-/// Further time for each MiB of memory. To unmap 512 MiB takes 20 ms on an idle host, 5 s with ten threads on two
-/// processors, and up to 20 s with 45 (measured).
+/// Further time for each MiB of memory. To unmap 512 MiB takes 20 ms on an idle host, 5 s with ten threads on
+/// two processors, and up to 20 s with 45 (measured).
 const LIMIT_PER_MIB: Duration = Duration::from_millis(32);
 
 /// Least number of attempts, however long they take: this process may have had no processor itself.
@@ -40,18 +41,19 @@ impl SealRetry {
         Self { began: now, limit: LIMIT.saturating_add(LIMIT_PER_MIB.saturating_mul(mib)), refusals: 0 }
     }
 
-    /// Counts a refusal, and gives the pause before the next attempt; `None` after the last one: whoever can write to the
-    /// file does not let go of it.
+    /// Counts a refusal, and gives the pause before the next attempt; `None` after the last one: whoever can
+    /// write to the file does not let go of it.
     pub fn refused(&mut self, now: Instant) -> Option<Duration> {
         let pause = FIRST_PAUSE.saturating_mul(1 << self.refusals.min(10)).min(LONGEST_PAUSE);
         self.refusals = self.refusals.saturating_add(1);
-        let is_over = self.refusals >= LEAST_ATTEMPTS && now.saturating_duration_since(self.began) >= self.limit;
+        let is_over =
+            self.refusals >= LEAST_ATTEMPTS && now.saturating_duration_since(self.began) >= self.limit;
         (!is_over).then_some(pause)
     }
 }
 
-/// Seals a file of a memory of `ram_bytes` bytes that was filled while others had it mapped. Where one of them holds a
-/// page for a moment, it is tried again: for a thread that nobody waits for.
+/// Seals a file of a memory of `ram_bytes` bytes that was filled while others had it mapped. Where one of
+/// them holds a page for a moment, it is tried again: for a thread that nobody waits for.
 ///
 /// # Errors
 /// [`Error::File`] where it can't be sealed, [`Error::Busy`] where the kernel goes on refusing it.

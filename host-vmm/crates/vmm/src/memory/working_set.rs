@@ -1,7 +1,8 @@
 //! Which pages a copy writes to first: recorded in one, and made ready in those that come after it.
 //!
-//! A guest's first write to a page costs it a fault in which the page is copied (measured: 18 us where KVM shadows page tables). The host
-//! makes a page that is known beforehand for 2 us, beside the guest, and then the guest's own fault takes 6 us.
+//! A guest's first write to a page costs it a fault in which the page is copied (measured: 18 us where KVM
+//! shadows page tables). The host makes a page that is known beforehand for 2 us, beside the guest, and then
+//! the guest's own fault takes 6 us.
 
 use serde::{Deserialize, Serialize};
 use types::PAGE_BYTES;
@@ -14,7 +15,8 @@ const MAX_RUNS: usize = 2048;
 /// Most pages of a working set, 64 MiB: nobody knows whether a copy will use them all.
 const MAX_PAGES: u64 = 16 * 1024;
 
-/// Fewest pages of one that is filled: starting a thread for it, beside the guest, takes as long as the faults that it saves.
+/// Fewest pages of one that is filled: starting a thread for it, beside the guest, takes as long as the
+/// faults that it saves.
 const MIN_PAGES: u64 = 16;
 
 /// Pages that are made at once.
@@ -58,7 +60,8 @@ impl WorkingSet {
     /// Makes the pages, in a private view, for as long as `goes_on` says so.
     ///
     /// # Errors
-    /// [`Error::Invalid`] where they are not all within the mapping, [`Error::Map`] where there is no memory for them.
+    /// [`Error::Invalid`] where they are not all within the mapping, [`Error::Map`] where there is no memory
+    /// for them.
     pub fn prefault(&self, mapping: &Mapping, goes_on: impl Fn() -> bool) -> Result<(), Error> {
         let bytes = |pages: u64| {
             let bytes = pages.checked_mul(PAGE_BYTES).and_then(|bytes| usize::try_from(bytes).ok());
@@ -90,7 +93,8 @@ mod tests {
     fn it_is_never_too_large() {
         let one = WorkingSet::new(&[run(0, MAX_PAGES + 1), run(u64::MAX, 1)]);
         assert_eq!(one.0, [(0, MAX_PAGES)]);
-        let many: Vec<Run> = (0..u64::try_from(MAX_RUNS).unwrap() + 5).map(|number| run(2 * number, 1)).collect();
+        let many: Vec<Run> =
+            (0..u64::try_from(MAX_RUNS).unwrap() + 5).map(|number| run(2 * number, 1)).collect();
         assert_eq!(WorkingSet::new(&many).0.len(), MAX_RUNS);
         assert!(one.is_valid() && WorkingSet::new(&many).is_valid());
         assert!(!WorkingSet(vec![(0, MAX_PAGES + 1)]).is_valid());

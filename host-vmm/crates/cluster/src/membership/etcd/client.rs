@@ -21,9 +21,10 @@ use tonic_prost::ProstCodec;
 use super::{
     Error,
     messages::{
-        self, AuthenticateRequest, AuthenticateResponse, Compare, KeyValue, LeaseGrantRequest, LeaseGrantResponse,
-        LeaseKeepAliveResponse, LeaseRequest, LeaseRevokeResponse, PutRequest, RangeRequest, RangeResponse, RequestOp,
-        TxnRequest, TxnResponse, WatchCreateRequest, WatchRequest, WatchResponse,
+        self, AuthenticateRequest, AuthenticateResponse, Compare, KeyValue, LeaseGrantRequest,
+        LeaseGrantResponse, LeaseKeepAliveResponse, LeaseRequest, LeaseRevokeResponse, PutRequest,
+        RangeRequest, RangeResponse, RequestOp, TxnRequest, TxnResponse, WatchCreateRequest, WatchRequest,
+        WatchResponse,
     },
 };
 use crate::settings::{Etcd, EtcdTls, Login};
@@ -34,7 +35,8 @@ const ANSWER_TIME: Duration = Duration::from_secs(2);
 /// And which part of the lease time: there is to be time for another server.
 const ANSWERS: u32 = 3;
 
-/// Keys of one answer. etcd takes values of up to 1.5 MiB, so that it is no longer than [`MAX_ANSWER_BYTES`] whatever is in there.
+/// Keys of one answer. etcd takes values of up to 1.5 MiB, so that it is no longer than [`MAX_ANSWER_BYTES`]
+/// whatever is in there.
 const PAGE_KEYS: i64 = 16;
 
 /// Longest answer in bytes.
@@ -130,7 +132,8 @@ impl Client {
 
     /// Makes a lease of so many seconds, and gives back its ID.
     pub(super) async fn grant(&self, seconds: i64) -> Result<i64, Error> {
-        let answer: LeaseGrantResponse = self.call(messages::LEASE_GRANT, LeaseGrantRequest { ttl: seconds }).await?;
+        let answer: LeaseGrantResponse =
+            self.call(messages::LEASE_GRANT, LeaseGrantRequest { ttl: seconds }).await?;
         Ok(answer.id)
     }
 
@@ -139,8 +142,8 @@ impl Client {
         // The lease may begin anew at any time from here on.
         let asked = Instant::now();
         let answer = self.within(messages::LEASE_KEEP_ALIVE, async {
-            let answers =
-                self.open::<_, LeaseKeepAliveResponse>(messages::LEASE_KEEP_ALIVE, LeaseRequest { id: lease });
+            let answers = self
+                .open::<_, LeaseKeepAliveResponse>(messages::LEASE_KEEP_ALIVE, LeaseRequest { id: lease });
             answers.await?.message().await
         });
         Ok(answer.await?.filter(|answer| answer.ttl > 0).map(|_| asked))
@@ -148,7 +151,9 @@ impl Client {
 
     /// Ends a lease: its keys are removed.
     pub(super) async fn revoke(&self, lease: i64) -> Result<(), Error> {
-        self.call::<_, LeaseRevokeResponse>(messages::LEASE_REVOKE, LeaseRequest { id: lease }).await.map(drop)
+        self.call::<_, LeaseRevokeResponse>(messages::LEASE_REVOKE, LeaseRequest { id: lease })
+            .await
+            .map(drop)
     }
 
     /// The present value of a key, if there is one.
@@ -170,12 +175,19 @@ impl Client {
         if answer.succeeded {
             return Ok(Put::Done(answer.header.unwrap_or_default().revision));
         }
-        let found = answer.responses.into_iter().filter_map(|response| response.range).flat_map(|range| range.kvs);
+        let found =
+            answer.responses.into_iter().filter_map(|response| response.range).flat_map(|range| range.kvs);
         Ok(Put::Not(found.into_iter().next()))
     }
 
-    /// Goes through the keys that begin with `prefix`, at most so many, and gives back the revision at which they were so.
-    pub(super) async fn list(&self, prefix: &str, most: usize, mut each: impl FnMut(KeyValue)) -> Result<i64, Error> {
+    /// Goes through the keys that begin with `prefix`, at most so many, and gives back the revision at which
+    /// they were so.
+    pub(super) async fn list(
+        &self,
+        prefix: &str,
+        most: usize,
+        mut each: impl FnMut(KeyValue),
+    ) -> Result<i64, Error> {
         let (mut key, mut revision, mut found) = (prefix.as_bytes().to_vec(), 0, 0);
         loop {
             let question = RangeRequest { key, range_end: end_of(prefix), limit: PAGE_KEYS, revision };
@@ -234,7 +246,8 @@ impl Client {
     {
         let mut grpc = self.grpc().await?;
         let question = self.request(question);
-        let answers = grpc.server_streaming(question, PathAndQuery::from_static(path), ProstCodec::default()).await?;
+        let answers =
+            grpc.server_streaming(question, PathAndQuery::from_static(path), ProstCodec::default()).await?;
         Ok(answers.into_inner())
     }
 
@@ -246,7 +259,8 @@ impl Client {
 
     fn request<Q>(&self, question: Q) -> Request<Q> {
         let mut request = Request::new(question);
-        // A server that has lost the others says so, instead of waiting for them. For a watch, that is the only way to learn it.
+        // A server that has lost the others says so, instead of waiting for them. For a watch, that is the
+        // only way to learn it.
         request.metadata_mut().insert("hasleader", MetadataValue::from_static("true"));
         if let Some(token) = &self.token {
             request.metadata_mut().insert("token", token.clone());
@@ -254,7 +268,11 @@ impl Client {
         request
     }
 
-    async fn within<T>(&self, call: &'static str, answer: impl Future<Output = Result<T, Status>>) -> Result<T, Error> {
+    async fn within<T>(
+        &self,
+        call: &'static str,
+        answer: impl Future<Output = Result<T, Status>>,
+    ) -> Result<T, Error> {
         let answer = timeout(self.answer_time, answer).await;
         let answer = answer.map_err(|_| Error::Silent { address: self.address, call })?;
         answer.map_err(|status| self.refused(call, status))

@@ -65,7 +65,8 @@ impl Platform {
             Arc::new(move || member(name, vms.load(Ordering::SeqCst)))
         };
         let ask: Arc<membership::Ask> = Arc::new(|_| Err("nobody is listed".into()));
-        let directory = Directory::start(Settings { own, lease: LEASE, etcd: Some(etcd), peers: Vec::new(), ask })?;
+        let directory =
+            Directory::start(Settings { own, lease: LEASE, etcd: Some(etcd), peers: Vec::new(), ask })?;
         Ok(Self { directory, vms })
     }
 
@@ -424,7 +425,9 @@ fn by_tls_both_sides_know_each_other() {
     let (issuer, other) = (authority(&ca), authority(&other_ca));
     let identity = Some(certify(folder, "platform", &issuer));
     let tls = EtcdTls { ca, identity, login: None };
-    let Some(server) = Server::start_with_tls(tls.clone(), certify(folder, "server", &issuer)) else { return };
+    let Some(server) = Server::start_with_tls(tls.clone(), certify(folder, "server", &issuer)) else {
+        return;
+    };
     let admin = Admin::new(&server.etcd());
     let with = |tls| Etcd { tls: Some(tls), ..server.etcd() };
     assert_eq!(Platform::new(server.etcd(), "a").directory.status(), Status::Joined);

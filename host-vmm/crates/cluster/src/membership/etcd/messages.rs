@@ -1,8 +1,10 @@
-//! What is said to etcd and what it answers: the part of its API (`etcdserverpb`, `mvccpb`) that is used here.
+//! What is said to etcd and what it answers: the part of its API (`etcdserverpb`, `mvccpb`) that is used
+//! here.
 //!
-//! Names, numbers and types of the fields are etcd's; fields that are not used are left out. They are written down here because a
-//! translation of etcd's own files would need a compiler of Protocol Buffers on every machine that builds this program. Fields of which only one
-//! is set (`oneof`) are optional ones here: that is the same on the wire.
+//! Names, numbers and types of the fields are etcd's; fields that are not used are left out. They are written
+//! down here because a translation of etcd's own files would need a compiler of Protocol Buffers on every
+//! machine that builds this program. Fields of which only one is set (`oneof`) are optional ones here: that
+//! is the same on the wire.
 
 use prost::Message;
 

@@ -4,9 +4,10 @@
 //! /host-vmm/v1/CLUSTER/platforms/NAME    what the platform says of itself, as JSON, and which instance it is; under its lease
 //! ```
 //!
-//! A platform writes its entry only where there is none, or its own. So two platforms can't have one name; and one whose entry is gone, or
-//! another's, learns it when it writes the next time, or earlier by its watch. A [session] with a server goes on until something is
-//! wrong; then there is another one, with the next server.
+//! A platform writes its entry only where there is none, or its own. So two platforms can't have one name;
+//! and one whose entry is gone, or another's, learns it when it writes the next time, or earlier by its
+//! watch. A [session] with a server goes on until something is wrong; then there is another one, with the
+//! next server.
 
 use std::{
     io,
@@ -147,8 +148,8 @@ pub(super) struct Handle {
     ended: Mutex<mpsc::Receiver<()>>,
 }
 
-/// Joins the cluster of `member`, on a thread of its own, and waits until that is done, or no server can be reached, or there is an error
-/// that will not go away.
+/// Joins the cluster of `member`, on a thread of its own, and waits until that is done, or no server can be
+/// reached, or there is an error that will not go away.
 pub(super) fn start(
     etcd: &settings::Etcd,
     own: Arc<SelfReport>,

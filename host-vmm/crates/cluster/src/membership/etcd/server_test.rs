@@ -95,8 +95,10 @@ impl Server {
         let folder = self.folder.path();
         let log = File::options().create(true).append(true).open(folder.join("log"))?;
         let scheme = if self.tls.is_some() { "https" } else { "http" };
-        let (clients, servers) =
-            (format!("{scheme}://127.0.0.1:{}", self.ports[0]), format!("http://127.0.0.1:{}", self.ports[1]));
+        let (clients, servers) = (
+            format!("{scheme}://127.0.0.1:{}", self.ports[0]),
+            format!("http://127.0.0.1:{}", self.ports[1]),
+        );
         let mut command = Command::new(program);
         command.args(["--name", "test", "--data-dir"]).arg(folder.join("data"));
         command.args(["--listen-client-urls", &clients, "--advertise-client-urls", &clients]);
@@ -232,7 +234,11 @@ impl Admin {
         Self { runtime, client }
     }
 
-    fn call<Q: Message + 'static, A: Message + Default + 'static>(&self, path: &'static str, question: Q) -> A {
+    fn call<Q: Message + 'static, A: Message + Default + 'static>(
+        &self,
+        path: &'static str,
+        question: Q,
+    ) -> A {
         self.runtime.block_on(self.client.call(path, question)).unwrap()
     }
 
@@ -251,7 +257,8 @@ impl Admin {
     /// The keys that begin so, with their values.
     pub(super) fn list(&self, prefix: &str) -> Vec<(String, Vec<u8>)> {
         let mut found = Vec::new();
-        let list = self.client.list(prefix, 10_000, |kv| found.push((String::from_utf8(kv.key).unwrap(), kv.value)));
+        let list =
+            self.client.list(prefix, 10_000, |kv| found.push((String::from_utf8(kv.key).unwrap(), kv.value)));
         self.runtime.block_on(list).unwrap();
         found
     }

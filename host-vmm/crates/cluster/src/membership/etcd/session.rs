@@ -43,7 +43,8 @@ const RENEWALS: u32 = 3;
 /// How long etcd may take to remove the entry of a platform whose lease has ended.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// The shortest time between two entries; each platform has one of its own, up to twice as long, so that not all write at once.
+/// The shortest time between two entries; each platform has one of its own, up to twice as long, so that not
+/// all write at once.
 const TELL_MS: u64 = 1000;
 
 /// How a platform joins.
@@ -73,7 +74,8 @@ pub(super) struct Registrar {
     /// The revision at which the own entry was created, and what it is.
     created: i64,
     reported: Vec<u8>,
-    /// What was seen first of another platform with the own name: when its entry was written, and when it was seen.
+    /// What was seen first of another platform with the own name: when its entry was written, and when it was
+    /// seen.
     holder: Option<(i64, Instant)>,
     /// What is wrong with entries that are left out.
     bad: BTreeMap<String, String>,
@@ -108,7 +110,9 @@ impl Registrar {
             let left = time::timeout(LAST_CALLS, client.revoke(lease)).await;
             match left {
                 Ok(Ok(())) => {}
-                Ok(Err(error)) => tracing::warn!(error = chain(&error), "the cluster was not told of the end"),
+                Ok(Err(error)) => {
+                    tracing::warn!(error = chain(&error), "the cluster was not told of the end")
+                }
                 Err(_) => tracing::warn!("the cluster was not told of the end: etcd does not answer"),
             }
         }
@@ -133,7 +137,8 @@ impl Registrar {
                 tracing::warn!(why = chain(&error), "not a member of the cluster at present; trying again");
             }
             failures += 1;
-            // Those who wait go on without etcd when all servers were tried, but not with a name that may be another's.
+            // Those who wait go on without etcd when all servers were tried, but not with a name that may be
+            // another's.
             if failures >= self.settings.servers.len() && !is_name_taken {
                 self.answer(Ok(()));
             }
@@ -149,7 +154,8 @@ impl Registrar {
             Error::Refused { source, .. } => source.code() == Code::PermissionDenied,
             Error::NameTaken { revision, .. } => {
                 let (first, since) = *self.holder.get_or_insert_with(|| (*revision, Instant::now()));
-                // A holder that lives says something new, or is there for longer than the entry of one that has died.
+                // A holder that lives says something new, or is there for longer than the entry of one that
+                // has died.
                 *revision != first || since.elapsed() > self.settings.lease + GRACE
             }
             _ => false,
@@ -206,7 +212,8 @@ impl Registrar {
         Duration::from_millis(TELL_MS + share)
     }
 
-    /// Sees to it that there is a lease, the one that there was before if it can be; says when it was last certain to begin anew.
+    /// Sees to it that there is a lease, the one that there was before if it can be; says when it was last
+    /// certain to begin anew.
     async fn renew(&mut self, client: &Client) -> Result<Instant, Error> {
         if let Some(lease) = self.lease_id {
             if let Some(confirmed) = client.keep_alive(lease).await? {
@@ -246,7 +253,8 @@ impl Registrar {
             let (name, holder) = (self.settings.name.clone(), holder.map(|holder| holder.member.address));
             return Err(Error::NameTaken { name, holder, revision: found.mod_revision });
         }
-        let unchanged = Compare { mod_revision: Some(found.mod_revision), ..self.compare(messages::MOD_REVISION) };
+        let unchanged =
+            Compare { mod_revision: Some(found.mod_revision), ..self.compare(messages::MOD_REVISION) };
         match client.put_if(unchanged, self.put(value.clone())?).await? {
             Put::Done(_) => (self.created, self.reported) = (found.create_revision, value),
             Put::Not(_) => return Err(Error::EntryLost),
@@ -287,7 +295,8 @@ impl Registrar {
         }
     }
 
-    /// Takes all entries, in place of those that were known, and gives back the revision at which they were so.
+    /// Takes all entries, in place of those that were known, and gives back the revision at which they were
+    /// so.
     async fn load(&mut self, client: &Client) -> Result<i64, Error> {
         let (prefix, mut found) = (self.prefix.clone(), Registered::default());
         let each = |kv: KeyValue| {
