@@ -120,11 +120,25 @@ fn within_one_host_there_need_be_no_certificates() {
     assert_eq!((config.listen, config.tls), (Some(address("127.0.0.1:0")), None));
 }
 
-/// Text, and all that must be said about it: the field, what is wrong, what would be right.
+/// The text, behind what a platform needs that listens.
+fn listening(text: &str) -> String {
+    format!("{LISTEN}{text}")
+}
+
+/// Texts, and all that must be said about each: the field, what is wrong, what would be right.
+fn each_is_told<const N: usize>(mistakes: [(String, [&str; 3]); N]) {
+    for (text, expected) in mistakes {
+        let told = mistake(&text);
+        assert!(told.starts_with("/etc/host-vmm/platform.toml: "), "{told}");
+        for expected in expected {
+            assert!(told.contains(expected), "{text}\n{told:?} should have {expected:?}");
+        }
+    }
+}
+
 #[test]
-fn each_mistake_is_told_with_its_field_and_what_would_be_right() {
-    let listening = |text: &str| format!("{LISTEN}{text}");
-    let mistakes = [
+fn each_mistake_about_the_cluster_is_told_with_its_field_and_what_would_be_right() {
+    each_is_told([
         ("name = 'North'".into(), ["name: ", "\"North\" is no name", "1 to 32 characters"]),
         ("listen = 'north:7070'".into(), ["listen: ", "\"north:7070\" is no address", "statically linked"]),
         (
@@ -169,6 +183,12 @@ fn each_mistake_is_told_with_its_field_and_what_would_be_right() {
             listening("cluster = 'etcd://192.0.2.1:1/web'\netcd = { ca = 'e', user = 'c' }"),
             ["etcd: ", "one of user and password_file", "both"],
         ),
+    ]);
+}
+
+#[test]
+fn each_mistake_about_peers_and_the_platform_is_told_with_its_field_and_what_would_be_right() {
+    each_is_told([
         (
             listening("peers = [{ name = 'A', address = '192.0.2.1:1' }]"),
             ["peers[0].name: ", "\"A\"", "1 to 32"],
@@ -203,14 +223,7 @@ fn each_mistake_is_told_with_its_field_and_what_would_be_right() {
             ["limits[1]: ", "\"web\": must be TYPE:NAME=VALUE", "--limit"],
         ),
         ("keep = ['web:0']".into(), ["keep[0]: ", "TYPE:NUMBER", "--keep"]),
-    ];
-    for (text, expected) in mistakes {
-        let told = mistake(&text);
-        assert!(told.starts_with("/etc/host-vmm/platform.toml: "), "{told}");
-        for expected in expected {
-            assert!(told.contains(expected), "{text}\n{told:?} should have {expected:?}");
-        }
-    }
+    ]);
 }
 
 #[test]
