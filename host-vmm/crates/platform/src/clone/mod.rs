@@ -43,6 +43,7 @@ use utoipa::ToSchema;
 
 mod decisions;
 mod incoming;
+mod incoming_memory;
 #[cfg(test)]
 mod json_test;
 pub(crate) mod outgoing;

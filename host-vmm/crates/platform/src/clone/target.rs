@@ -3,7 +3,6 @@
 use std::{
     collections::BTreeMap,
     io,
-    ops::Range,
     sync::{
         Arc, Mutex, MutexGuard, TryLockError,
         atomic::{AtomicU64, Ordering},
@@ -13,15 +12,16 @@ use std::{
 
 use api::Copied;
 use base::{sync::lock, text::Reason};
-use capsule::{self, Assembly, Description, Header, Incompatible, header::HEADER_BYTES};
+use capsule::{self, Description, Header, Incompatible, header::HEADER_BYTES};
 use types::are_copies_of_fork;
 use uuid::Uuid;
 use vmfork_abi::MAX_CHILDREN;
 use vmm::memory::Grant;
 
 use super::{
-    LEASE, MAX_RANGES, Missing, Order, Stage,
+    LEASE, Missing, Order, Stage,
     decisions::{Decision, MAX_IN_ALL, MAX_REMEMBERED, evictable},
+    incoming_memory::{Complete, Memory},
     page_server::PageClient,
     postcopy::{self, PostcopyMemory},
 };
@@ -163,48 +163,6 @@ impl Drop for Begun {
     fn drop(&mut self) {
         if self.rest.is_some() {
             self.postcopy.cancel();
-        }
-    }
-}
-
-/// A memory that comes in.
-#[derive(Debug, Clone)]
-enum Memory {
-    /// As a whole, before the copies run.
-    Whole(Arc<Assembly>),
-    /// For a part, and the rest while they run.
-    Lazy(Arc<PostcopyMemory>),
-}
-
-/// One of which as much has come as its copies need to run.
-enum Complete {
-    Whole(Box<Assembly>),
-    Lazy(Arc<PostcopyMemory>),
-}
-
-impl Memory {
-    /// What is to be sent before its copies can run, in not too many ranges.
-    fn missing(&self) -> Vec<Range<u32>> {
-        match self {
-            Self::Whole(assembly) => missing(assembly),
-            Self::Lazy(_) => Vec::new(),
-        }
-    }
-
-    /// Takes it, once nobody puts anything into it any more; else says what has come too early.
-    fn into_complete(self) -> Result<Complete, (Self, &'static str)> {
-        let assembly = match self {
-            Self::Lazy(postcopy) => return Ok(Complete::Lazy(postcopy)),
-            Self::Whole(assembly) => assembly,
-        };
-        match Arc::try_unwrap(assembly) {
-            Ok(assembly) if assembly.missing().is_empty() => Ok(Complete::Whole(Box::new(assembly))),
-            Ok(assembly) => {
-                Err((Self::Whole(Arc::new(assembly)), "the end of its memory, of which some is missing,"))
-            }
-            Err(assembly) => {
-                Err((Self::Whole(assembly), "the end of its memory, of which some is on its way,"))
-            }
         }
     }
 }
@@ -599,23 +557,6 @@ impl Intake {
         incoming.received_bytes.fetch_add(data.len() as u64, Ordering::Relaxed);
         Ok(())
     }
-}
-
-/// What is missing, in not too many ranges.
-fn missing(assembly: &Assembly) -> Vec<Range<u32>> {
-    let mut missing = assembly.missing();
-    let mut gap = 1;
-    while missing.len() > MAX_RANGES {
-        let mut joined: Vec<Range<u32>> = Vec::new();
-        for range in missing {
-            match joined.last_mut() {
-                Some(last) if range.start - last.end <= gap => last.end = range.end,
-                _ => joined.push(range),
-            }
-        }
-        (missing, gap) = (joined, gap * 2);
-    }
-    missing
 }
 
 #[cfg(test)]
