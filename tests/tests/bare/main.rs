@@ -327,6 +327,8 @@ fn an_image_outlives_its_parent() {
         Vmm::kernel(kernel.path()).option("--mem", "64M").option("--keep", "web").start().expect("host-vmm");
     let two = |event: &serde_json::Value| (event["event"] == "ended" && event["name"] == "vm").then_some(());
     other.wait_for("an end", two).expect("an end");
+    // Once it is sealed, the image of its own fork would take the place of a loaded one of the same type.
+    other.kept_image().expect("an image of its own");
     assert_eq!(other.ask(&["image", "load", path]).expect("an image").trim(), id);
     assert_eq!(other.ask(&["spawn", "--image", id]).expect("a copy"), "web.2\n");
     let ran =
